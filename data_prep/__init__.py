@@ -1,0 +1,1 @@
+"""Turns text into token shards: ``python -m data_prep tokenizer | text``."""

@@ -1,0 +1,260 @@
+"""Checkpoints: written beside their final name, listed with digests last, loaded on any rank count.
+
+    RUN_DIR/checkpoints/step-00000200/part-00000-of-00002.safetensors    each rank its share of the tensors
+                                      part-00001-of-00002.safetensors
+                                      manifest.json                      step, rows consumed, digests; written last
+
+Everything happens in ``.step-00000200.partial`` and is renamed when it is whole. Tensors are named after parameters
+(``model.NAME``, ``optimizer.KEY.NAME``), whole and without any trace of the ranks, so that any number of them may read.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from hvdtrain.comm.group import Group
+from hvdtrain.data.shards import file_sha256, sync_folder, write_json
+from hvdtrain.errors import CheckpointError, OutputError
+from hvdtrain.options import Options, option
+
+FORMAT_VERSION = 1
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+class CheckpointOptions(Options):
+    every: int = option(500, "steps between checkpoints; 0: only at the end", ge=0)
+    keep_last: int = option(2, "newest checkpoints that are kept; 0: all", ge=0)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands, apart from its tensors. ``identity``: the settings that a resumed run must share."""
+
+    step: int = 0
+    rows_consumed: int = 0
+    tokens: int = 0
+    fingerprint: int = 0
+    best_val_loss: float | None = None
+    identity: Mapping[str, Any] | None = None
+    world_size: int = 1
+    versions: Mapping[str, str] | None = None
+
+
+def folder_of(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step-{step:08d}"
+
+
+def steps_saved(run_dir: Path) -> list[int]:
+    """Steps of the checkpoints under ``run_dir``, newest first, valid or not."""
+    names = [_NAME.fullmatch(path.name) for path in (run_dir / "checkpoints").glob("step-*")]
+    return sorted((int(match[1]) for match in names if match), reverse=True)
+
+
+# --- saving ------------------------------------------------------------------------------------------------------
+
+
+def save(
+    run_dir: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    group: Group,
+    options: CheckpointOptions,
+) -> Path:
+    """Write one checkpoint (collective: every rank writes its share) and drop those that are too old.
+
+    Errors: on all ranks, exit 74 where any of them could not write; what was saved before is untouched.
+    """
+    final = folder_of(run_dir, progress.step)
+    partial = final.with_name(f".{final.name}.partial")
+    if group.together(lambda: (final / "manifest.json").exists()):
+        return final
+    part = f"part-{group.rank:05d}-of-{group.size:05d}.safetensors"
+
+    def make_folder() -> None:
+        if group.rank == 0:
+            _writing(final, lambda: (shutil.rmtree(partial, ignore_errors=True), partial.mkdir(parents=True)))
+
+    def write_part() -> dict[str, Any]:
+        return _writing(final, lambda: _write_part(partial / part, _share(model, optimizer, group)))
+
+    def finish() -> None:
+        if group.rank == 0:
+            missing = [entry["file"] for entry in parts if not (partial / entry["file"]).exists()]
+            if missing:
+                raise OutputError(
+                    f"{partial / missing[0]} was written but rank 0 does not see it: "
+                    "the run folder must be on a file system that all nodes share"
+                )
+            fields = {"format": FORMAT_VERSION, **asdict(progress), "parts": parts}
+            fields["fingerprint"] = f"{progress.fingerprint:016x}"
+            write_json(partial / "manifest.json", fields)
+            _writing(final, lambda: _publish(partial, final))
+            _drop_old(run_dir, options.keep_last)
+
+    try:
+        group.together(make_folder)
+        entry = group.together(write_part)
+        parts = group.all_gather_object(entry)
+        group.together(finish)
+    except Exception:
+        if group.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return final
+
+
+def _writing(path: Path, work: Any) -> Any:
+    try:
+        return work()
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"cannot save {path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _write_part(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    save_file(tensors, path)
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
+
+
+def _publish(partial: Path, final: Path) -> None:
+    sync_folder(partial)
+    if final.exists():  # an unfinished or damaged one of the same step: keep it, out of the way
+        os.replace(final, _free_name(final))
+    os.replace(partial, final)
+    sync_folder(final.parent)
+
+
+def _free_name(path: Path) -> Path:
+    number = 0
+    while (name := path.with_name(f"damaged-{path.name}-{number}")).exists():
+        number += 1
+    return name
+
+
+def _drop_old(run_dir: Path, keep_last: int) -> None:
+    for step in steps_saved(run_dir)[keep_last:] if keep_last else []:
+        folder = folder_of(run_dir, step)
+        doomed = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.replace(folder, doomed)  # it is either whole under its name or gone from it
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _named_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint under its name; a tied parameter once."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        tensors[f"model.{name}"] = parameter.detach()
+        if optimizer is not None:
+            for key, value in optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer.{key}.{name}"] = value
+    return tensors
+
+
+def _share(model: nn.Module, optimizer: torch.optim.Optimizer, group: Group) -> dict[str, torch.Tensor]:
+    """This rank's tensors: the largest first, each to the rank that has least so far."""
+    tensors = _named_tensors(model, optimizer)
+    load = [0] * group.size
+    mine = {}
+    for name in sorted(tensors, key=lambda name: (-tensors[name].numel(), name)):
+        rank = load.index(min(load))
+        load[rank] += tensors[name].numel() * tensors[name].element_size()
+        if rank == group.rank:
+            mine[name] = tensors[name].cpu().contiguous()
+    return mine
+
+
+# --- loading -----------------------------------------------------------------------------------------------------
+
+
+def read_progress(folder: Path, rank: int = 0, size: int = 1) -> Progress:
+    """Check a checkpoint and return where it stands; ``rank`` of ``size`` digests its share of the parts.
+
+    Errors: CheckpointError that names the file.
+    """
+    path = folder / "manifest.json"
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        if fields.pop("format") != FORMAT_VERSION:
+            raise CheckpointError(f"{path} was written by another version of hvdtrain")
+        parts = fields.pop("parts")
+        fields["fingerprint"] = int(fields["fingerprint"], 16)
+        progress = Progress(**fields)
+        for number, part in enumerate(parts):
+            file = folder / Path(part["file"]).name
+            if not file.exists():
+                raise CheckpointError(f"{file} is missing")
+            if file.stat().st_size != part["bytes"]:
+                raise CheckpointError(f"{file} has {file.stat().st_size} bytes instead of {part['bytes']}")
+            if number % size == rank and file_sha256(file) != part["sha256"]:
+                raise CheckpointError(f"{file} does not match its digest")
+    except OSError as error:
+        raise CheckpointError(f"cannot read {error.filename or path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error})") from None
+    return progress
+
+
+def newest_valid(run_dir: Path, group: Group) -> tuple[Path, Progress, list[str]] | None:
+    """The newest checkpoint that is whole (collective), with what was wrong with the newer ones; None: there is none."""
+    damaged: list[str] = []
+    for step in group.all_gather_object(steps_saved(run_dir))[0]:
+        folder = folder_of(run_dir, step)
+        progress, problem = None, None
+        try:
+            progress = read_progress(folder, group.rank, group.size)
+        except CheckpointError as error:
+            problem = str(error)
+        problems = [other for other in group.all_gather_object(problem) if other]
+        if not problems and progress is not None:
+            return folder, progress, damaged
+        damaged.append(problems[0])
+    return None
+
+
+def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Copy a checkpoint's tensors into ``model`` and, if given, ``optimizer`` (local; the files were checked before).
+
+    Errors: CheckpointError where a parameter is missing or has another shape.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    try:
+        for path in sorted(folder.glob("part-*.safetensors")):
+            with safe_open(path, framework="pt", device="cpu") as file:
+                names = [name for name in file.keys() if optimizer is not None or name.startswith("model.")]  # noqa: SIM118
+                tensors.update({name: file.get_tensor(name) for name in names})
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read {folder}: {error}") from None
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            tensor = tensors.get(f"model.{name}")
+            if tensor is None or tensor.shape != parameter.shape:
+                found = "no such tensor" if tensor is None else f"shape {tuple(tensor.shape)}"
+                raise CheckpointError(f"{folder}: {name} needs shape {tuple(parameter.shape)}, found {found}")
+            parameter.copy_(tensor)
+            if optimizer is not None:
+                _load_state(optimizer, parameter, name, tensors)
+
+
+def _load_state(
+    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, name: str, tensors: dict[str, torch.Tensor]
+) -> None:
+    suffix = f".{name}"
+    for full_name, tensor in tensors.items():
+        if full_name.startswith("optimizer.") and full_name.endswith(suffix):
+            key = full_name[len("optimizer.") : -len(suffix)]
+            if "." not in key:  # else it is the state of a longer name that ends alike
+                # A scalar is the fused optimizer's step count; it lives beside the parameter, as torch makes it.
+                optimizer.state[parameter][key] = tensor.to(parameter.device)

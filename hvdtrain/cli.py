@@ -1,0 +1,140 @@
+"""The commands. No logic: each one reads its words and calls the module that does the work."""
+
+import argparse
+import json
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from hvdtrain.comm.world import World
+from hvdtrain.errors import EXIT_CRASH, EXIT_OK, ConfigError
+from hvdtrain.version import __version__
+
+
+class _Parser(argparse.ArgumentParser):
+    """Wrong words become a ConfigError, so that one rank speaks instead of all."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}\n{self.format_usage().rstrip()}")
+
+
+class _TrainHelp(argparse.Action):
+    """``train --help`` shows every option of a recipe; the recipes' room is loaded only then."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str):
+        super().__init__(option_strings, dest, nargs=0, help="show this and every key of a recipe")
+
+    def __call__(self, parser, namespace, values, option_string=None) -> NoReturn:
+        from hvdtrain.config import describe_options, recipe_names
+
+        parser.print_help()
+        print(f"\nrecipes: {', '.join(recipe_names())}\n\nkeys of a recipe (type, default, meaning):")
+        for row in describe_options():
+            head = f"  {row.key:<26} {row.type:<22} {row.default:<11} "
+            print(textwrap.fill(row.meaning, 120, initial_indent=head, subsequent_indent=" " * len(head)))
+        parser.exit()
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="hvdtrain", description="Train Transformers as batch jobs on one or many ranks.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train a recipe, or go on with it", add_help=False)
+    train.add_argument("recipe", metavar="RECIPE", help="name of a built-in recipe, or path of a .yaml file")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="settings on top of the recipe: optim.lr=3e-4")
+    train.add_argument("--run-dir", type=Path, metavar="DIR", help="where the run is kept (default: runs/RECIPE)")
+    train.add_argument(
+        "--resume", default="auto", metavar="auto|never|DIR",
+        help="go on from the newest whole checkpoint in the run folder (auto, the default), "
+        "refuse a folder that holds a run (never), or go on from another run (DIR)",
+    )  # fmt: skip
+    train.add_argument("-h", "--help", action=_TrainHelp)
+
+    evaluate = commands.add_parser("evaluate", help="scores of a trained run on a whole split")
+    evaluate.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    evaluate.add_argument("--data", type=Path, metavar="DIR", help="other shards than the run's own")
+    evaluate.add_argument("--split", default="val", choices=["train", "val", "test"], help="default: val")
+
+    generate = commands.add_parser("generate", help="text from a trained run")
+    generate.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    generate.add_argument("--prompt", required=True, metavar="TEXT")
+    generate.add_argument("--max-tokens", type=int, default=200, metavar="N", help="default: 200")
+    generate.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0: greedy; default: 0.8")
+    generate.add_argument("--top-k", type=int, default=0, metavar="K", help="0: all tokens (default)")
+    generate.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus; 1: all tokens (default)")
+    generate.add_argument("--seed", type=int, default=1, metavar="N", help="default: 1")
+
+    report = commands.add_parser("report", help="table and loss.png of one or several runs")
+    report.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR")
+    report.add_argument("--out", type=Path, metavar="FILE", help="default: loss.png in the first run folder")
+
+    commands.add_parser("doctor", help="what is installed, and a real two-rank all-reduce")
+    return parser
+
+
+def run(argv: Sequence[str], world: World) -> int:
+    """Run one command; returns the exit code, raises HvdtrainError."""
+    words = _parse_train(argv) if argv[:1] == ["train"] else make_parser().parse_args(argv)
+    return _COMMANDS[words.command](words, world)
+
+
+def _parse_train(argv: Sequence[str]) -> argparse.Namespace:
+    # Options may stand between overrides; argparse alone would then take the later overrides for strangers.
+    words, rest = make_parser().parse_known_args(argv)
+    strangers = [word for word in rest if word.startswith("-") or "=" not in word]
+    if strangers:
+        raise ConfigError(f"unknown argument {strangers[0]!r}; settings are given as key=value")
+    words.overrides += rest
+    return words
+
+
+def _train(words: argparse.Namespace, world: World) -> int:
+    from hvdtrain.train import train
+
+    train(words.recipe, words.overrides, words.run_dir, words.resume, world)
+    return EXIT_OK
+
+
+def _evaluate(words: argparse.Namespace, world: World) -> int:
+    from hvdtrain.evaluate import evaluate
+
+    scores = evaluate(words.run_dir, words.data, words.split, world)
+    if world.is_main:
+        print(json.dumps(scores))
+    return EXIT_OK
+
+
+def _generate(words: argparse.Namespace, world: World) -> int:
+    from pydantic import ValidationError
+
+    from hvdtrain.generate import SamplingOptions, generate
+
+    try:
+        names = ("max_tokens", "temperature", "top_k", "top_p", "seed")
+        options = SamplingOptions(**{name: getattr(words, name) for name in names})
+    except ValidationError as error:
+        problem = error.errors()[0]
+        flag = str(problem["loc"][0]).replace("_", "-")
+        raise ConfigError(f"--{flag} {problem['input']}: {problem['msg'].lower()}") from None
+    print(generate(words.run_dir, words.prompt, options, world))
+    return EXIT_OK
+
+
+def _report(words: argparse.Namespace, world: World) -> int:
+    from hvdtrain.report import report
+
+    print(report(words.run_dirs, words.out))
+    return EXIT_OK
+
+
+def _doctor(words: argparse.Namespace, world: World) -> int:
+    from hvdtrain.doctor import doctor
+
+    table, healthy = doctor()
+    print(table)
+    return EXIT_OK if healthy else EXIT_CRASH
+
+
+_COMMANDS = {"train": _train, "evaluate": _evaluate, "generate": _generate, "report": _report, "doctor": _doctor}

@@ -1,0 +1,56 @@
+"""Join the world, and leave it in good order whatever happens.
+
+    all ranks fail at the same point     rank 0 says why; all close and exit with the error's code
+    one rank fails alone                 it says why, with its rank and host, and ends the whole job at once
+"""
+
+import os
+import socket
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from hvdtrain.comm.group import Group
+from hvdtrain.comm.local_group import LocalGroup
+from hvdtrain.comm.world import World
+from hvdtrain.errors import EXIT_CRASH, HvdtrainError, describe, report, say
+
+
+@contextmanager
+def open_group(world: World) -> Iterator[Group]:
+    """Yield the group of all ranks (collective). Horovod and MPI are loaded only where there is more than one."""
+    if world.size == 1:
+        yield LocalGroup()
+        return
+    from hvdtrain.comm.horovod_group import HorovodGroup
+
+    group = HorovodGroup(world)
+    try:
+        yield group
+    except HvdtrainError as error:
+        if error.on_all_ranks:
+            report(error, world.is_main)
+            group.close()
+            raise
+        say(f"[rank {world.rank} on {socket.gethostname()}] {describe(error)}")
+        group.abort(error.exit_code)
+    except BaseException as error:
+        traceback.print_exc()
+        say(f"[rank {world.rank} on {socket.gethostname()}] {type(error).__name__}: {error}")
+        group.abort(EXIT_CRASH)
+    else:
+        group.close()
+
+
+def threads_of_rank(group: Group) -> int:
+    """Compute threads for this rank (collective): its share of the cores that it and its neighbours may run on.
+
+    OMP_NUM_THREADS, where set, is obeyed. A launcher that binds ranks to cores of their own is respected.
+    """
+    mine = (socket.gethostname(), tuple(sorted(os.sched_getaffinity(0))))
+    everyone = group.all_gather_object(mine)
+    if os.environ.get("OMP_NUM_THREADS", "").isdigit():
+        return max(1, int(os.environ["OMP_NUM_THREADS"]))
+    neighbours = [set(cores) for host, cores in everyone if host == mine[0]]
+    share = sum(1 / sum(core in other for other in neighbours) for core in mine[1])
+    return max(1, int(share + 1e-9))

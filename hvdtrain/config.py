@@ -1,0 +1,206 @@
+"""RunConfig: every room's Options in one strict tree, from a YAML recipe plus dotted overrides.
+
+    python -m hvdtrain train demo optim.lr=3e-4 model.layers=8
+
+An unknown key, a wrong type or an impossible value is one ConfigError that names the key and what is valid.
+"""
+
+import difflib
+import json
+import re
+import typing
+from collections.abc import Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import PydanticUndefined
+
+from hvdtrain.checkpoint import CheckpointOptions
+from hvdtrain.errors import ConfigError
+from hvdtrain.metrics import MetricsOptions
+from hvdtrain.models.decoder import DecoderOptions
+from hvdtrain.optim.optimizer import OptimOptions
+from hvdtrain.optim.schedules import ScheduleOptions, check_schedule
+from hvdtrain.options import Options, option
+from hvdtrain.parallel.plan import SyncOptions
+from hvdtrain.tasks import TaskOptions
+
+
+class DataOptions(Options):
+    dir: str = option("data/text", "folder of shards made by data_prep")
+
+
+class TrainOptions(Options):
+    steps: int = option(1000, "optimizer updates of the whole run", ge=1)
+    global_batch: int = option(32, "sequences of one update, over all ranks", ge=1)
+    microbatch: int = option(0, "sequences of one forward pass on a rank; 0: all of the rank's", ge=0)
+
+
+class EvalOptions(Options):
+    every: int = option(250, "steps between evaluations; 0: only at the end", ge=0)
+    rows: int = option(32, "sequences of one forward pass in evaluation", ge=1)
+
+
+class RunConfig(Options):
+    seed: int = option(1, "of weights, data order and dropout", ge=0)
+    precision: Literal["fp32", "bf16"] = option("fp32", "of matrix products (bf16: autocast; weights stay fp32)")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: a GPU per rank where there is one")
+    data: DataOptions = DataOptions()
+    train: TrainOptions = TrainOptions()
+    eval: EvalOptions = EvalOptions()
+    checkpoint: CheckpointOptions = CheckpointOptions()
+    metrics: MetricsOptions = MetricsOptions()
+    model: DecoderOptions = DecoderOptions()
+    task: TaskOptions = TaskOptions()
+    optim: OptimOptions = OptimOptions()
+    schedule: ScheduleOptions = ScheduleOptions()
+    sync: SyncOptions = SyncOptions()
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that make a run what it is: a resumed run must share them. Those that may change (length,
+        microbatch, how often to log, where the data lies) are left out; the data's digest is added by the loop.
+        """
+        whole = flatten(self.model_dump())
+        may_change = re.compile(r"data\.dir|device|train\.(steps|microbatch)|(eval|checkpoint|metrics|sync)\..*")
+        return {key: value for key, value in whole.items() if not may_change.fullmatch(key)}
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML's safe subset, with two traps closed: ``1e-3`` is a number, and a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ConfigError(f"key {key!r} is given twice, the second time before line {node.end_mark.line + 1}")
+        return super().construct_mapping(node, deep)
+
+
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d[\d_]*)?\.?\d+[eE][-+]?\d+"), list("-+.0123456789")
+)
+
+
+def parse_yaml(text: str, origin: str) -> Any:
+    """Errors: ConfigError naming ``origin`` and the line."""
+    try:
+        return yaml.load(text, _StrictLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{origin}{where} is not valid YAML: {getattr(error, 'problem', error)}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{origin}: {error}") from None
+    except (RecursionError, ValueError) as error:
+        raise ConfigError(f"{origin} is not valid YAML: {error}") from None
+
+
+def recipe_names() -> list[str]:
+    files = resources.files("hvdtrain") / "recipes"
+    return sorted(Path(file.name).stem for file in files.iterdir() if file.name.endswith(".yaml"))
+
+
+def recipe_text(recipe: str) -> str:
+    """The YAML of a built-in recipe, or of a file where ``recipe`` is a path (it has a slash or ends in .yaml)."""
+    if "/" in recipe or recipe.endswith((".yaml", ".yml")):
+        try:
+            return Path(recipe).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read recipe file {recipe}: {getattr(error, 'strerror', error)}") from None
+    if recipe not in recipe_names():
+        raise ConfigError(f"no recipe {recipe!r}; there are: {', '.join(recipe_names())}; or give a path to a .yaml file")
+    return (resources.files("hvdtrain") / "recipes" / f"{recipe}.yaml").read_text(encoding="utf-8")
+
+
+def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """A recipe's settings with ``key=value`` overrides on top.
+
+    Errors: ConfigError, one message for all that is wrong.
+    """
+    tree = parse_yaml(recipe_text(recipe), f"recipe {recipe}")
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"recipe {recipe} must be a mapping of keys to values, not {type(tree).__name__}")
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"expected key=value (like optim.lr=3e-4), got {override!r}")
+        _set(tree, key, parse_yaml(text, f"value of {key}"))
+    return make_config(tree, f"recipe {recipe}")
+
+
+def make_config(tree: dict[str, Any], origin: str) -> RunConfig:
+    try:
+        config = RunConfig.model_validate(tree)
+    except ValidationError as error:
+        problems = [_explain(problem) for problem in error.errors()]
+        raise ConfigError(f"{origin}: " + "; ".join(problems)) from None
+    check_schedule(config.schedule, config.optim.lr, config.train.steps)
+    return config
+
+
+def dump_yaml(config: RunConfig) -> str:
+    return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+def _set(tree: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        child = tree.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"unknown key {key!r}: {parent} is a single value, not a group of keys")
+        tree = child
+    tree[last] = value
+
+
+def _explain(problem: Any) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    given = json.dumps(problem["input"], ensure_ascii=False, default=str)
+    if problem["type"] == "extra_forbidden":
+        valid = [row.key for row in describe_options()]
+        close = difflib.get_close_matches(key, valid, n=3, cutoff=0.6)
+        group = [name for name in valid if name.rpartition(".")[0] == key.rpartition(".")[0]]
+        hint = f"did you mean {' or '.join(close)}? " if close else ""
+        return f"unknown key {key!r}; {hint}valid here: {', '.join(group or valid)}"
+    if problem["type"] == "value_error":
+        return f"{key}: {problem['ctx']['error']}" if key else str(problem["ctx"]["error"])
+    return f"{key}={given}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+
+
+# --- describing --------------------------------------------------------------------------------------------------
+
+
+class OptionRow(typing.NamedTuple):
+    key: str
+    type: str
+    default: str
+    meaning: str
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def describe_options(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[OptionRow]:
+    """Every option, in order: dotted key, type, default, meaning with unit."""
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from describe_options(field.annotation, f"{prefix}{name}.")
+            continue
+        values = typing.get_args(field.annotation)
+        kind = "|".join(map(str, values)) if values else field.annotation.__name__
+        default = "required" if field.default is PydanticUndefined else str(field.default).lower()
+        yield OptionRow(f"{prefix}{name}", kind, default, field.description or "")

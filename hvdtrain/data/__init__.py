@@ -1,0 +1,1 @@
+"""Token shards on disk, the order in which they are read, and the batches made of them."""

@@ -1,0 +1,90 @@
+"""Errors a user can act on, each with the exit code that a batch script reads.
+
+An error of this family is printed as one message without a traceback, by one rank, and every rank exits with its
+code. Anything else that escapes is a crash: exit code 70 and a traceback.
+"""
+
+import sys
+
+EXIT_OK = 0
+EXIT_USAGE = 2
+EXIT_BAD_DATA = 65
+EXIT_CRASH = 70
+EXIT_IO = 74
+EXIT_STOPPED_EARLY = 75
+EXIT_DIVERGED = 76
+
+
+class HvdtrainError(Exception):
+    """Base of all errors that carry a message for the user."""
+
+    exit_code = EXIT_CRASH
+    # True: every rank raises this at the same point, so all can leave in good order and rank 0 alone speaks.
+    on_all_ranks = False
+
+
+class ConfigError(HvdtrainError):
+    """Wrong use: an unknown option, a value that cannot be, a batch that the ranks cannot share."""
+
+    exit_code = EXIT_USAGE
+
+
+class LaunchError(ConfigError):
+    """The launcher and this process disagree about how many ranks there are."""
+
+
+class DataError(HvdtrainError):
+    """Input text, shards or a tokenizer that are missing, damaged or not what the run needs."""
+
+    exit_code = EXIT_BAD_DATA
+
+
+class CheckpointError(HvdtrainError):
+    """A checkpoint or run folder that cannot be read, or that belongs to another recipe."""
+
+    exit_code = EXIT_BAD_DATA
+
+
+class OutputError(HvdtrainError):
+    """Writing failed: disk full, quota, read-only file system."""
+
+    exit_code = EXIT_IO
+
+
+class DivergedError(HvdtrainError):
+    """The loss or a gradient is no longer a finite number."""
+
+    exit_code = EXIT_DIVERGED
+    on_all_ranks = True
+
+
+class RankLostError(HvdtrainError):
+    """A collective broke: another rank died or left."""
+
+
+class RankError(HvdtrainError):
+    """Some rank failed, and all agreed on it: carries the lowest such rank's message and exit code to every rank."""
+
+    on_all_ranks = True
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def describe(error: HvdtrainError) -> str:
+    kind = type(error).__name__
+    return str(error) if kind == "RankError" else f"{kind}: {error}"  # a RankError carries its kind in its message
+
+
+def report(error: HvdtrainError, is_main: bool) -> None:
+    """Print ``error`` once: by rank 0, and only the first time it passes by."""
+    if is_main and not getattr(error, "reported", False):
+        say(describe(error))
+    error.reported = True  # type: ignore[attr-defined]
+
+
+def say(message: str) -> None:
+    """One line on standard error, after what standard output still holds back."""
+    sys.stdout.flush()
+    print(f"hvdtrain: {message}", file=sys.stderr, flush=True)

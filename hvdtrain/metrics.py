@@ -1,0 +1,224 @@
+"""What a run says of itself: metrics.jsonl, TensorBoard, a progress bar or plain lines, summary.json.
+
+Rank 0 writes. Numbers that live on the device are read only at the steps that are logged.
+"""
+
+import importlib.metadata
+import json
+import math
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from hvdtrain.data.shards import write_json
+from hvdtrain.errors import DivergedError, OutputError
+from hvdtrain.options import Options, option
+from hvdtrain.parallel.allreduce import StepSums
+
+
+class MetricsOptions(Options):
+    every: int = option(10, "steps between logged lines", ge=1)
+    tensorboard: bool = option(True, "write RUN_DIR/tensorboard")
+
+
+@dataclass
+class StepTimes:
+    """Seconds of one step on the host's clock."""
+
+    data: float = 0.0
+    compute: float = 0.0
+    sync: float = 0.0
+    total: float = 0.0
+
+
+class Metrics:
+    """Collects a run's numbers. All ranks make one and call ``add``; only rank 0 (``is_main``) writes.
+
+    ``tokens``: non-padding target tokens since step 0, of all ranks.
+    """
+
+    def __init__(self, run_dir: Path, options: MetricsOptions, steps: int, is_main: bool, start_step: int, tokens: int):
+        self._options, self._steps, self._is_main, self._run_dir = options, steps, is_main, run_dir
+        self.tokens: Any = tokens
+        self._started = time.perf_counter()
+        self._since = StepTimes()
+        self._start_step, self._steps_since, self._tokens_at_log = start_step, 0, tokens
+        self._rate_tokens, self._rate_s = 0, 0.0  # of all intervals but the first, which holds the start-up
+        self._intervals = 0
+        self._file: TextIO | None = None
+        self._board: _Board | None = None
+        self._bar: Any = None
+        self.last_loss = math.nan
+        if is_main:
+            self._file = _continue_log(run_dir / "metrics.jsonl", start_step)
+            if sys.stderr.isatty():
+                from tqdm import tqdm
+
+                self._bar = tqdm(total=steps, initial=start_step, unit="step", dynamic_ncols=True)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Rate over this process's training, without its first logged interval, evaluation and saving."""
+        return self._rate_tokens / self._rate_s if self._rate_s else 0.0
+
+    @property
+    def wall_s(self) -> float:
+        return time.perf_counter() - self._started
+
+    def add(self, step: int, epoch: int, sums: StepSums, lr: float, times: StepTimes) -> None:
+        """Note one finished step; every ``metrics.every`` steps read it, check it and write it.
+
+        Errors: DivergedError, on all ranks alike, where the loss or the gradient is not finite.
+        """
+        self.tokens = self.tokens + sums.weight
+        for name, value in vars(times).items():
+            setattr(self._since, name, getattr(self._since, name) + value)
+        self._steps_since += 1
+        if self._bar is not None:
+            self._bar.update()
+        if step % self._options.every == 0 or step in (self._start_step + 1, self._steps):
+            self._log(step, epoch, sums, lr)
+
+    def _log(self, step: int, epoch: int, sums: StepSums, lr: float) -> None:
+        loss, grad_norm = sums.loss.item(), sums.grad_norm.item()
+        self.tokens = int(self.tokens)
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise DivergedError(
+                f"step {step}: loss {loss}, gradient norm {grad_norm}; lower optim.lr or lengthen "
+                "schedule.warmup_steps; the last checkpoint is from before"
+            )
+        self.last_loss = loss
+        tokens, seconds, steps = self.tokens - self._tokens_at_log, self._since.total, self._steps_since
+        rate = tokens / seconds if seconds else 0.0
+        if self._intervals > 0:
+            self._rate_tokens += tokens
+            self._rate_s += seconds
+        line = {
+            "kind": "train",
+            "step": step,
+            "epoch": epoch,
+            "tokens": self.tokens,
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": grad_norm,
+            "tokens_per_s": round(rate, 1),
+            "time_data_s": round(self._since.data / steps, 6),
+            "time_compute_s": round(self._since.compute / steps, 6),
+            "time_sync_s": round(self._since.sync / steps, 6),
+            "wall_s": round(self.wall_s, 3),
+        }
+        self._intervals += 1
+        self._tokens_at_log, self._steps_since, self._since = self.tokens, 0, StepTimes()
+        self._write(line, f"loss {loss:.4f}  lr {lr:.2e}  grad {grad_norm:.2f}  {rate:,.0f} tokens/s")
+
+    def add_evaluation(self, step: int, scores: dict[str, float]) -> None:
+        self._write({"kind": "eval", "step": step, **scores}, "  ".join(f"{k} {v:.4f}" for k, v in scores.items()))
+
+    def say(self, message: str) -> None:
+        """Print one line for the user, from rank 0."""
+        if self._bar is not None:
+            self._bar.write(message, file=sys.stderr)
+        elif self._is_main:
+            print(message, flush=True)
+
+    def _write(self, line: dict[str, Any], text: str) -> None:
+        if not self._is_main:
+            return
+        try:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+            if self._options.tensorboard:
+                self._board = self._board or _Board(self._run_dir / "tensorboard", self._start_step)
+                self._board.add(line)
+        except OSError as error:
+            raise OutputError(f"cannot write {self._run_dir}/metrics.jsonl: {error.strerror or error}") from error
+        if self._bar is not None and line["kind"] == "train":
+            self._bar.set_postfix_str(text)
+        else:
+            width = len(str(self._steps))
+            self.say(f"step {line['step']:>{width}}/{self._steps}  {text}")
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        if self._file is not None:
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+class _Board:
+    """A TensorBoard event file. Made at the first line, so that its imports do not delay the first step."""
+
+    def __init__(self, folder: Path, start_step: int):
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        self._event, self._summary = Event, Summary
+        folder.mkdir(parents=True, exist_ok=True)
+        self._writer = EventFileWriter(str(folder))
+        # Tells TensorBoard to forget what an earlier, killed run wrote beyond the step that this one resumes from.
+        self._writer.add_event(Event(wall_time=time.time(), step=start_step + 1, session_log=SessionLog(status=1)))
+
+    def add(self, line: dict[str, Any]) -> None:
+        numbers = {key: value for key, value in line.items() if isinstance(value, int | float) and key != "step"}
+        values = [self._summary.Value(tag=f"{line['kind']}/{key}", simple_value=value) for key, value in numbers.items()]
+        self._writer.add_event(
+            self._event(wall_time=time.time(), step=line["step"], summary=self._summary(value=values))
+        )
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def _continue_log(path: Path, start_step: int) -> TextIO:
+    """Open metrics.jsonl for appending after ``start_step``; later lines, of a killed run, go."""
+    try:
+        kept = [line for line in read_log(path) if line["step"] <= start_step] if path.exists() else []
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        temporary.replace(path)
+        return open(path, "a", encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last line that a killed run left half-written is dropped."""
+    lines = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
+    return lines
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on, read from the installed packages' metadata."""
+    found = {"python": sys.version.split()[0]}
+    for name in ("hvdtrain", "torch", "horovod", "mpi4py", "h5py", "numpy", "tokenizers", "safetensors"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_state(folder: Path) -> str | None:
+    """``COMMIT`` or ``COMMIT-dirty`` of the source tree that runs; None where it is not a git checkout."""
+    try:
+        command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def write_summary(run_dir: Path, fields: dict[str, Any]) -> None:
+    write_json(run_dir / "summary.json", fields)

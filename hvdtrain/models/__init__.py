@@ -1,0 +1,1 @@
+"""Transformers: layers, and the models made of them."""

@@ -1,0 +1,166 @@
+"""Synchronous data parallelism: sum the gradients of all ranks while backward still runs.
+
+Gradients live in flat buckets, filled in the order in which backward makes them (last layer first). A bucket whose
+gradients are all there starts its ring all-reduce at once:
+
+    backward    [layer 4][layer 3][layer 2][layer 1]
+    all-reduce           [bucket 0 ------][bucket 1 -----][bucket 2 -----]
+    finish                                                                [norm, divide, clip]
+
+Under accumulation the buckets gather the microbatches' sums, and only the last microbatch sends them. The gradient is
+divided once, by the global weight, after the sum; the norm that clips it is that of the divided global gradient.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from hvdtrain.comm.group import Group, Pending
+from hvdtrain.options import Options, option
+
+
+class AllReduceOptions(Options):
+    bucket_mib: float = option(16.0, "gradients sent as one all-reduce (MiB)", gt=0)
+
+
+@dataclass(frozen=True)
+class StepSums:
+    """What all ranks know after a step: scalar fp64 tensors, read when someone needs the number."""
+
+    loss: torch.Tensor  # mean over the global batch's targets
+    weight: torch.Tensor  # number of targets in the global batch
+    grad_norm: torch.Tensor  # of the global mean gradient, before clipping
+
+
+class _Bucket:
+    """Some parameters whose gradients are neighbours in one flat buffer."""
+
+    def __init__(self, number: int, members: list[tuple[int, nn.Parameter]]):
+        self.name = f"hvdtrain.gradients.{number}"
+        self.members = members
+        first = members[0][1]
+        self.flat = torch.zeros(sum(p.numel() for _, p in members), dtype=first.dtype, device=first.device)
+        self.views = [
+            piece.view_as(p)
+            for piece, (_, p) in zip(self.flat.split([p.numel() for _, p in members]), members, strict=True)
+        ]
+        self.missing = len(members)
+        self.pending: Pending | None = None
+
+
+class AllReduceSync:
+    """Replicas are equal after every step: each applies the same global gradient.
+
+    One step:  ``start()``, then for each microbatch backward (``last()`` before the last one's), then
+    ``finish(loss_sum, weight, max_norm)``, then ``step(optimizer, lr)``. All ranks of ``group`` do the same.
+
+    A parameter that no rank used in the step ends with ``grad = None``, so that the optimizer leaves it alone; one that
+    some ranks used gets the sum of theirs.
+    """
+
+    def __init__(self, model: nn.Module, group: Group, options: AllReduceOptions):
+        self._group = group
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._buckets = _fill_buckets(self._parameters, int(options.bucket_mib * (1 << 20)))
+        self._bucket_of = {number: bucket for bucket in self._buckets for number, _ in bucket.members}
+        self._device = self._parameters[0].device
+        self._used = torch.zeros(len(self._parameters), dtype=torch.bool)
+        self._sent: set[int] = set()
+        self._is_last = False
+        self._hooks = [
+            p.register_post_accumulate_grad_hook(self._hook(number)) for number, p in enumerate(self._parameters)
+        ]
+
+    def start(self) -> None:
+        """Empty the gradients for a new step (local)."""
+        for bucket in self._buckets:
+            bucket.flat.zero_()
+            bucket.missing, bucket.pending = len(bucket.members), None
+            for (_, parameter), view in zip(bucket.members, bucket.views, strict=True):
+                parameter.grad = view
+        self._used.zero_()
+        self._sent.clear()
+        self._is_last = False
+
+    def last(self) -> None:
+        """From now on gradients are complete as they come: the next backward sends them (local)."""
+        self._is_last = True
+
+    def finish(self, loss_sum: torch.Tensor, weight: int, max_norm: float) -> StepSums:
+        """Wait for the sums; leave in each ``grad`` the global mean gradient, clipped to ``max_norm`` (0: not).
+
+        loss_sum: scalar, this rank's sum of losses over its microbatches; weight: its number of targets.
+        """
+        for bucket in self._buckets:  # those that backward did not fill: somebody else may have
+            if bucket.pending is None:
+                self._send(bucket)
+        sums = torch.empty(2 + len(self._used), dtype=torch.float64, device=self._device)
+        sums[0], sums[1] = loss_sum.double(), weight
+        sums[2:] = self._used
+        self._group.all_reduce_sum(sums, "hvdtrain.sums")
+        for bucket in self._buckets:
+            bucket.pending.wait()
+        self._drop_unused(sums[2:])
+        norms = torch._foreach_norm([bucket.flat for bucket in self._buckets])
+        grad_norm = torch.linalg.vector_norm(torch.stack(norms).double()) / sums[1]
+        scale = 1.0 / sums[1]
+        if max_norm > 0:
+            scale = scale * torch.clamp(max_norm / (grad_norm + 1e-6), max=1.0)
+        torch._foreach_mul_([bucket.flat for bucket in self._buckets], scale.to(self._buckets[0].flat.dtype))
+        return StepSums(sums[0] / sums[1], sums[1], grad_norm)
+
+    def step(self, optimizer: torch.optim.Optimizer, lr: float) -> None:
+        """Apply the gradient (local: every rank does the same)."""
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _hook(self, number: int) -> Callable[[torch.Tensor], None]:
+        bucket = self._bucket_of[number]
+
+        def gradient_is_there(parameter: torch.Tensor) -> None:
+            self._used[number] = True
+            # Once a step, even where recomputation makes autograd come by twice.
+            if self._is_last and number not in self._sent:
+                self._sent.add(number)
+                bucket.missing -= 1
+                if bucket.missing == 0:
+                    self._send(bucket)
+
+        return gradient_is_there
+
+    def _send(self, bucket: _Bucket) -> None:
+        for (_, parameter), view in zip(bucket.members, bucket.views, strict=True):
+            if parameter.grad is not view:  # autograd put another tensor there
+                view.copy_(parameter.grad) if parameter.grad is not None else view.zero_()
+                parameter.grad = view
+        bucket.pending = self._group.all_reduce_sum_async(bucket.flat, bucket.name)
+
+    def _drop_unused(self, users: torch.Tensor) -> None:
+        if self._used.all():  # no need to ask the device: what this rank used, somebody used
+            return
+        for number in (users == 0).nonzero().flatten().tolist():
+            self._parameters[number].grad = None
+
+
+def _fill_buckets(parameters: Sequence[nn.Parameter], bucket_bytes: int) -> list[_Bucket]:
+    """Cut the parameters, last first, into runs of at most ``bucket_bytes`` (a larger parameter has its own)."""
+    runs: list[list[tuple[int, nn.Parameter]]] = []
+    size = 0
+    for number in reversed(range(len(parameters))):
+        parameter = parameters[number]
+        bytes_ = parameter.numel() * parameter.element_size()
+        fits = runs and size + bytes_ <= bucket_bytes and runs[-1][0][1].dtype == parameter.dtype
+        if fits:
+            runs[-1].append((number, parameter))
+            size += bytes_
+        else:
+            runs.append([(number, parameter)])
+            size = bytes_
+    return [_Bucket(number, run) for number, run in enumerate(runs)]

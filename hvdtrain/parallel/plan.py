@@ -1,0 +1,89 @@
+"""Composes a run: one replica (the cut) and how replicas agree (the sync).
+
+Two independent questions. A cut or a sync is one file and one line in its table; the loop never learns its name.
+"""
+
+import contextlib
+from typing import Literal
+
+import torch
+from torch import nn
+
+from hvdtrain.comm.group import Group
+from hvdtrain.data.batch import Batch
+from hvdtrain.data.sampler import derive
+from hvdtrain.options import Options, option
+from hvdtrain.parallel.allreduce import AllReduceOptions, AllReduceSync, StepSums
+from hvdtrain.tasks.task import Task
+
+SYNCS = {
+    "allreduce": AllReduceSync,
+}
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
+
+
+class SyncOptions(Options):
+    name: Literal["allreduce"] = option("allreduce", "how replicas agree; allreduce: sum gradients every step")
+    allreduce: AllReduceOptions = AllReduceOptions()
+
+
+class Plan:
+    """One replica per rank, kept equal by ``sync``. Making it copies rank 0's parameters to all (collective).
+
+    ``replicas`` and ``replica``: how many share the data, and which of them this rank belongs to.
+    """
+
+    def __init__(self, model: nn.Module, group: Group, options: SyncOptions, precision: str, seed: int):
+        self.model, self.group = model, group
+        self.replicas, self.replica = group.size, group.rank
+        self.device = next(model.parameters()).device
+        self._precision, self._seed = PRECISIONS[precision], seed
+        for number, parameter in enumerate(model.parameters()):
+            group.broadcast(parameter.data, 0, f"hvdtrain.start.{number}")
+        self.sync = SYNCS[options.name](model, group, getattr(options, options.name))
+        self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        self._weight = 0
+
+    def forward_backward(self, microbatches: list[Batch], task: Task, step: int) -> None:
+        """Sums of loss and gradient over this rank's microbatches; gradients already travel while backward runs.
+
+        Dropout's random numbers depend on (seed, step, replica) alone, so a resumed run draws the same ones and no
+        random state has to be stored.
+        """
+        torch.manual_seed(derive(self._seed, step, self.replica, 2))
+        self.sync.start()
+        self._loss_sum.zero_()
+        self._weight = 0
+        for number, batch in enumerate(microbatches):
+            with self.autocast():
+                loss = task.loss(self.model, batch)
+            if number == len(microbatches) - 1:
+                self.sync.last()
+            loss.total.backward()
+            self._loss_sum += loss.total.detach()
+            self._weight += loss.weight
+
+    def finish(self, max_norm: float) -> StepSums:
+        """Global loss and gradient norm of the step; gradients summed, divided by the global weight, clipped."""
+        return self.sync.finish(self._loss_sum, self._weight, max_norm)
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        if self._precision is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self._precision)
+
+    @torch.no_grad()
+    def evaluate(self, batches, task: Task) -> dict[str, float]:
+        """Scores of a split whose batches are shared by the ranks: exact for any number of them (collective)."""
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        self.model.eval()
+        for batch in batches:
+            with self.autocast():
+                loss = task.loss(self.model, batch)
+            sums[0] += loss.total.double()
+            sums[1] += loss.weight
+        self.model.train()
+        self.group.all_reduce_sum(sums, "hvdtrain.evaluation")
+        total, weight = sums.tolist()
+        return task.scores(total, weight)

@@ -1,0 +1,63 @@
+"""Opens what a run left behind: its configuration, its data and its newest whole checkpoint."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from hvdtrain import checkpoint
+from hvdtrain.comm.device import pick_device
+from hvdtrain.comm.group import Group
+from hvdtrain.comm.world import World
+from hvdtrain.config import RunConfig, make_config, parse_yaml
+from hvdtrain.data.shards import Manifest, read_manifest
+from hvdtrain.errors import CheckpointError, ConfigError
+from hvdtrain.models.decoder import Decoder
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A model with its trained parameters, in evaluation mode on ``device``."""
+
+    config: RunConfig
+    model: Decoder
+    device: torch.device
+    step: int
+    data_dir: Path
+    manifest: Manifest
+
+
+def read_config(run_dir: Path) -> RunConfig:
+    """The resolved configuration of a run. Errors: CheckpointError where there is none."""
+    path = run_dir / "config.yaml"
+    try:
+        tree = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+        return make_config(tree if isinstance(tree, dict) else {}, str(path))
+    except FileNotFoundError:
+        raise CheckpointError(f"{run_dir} is not a run folder: it has no config.yaml") from None
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+    except (ConfigError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"the run's configuration is damaged: {error}") from None
+
+
+def open_run(run_dir: Path, world: World, group: Group, data_dir: Path | None = None) -> TrainedRun:
+    """Load a run's newest whole checkpoint (collective).
+
+    Errors: on all ranks; CheckpointError where there is no checkpoint, DataError where the data does not fit it.
+    """
+    config = group.together(lambda: read_config(run_dir))
+    found = checkpoint.newest_valid(run_dir, group)
+
+    def prepare() -> TrainedRun:
+        if found is None:
+            raise CheckpointError(f"{run_dir} has no whole checkpoint yet; run `python -m hvdtrain train` to its end")
+        folder, progress, _ = found
+        where = data_dir or Path(config.data.dir)
+        manifest = read_manifest(where)
+        device, _ = pick_device(config.device, world, group)
+        model = Decoder(config.model, manifest.vocab_size).to(device)
+        checkpoint.load(folder, model)
+        return TrainedRun(config, model.eval(), device, progress.step, where, manifest)
+
+    return group.together(prepare)

@@ -1,0 +1,300 @@
+"""The training loop, to be read from top to bottom. It never names a mode."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hvdtrain import checkpoint
+from hvdtrain.checkpoint import Progress
+from hvdtrain.comm.device import pick_device
+from hvdtrain.comm.group import Group
+from hvdtrain.comm.session import open_group, threads_of_rank
+from hvdtrain.comm.world import World
+from hvdtrain.config import RunConfig, dump_yaml, load_config
+from hvdtrain.data.loader import TrainLoader, eval_batches
+from hvdtrain.data.sampler import WindowSampler, share_of
+from hvdtrain.data.shards import Manifest, TokenStream, read_manifest, writing
+from hvdtrain.errors import CheckpointError, ConfigError, DataError, OutputError
+from hvdtrain.metrics import Metrics, StepTimes, git_state, versions, write_summary
+from hvdtrain.models.decoder import Decoder
+from hvdtrain.optim.optimizer import make_optimizer
+from hvdtrain.optim.schedules import learning_rate
+from hvdtrain.parallel.plan import Plan
+from hvdtrain.tasks import TASKS
+
+
+def train(recipe: str, overrides: Sequence[str], run_dir: Path | None, resume: str, world: World) -> dict[str, Any]:
+    """Train a recipe in ``run_dir`` (default ``runs/RECIPE``) and return its summary. Every rank calls this.
+
+    resume: ``auto`` continues what is in ``run_dir``, ``never`` refuses to, a path continues that run in ``run_dir``.
+    """
+    with open_group(world) as group:
+        config = group.together(lambda: load_config(recipe, overrides))
+        group.agree(config.model_dump(), "the configuration")
+        run_dir = run_dir or Path("runs") / Path(recipe).stem
+        return _Run(config, run_dir, resume, world, group).run()
+
+
+@dataclass(frozen=True)
+class _Data:
+    """What a rank reads: checked, opened, nothing read yet but headers."""
+
+    manifest: Manifest
+    train: TokenStream
+    val: TokenStream
+    sampler: WindowSampler
+
+
+class _Run:
+    """One run on one rank. ``run`` is the walk; the rest is what it needs before and after."""
+
+    def __init__(self, config: RunConfig, run_dir: Path, resume: str, world: World, group: Group):
+        self.config, self.run_dir, self.world, self.group = config, run_dir, world, group
+        self.is_main = group.rank == 0
+        torch.set_num_threads(threads_of_rank(group))
+        # Everything that can be wrong with the input is found here, on all ranks, before the first collective.
+        self.share = group.together(
+            lambda: share_of(config.train.global_batch, config.train.microbatch, group.rank, group.size)
+        )
+        self.data = group.together(lambda: _open_data(config))
+        group.agree(self.data.manifest.data_digest, f"the data in {config.data.dir}")
+        self.device, self.fallbacks = group.together(lambda: pick_device(config.device, world, group))
+        self.identity = {**config.identity(), "data_digest": self.data.manifest.data_digest}
+        self.progress, self.resumed_from = self._find_progress(resume)
+
+    def run(self) -> dict[str, Any]:
+        config, progress = self.config, self.progress
+        if progress.step >= config.train.steps and (done := self.group.together(self._finished_summary)):
+            if self.is_main:
+                print(f"hvdtrain: {self.run_dir} is finished ({progress.step} steps); to train on, raise train.steps")
+            return done
+        self.group.together(self._prepare_folder)
+
+        task = TASKS[config.task.name]()
+        model = Decoder(config.model, self.data.manifest.vocab_size)
+        model.initialise(config.seed)
+        model.to(self.device).train()
+        optimizer = make_optimizer(model, config.optim)
+        if self.resumed_from:
+            self.group.together(lambda: checkpoint.load(self.resumed_from, model, optimizer))
+        plan = Plan(model, self.group, config.sync, config.precision, config.seed)
+        loader = TrainLoader(self.data.train, self.data.sampler, self.share, config.train.global_batch, self.device)
+        loader.rows_consumed = progress.rows_consumed
+        steps = config.train.steps
+        metrics = Metrics(self.run_dir, config.metrics, steps, self.is_main, progress.step, progress.tokens)
+        self._announce(metrics, model)
+        best, scores, startup_s = progress.best_val_loss, {}, None
+
+        for step in range(progress.step + 1, steps + 1):
+            clock = _Clock()
+            microbatches = loader.next_step()
+            clock.lap("data")
+            plan.forward_backward(microbatches, task, step)
+            clock.lap("compute")
+            sums = plan.finish(config.optim.clip_norm)
+            clock.lap("sync")
+            lr = learning_rate(config.schedule, config.optim.lr, steps, step - 1)
+            plan.sync.step(optimizer, lr)
+            clock.lap("compute")
+            metrics.add(step, loader.epoch, sums, lr, clock.stop())
+            startup_s = startup_s or _seconds_since_process_start()
+
+            if _due(step, config.eval.every, steps):
+                scores = plan.evaluate(self._val_batches(), task)
+                best = scores["val_loss"] if best is None else min(best, scores["val_loss"])
+                metrics.add_evaluation(step, scores)
+            if _due(step, config.checkpoint.every, steps):
+                progress = self._progress(step, loader, int(metrics.tokens), best)
+                checkpoint.save(self.run_dir, model, optimizer, progress, self.group, config.checkpoint)
+                metrics.say(f"step {step}: saved {checkpoint.folder_of(self.run_dir, step)}")
+
+        if not scores:  # resumed after the last step, but before its summary was written
+            scores = plan.evaluate(self._val_batches(), task)
+            best = scores["val_loss"] if best is None else min(best, scores["val_loss"])
+        metrics.close()
+        summary = self._summary(progress, scores, best, metrics, startup_s)
+        self.group.together(lambda: write_summary(self.run_dir, summary) if self.is_main else None)
+        plan.sync.close()
+        return summary
+
+    def _val_batches(self):
+        config = self.config
+        return eval_batches(
+            self.data.val, config.model.context, config.eval.rows, self.group.rank, self.group.size, self.device
+        )
+
+    def _find_progress(self, resume: str) -> tuple[Progress, Path | None]:
+        """Where to begin: at a checkpoint, or at step 0."""
+        source = self.run_dir if resume in ("auto", "never") else Path(resume)
+        if resume == "never":
+            self.group.together(self._refuse_to_overwrite)
+            return Progress(), None
+        found = checkpoint.newest_valid(source, self.group)
+        if found is None:
+            self.group.together(lambda: _check_nothing_is_lost(source, explicit=source != self.run_dir))
+            return Progress(), None
+        folder, progress, damaged = found
+        self.group.together(lambda: _check_identity(folder, progress, self.identity))
+        self.fallbacks += [f"damaged checkpoint skipped: {problem}" for problem in damaged]
+        return progress, folder
+
+    def _refuse_to_overwrite(self) -> None:
+        if self.is_main and (checkpoint.steps_saved(self.run_dir) or (self.run_dir / "summary.json").exists()):
+            raise ConfigError(
+                f"{self.run_dir} already holds a run; use --resume auto to go on with it, or another --run-dir"
+            )
+
+    def _finished_summary(self) -> dict[str, Any] | None:
+        """The summary of a run that has nothing left to do, or None where it was not written yet."""
+        try:
+            summary = json.loads((self.run_dir / "summary.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        finished = isinstance(summary, dict) and summary.get("step") == self.progress.step
+        return summary if finished else None
+
+    def _prepare_folder(self) -> None:
+        if not self.is_main:
+            return
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"cannot make run folder {self.run_dir}: {error.strerror}") from None
+        with writing(self.run_dir / "config.yaml") as temporary:
+            temporary.write_text(dump_yaml(self.config), encoding="utf-8")
+
+    def _announce(self, metrics: Metrics, model: Decoder) -> None:
+        world, share = self.world, self.share
+        parameters = sum(p.numel() for p in model.parameters())
+        passes = share.count // share.microbatch
+        metrics.say(
+            f"hvdtrain: {self.group.size} ranks ({world.launcher}, {self.group.backend}), {self.device.type}, "
+            f"{torch.get_num_threads()} threads a rank, {self.config.precision}"
+        )
+        metrics.say(
+            f"hvdtrain: {parameters:,} parameters; {len(self.data.train):,} training tokens; a step is "
+            f"{self.config.train.global_batch} x {self.config.model.context} tokens = {self.group.size} ranks x "
+            f"{passes} microbatches x {share.microbatch} sequences"
+        )
+        if self.resumed_from:
+            metrics.say(f"hvdtrain: resumed from {self.resumed_from}")
+        for fallback in self.fallbacks:
+            metrics.say(f"hvdtrain: note: {fallback}")
+
+    def _progress(self, step: int, loader: TrainLoader, tokens: int, best: float | None) -> Progress:
+        own = sum(self.group.all_gather_object(loader.fingerprint))
+        return replace(
+            self.progress,
+            step=step,
+            rows_consumed=loader.rows_consumed,
+            tokens=tokens,
+            fingerprint=(self.progress.fingerprint + own) % (1 << 64),
+            best_val_loss=best,
+            identity=self.identity,
+            world_size=self.group.size,
+            versions=versions(),
+        )
+
+    def _summary(
+        self, progress: Progress, scores: dict[str, float], best: float | None, metrics: Metrics, startup_s: float | None
+    ) -> dict[str, Any]:
+        return {
+            "status": "finished",
+            "step": progress.step,
+            "tokens": progress.tokens,
+            **scores,
+            "best_val_loss": best,
+            "train_loss": None if math.isnan(metrics.last_loss) else metrics.last_loss,
+            "tokens_per_s": round(metrics.tokens_per_s, 1),
+            "wall_s": round(metrics.wall_s, 3),
+            "startup_s": startup_s and round(startup_s, 3),
+            "world_size": self.group.size,
+            "threads_per_rank": torch.get_num_threads(),
+            "launcher": self.world.launcher,
+            "backend": self.group.backend,
+            "device": self.device.type,
+            "precision": self.config.precision,
+            "data_digest": self.data.manifest.data_digest,
+            "sample_digest": f"{progress.fingerprint:016x}",
+            "fallbacks": self.fallbacks,
+            "versions": versions(),
+            "git": git_state(Path(__file__).parent),
+        }
+
+
+class _Clock:
+    """Laps of one step, in seconds."""
+
+    def __init__(self) -> None:
+        self._times = StepTimes()
+        self._started = self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        setattr(self._times, name, getattr(self._times, name) + now - self._last)
+        self._last = now
+
+    def stop(self) -> StepTimes:
+        self._times.total = time.perf_counter() - self._started
+        return self._times
+
+
+def _due(step: int, every: int, last: int) -> bool:
+    return step == last or (every > 0 and step % every == 0)
+
+
+def _open_data(config: RunConfig) -> _Data:
+    folder = Path(config.data.dir)
+    manifest = read_manifest(folder)
+    train_stream = TokenStream(folder, manifest, "train")
+    if not manifest.split("val"):
+        raise DataError(f"{folder} has no val shards; prepare it again with --val-fraction above 0")
+    val_stream = TokenStream(folder, manifest, "val")
+    if len(val_stream) < config.model.context + 1:
+        raise DataError(
+            f"the val split of {folder} has {len(val_stream)} tokens, fewer than one context: "
+            f"model.context={config.model.context} needs {config.model.context + 1}; "
+            "prepare it again with a larger --val-fraction, or lower model.context"
+        )
+    sampler = WindowSampler(len(train_stream), config.model.context, config.seed)
+    return _Data(manifest, train_stream, val_stream, sampler)
+
+
+def _check_identity(folder: Path, progress: Progress, identity: dict[str, Any]) -> None:
+    """Errors: ConfigError that lists what differs between the run in ``folder`` and this one."""
+    saved = dict(progress.identity or {})
+    differing = [
+        f"{key} was {saved.get(key)!r} and is now {identity.get(key)!r}"
+        for key in sorted({*saved, *identity})
+        if saved.get(key) != identity.get(key)
+    ]
+    if differing:
+        raise ConfigError(
+            f"{folder.parent.parent} is the run of another recipe: {'; '.join(differing)}; "
+            "give another --run-dir, or the settings of that run"
+        )
+
+
+def _check_nothing_is_lost(source: Path, explicit: bool) -> None:
+    """No checkpoint is whole: starting anew is right only where there never was one."""
+    if steps := checkpoint.steps_saved(source):
+        raise CheckpointError(
+            f"{source} has {len(steps)} checkpoints and none is whole (newest: step {steps[0]}); "
+            "restore one, or give another --run-dir to start anew"
+        )
+    if explicit:
+        raise CheckpointError(f"--resume {source}: there is no checkpoint")
+
+
+def _seconds_since_process_start() -> float:
+    """Wall time since this process began, imports and all (Linux)."""
+    started_ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    uptime_s = float(Path("/proc/uptime").read_text().split()[0])
+    return uptime_s - started_ticks / os.sysconf("SC_CLK_TCK")
