@@ -10,6 +10,7 @@ from hvdtrain.comm.world import World
 from hvdtrain.data.loader import eval_batches
 from hvdtrain.data.shards import TokenStream
 from hvdtrain.errors import DataError
+from hvdtrain.models.cpu import use_fast_fp32
 from hvdtrain.parallel.plan import Plan
 from hvdtrain.run_folder import open_run
 from hvdtrain.tasks import TASKS
@@ -21,6 +22,8 @@ def evaluate(run_dir: Path, data_dir: Path | None, split: str, world: World) -> 
         torch.set_num_threads(threads_of_rank(group))
         run = open_run(run_dir, world, group, data_dir)
         config = run.config
+        if run.device.type == "cpu":
+            use_fast_fp32()
 
         def open_split() -> TokenStream:
             trained = run.model.vocab_size

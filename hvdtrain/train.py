@@ -23,6 +23,7 @@ from hvdtrain.data.sampler import WindowSampler, share_of
 from hvdtrain.data.shards import Manifest, TokenStream, read_manifest, writing
 from hvdtrain.errors import CheckpointError, ConfigError, DataError, OutputError
 from hvdtrain.metrics import Metrics, StepTimes, git_state, versions, write_summary
+from hvdtrain.models.cpu import use_fast_fp32
 from hvdtrain.models.decoder import Decoder
 from hvdtrain.optim.optimizer import make_optimizer
 from hvdtrain.optim.schedules import learning_rate
@@ -66,6 +67,7 @@ class _Run:
         self.data = group.together(lambda: _open_data(config))
         group.agree(self.data.manifest.data_digest, f"the data in {config.data.dir}")
         self.device, self.fallbacks = group.together(lambda: pick_device(config.device, world, group))
+        self.matmul = use_fast_fp32() if self.device.type == "cpu" else "cuBLAS"
         self.identity = {**config.identity(), "data_digest": self.data.manifest.data_digest}
         self.progress, self.resumed_from = self._find_progress(resume)
 
@@ -176,7 +178,7 @@ class _Run:
         passes = share.count // share.microbatch
         metrics.say(
             f"hvdtrain: {self.group.size} ranks ({world.launcher}, {self.group.backend}), {self.device.type}, "
-            f"{torch.get_num_threads()} threads a rank, {self.config.precision}"
+            f"{torch.get_num_threads()} threads a rank, {self.config.precision} ({self.matmul})"
         )
         metrics.say(
             f"hvdtrain: {parameters:,} parameters; {len(self.data.train):,} training tokens; a step is "
@@ -221,6 +223,7 @@ class _Run:
             "backend": self.group.backend,
             "device": self.device.type,
             "precision": self.config.precision,
+            "matmul": self.matmul,
             "data_digest": self.data.manifest.data_digest,
             "sample_digest": f"{progress.fingerprint:016x}",
             "fallbacks": self.fallbacks,

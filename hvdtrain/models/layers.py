@@ -92,7 +92,7 @@ class FeedForward(nn.Module):
         if self.gated:
             gate, value = hidden_BTF.chunk(2, dim=-1)
             return self.out(F.silu(gate) * value)
-        return self.out(F.gelu(hidden_BTF, approximate="tanh"))
+        return self.out(F.gelu(hidden_BTF))
 
 
 class Block(nn.Module):

@@ -1,0 +1,44 @@
+"""Makes fp32 matrix products as fast as the processor allows, without giving up fp32.
+
+torch multiplies fp32 matrices with MKL, which leaves AVX-512 unused on AMD processors; oneDNN, also inside torch, uses
+it and is about twice as fast there. The way to it is a switch that *allows* bf16 inside: without a matrix engine oneDNN
+does not take the offer and computes in fp32. Because it is an offer, the result is checked here, and refused where it
+is not fp32. torch's flash attention calls many tiny products, for which oneDNN is slow: with it, attention is computed
+as two batched products instead.
+"""
+
+from pathlib import Path
+
+import torch
+
+
+def use_fast_fp32() -> str:
+    """Choose the library for fp32 matrix products on this processor (local); returns its name, for the record."""
+    if "AuthenticAMD" in _cpu_vendor() and torch.backends.mkldnn.is_available():
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+        if _is_fp32():
+            torch.backends.cuda.enable_flash_sdp(False)  # despite its name, also on the CPU
+            torch.backends.cuda.enable_mem_efficient_sdp(False)
+            return "oneDNN"
+        torch.backends.mkldnn.matmul.fp32_precision = "ieee"
+    return "MKL" if torch.backends.mkl.is_available() else "torch"
+
+
+def _is_fp32() -> bool:
+    """Is the relative error of a product that of fp32 (about 1e-7), and not of bf16 (about 3e-3)?"""
+    generator = torch.Generator().manual_seed(0)
+    for rows, inner, columns in ((256, 128, 192), (33, 511, 65)):
+        left = torch.randn(rows, inner, generator=generator)
+        right = torch.randn(inner, columns, generator=generator)
+        exact = left.double() @ right.double()
+        if torch.linalg.norm(left @ right - exact) > 1e-5 * torch.linalg.norm(exact):
+            return False
+    return True
+
+
+def _cpu_vendor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line for line in lines if line.startswith("vendor_id")), "")
