@@ -37,11 +37,15 @@ def make_parser() -> argparse.ArgumentParser:
     source = argparse.ArgumentParser(add_help=False)
     source.add_argument("--input", type=Path, nargs="+", required=True, metavar="PATH", help="files, or folders")
     source.add_argument("--glob", default="*.txt", help="which files of a folder, at any depth (default: *.txt)")
-    source.add_argument("--exclude", nargs="+", default=[], metavar="NAME", help="files or folders to leave out, by name")
+    source.add_argument(
+        "--exclude", nargs="+", default=[], metavar="NAME", help="files or folders to leave out, by name"
+    )
 
     tokenizer = commands.add_parser("tokenizer", parents=[source], help="train a tokenizer")
     tokenizer.add_argument("--kind", choices=["bpe", "char"], default="bpe", help="default: bpe (byte-level)")
-    tokenizer.add_argument("--vocab-size", type=_positive, default=32768, metavar="N", help="tokens (bpe; default: 32768)")
+    tokenizer.add_argument(
+        "--vocab-size", type=_positive, default=32768, metavar="N", help="tokens (bpe; default: 32768)"
+    )
     tokenizer.add_argument("--out", type=Path, required=True, metavar="FILE", help="tokenizer.json to write")
 
     text = commands.add_parser("text", parents=[source], help="tokenise plain text, one document a file")

@@ -30,7 +30,7 @@ _BATCH_CHARACTERS = 1 << 22  # encoded at once; bounds the memory
 
 @dataclass(frozen=True)
 class TextOptions:
-    """``val_split``: ``hash`` sends each document to validation by a digest of its text, whatever else the corpus holds;
+    """``val_split``: ``hash`` sends each document to validation by a digest of its text, whatever else there is;
     ``tail`` takes the last ``val_fraction`` of the bytes and cuts a document where it must.
     """
 
@@ -39,11 +39,13 @@ class TextOptions:
     shard_tokens: int = 1 << 26
 
 
-def prepare_text(files: Sequence[InputFile], tokenizer_path: Path, out: Path, options: TextOptions) -> tuple[Manifest, bool]:
+def prepare_text(
+    files: Sequence[InputFile], tokenizer_path: Path, out: Path, options: TextOptions
+) -> tuple[Manifest, bool]:
     """Write shards, tokenizer and manifest into ``out``; returns the manifest and whether it was there before.
 
     A preparation that was interrupted is begun anew; one that is complete and of the same input is kept.
-    Errors: DataError for bad text, ConfigError where ``out`` holds shards of other input, OutputError when writing fails.
+    Errors: DataError for bad text, ConfigError where ``out`` holds other shards, OutputError when writing fails.
     """
     tokenizer, end_of_text = load_tokenizer(tokenizer_path)
     source = {
@@ -144,7 +146,9 @@ def _reuse(out: Path, source: dict) -> Manifest:
     for shard in manifest.shards:
         path = out / shard.file
         if not path.exists() or path.stat().st_size != shard.file_bytes:
-            raise DataError(f"{path} is listed in the manifest but missing or truncated; remove {out} and prepare again")
+            raise DataError(
+                f"{path} is listed in the manifest but missing or truncated; remove {out} and prepare again"
+            )
     return manifest
 
 

@@ -1,7 +1,7 @@
 """Trains a tokenizer with Hugging Face `tokenizers` and writes one ``tokenizer.json``.
 
-    bpe    byte-level byte-pair encoding (Sennrich et al. 2016; bytes as in GPT-2): no text is unknown to it
-    char   one token for each character that the input holds; others become <|unk|>
+bpe    byte-level byte-pair encoding (Sennrich et al. 2016; bytes as in GPT-2): no text is unknown to it
+char   one token for each character that the input holds; others become <|unk|>
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,9 @@ def train_tokenizer(files: Sequence[InputFile], kind: str, vocab_size: int, out:
         before = read_json(record_path) if record_path.exists() else {}
         if {key: before.get(key) for key in record} == record:
             return {**before, "reused": True}
-        raise ConfigError(f"{out} exists and was not made from this input and these settings; remove it or choose another --out")
+        raise ConfigError(
+            f"{out} exists and was not made from this input and these settings; remove it or choose another --out"
+        )
     tokenizer = _train_bpe(files, vocab_size) if kind == "bpe" else _train_char(files)
     record |= {
         "vocab_size": tokenizer.get_vocab_size(),
@@ -48,7 +50,9 @@ def train_tokenizer(files: Sequence[InputFile], kind: str, vocab_size: int, out:
 def _train_bpe(files: Sequence[InputFile], vocab_size: int) -> Tokenizer:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if vocab_size <= len(alphabet):
-        raise ConfigError(f"--vocab-size {vocab_size}: byte-level BPE needs more than {len(alphabet)} (bytes and {END_OF_TEXT})")
+        raise ConfigError(
+            f"--vocab-size {vocab_size}: byte-level BPE needs more than {len(alphabet)} (bytes and {END_OF_TEXT})"
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -208,7 +208,7 @@ def read_progress(folder: Path, rank: int = 0, size: int = 1) -> Progress:
 
 
 def newest_valid(run_dir: Path, group: Group) -> tuple[Path, Progress, list[str]] | None:
-    """The newest checkpoint that is whole (collective), with what was wrong with the newer ones; None: there is none."""
+    """The newest whole checkpoint (collective), with what was wrong with newer ones; None: there is none."""
     damaged: list[str] = []
     for step in group.all_gather_object(steps_saved(run_dir))[0]:
         folder = folder_of(run_dir, step)

@@ -114,7 +114,9 @@ def recipe_text(recipe: str) -> str:
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"cannot read recipe file {recipe}: {getattr(error, 'strerror', error)}") from None
     if recipe not in recipe_names():
-        raise ConfigError(f"no recipe {recipe!r}; there are: {', '.join(recipe_names())}; or give a path to a .yaml file")
+        raise ConfigError(
+            f"no recipe {recipe!r}; there are: {', '.join(recipe_names())}; or give a path to a .yaml file"
+        )
     return (resources.files("hvdtrain") / "recipes" / f"{recipe}.yaml").read_text(encoding="utf-8")
 
 

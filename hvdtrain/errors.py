@@ -87,4 +87,5 @@ def report(error: HvdtrainError, is_main: bool) -> None:
 def say(message: str) -> None:
     """One line on standard error, after what standard output still holds back."""
     sys.stdout.flush()
-    print(f"hvdtrain: {message}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"hvdtrain: {message}\n")  # in one write, or launchers cut it where they add the rank
+    sys.stderr.flush()

@@ -122,7 +122,8 @@ class Metrics:
         if self._bar is not None:
             self._bar.write(message, file=sys.stderr)
         elif self._is_main:
-            print(message, flush=True)
+            sys.stdout.write(f"{message}\n")  # in one write, or launchers cut it where they add the rank
+            sys.stdout.flush()
 
     def _write(self, line: dict[str, Any], text: str) -> None:
         if not self._is_main:
@@ -166,7 +167,9 @@ class _Board:
 
     def add(self, line: dict[str, Any]) -> None:
         numbers = {key: value for key, value in line.items() if isinstance(value, int | float) and key != "step"}
-        values = [self._summary.Value(tag=f"{line['kind']}/{key}", simple_value=value) for key, value in numbers.items()]
+        values = [
+            self._summary.Value(tag=f"{line['kind']}/{key}", simple_value=value) for key, value in numbers.items()
+        ]
         self._writer.add_event(
             self._event(wall_time=time.time(), step=line["step"], summary=self._summary(value=values))
         )

@@ -76,7 +76,14 @@ def _draw(runs: list[dict[str, Any]], picture: Path) -> None:
     for number, run in enumerate(runs):
         color, name = f"C{number}", run["dir"].name
         train, val = run["train"], run["eval"]
-        axes.plot([p["step"] for p in train], [p["loss"] for p in train], color=color, alpha=0.45, lw=1, label=f"{name}: training")
+        axes.plot(
+            [p["step"] for p in train],
+            [p["loss"] for p in train],
+            color=color,
+            alpha=0.45,
+            lw=1,
+            label=f"{name}: training",
+        )
         if val:
             axes.plot(
                 [p["step"] for p in val], [p["val_loss"] for p in val], color=color, marker="o", ms=4,

@@ -173,17 +173,17 @@ class _Run:
             temporary.write_text(dump_yaml(self.config), encoding="utf-8")
 
     def _announce(self, metrics: Metrics, model: Decoder) -> None:
-        world, share = self.world, self.share
+        world, share, ranks = self.world, self.share, _count(self.group.size, "rank")
         parameters = sum(p.numel() for p in model.parameters())
         passes = share.count // share.microbatch
         metrics.say(
-            f"hvdtrain: {self.group.size} ranks ({world.launcher}, {self.group.backend}), {self.device.type}, "
-            f"{torch.get_num_threads()} threads a rank, {self.config.precision} ({self.matmul})"
+            f"hvdtrain: {ranks} ({world.launcher}, {self.group.backend}), {self.device.type}, "
+            f"{_count(torch.get_num_threads(), 'thread')} a rank, {self.config.precision} ({self.matmul})"
         )
         metrics.say(
             f"hvdtrain: {parameters:,} parameters; {len(self.data.train):,} training tokens; a step is "
-            f"{self.config.train.global_batch} x {self.config.model.context} tokens = {self.group.size} ranks x "
-            f"{passes} microbatches x {share.microbatch} sequences"
+            f"{self.config.train.global_batch} x {self.config.model.context} tokens = "
+            f"{ranks} x {_count(passes, 'microbatch')} x {_count(share.microbatch, 'sequence')}"
         )
         if self.resumed_from:
             metrics.say(f"hvdtrain: resumed from {self.resumed_from}")
@@ -205,7 +205,12 @@ class _Run:
         )
 
     def _summary(
-        self, progress: Progress, scores: dict[str, float], best: float | None, metrics: Metrics, startup_s: float | None
+        self,
+        progress: Progress,
+        scores: dict[str, float],
+        best: float | None,
+        metrics: Metrics,
+        startup_s: float | None,
     ) -> dict[str, Any]:
         return {
             "status": "finished",
@@ -247,6 +252,11 @@ class _Clock:
     def stop(self) -> StepTimes:
         self._times.total = time.perf_counter() - self._started
         return self._times
+
+
+def _count(number: int, what: str) -> str:
+    plural = "es" if what.endswith("ch") else "s"
+    return f"{number} {what}{plural if number != 1 else ''}"
 
 
 def _due(step: int, every: int, last: int) -> bool:

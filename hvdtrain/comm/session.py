@@ -1,7 +1,7 @@
 """Join the world, and leave it in good order whatever happens.
 
-    all ranks fail at the same point     rank 0 says why; all close and exit with the error's code
-    one rank fails alone                 it says why, with its rank and host, and ends the whole job at once
+all ranks fail at the same point     rank 0 says why; all close and exit with the error's code
+one rank fails alone                 it says why, with its rank and host, and ends the whole job at once
 """
 
 import os

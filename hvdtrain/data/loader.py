@@ -20,7 +20,9 @@ class TrainLoader:
     and changes with any token and with any swap.
     """
 
-    def __init__(self, stream: TokenStream, sampler: WindowSampler, share: Share, global_batch: int, device: torch.device):
+    def __init__(
+        self, stream: TokenStream, sampler: WindowSampler, share: Share, global_batch: int, device: torch.device
+    ):
         self._stream, self._sampler, self._share, self._device = stream, sampler, share, device
         self._global_batch = global_batch
         self._weights = mix(np.arange(sampler.context + 1), 1) | np.uint64(1)

@@ -98,9 +98,7 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Pre-norm residual block:  x + attention(norm(x)),  then  x + feed_forward(norm(x))."""
 
-    def __init__(
-        self, width: int, heads: int, ratio: float, activation: str, norm: str, bias: bool, dropout: float
-    ):
+    def __init__(self, width: int, heads: int, ratio: float, activation: str, norm: str, bias: bool, dropout: float):
         super().__init__()
         self.attention_norm = make_norm(norm, width, bias)
         self.attention = Attention(width, heads, bias, dropout)

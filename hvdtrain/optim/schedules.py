@@ -1,10 +1,10 @@
 """Learning rate as a pure function of the step.
 
-      lr |     ____
-         |    /    \\__          linear warm-up over ``warmup_steps``, then a half cosine
-         |   /        \\__       from ``lr`` down to ``min_lr`` at the last step
-         |  /            \\____
-         +-----------------------> step
+lr |     ____
+   |    /    \\__          linear warm-up over ``warmup_steps``, then a half cosine
+   |   /        \\__       from ``lr`` down to ``min_lr`` at the last step
+   |  /            \\____
+   +-----------------------> step
 """
 
 import math
