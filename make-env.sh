@@ -29,7 +29,12 @@ step() {
     local name=$1 cure=$2 log=$LOGS/$1.log started=$SECONDS
     shift 2
     printf 'make-env: %-10s ' "$name"
-    if "$@" >"$log" 2>&1; then
+    local status=0
+    set +e   # not `if (...)` or `(...) ||`: there bash would go on after a command that failed inside
+    (set -e; "$@") >"$log" 2>&1
+    status=$?
+    set -e
+    if [ "$status" = 0 ]; then
         printf 'done in %d s\n' $((SECONDS - started))
     else
         printf 'FAILED\n' >&2
@@ -118,14 +123,20 @@ build_horovod() {
         HOROVOD_WITHOUT_TENSORFLOW=1 HOROVOD_WITHOUT_MXNET=1
     )
     if [ -n "$nccl" ]; then
-        local cuda_home
-        cuda_home=$(dirname "$(dirname "$(readlink -f "$(command -v nvcc)")")")
+        # nvcc itself says where its toolkit is: what is on the PATH may be a wrapper.
+        local cuda_home=${CUDA_HOME:-} capabilities
+        [ -n "$cuda_home" ] || cuda_home=$(readlink -f "$(nvcc --dryrun -x cu /dev/null 2>&1 | sed -n 's/^#\$ TOP=//p')")
+        # For the GPUs that this torch was built for, as far as this nvcc knows them.
+        capabilities=$("$VENV/bin/python" -c '
+import re, subprocess, torch
+known = set(re.findall(r"sm_(\d+)", subprocess.run(["nvcc", "--list-gpu-code"], capture_output=True, text=True).stdout))
+print(",".join(n for n in re.findall(r"sm_(\d+)", torch._C._cuda_getArchFlags() or "") if n in known))')
         mkdir "$work/nccl"
         ln -s "$nccl/lib/libnccl.so.2" "$work/nccl/libnccl.so"
         settings+=(
             HOROVOD_GPU_OPERATIONS=NCCL HOROVOD_NCCL_LINK=SHARED HOROVOD_NCCL_HOME="$nccl" HOROVOD_NCCL_LIB="$work/nccl"
             CUDA_HOME="$cuda_home" HOROVOD_CUDA_HOME="$cuda_home" CMAKE_LIBRARY_PATH="$cuda_home/lib64"
-            HOROVOD_BUILD_CUDA_CC_LIST="${HOROVOD_BUILD_CUDA_CC_LIST:-70,80,90}"
+            HOROVOD_BUILD_CUDA_CC_LIST="${HOROVOD_BUILD_CUDA_CC_LIST:-$capabilities}"
         )
     fi
     env "${settings[@]}" "$VENV/bin/pip" wheel --no-build-isolation --no-deps --no-cache-dir --no-binary horovod \

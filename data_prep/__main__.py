@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from hvdtrain.errors import EXIT_OK, ConfigError, HvdtrainError, report
+from hvdtrain.errors import EXIT_INTERRUPTED, EXIT_OK, ConfigError, HvdtrainError, report
 
 
 class _Parser(argparse.ArgumentParser):
@@ -82,6 +82,10 @@ def _text(words: argparse.Namespace) -> None:
     seconds, megabytes = time.perf_counter() - started, manifest.source["text_bytes"] / 1e6
     for split in ("train", "val"):
         shards = manifest.split(split)
+        if not shards:
+            hint = "; training needs some: raise --val-fraction, or use --val-split tail" if split == "val" else ""
+            print(f"{words.out}: no document fell to {split}{hint}")
+            continue
         print(f"{words.out}: {split} {sum(s.tokens for s in shards):,} tokens in {len(shards)} shards")
     if not reused:
         print(f"{words.out}: {megabytes:.1f} MB of text in {seconds:.1f} s ({megabytes / seconds:.1f} MB/s)")
@@ -100,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         print("data_prep: interrupted; nothing half-written counts, run the same command again", file=sys.stderr)
-        return 130
+        return EXIT_INTERRUPTED
 
 
 if __name__ == "__main__":

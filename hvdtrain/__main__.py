@@ -4,7 +4,7 @@ import sys
 
 from hvdtrain import cli
 from hvdtrain.comm.world import World, detect_world
-from hvdtrain.errors import HvdtrainError, report
+from hvdtrain.errors import EXIT_INTERRUPTED, HvdtrainError, report
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -17,7 +17,7 @@ def main(argv: list[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         print("hvdtrain: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
+        return EXIT_INTERRUPTED
     except BrokenPipeError:
         return 0
 

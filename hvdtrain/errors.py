@@ -13,6 +13,7 @@ EXIT_CRASH = 70
 EXIT_IO = 74
 EXIT_STOPPED_EARLY = 75
 EXIT_DIVERGED = 76
+EXIT_INTERRUPTED = 130  # Ctrl-C, as shells count it
 
 
 class HvdtrainError(Exception):

@@ -11,7 +11,7 @@ from hvdtrain.comm.group import Group
 from hvdtrain.comm.world import World
 from hvdtrain.config import RunConfig, make_config, parse_yaml
 from hvdtrain.data.shards import Manifest, read_manifest
-from hvdtrain.errors import CheckpointError, ConfigError
+from hvdtrain.errors import CheckpointError, ConfigError, DataError
 from hvdtrain.models.decoder import Decoder
 
 
@@ -55,6 +55,13 @@ def open_run(run_dir: Path, world: World, group: Group, data_dir: Path | None = 
         folder, progress, _ = found
         where = data_dir or Path(config.data.dir)
         manifest = read_manifest(where)
+        for key, value in manifest.identity().items():
+            trained_on = (progress.identity or {}).get(key)
+            if key != "data_digest" and value != trained_on:
+                raise DataError(
+                    f"{where} was made with another tokenizer than {run_dir} ({key}: {value}, not {trained_on}); "
+                    "prepare it with the run's tokenizer.json"
+                )
         device, _ = pick_device(config.device, world, group)
         model = Decoder(config.model, manifest.vocab_size).to(device)
         checkpoint.load(folder, model)

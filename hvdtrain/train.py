@@ -68,7 +68,7 @@ class _Run:
         group.agree(self.data.manifest.data_digest, f"the data in {config.data.dir}")
         self.device, self.fallbacks = group.together(lambda: pick_device(config.device, world, group))
         self.matmul = use_fast_fp32() if self.device.type == "cpu" else "cuBLAS"
-        self.identity = {**config.identity(), "data_digest": self.data.manifest.data_digest}
+        self.identity = {**config.identity(), **self.data.manifest.identity()}
         self.progress, self.resumed_from = self._find_progress(resume)
 
     def run(self) -> dict[str, Any]:
@@ -134,11 +134,12 @@ class _Run:
 
     def _find_progress(self, resume: str) -> tuple[Progress, Path | None]:
         """Where to begin: at a checkpoint, or at step 0."""
-        source = self.run_dir if resume in ("auto", "never") else Path(resume)
         if resume == "never":
             self.group.together(self._refuse_to_overwrite)
             return Progress(), None
-        found = checkpoint.newest_valid(source, self.group)
+        # With --resume DIR, what this run has saved by itself since then is newer.
+        source = self.run_dir if resume == "auto" else Path(resume)
+        found = checkpoint.newest_valid(self.run_dir, self.group) or checkpoint.newest_valid(source, self.group)
         if found is None:
             self.group.together(lambda: _check_nothing_is_lost(source, explicit=source != self.run_dir))
             return Progress(), None
@@ -268,7 +269,9 @@ def _open_data(config: RunConfig) -> _Data:
     manifest = read_manifest(folder)
     train_stream = TokenStream(folder, manifest, "train")
     if not manifest.split("val"):
-        raise DataError(f"{folder} has no val shards; prepare it again with --val-fraction above 0")
+        raise DataError(
+            f"{folder} has no val shards; prepare it again with a larger --val-fraction, or with --val-split tail"
+        )
     val_stream = TokenStream(folder, manifest, "val")
     if len(val_stream) < config.model.context + 1:
         raise DataError(

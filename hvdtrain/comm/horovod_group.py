@@ -54,7 +54,8 @@ class HorovodGroup(Group):
 
     def all_gather_object(self, value: Any) -> list[Any]:
         with _ranks_lost():
-            return self._hvd.allgather_object(value)
+            # Named, because Horovod's own name is the value's type: ranks with None and a tuple would wait for ever.
+            return self._hvd.allgather_object(value, name="hvdtrain.objects")
 
     def close(self) -> None:
         self._hvd.shutdown()

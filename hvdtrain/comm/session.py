@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from hvdtrain.comm.group import Group
 from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.comm.world import World
-from hvdtrain.errors import EXIT_CRASH, HvdtrainError, describe, report, say
+from hvdtrain.errors import EXIT_CRASH, EXIT_INTERRUPTED, HvdtrainError, describe, report, say
 
 
 @contextmanager
@@ -34,6 +34,8 @@ def open_group(world: World) -> Iterator[Group]:
             raise
         say(f"[rank {world.rank} on {socket.gethostname()}] {describe(error)}")
         group.abort(error.exit_code)
+    except KeyboardInterrupt:
+        group.abort(EXIT_INTERRUPTED)
     except BaseException as error:
         traceback.print_exc()
         say(f"[rank {world.rank} on {socket.gethostname()}] {type(error).__name__}: {error}")

@@ -60,6 +60,11 @@ class Manifest:
             digest.update(f"{shard.split} {shard.tokens} {' '.join(shard.block_sha256)};".encode())
         return digest.hexdigest()[:16]
 
+    def identity(self) -> dict[str, Any]:
+        """What a run or a model is tied to."""
+        names = ("vocab_size", "tokenizer_sha256", "data_digest")
+        return {name: getattr(self, name) for name in names}
+
     def split(self, name: str) -> tuple[ShardInfo, ...]:
         return tuple(shard for shard in self.shards if shard.split == name)
 
