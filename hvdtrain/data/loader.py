@@ -25,7 +25,7 @@ class TrainLoader:
     ):
         self._stream, self._sampler, self._share, self._device = stream, sampler, share, device
         self._global_batch = global_batch
-        self._weights = mix(np.arange(sampler.context + 1), 1) | np.uint64(1)
+        self._weights = mix(np.arange(sampler.context + 1), 1) | np.uint64(1)  # odd: no change is multiplied away
         self.rows_consumed = 0
         self.fingerprint = 0
 
@@ -44,7 +44,14 @@ class TrainLoader:
         return [Batch.from_windows(windows[cut : cut + self._share.microbatch], self._device) for cut in cuts]
 
     def _add_fingerprint(self, windows: np.ndarray, first: int) -> None:
-        content = (windows.astype(np.uint64) * self._weights).sum(axis=1, dtype=np.uint64)
+        # Tokens are taken eight bytes at a time; what is left over, one by one.
+        width = windows.shape[1]
+        per_word = 8 // windows.itemsize
+        packed = width // per_word
+        words = windows[:, : packed * per_word].view(np.uint64)
+        content = (words * self._weights[:packed]).sum(axis=1, dtype=np.uint64)
+        rest = windows[:, packed * per_word :].astype(np.uint64)
+        content += (rest * self._weights[packed : packed + rest.shape[1]]).sum(axis=1, dtype=np.uint64)
         turns = mix(np.arange(first, first + len(windows)), 2)
         self.fingerprint = (self.fingerprint + int(mix(content ^ turns, 3).sum(dtype=np.uint64))) & _MASK
 

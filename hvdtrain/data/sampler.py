@@ -21,6 +21,8 @@ import numpy as np
 from hvdtrain.errors import ConfigError, DataError
 
 _U64 = np.uint64
+_MASK = (1 << 64) - 1
+_FACTORS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 _ROUNDS = 4
 
 
@@ -29,17 +31,29 @@ def mix(values: np.ndarray, key: int) -> np.ndarray:
 
     Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
     """
-    x = values.astype(_U64) + _U64((key * 0x9E3779B97F4A7C15 + 0x632BE59BD9B4E019) % (1 << 64))
-    x = (x ^ (x >> _U64(30))) * _U64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> _U64(27))) * _U64(0x94D049BB133111EB)
+    x = values.astype(_U64) + _U64(_offset(key))
+    x = (x ^ (x >> _U64(30))) * _U64(_FACTORS[0])
+    x = (x ^ (x >> _U64(27))) * _U64(_FACTORS[1])
     return x ^ (x >> _U64(31))
+
+
+def _mix_one(value: int, key: int) -> int:
+    """``mix`` of a single number: plain integers are faster than arrays of one."""
+    x = (value + _offset(key)) & _MASK
+    x = ((x ^ (x >> 30)) * _FACTORS[0]) & _MASK
+    x = ((x ^ (x >> 27)) * _FACTORS[1]) & _MASK
+    return x ^ (x >> 31)
+
+
+def _offset(key: int) -> int:
+    return (key * 0x9E3779B97F4A7C15 + 0x632BE59BD9B4E019) & _MASK
 
 
 def derive(*parts: int) -> int:
     """One 63-bit seed from several numbers (a seed, an epoch, a step, ...): equal only for equal numbers."""
     key = 0
     for part in parts:
-        key = int(mix(np.array([part % (1 << 64)], dtype=_U64), key)[0])
+        key = _mix_one(part & _MASK, key)
     return key >> 1
 
 
@@ -51,14 +65,15 @@ def permute(indices: np.ndarray, size: int, key: int) -> np.ndarray:
     """
     half_bits = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
     low_mask = _U64((1 << half_bits) - 1)
+    round_keys = [derive(key, number) for number in range(_ROUNDS)]
     out = indices.astype(_U64)
     walking = np.arange(out.size)
     flat = out.reshape(-1)
     while walking.size:
         x = flat[walking]
         left, right = x >> _U64(half_bits), x & low_mask
-        for number in range(_ROUNDS):
-            left, right = right, left ^ (mix(right, derive(key, number)) & low_mask)
+        for round_key in round_keys:
+            left, right = right, left ^ (mix(right, round_key) & low_mask)
         x = (left << _U64(half_bits)) | right
         flat[walking] = x
         walking = walking[x >= size]

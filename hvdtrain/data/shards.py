@@ -10,22 +10,25 @@ safe under fork and threads, no copy. The manifest's block digests stand in for 
 """
 
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import h5py
 import numpy as np
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from hvdtrain.errors import ConfigError, DataError, OutputError
 
 FORMAT_VERSION = 1
 BLOCK_BYTES = 1 << 24
 SPLITS = ("train", "val", "test")
+_STRICT = ConfigDict(strict=True, extra="forbid")  # a manifest is read to the letter
 
 
 @dataclass(frozen=True)
@@ -33,24 +36,28 @@ class ShardInfo:
     """What the manifest says of one shard. ``block_sha256``: one digest per BLOCK_BYTES of the file."""
 
     file: str
-    split: str
-    tokens: int
-    documents: int
-    file_bytes: int
+    split: Literal["train", "val", "test"]
+    tokens: Annotated[int, Field(ge=0)]
+    documents: Annotated[int, Field(ge=0)]
+    file_bytes: Annotated[int, Field(ge=0)]
     block_sha256: tuple[str, ...]
+
+    __pydantic_config__ = _STRICT
 
 
 @dataclass(frozen=True)
 class Manifest:
     """The list of what is whole. ``source``: what the shards were made from and how, to know them again."""
 
-    vocab_size: int
+    vocab_size: Annotated[int, Field(ge=1)]
     tokenizer_sha256: str
-    dtype: str
+    dtype: Literal["uint16", "uint32"]
     shards: tuple[ShardInfo, ...]
     source: dict[str, Any]
     kind: str = "text"
     version: int = FORMAT_VERSION
+
+    __pydantic_config__ = _STRICT
 
     @property
     def data_digest(self) -> str:
@@ -140,13 +147,18 @@ def write_shard(folder: Path, split: str, number: int, tokens: np.ndarray, doc_o
     """
     name = f"{split}-{number:05d}.h5"
     path = folder / name
+    # Made in memory: HDF5 on a full disk fails twice, the second time in a way that cannot be told from a crash.
+    image = io.BytesIO()
+    with h5py.File(image, "w") as file:
+        file.attrs["hvdtrain_format"] = FORMAT_VERSION
+        file.create_dataset("tokens", data=tokens)
+        file.create_dataset("doc_offsets", data=doc_offsets.astype(np.int64, copy=False))
+    content = image.getbuffer()
     with writing(path) as temporary:
-        with h5py.File(temporary, "w") as file:
-            file.attrs["hvdtrain_format"] = FORMAT_VERSION
-            file.create_dataset("tokens", data=tokens)
-            file.create_dataset("doc_offsets", data=doc_offsets.astype(np.int64, copy=False))
-        size, blocks = temporary.stat().st_size, file_blocks(temporary)
-    return ShardInfo(name, split, len(tokens), len(doc_offsets) - 1, size, blocks)
+        temporary.write_bytes(content)
+    blocks = [content[start : start + BLOCK_BYTES] for start in range(0, len(content), BLOCK_BYTES)]
+    digests = tuple(hashlib.sha256(block).hexdigest() for block in blocks)
+    return ShardInfo(name, split, len(tokens), len(doc_offsets) - 1, len(content), digests)
 
 
 class SplitWriter:
@@ -190,14 +202,11 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / "manifest.json"
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        version = fields["version"]
+        text = path.read_text(encoding="utf-8")
+        version = json.loads(text)["version"]
         if version != FORMAT_VERSION:
             raise DataError(f"{path} has format version {version}; this hvdtrain reads {FORMAT_VERSION}")
-        shards = tuple(
-            ShardInfo(**{**shard, "block_sha256": tuple(shard["block_sha256"])}) for shard in fields.pop("shards")
-        )
-        manifest = Manifest(**fields, shards=shards)
+        manifest = TypeAdapter(Manifest).validate_json(text)
     except FileNotFoundError:
         hint = "" if folder.is_dir() else " (there is no such folder)"
         raise DataError(
@@ -206,9 +215,15 @@ def read_manifest(folder: Path) -> Manifest:
         ) from None
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise DataError(
+            f"{path} is damaged ({place} is {first['input']!r}: {first['msg']}); prepare the shards again"
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is damaged ({type(error).__name__}: {error}); prepare the shards again") from None
-    for shard in shards:
+    for shard in manifest.shards:
         if Path(shard.file).name != shard.file:
             raise DataError(f"{path} names a shard outside its folder: {shard.file!r}")
     check_tokenizer(folder, manifest)
@@ -292,7 +307,9 @@ class TokenStream:
                     f"shard {path} has {path.stat().st_size} bytes, the manifest says {info.file_bytes}: "
                     "it is truncated or was replaced"
                 )
-        self._shards = [map_tokens(folder / info.file, info.tokens, manifest.dtype) for info in infos]
+        # Plain arrays over the maps: numpy's memmap class itself makes each access slower.
+        self._shards = [np.asarray(map_tokens(folder / info.file, info.tokens, manifest.dtype)) for info in infos]
+        self._views: dict[tuple[int, int], np.ndarray] = {}
         self._ends = np.cumsum([info.tokens for info in infos])
         self.dtype = np.dtype(manifest.dtype)
 
@@ -304,19 +321,26 @@ class TokenStream:
 
         One vectorised gather per shard; only windows that cross a shard's end are put together piece by piece.
         """
+        if len(self._shards) == 1:
+            return self._view(0, length)[starts]
         out = np.empty((len(starts), length), self.dtype)
         shard_of = np.searchsorted(self._ends, starts, side="right")
         ends_in = np.searchsorted(self._ends, starts + (length - 1), side="right")
         for number in np.unique(shard_of):
             rows = np.flatnonzero((shard_of == number) & (ends_in == number))
             if len(rows):
-                shard = self._shards[number]
-                first = self._ends[number] - len(shard)
-                views = np.lib.stride_tricks.sliding_window_view(shard, length)
-                out[rows] = views[starts[rows] - first]
+                first = self._ends[number] - len(self._shards[number])
+                out[rows] = self._view(number, length)[starts[rows] - first]
         for row in np.flatnonzero(shard_of != ends_in):
             out[row] = self._slice(int(starts[row]), length)
         return out
+
+    def _view(self, number: int, length: int) -> np.ndarray:
+        """All windows of one shard, [tokens - length + 1, length], no copy; kept, for numpy is slow to make it."""
+        if (number, length) not in self._views:
+            view = np.lib.stride_tricks.sliding_window_view(self._shards[number], length)
+            self._views[number, length] = view
+        return self._views[number, length]
 
     def _slice(self, start: int, length: int) -> np.ndarray:
         pieces = []
