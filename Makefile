@@ -6,9 +6,9 @@
 VENV ?= .venv
 RANKS ?= 2
 BENCH ?= *
-PYTHON := $(CURDIR)/$(VENV)/bin/python
+PYTHON := $(abspath $(VENV))/bin/python
 # horovodrun looks for mpirun on the PATH; mpirun refuses to work for root (as in a container) without being told to.
-export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export PATH := $(abspath $(VENV))/bin:$(PATH)
 ifeq ($(shell id -u),0)
 export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1

@@ -13,7 +13,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 
-VENV=${VENV:-.venv}
+VENV=$(realpath -m "${VENV:-.venv}")
 TORCH=${TORCH:-torch==2.13.0}
 WHEEL_CACHE=${WHEEL_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/hvdtrain/wheels}
 JOBS=${JOBS:-$(nproc)}
@@ -116,7 +116,7 @@ build_horovod() {
     write_compiler "$work"
     "$VENV/bin/pip" install 'cmake<4'   # Horovod's gloo asks for a policy that CMake 4 dropped
     local settings=(
-        CXX="$work/c++17" PATH="$PWD/$VENV/bin:$PATH" MAKEFLAGS="-j$JOBS"
+        CXX="$work/c++17" PATH="$VENV/bin:$PATH" MAKEFLAGS="-j$JOBS"
         # The wheel finds the libmpi of whichever environment it is installed in.
         LDFLAGS="${LDFLAGS:-} -Wl,-rpath,\$ORIGIN/../../../.."
         HOROVOD_WITH_PYTORCH=1 HOROVOD_WITH_MPI=1 HOROVOD_WITH_GLOO=1
@@ -158,7 +158,7 @@ install_hvdtrain() {
 
 python=$(find_python)
 system_mpi=$(command -v mpicxx || true)
-case $system_mpi in "$PWD/$VENV"/*) system_mpi= ;; esac   # an activated environment is not the cluster's
+case $system_mpi in "$VENV"/*) system_mpi= ;; esac   # an activated environment is not the cluster's
 # What decides whether the environment is still the right one.
 wanted=$(printf '%s\n' "$TORCH" "$system_mpi" "$("$python" -V)" "$PWD" "$(cat make-env.sh setup.cfg pyproject.toml | sha256sum)")
 if [ -f "$STAMP" ] && [ "$(cat "$STAMP")" = "$wanted" ]; then

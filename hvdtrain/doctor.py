@@ -87,7 +87,8 @@ def _cuda() -> str:
     if torch.version.cuda is None:
         return f"torch is a CPU build; {nvcc}"
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return f"{torch.version.cuda}; {len(names)} GPUs {', '.join(sorted(set(names)))}; {nvcc}"
+    gpus = f"{len(names)} x {', '.join(sorted(set(names)))}" if names else "no GPU"
+    return f"{torch.version.cuda}; {gpus}; {nvcc}"
 
 
 def _mpi() -> str:
