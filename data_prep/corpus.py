@@ -43,8 +43,8 @@ def find_files(inputs: Sequence[Path], glob: str, exclude: Sequence[str]) -> lis
     return found
 
 
-def read_text(path: Path) -> str:
-    """The file as text, every character kept, line ends too.
+def read_text(path: Path) -> bytes:
+    """The file's text as UTF-8, checked; every byte is kept, line ends too.
 
     Errors: DataError naming file and byte where it is not UTF-8 or holds a zero byte, which text does not.
     """
@@ -55,7 +55,8 @@ def read_text(path: Path) -> str:
     if (zero := raw.find(b"\0")) >= 0:
         raise DataError(f"{path} is a binary file: zero byte at byte {zero}; leave it out with --glob or --exclude")
     try:
-        return raw.decode("utf-8")
+        raw.decode("utf-8")
+        return raw
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path} is not UTF-8 text: byte {error.start} is 0x{raw[error.start]:02x}; "
@@ -67,7 +68,7 @@ def documents(files: Sequence[InputFile]) -> Iterator[str]:
     """The text of each file in turn; empty files are passed over."""
     for file in files:
         if text := read_text(file.path):
-            yield text
+            yield text.decode()
 
 
 def corpus_sha256(files: Sequence[InputFile]) -> str:

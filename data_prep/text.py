@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenizers import Tokenizer
+import numpy as np
 from tqdm import tqdm
 
 from data_prep.corpus import InputFile, corpus_sha256, read_text
+from data_prep.encoder import Encoder
 from data_prep.tokenizer import load_tokenizer
 from hvdtrain.data.shards import (
     Manifest,
@@ -25,7 +26,8 @@ from hvdtrain.data.shards import (
 )
 from hvdtrain.errors import ConfigError, DataError, OutputError
 
-_BATCH_CHARACTERS = 1 << 22  # encoded at once; bounds the memory
+_BATCH_BYTES = 1 << 23  # of text encoded at once; bounds the memory
+_SAMPLE_FILES = 32
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def prepare_text(
     A preparation that was interrupted is begun anew; one that is complete and of the same input is kept.
     Errors: DataError for bad text, ConfigError where ``out`` holds other shards, OutputError when writing fails.
     """
-    tokenizer, end_of_text = load_tokenizer(tokenizer_path)
+    _, end_of_text = load_tokenizer(tokenizer_path)
     source = {
         "corpus_sha256": corpus_sha256(files),
         "tokenizer_sha256": file_sha256(tokenizer_path),
@@ -60,12 +62,15 @@ def prepare_text(
             return _reuse(out, source), True
         for leftover in [*out.glob("*.h5"), *out.glob(".*.tmp")]:
             leftover.unlink()
-        return _write(files, tokenizer, end_of_text, tokenizer_path, out, source, options), False
+        encoder = Encoder(tokenizer_path, _sample(files))
+        if encoder.note:
+            print(f"data_prep: note: {encoder.note}; tokenizers does the work", file=sys.stderr)
+        return _write(files, encoder, end_of_text, tokenizer_path, out, source, options), False
 
 
 def _write(
     files: Sequence[InputFile],
-    tokenizer: Tokenizer,
+    encoder: Encoder,
     end_of_text: int,
     tokenizer_path: Path,
     out: Path,
@@ -79,21 +84,25 @@ def _write(
     writers = {name: SplitWriter(out, name, vocab_size, options.shard_tokens) for name in ("train", "val")}
     pieces = _split_by_hash(files, options) if options.val_split == "hash" else _split_tail(files, options)
     text_bytes = sum(file.bytes for file in files)
-    bar = tqdm(total=text_bytes, unit="B", unit_scale=True, disable=not sys.stderr.isatty(), desc="tokenising")
     documents = 0
-    with bar:
+    with tqdm(total=text_bytes, unit="B", unit_scale=True, disable=not sys.stderr.isatty(), desc="tokenising") as bar:
         for batch in _batches(pieces):
-            encodings = tokenizer.encode_batch_fast([text for _, text in batch], add_special_tokens=False)
-            for (split, text), encoding in zip(batch, encodings, strict=True):
-                writers[split].add([*encoding.ids, end_of_text])
-                bar.update(len(text.encode()))
-                documents += 1
+            texts = [text for _, text in batch]
+            ids, offsets = encoder.encode(texts)
+            tokens = np.insert(ids, offsets[1:], end_of_text)  # one after each document
+            lengths = np.diff(offsets) + 1
+            for name, writer in writers.items():
+                chosen = np.array([split == name for split, _ in batch])
+                if chosen.any():
+                    writer.add(tokens[np.repeat(chosen, lengths)], lengths[chosen])
+            documents += len(texts)
+            bar.update(sum(map(len, texts)))
     for writer in writers.values():
         writer.flush()
     manifest = Manifest(
         vocab_size=vocab_size,
         tokenizer_sha256=file_sha256(out / "tokenizer.json"),
-        dtype=str(writers["train"].dtype),
+        dtype=writers["train"].dtype.name,
         shards=tuple(shard for writer in writers.values() for shard in writer.shards),
         source={**source, "files": len(files), "text_bytes": text_bytes, "documents": documents},
     )
@@ -101,34 +110,40 @@ def _write(
     return manifest
 
 
-def _split_by_hash(files: Sequence[InputFile], options: TextOptions) -> Iterator[tuple[str, str]]:
+def _sample(files: Sequence[InputFile]) -> list[bytes]:
+    """Texts spread evenly over the corpus, to compare tokenizer libraries on."""
+    step = max(1, len(files) // _SAMPLE_FILES)
+    return [read_text(file.path) for file in files[::step] if file.bytes]
+
+
+def _split_by_hash(files: Sequence[InputFile], options: TextOptions) -> Iterator[tuple[str, bytes]]:
     limit = int(options.val_fraction * (1 << 64))
     for file in files:
         if text := read_text(file.path):
-            number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+            number = int.from_bytes(hashlib.sha256(text).digest()[:8], "big")
             yield ("val" if number < limit else "train"), text
 
 
-def _split_tail(files: Sequence[InputFile], options: TextOptions) -> Iterator[tuple[str, str]]:
+def _split_tail(files: Sequence[InputFile], options: TextOptions) -> Iterator[tuple[str, bytes]]:
     """The cut falls at a byte of the whole corpus, moved on to the next character where it would split one."""
     train_left = int(sum(file.bytes for file in files) * (1 - options.val_fraction))
     for file in files:
-        raw = read_text(file.path).encode()
+        raw = read_text(file.path)
         cut = min(len(raw), max(0, train_left))
         while 0 < cut < len(raw) and raw[cut] & 0xC0 == 0x80:
             cut += 1
         train_left -= len(raw)
         for split, part in (("train", raw[:cut]), ("val", raw[cut:])):
             if part:
-                yield split, part.decode()
+                yield split, part
 
 
-def _batches(pieces: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+def _batches(pieces: Iterable[tuple[str, bytes]]) -> Iterator[list[tuple[str, bytes]]]:
     batch, size = [], 0
     for piece in pieces:
         batch.append(piece)
         size += len(piece[1])
-        if size >= _BATCH_CHARACTERS:
+        if size >= _BATCH_BYTES:
             yield batch
             batch, size = [], 0
     if batch:

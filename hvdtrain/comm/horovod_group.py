@@ -1,6 +1,8 @@
 """All ranks, over Horovod: ring all-reduce of gradients by NCCL, MPI or Gloo."""
 
 import os
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +28,10 @@ class HorovodGroup(Group):
         os.environ.setdefault("HOROVOD_CACHE_CAPACITY", str(_CACHE_CAPACITY))
         self._mpi = None
         if not world.launcher.endswith("--gloo"):
+            # Open MPI from the package index looks for its files where it was built. Its mpirun says so to the ranks; a
+            # rank of another launcher would die inside MPI_Init, before the sizes can be compared.
+            if Path(sys.prefix, "bin", "orterun_wrapper").exists():
+                os.environ.setdefault("OPAL_PREFIX", sys.prefix)
             # Before hvd.init(), or Horovod's shutdown finalises MPI under mpi4py's feet.
             from mpi4py import MPI
 

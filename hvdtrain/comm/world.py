@@ -13,6 +13,7 @@ A process in an ``sbatch`` script that no ``srun`` started has SLURM_PROCID but 
 """
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -96,10 +97,14 @@ def _tasks_on_node(tasks_per_node: str, node: int) -> int:
     """Slurm's compressed list: ``2(x3),1`` says three nodes of two tasks, then one node of one."""
     nodes_seen = 0
     for group in tasks_per_node.split(","):
-        tasks, _, repeat = group.partition("(x")
-        nodes_seen += int(repeat.rstrip(")") or 1)
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", group)
+        if match is None:
+            raise LaunchError(
+                f"the launcher set SLURM_STEP_TASKS_PER_NODE={tasks_per_node!r}, which is not a list of counts"
+            )
+        nodes_seen += int(match[2] or 1)
         if node < nodes_seen:
-            return int(tasks)
+            return int(match[1])
     return 1
 
 

@@ -13,7 +13,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -162,29 +162,43 @@ def write_shard(folder: Path, split: str, number: int, tokens: np.ndarray, doc_o
 
 
 class SplitWriter:
-    """Gathers documents and writes a shard each time ``shard_tokens`` are full. A document is never cut."""
+    """Gathers documents and writes a shard each time ``shard_tokens`` are full. A document is never cut: one that is
+    longer than a shard has a shard of its own.
+    """
 
     def __init__(self, folder: Path, split: str, vocab_size: int, shard_tokens: int):
         self._folder, self._split, self._shard_tokens = folder, split, shard_tokens
         self.dtype = token_dtype(vocab_size)
-        self._documents: list[np.ndarray] = []
-        self._tokens = 0
+        self._tokens: list[np.ndarray] = []
+        self._lengths: list[np.ndarray] = []
+        self._gathered = 0
         self.shards: list[ShardInfo] = []
 
-    def add(self, tokens: Sequence[int] | np.ndarray) -> None:
-        document = np.asarray(tokens, dtype=self.dtype)
-        if self._documents and self._tokens + len(document) > self._shard_tokens:
-            self.flush()
-        self._documents.append(document)
-        self._tokens += len(document)
+    def add(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        """Add documents: tokens, one after another, and int [documents] how many of them each document has."""
+        ends = np.cumsum(lengths)
+        document, token = 0, 0
+        while document < len(ends):
+            room = token + self._shard_tokens - self._gathered
+            fitting = int(np.searchsorted(ends, room, side="right"))
+            if fitting <= document and not self._gathered:
+                fitting = document + 1
+            if fitting > document:
+                end = int(ends[fitting - 1])
+                self._tokens.append(tokens[token:end].astype(self.dtype))
+                self._lengths.append(lengths[document:fitting])
+                self._gathered += end - token
+                document, token = fitting, end
+            if document < len(ends):
+                self.flush()
 
     def flush(self) -> None:
         """Write what is gathered, if anything."""
-        if self._documents:
-            offsets = np.cumsum([0, *map(len, self._documents)], dtype=np.int64)
-            tokens = np.concatenate(self._documents)
+        if self._lengths:
+            offsets = np.concatenate([[0], np.cumsum(np.concatenate(self._lengths))])
+            tokens = np.concatenate(self._tokens)
             self.shards.append(write_shard(self._folder, self._split, len(self.shards), tokens, offsets))
-            self._documents, self._tokens = [], 0
+            self._tokens, self._lengths, self._gathered = [], [], 0
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
