@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hvdtrain.errors import DataError
+from hvdtrain.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,13 @@ def find_files(inputs: Sequence[Path], glob: str, exclude: Sequence[str]) -> lis
     found: list[InputFile] = []
     for path in inputs:
         if path.is_dir():
+            try:
+                matching = list(path.rglob(glob))
+            except (ValueError, NotImplementedError) as error:
+                raise ConfigError(f"--glob {glob!r} is not a pattern for names below a folder: {error}") from None
             names = sorted(
                 file.relative_to(path).as_posix()
-                for file in path.rglob(glob)
+                for file in matching
                 if file.is_file() and not set(file.relative_to(path).parts) & set(exclude)
             )
             if not names:

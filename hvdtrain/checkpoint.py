@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ConfigDict, TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -49,6 +50,8 @@ class Progress:
     world_size: int = 1
     versions: Mapping[str, str] | None = None
 
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
 
 def folder_of(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step-{step:08d}"
@@ -77,8 +80,6 @@ def save(
     """
     final = folder_of(run_dir, progress.step)
     partial = final.with_name(f".{final.name}.partial")
-    if group.together(lambda: (final / "manifest.json").exists()):
-        return final
     part = f"part-{group.rank:05d}-of-{group.size:05d}.safetensors"
 
     def make_folder() -> None:
@@ -100,7 +101,7 @@ def save(
             fields["fingerprint"] = f"{progress.fingerprint:016x}"
             write_json(partial / "manifest.json", fields)
             _writing(final, lambda: _publish(partial, final))
-            _drop_old(run_dir, options.keep_last)
+            _writing(run_dir, lambda: _drop_old(run_dir, options.keep_last))
 
     try:
         group.together(make_folder)
@@ -134,6 +135,13 @@ def _publish(partial: Path, final: Path) -> None:
         os.replace(final, _free_name(final))
     os.replace(partial, final)
     sync_folder(final.parent)
+
+
+def set_aside(run_dir: Path, step: int) -> None:
+    """Rename what lies beyond ``step``, the newest whole checkpoint: it is damaged, and kept (rank 0)."""
+    for newer in (s for s in steps_saved(run_dir) if s > step):
+        folder = folder_of(run_dir, newer)
+        _writing(folder, lambda folder=folder: os.replace(folder, _free_name(folder)))
 
 
 def _free_name(path: Path) -> Path:
@@ -191,7 +199,9 @@ def read_progress(folder: Path, rank: int = 0, size: int = 1) -> Progress:
             raise CheckpointError(f"{path} was written by another version of hvdtrain")
         parts = fields.pop("parts")
         fields["fingerprint"] = int(fields["fingerprint"], 16)
-        progress = Progress(**fields)
+        progress = TypeAdapter(Progress).validate_json(json.dumps(fields), strict=True)
+        if folder_of(folder.parent.parent, progress.step).name != folder.name:
+            raise CheckpointError(f"{path} is that of step {progress.step}")
         for number, part in enumerate(parts):
             file = folder / Path(part["file"]).name
             if not file.exists():

@@ -45,7 +45,7 @@ class EvalOptions(Options):
 
 
 class RunConfig(Options):
-    seed: int = option(1, "of weights, data order and dropout", ge=0)
+    seed: int = option(1, "of weights, data order and dropout", ge=0, lt=1 << 63)
     precision: Literal["fp32", "bf16"] = option("fp32", "of matrix products (bf16: autocast; weights stay fp32)")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: a GPU per rank where there is one")
     data: DataOptions = DataOptions()
@@ -75,7 +75,8 @@ class _StrictLoader(yaml.SafeLoader):
     """YAML's safe subset, with two traps closed: ``1e-3`` is a number, and a key given twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        merge = "tag:yaml.org,2002:merge"  # `<<: *anchor` may come more than once
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != merge]
         for key in keys:
             if keys.count(key) > 1:
                 raise ConfigError(f"key {key!r} is given twice, the second time before line {node.end_mark.line + 1}")
@@ -168,9 +169,12 @@ def _explain(problem: Any) -> str:
     if problem["type"] == "extra_forbidden":
         valid = [row.key for row in describe_options()]
         close = difflib.get_close_matches(key, valid, n=3, cutoff=0.6)
-        group = [name for name in valid if name.rpartition(".")[0] == key.rpartition(".")[0]]
+        room = key.rpartition(".")[0]
+        depth = key.count(".") + 1
+        inside = [name.split(".") for name in valid if not room or name.startswith(f"{room}.")]
+        siblings = dict.fromkeys(".".join(parts[:depth]) for parts in inside)
         hint = f"did you mean {' or '.join(close)}? " if close else ""
-        return f"unknown key {key!r}; {hint}valid here: {', '.join(group or valid)}"
+        return f"unknown key {key!r}; {hint}valid here: {', '.join(siblings)}"
     if problem["type"] == "value_error":
         return f"{key}: {problem['ctx']['error']}" if key else str(problem["ctx"]["error"])
     return f"{key}={given}: {problem['msg'][0].lower()}{problem['msg'][1:]}"

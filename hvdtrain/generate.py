@@ -18,12 +18,12 @@ class SamplingOptions(Options):
     temperature: float = option(0.8, "0: always the likeliest token; 1: the model's own distribution", ge=0)
     top_k: int = option(0, "draw from the k likeliest tokens only; 0: from all", ge=0)
     top_p: float = option(1.0, "draw from the likeliest tokens that hold this probability together", gt=0, le=1)
-    seed: int = option(1, "the same seed gives the same text", ge=0)
+    seed: int = option(1, "the same seed gives the same text", ge=0, lt=1 << 63)
 
 
 def next_token_probabilities(logits: torch.Tensor, options: SamplingOptions) -> torch.Tensor:
     """Distribution to draw from: [V] fp32 -> [V] fp32 that sums to 1. Source of top-p: Holtzman et al. 2020."""
-    if options.temperature == 0:
+    if options.temperature < 1e-6:  # dividing by it would leave the range of fp32
         return torch.nn.functional.one_hot(logits.argmax(), len(logits)).float()
     logits = logits.float() / options.temperature
     if 0 < options.top_k < len(logits):

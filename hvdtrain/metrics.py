@@ -68,8 +68,8 @@ class Metrics:
     def wall_s(self) -> float:
         return time.perf_counter() - self._started
 
-    def add(self, step: int, epoch: int, sums: StepSums, lr: float, times: StepTimes) -> None:
-        """Note one finished step; every ``metrics.every`` steps read it, check it and write it.
+    def add(self, step: int, epoch: int, sums: StepSums, lr: float, times: StepTimes, look: bool = False) -> None:
+        """Note one finished step; every ``metrics.every`` steps, or to ``look`` at it now, read, check and write it.
 
         Errors: DivergedError, on all ranks alike, where the loss or the gradient is not finite.
         """
@@ -79,7 +79,7 @@ class Metrics:
         self._steps_since += 1
         if self._bar is not None:
             self._bar.update()
-        if step % self._options.every == 0 or step in (self._start_step + 1, self._steps):
+        if step % self._options.every == 0 or look or step in (self._start_step + 1, self._steps):
             self._log(step, epoch, sums, lr)
 
     def _log(self, step: int, epoch: int, sums: StepSums, lr: float) -> None:
@@ -115,6 +115,11 @@ class Metrics:
         self._write(line, f"loss {loss:.4f}  lr {lr:.2e}  grad {grad_norm:.2f}  {rate:,.0f} tokens/s")
 
     def add_evaluation(self, step: int, scores: dict[str, float]) -> None:
+        """Note the scores of the validation split. Errors: DivergedError, on all ranks alike."""
+        if not all(math.isfinite(score) for score in scores.values()):
+            raise DivergedError(
+                f"step {step}: evaluation gave {scores}; lower optim.lr; the last checkpoint is from before"
+            )
         self._write({"kind": "eval", "step": step, **scores}, "  ".join(f"{k} {v:.4f}" for k, v in scores.items()))
 
     def say(self, message: str) -> None:

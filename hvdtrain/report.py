@@ -32,12 +32,12 @@ def _read(run_dir: Path) -> dict[str, Any]:
     try:
         summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        summary = {"status": "unfinished"}
+        summary = None
     return {
         "dir": run_dir,
         "train": [line for line in log if line.get("kind") == "train" and "loss" in line],
         "eval": [line for line in log if line.get("kind") == "eval" and "val_loss" in line],
-        "summary": summary,
+        "summary": summary if isinstance(summary, dict) else {"status": "unfinished"},
     }
 
 

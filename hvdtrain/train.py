@@ -1,5 +1,6 @@
 """The training loop, to be read from top to bottom. It never names a mode."""
 
+import contextlib
 import json
 import math
 import os
@@ -79,7 +80,6 @@ class _Run:
             return done
         self.group.together(self._prepare_folder)
 
-        task = TASKS[config.task.name]()
         model = Decoder(config.model, self.data.manifest.vocab_size)
         model.initialise(config.seed)
         model.to(self.device).train()
@@ -89,12 +89,19 @@ class _Run:
         plan = Plan(model, self.group, config.sync, config.precision, config.seed)
         loader = TrainLoader(self.data.train, self.data.sampler, self.share, config.train.global_batch, self.device)
         loader.rows_consumed = progress.rows_consumed
-        steps = config.train.steps
-        metrics = Metrics(self.run_dir, config.metrics, steps, self.is_main, progress.step, progress.tokens)
-        self._announce(metrics, model)
+        with contextlib.closing(plan.sync), contextlib.closing(self._open_metrics()) as metrics:
+            self._announce(metrics, model)
+            return self._walk(loader, plan, optimizer, metrics)
+
+    def _walk(
+        self, loader: TrainLoader, plan: Plan, optimizer: torch.optim.Optimizer, metrics: Metrics
+    ) -> dict[str, Any]:
+        config, progress, steps = self.config, self.progress, self.config.train.steps
+        task = TASKS[config.task.name]()
         best, scores, startup_s = progress.best_val_loss, {}, None
 
         for step in range(progress.step + 1, steps + 1):
+            save_is_due, eval_is_due = _due(step, config.checkpoint.every, steps), _due(step, config.eval.every, steps)
             clock = _Clock()
             microbatches = loader.next_step()
             clock.lap("data")
@@ -105,26 +112,29 @@ class _Run:
             lr = learning_rate(config.schedule, config.optim.lr, steps, step - 1)
             plan.sync.step(optimizer, lr)
             clock.lap("compute")
-            metrics.add(step, loader.epoch, sums, lr, clock.stop())
+            metrics.add(step, loader.epoch, sums, lr, clock.stop(), look=save_is_due)
             startup_s = startup_s or _seconds_since_process_start()
 
-            if _due(step, config.eval.every, steps):
+            if eval_is_due:
                 scores = plan.evaluate(self._val_batches(), task)
                 best = scores["val_loss"] if best is None else min(best, scores["val_loss"])
                 metrics.add_evaluation(step, scores)
-            if _due(step, config.checkpoint.every, steps):
+            if save_is_due:
+                plan.check_finite(step)
                 progress = self._progress(step, loader, int(metrics.tokens), best)
-                checkpoint.save(self.run_dir, model, optimizer, progress, self.group, config.checkpoint)
+                checkpoint.save(self.run_dir, plan.model, optimizer, progress, self.group, config.checkpoint)
                 metrics.say(f"step {step}: saved {checkpoint.folder_of(self.run_dir, step)}")
 
         if not scores:  # resumed after the last step, but before its summary was written
             scores = plan.evaluate(self._val_batches(), task)
             best = scores["val_loss"] if best is None else min(best, scores["val_loss"])
-        metrics.close()
         summary = self._summary(progress, scores, best, metrics, startup_s)
         self.group.together(lambda: write_summary(self.run_dir, summary) if self.is_main else None)
-        plan.sync.close()
         return summary
+
+    def _open_metrics(self) -> Metrics:
+        progress, steps = self.progress, self.config.train.steps
+        return Metrics(self.run_dir, self.config.metrics, steps, self.is_main, progress.step, progress.tokens)
 
     def _val_batches(self):
         config = self.config
@@ -146,6 +156,7 @@ class _Run:
         folder, progress, damaged = found
         self.group.together(lambda: _check_identity(folder, progress, self.identity))
         self.fallbacks += [f"damaged checkpoint skipped: {problem}" for problem in damaged]
+        self.group.together(lambda: checkpoint.set_aside(self.run_dir, progress.step) if self.is_main else None)
         return progress, folder
 
     def _refuse_to_overwrite(self) -> None:

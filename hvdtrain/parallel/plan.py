@@ -12,6 +12,7 @@ from torch import nn
 from hvdtrain.comm.group import Group
 from hvdtrain.data.batch import Batch
 from hvdtrain.data.sampler import derive
+from hvdtrain.errors import DivergedError
 from hvdtrain.options import Options, option
 from hvdtrain.parallel.allreduce import AllReduceOptions, AllReduceSync, StepSums
 from hvdtrain.tasks.task import Task
@@ -67,6 +68,15 @@ class Plan:
     def finish(self, max_norm: float) -> StepSums:
         """Global loss and gradient norm of the step; gradients summed, divided by the global weight, clipped."""
         return self.sync.finish(self._loss_sum, self._weight, max_norm)
+
+    def check_finite(self, step: int) -> None:
+        """Before parameters are saved: are they numbers? Errors: DivergedError, on all ranks alike (local)."""
+        norms = torch.stack(torch._foreach_norm([p.detach() for p in self.model.parameters()]))
+        if not bool(norms.isfinite().all()):
+            raise DivergedError(
+                f"step {step}: parameters are no longer finite numbers; lower optim.lr or lengthen "
+                "schedule.warmup_steps; the last checkpoint is from before"
+            )
 
     def autocast(self) -> contextlib.AbstractContextManager:
         if self._precision is None:
