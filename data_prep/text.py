@@ -2,6 +2,7 @@
 
 import fcntl
 import hashlib
+import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,6 +29,7 @@ from hvdtrain.errors import ConfigError, DataError, OutputError
 
 _BATCH_BYTES = 1 << 23  # of text encoded at once; bounds the memory
 _SAMPLE_FILES = 32
+_OURS = re.compile(r"(train|val)-\d{5}\.h5|\.((train|val)-\d{5}\.h5|manifest\.json|tokenizer\.json)\.\d+\.tmp")
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,9 @@ def prepare_text(
     with _locked(out):
         if (out / "manifest.json").exists():
             return _reuse(out, source), True
-        for leftover in [*out.glob("*.h5"), *out.glob(".*.tmp")]:
-            leftover.unlink()
+        for path in out.iterdir():
+            if _OURS.fullmatch(path.name):  # of a preparation that was interrupted
+                path.unlink()
         encoder = Encoder(tokenizer_path, _sample(files))
         if encoder.note:
             print(f"data_prep: note: {encoder.note}; tokenizers does the work", file=sys.stderr)

@@ -31,7 +31,11 @@ class ConfigError(HvdtrainError):
 
 
 class LaunchError(ConfigError):
-    """The launcher and this process disagree about how many ranks there are."""
+    """The launcher and this process disagree about how many ranks there are; ``rank`` is what the launcher says."""
+
+    def __init__(self, message: str, rank: int = 0):
+        super().__init__(message)
+        self.rank = rank
 
 
 class DataError(HvdtrainError):
@@ -80,7 +84,7 @@ def describe(error: HvdtrainError) -> str:
 
 def report(error: HvdtrainError, is_main: bool) -> None:
     """Print ``error`` once: by rank 0, and only the first time it passes by."""
-    if is_main and not getattr(error, "reported", False):
+    if is_main and getattr(error, "rank", 0) == 0 and not getattr(error, "reported", False):
         say(describe(error))
     error.reported = True  # type: ignore[attr-defined]
 

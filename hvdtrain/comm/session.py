@@ -5,6 +5,7 @@ one rank fails alone                 it says why, with its rank and host, and en
 """
 
 import os
+import signal
 import socket
 import traceback
 from collections.abc import Iterator
@@ -29,6 +30,8 @@ def open_group(world: World) -> Iterator[Group]:
         yield group
     except HvdtrainError as error:
         if error.on_all_ranks:
+            # The launcher ends the others as soon as the first has left; let each leave with its own exit code.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
             report(error, world.is_main)
             group.close()
             raise

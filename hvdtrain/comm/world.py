@@ -87,7 +87,8 @@ def _slurm_world(env: Mapping[str, str]) -> World:
     if size > 1 and not any(name in env for name in ("PMIX_RANK", "PMI_RANK", "PMI_FD", "PMI2_RANK")):
         raise LaunchError(
             f"srun started {size} tasks, but each of them sees a world of 1: no PMI reached them; "
-            "start with `srun --mpi=pmix` (what this Slurm offers: `srun --mpi=list`), or with mpirun inside the job"
+            "start with `srun --mpi=pmix` (what this Slurm offers: `srun --mpi=list`), or with mpirun inside the job",
+            rank,
         )
     local_size = _tasks_on_node(env.get("SLURM_STEP_TASKS_PER_NODE", "1"), _int(env, "SLURM_NODEID", 0))
     return World(rank, size, _int(env, "SLURM_LOCALID", 0), local_size, "srun")
