@@ -39,7 +39,9 @@ def test_installed_package_works_without_the_checkout(wheel, tmp_path):
     command = [sys.executable, "-m", "pip", "install", "--no-deps", "-q", "--target", target, wheel]
     subprocess.run(command, check=True, timeout=240)
     env = {**os.environ, "PYTHONPATH": str(target)}
-    asked = "import hvdtrain; from hvdtrain.config import load_config; print(hvdtrain.__file__, load_config('demo').seed)"
+    asked = (
+        "import hvdtrain; from hvdtrain.config import load_config; print(hvdtrain.__file__, load_config('demo').seed)"
+    )
     found = subprocess.run(
         [sys.executable, "-c", asked], env=env, cwd=tmp_path, text=True, capture_output=True, timeout=120, check=True
     )

@@ -1,0 +1,88 @@
+"""Which device a rank takes, on machines with and without GPUs (torch is asked through stand-ins)."""
+
+import pytest
+import torch
+
+from hvdtrain.comm.device import pick_device
+from hvdtrain.comm.local_group import LocalGroup
+from hvdtrain.comm.session import threads_of_rank
+from hvdtrain.comm.world import World
+from hvdtrain.errors import ConfigError
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch):
+    """``gpus(4)``: torch sees four; returns the list of those that were chosen."""
+
+    def see(count: int) -> list[int]:
+        chosen: list[int] = []
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+        return chosen
+
+    return see
+
+
+class Several(LocalGroup):
+    def __init__(self, backend: str):
+        self.size, self.backend = 4, backend
+
+
+def test_no_gpu_is_said(gpus):
+    gpus(0)
+    device, notes = pick_device("auto", World(), LocalGroup())
+    assert (device.type, len(notes), "CPU" in notes[0]) == ("cpu", 1, True)
+    assert pick_device("cpu", World(), LocalGroup()) == (torch.device("cpu"), [])
+    with pytest.raises(ConfigError, match="device=cuda, but torch finds no GPU"):
+        pick_device("cuda", World(), LocalGroup())
+
+
+def test_a_rank_takes_the_gpu_of_its_place_on_the_node(gpus):
+    chosen = gpus(4)
+    world = World(rank=6, size=8, local_rank=2, local_size=4, launcher="mpirun")
+    assert pick_device("auto", world, Several("nccl")) == (torch.device("cuda", 2), [])
+    assert chosen == [2]
+
+
+def test_srun_may_show_each_rank_its_own_gpu_only(gpus):
+    gpus(1)
+    world = World(rank=3, size=4, local_rank=3, local_size=4, launcher="srun")
+    assert pick_device("auto", world, Several("nccl"))[0] == torch.device("cuda", 0)
+
+
+def test_gradients_through_host_memory_are_said(gpus):
+    gpus(4)
+    _, notes = pick_device("cuda", World(0, 4, 0, 4, "mpirun"), Several("mpi"))
+    assert len(notes) == 1
+    assert "host memory (mpi)" in notes[0]
+
+
+def test_more_ranks_than_gpus_is_an_error(gpus):
+    gpus(2)
+    with pytest.raises(ConfigError, match="4 ranks on a node with 2 GPUs"):
+        pick_device("auto", World(2, 4, 2, 4, "mpirun"), Several("nccl"))
+
+
+@pytest.mark.parametrize(
+    ("everyone", "threads"),
+    [
+        ([("here", range(8))], 8),
+        ([("here", range(8))] * 4, 2),
+        ([("here", range(8))] * 3, 2),
+        ([("here", range(8))] * 16, 1),
+        ([("here", range(8)), ("there", range(8))], 8),
+        ([("here", range(8)), ("here", range(8, 16))], 8),  # bound to cores of their own
+    ],
+)
+def test_cores_are_shared_by_neighbours(monkeypatch: pytest.MonkeyPatch, everyone: list, threads: int):
+    class Node(LocalGroup):
+        def all_gather_object(self, value):
+            return [(host, tuple(cores)) for host, cores in everyone]
+
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("socket.gethostname", lambda: "here")
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(everyone[0][1]))
+    assert threads_of_rank(Node()) == threads
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert threads_of_rank(Node()) == 3

@@ -1,0 +1,54 @@
+"""What all tests share."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+from launch import Prepared, prepare, succeed
+
+# One profile: the same examples every time, no stopwatch.
+settings.register_profile(
+    "hvdtrain",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],  # a tmp_path shared by the examples of one test
+)
+settings.load_profile("hvdtrain")
+
+# mpirun runs tests/mpi, on 1, 2 and 4 ranks (`make test`); without it they would look as if they had passed on several.
+_IS_MPIRUN = "OMPI_COMM_WORLD_SIZE" in os.environ
+collect_ignore = [] if _IS_MPIRUN else ["mpi"]
+
+
+def pytest_report_header() -> list[str]:
+    return [] if _IS_MPIRUN else ["tests/mpi: not in this run, but in `mpirun -np N python -m pytest tests/mpi`"]
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    """Shards and a recipe of a second; look, do not touch."""
+    return prepare(tmp_path_factory.mktemp("prepared"))
+
+
+@pytest.fixture(scope="session")
+def trained(prepared: Prepared) -> Path:
+    """The recipe's run folder, finished by one process without a launcher; look, do not touch."""
+    succeed("train", prepared.recipe, "--run-dir", prepared.folder / "trained")
+    return prepared.folder / "trained"
+
+
+@pytest.fixture
+def torch_switches() -> Iterator[None]:
+    """For tests that train or evaluate in this process, which turns torch's global switches."""
+    import torch
+
+    precision, threads = torch.backends.mkldnn.matmul.fp32_precision, torch.get_num_threads()
+    flash, efficient = torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled()
+    yield
+    torch.backends.mkldnn.matmul.fp32_precision = precision
+    torch.backends.cuda.enable_flash_sdp(flash)
+    torch.backends.cuda.enable_mem_efficient_sdp(efficient)
+    torch.set_num_threads(threads)

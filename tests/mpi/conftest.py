@@ -1,0 +1,77 @@
+"""All ranks run all tests here, in lockstep:  mpirun -np 4 --oversubscribe --bind-to none python -m pytest tests/mpi
+
+Rank 0 shows pytest's output. A test that fails on one rank ends the whole job at once: the others would wait for it in
+their next collective. So does the time limit of the whole run.
+"""
+
+import faulthandler
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from hvdtrain.comm.horovod_group import HorovodGroup
+from hvdtrain.comm.world import detect_world
+
+WORLD = detect_world()
+LIMIT_S = 240
+
+
+@pytest.hookimpl(trylast=True)  # after the terminal reporter was made
+def pytest_configure(config: pytest.Config) -> None:
+    if WORLD.launcher == "none":
+        raise pytest.UsageError(
+            "no mpirun: run `mpirun -np N --oversubscribe --bind-to none python -m pytest tests/mpi`"
+        )
+    if not WORLD.is_main:
+        config.pluginmanager.unregister(name="terminalreporter")
+    # Not a signal and not a Python thread: neither gets its turn while this rank waits inside Horovod.
+    faulthandler.dump_traceback_later(LIMIT_S, exit=True, file=os.dup(sys.__stderr__.fileno()))
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    _end_all(report)
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    _end_all(report)
+
+
+def _end_all(report: pytest.TestReport | pytest.CollectReport) -> None:
+    if not report.failed or WORLD.size == 1:  # alone, pytest goes on to the next test as usual
+        return
+    sys.stdout.flush()
+    if not WORLD.is_main:
+        time.sleep(2)  # where all fail alike, rank 0's report is enough, and ends this wait
+    told = [f"=== failed on rank {WORLD.rank} of {WORLD.size}: {report.nodeid}", report.longreprtext]
+    told += [f"--- {title}\n{text}" for title, text in report.sections]
+    print(*told, sep="\n", file=sys.stderr, flush=True)
+    if "mpi4py.MPI" in sys.modules:
+        from mpi4py import MPI
+
+        MPI.COMM_WORLD.Abort(1)
+    os._exit(1)
+
+
+@pytest.fixture(scope="session")
+def group() -> Iterator[HorovodGroup]:
+    """The group of all ranks, also of one: Horovod itself, where ``open_group`` would take a LocalGroup."""
+    group = HorovodGroup(WORLD)
+    torch.set_num_threads(1)  # enough for models this small
+    yield group
+    group.close()
+    # Horovod's shutdown finalises MPI, unless mpi4py initialised it first: HorovodGroup sees to that order.
+    from mpi4py import MPI
+
+    assert not MPI.Is_finalized()
+    assert MPI.COMM_WORLD.allreduce(1) == WORLD.size
+
+
+@pytest.fixture
+def folder(group: HorovodGroup, tmp_path: Path) -> Path:
+    """One empty folder for all ranks."""
+    return group.all_gather_object(tmp_path)[0]

@@ -1,0 +1,208 @@
+"""What a run says of itself: whole lines, finite numbers, nothing of a killed run's future."""
+
+import errno
+import io
+import json
+import math
+import os
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import torch
+
+from hvdtrain.errors import EXIT_DIVERGED, DivergedError, OutputError
+from hvdtrain.metrics import Metrics, MetricsOptions, StepTimes, git_state, read_log, versions, write_summary
+from hvdtrain.parallel.allreduce import StepSums
+
+TIMES = StepTimes(data=0.1, compute=0.2, sync=0.3, total=0.6)
+KEYS = [
+    "kind", "step", "epoch", "tokens", "loss", "lr", "grad_norm", "tokens_per_s",
+    "time_data_s", "time_compute_s", "time_sync_s", "wall_s",
+]  # fmt: skip
+
+
+def sums(loss: float, weight: int = 60, grad_norm: float = 1.5) -> StepSums:
+    return StepSums(*(torch.tensor(value, dtype=torch.float64) for value in (loss, weight, grad_norm)))
+
+
+def metrics_of(
+    run_dir: Path, steps: int = 20, every: int = 5, start: int = 0, tokens: int = 0, is_main: bool = True, board=False
+) -> Metrics:
+    return Metrics(run_dir, MetricsOptions(every=every, tensorboard=board), steps, is_main, start, tokens)
+
+
+def train(metrics: Metrics, first: int, last: int) -> None:
+    for step in range(first, last + 1):
+        metrics.add(step, step // 10, sums(loss=1 / step), lr=step * 1e-3, times=TIMES)
+
+
+def lines_of(run_dir: Path) -> list[dict]:
+    """Strictly: every line JSON as other languages read it, which know no NaN."""
+
+    def refuse(constant: str):
+        raise AssertionError(f"{constant} is not JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_every_nth_step_the_first_and_the_last_are_lines(tmp_path: Path):
+    metrics = metrics_of(tmp_path, steps=12)
+    train(metrics, 1, 12)
+    metrics.close()
+    lines = lines_of(tmp_path)
+    assert [line["step"] for line in lines] == [1, 5, 10, 12]
+    assert [line["tokens"] for line in lines] == [60, 300, 600, 720]
+    assert [line["epoch"] for line in lines] == [0, 0, 1, 1]
+    assert [line["lr"] for line in lines] == pytest.approx([1e-3, 5e-3, 1e-2, 1.2e-2])
+    assert [line["loss"] for line in lines] == [1.0, 1 / 5, 1 / 10, 1 / 12]
+    assert all(list(line) == KEYS for line in lines)
+    assert metrics.tokens == 720
+    assert metrics.last_loss == 1 / 12
+
+
+def test_times_are_means_over_the_interval_and_the_rate_leaves_out_the_start(tmp_path: Path):
+    metrics = metrics_of(tmp_path, steps=10)
+    slow = StepTimes(data=60.0, compute=0.0, sync=0.0, total=60.0)
+    metrics.add(1, 0, sums(2.0), 0.1, slow)
+    train(metrics, 2, 10)
+    metrics.close()
+    first, second, third = lines_of(tmp_path)
+    assert (first["time_data_s"], second["time_data_s"]) == (60.0, pytest.approx(0.1))
+    assert (second["time_compute_s"], second["time_sync_s"]) == (pytest.approx(0.2), pytest.approx(0.3))
+    assert [line["tokens_per_s"] for line in (first, second, third)] == [1.0, 100.0, 100.0]
+    assert metrics.tokens_per_s == pytest.approx(100.0)
+
+
+def test_evaluations_are_lines_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    metrics = metrics_of(tmp_path)
+    metrics.add_evaluation(5, {"val_loss": 2.5, "perplexity": 12.2})
+    metrics.close()
+    assert lines_of(tmp_path) == [{"kind": "eval", "step": 5, "val_loss": 2.5, "perplexity": 12.2}]
+    assert "val_loss 2.5000" in capsys.readouterr().out
+
+
+def test_only_rank_0_writes_and_speaks(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    metrics = metrics_of(tmp_path, is_main=False)
+    train(metrics, 1, 20)
+    metrics.add_evaluation(20, {"val_loss": 1.0})
+    metrics.say("hello")
+    metrics.close()
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr() == ("", "")
+    assert metrics.tokens == 1200
+
+
+def test_a_resumed_run_forgets_what_was_written_after_its_checkpoint(tmp_path: Path):
+    metrics = metrics_of(tmp_path)
+    train(metrics, 1, 20)
+    metrics.add_evaluation(10, {"val_loss": 2.0})
+    metrics.add_evaluation(15, {"val_loss": 1.5})
+    metrics.close()
+    before = lines_of(tmp_path)
+    metrics = metrics_of(tmp_path, start=10, tokens=600)
+    assert lines_of(tmp_path) == [line for line in before if line["step"] <= 10]
+    train(metrics, 11, 20)
+    metrics.close()
+    assert [line["step"] for line in lines_of(tmp_path)] == [1, 5, 10, 10, 11, 15, 20]
+    assert lines_of(tmp_path)[-1]["tokens"] == 1200
+    metrics_of(tmp_path).close()  # from the start again
+    assert lines_of(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "tail", ['{"kind": "train", "step": 6, "lo', "\0\0\0\0", '{"kind": "train"}\n[1]\n', "\n\n", "\xff"]
+)
+def test_a_half_written_line_is_passed_over(tmp_path: Path, tail: str):
+    metrics = metrics_of(tmp_path)
+    train(metrics, 1, 5)
+    metrics.close()
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes() + tail.encode("latin-1"))
+    assert [line["step"] for line in read_log(path)] == [1, 5]
+    metrics = metrics_of(tmp_path, start=5, tokens=300)
+    train(metrics, 6, 10)
+    metrics.close()
+    assert [line["step"] for line in lines_of(tmp_path)] == [1, 5, 6, 10]
+
+
+@pytest.mark.parametrize("is_main", [True, False])
+@pytest.mark.parametrize(("loss", "grad_norm"), [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, math.inf)])
+def test_a_number_that_is_none_ends_the_run_on_every_rank(tmp_path: Path, is_main: bool, loss: float, grad_norm: float):
+    metrics = metrics_of(tmp_path, is_main=is_main)
+    train(metrics, 1, 4)
+    with pytest.raises(DivergedError, match=r"step 5: loss .*optim\.lr") as caught:
+        metrics.add(5, 0, sums(loss, grad_norm=grad_norm), 0.1, TIMES)
+    assert (caught.value.exit_code, caught.value.on_all_ranks) == (EXIT_DIVERGED, True)
+    metrics.close()
+    if is_main:
+        assert [line["step"] for line in lines_of(tmp_path)] == [1]
+
+
+def test_an_evaluation_that_is_no_number_writes_no_nan(tmp_path: Path):
+    with closing(metrics_of(tmp_path)) as metrics, pytest.raises(DivergedError):
+        metrics.add_evaluation(5, {"val_loss": math.nan, "perplexity": math.nan})
+    assert lines_of(tmp_path) == []
+
+
+def test_a_full_disk_is_an_output_error(tmp_path: Path):
+    class Full(io.StringIO):
+        def flush(self) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    metrics = metrics_of(tmp_path)
+    metrics.close()
+    metrics._file = Full()
+    with pytest.raises(OutputError, match=r"cannot write .*metrics\.jsonl: No space left on device"):
+        train(metrics, 1, 5)
+    with pytest.raises(OutputError, match=r"nowhere/metrics\.jsonl"):
+        metrics_of(tmp_path / "nowhere")
+
+
+def test_tensorboard_reads_what_was_written(tmp_path: Path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    metrics = metrics_of(tmp_path, board=True)
+    train(metrics, 1, 20)
+    metrics.add_evaluation(20, {"val_loss": 2.5})
+    metrics.close()
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    numbers = {f"train/{key}" for key in KEYS if key not in ("kind", "step")}
+    assert set(board.Tags()["scalars"]) == numbers | {"eval/val_loss"}
+    loss = [(event.step, event.value) for event in board.Scalars("train/loss")]
+    assert loss == [(step, pytest.approx(1 / step)) for step in (1, 5, 10, 15, 20)]
+    assert [event.value for event in board.Scalars("eval/val_loss")] == [2.5]
+
+
+def test_tensorboard_forgets_the_future_of_a_killed_run(tmp_path: Path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for first, start in ((1, 0), (11, 10)):
+        metrics = metrics_of(tmp_path, start=start, board=True)
+        train(metrics, first, 20)
+        metrics.close()
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert [event.step for event in board.Scalars("train/loss")] == [1, 5, 10, 11, 15, 20]
+
+
+def test_what_a_result_depends_on():
+    found = versions()
+    assert {"python", "torch", "numpy", "h5py", "tokenizers", "safetensors"} <= set(found)
+    assert found["torch"] == torch.__version__
+
+
+def test_the_source_of_a_run(tmp_path: Path):
+    assert git_state(tmp_path) is None
+    write_summary(tmp_path, {"status": "finished", "git": git_state(Path(__file__).parent)})
+    assert json.loads((tmp_path / "summary.json").read_text())["status"] == "finished"
+
+
+def test_a_full_disk_is_no_crash_when_the_files_are_closed(tmp_path: Path):
+    """What could not be written is still in the buffer: closing tries again, and must not hide the first error."""
+    metrics = metrics_of(tmp_path)
+    metrics.close()
+    metrics._file = open("/dev/full", "w", encoding="utf-8")  # noqa: SIM115
+    with pytest.raises(OutputError, match=r"cannot write .*metrics\.jsonl: No space left"), closing(metrics):
+        train(metrics, 1, 5)

@@ -1,0 +1,73 @@
+"""The table and the picture of what runs came to, from files as a run leaves them, or a killed one."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hvdtrain.errors import CheckpointError, OutputError
+from hvdtrain.report import report
+
+PNG = b"\x89PNG"
+
+
+def write_run(folder: Path, finished: bool = True, losses=(4.0, 3.0, 2.5), evals=((2, 3.25), (3, 2.75))) -> Path:
+    folder.mkdir(parents=True)
+    lines = [{"kind": "train", "step": n, "tokens": 1000 * n, "loss": x} for n, x in enumerate(losses, 1)]
+    lines += [{"kind": "eval", "step": step, "val_loss": loss} for step, loss in evals]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if finished:
+        summary = {"status": "finished", "step": 3, "tokens": 3000, "tokens_per_s": 12345.6}
+        summary |= {"world_size": 4, "sample_digest": "ab12"}
+        (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.split("  ") if cell.strip()]
+
+
+def test_a_finished_run(tmp_path: Path):
+    run = write_run(tmp_path / "run", evals=((2, 2.5), (3, 2.75)))
+    (run / "checkpoints" / "step-00000003").mkdir(parents=True)
+    (run / "tensorboard").mkdir()
+    lines = report([run], None).splitlines()
+    assert cells(lines[1]) == [str(run), "finished", "3", "3,000", "2.7500", "2.5000", "12,346", "4", "ab12"]
+    assert len(cells(lines[0])) == len(cells(lines[1]))
+    assert (run / "loss.png").read_bytes().startswith(PNG)
+    for path in (run / "loss.png", run / "tensorboard", run / "checkpoints" / "step-00000003"):
+        assert any(line.endswith(str(path)) for line in lines[2:])
+
+
+def test_an_unfinished_run_shows_how_far_it_came(tmp_path: Path):
+    run = write_run(tmp_path / "run", finished=False)
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "train", "st')
+    assert cells(report([run], None).splitlines()[1])[1:6] == ["unfinished", "3", "3,000", "2.7500", "2.7500"]
+
+
+def test_several_runs_share_a_picture(tmp_path: Path):
+    runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b", losses=(), evals=(), finished=False)]
+    lines = report(runs, tmp_path / "deep" / "all.png").splitlines()
+    assert [cells(line)[0] for line in lines[1:3]] == [str(run) for run in runs]
+    assert cells(lines[2])[1:6] == ["unfinished", "0", "0", "-", "-"]
+    assert (tmp_path / "deep" / "all.png").read_bytes().startswith(PNG)
+    assert not (tmp_path / "a" / "loss.png").exists()
+
+
+def test_a_summary_that_is_damaged_is_passed_over(tmp_path: Path):
+    for number, text in enumerate(["", "{", "[1]", "null"]):
+        run = write_run(tmp_path / str(number))
+        (run / "summary.json").write_text(text)
+        assert "unfinished" in report([run], None)
+
+
+def test_a_folder_that_is_no_run(tmp_path: Path):
+    with pytest.raises(CheckpointError, match=r"nowhere is not a run folder: cannot read metrics\.jsonl"):
+        report([tmp_path / "nowhere"], None)
+
+
+def test_a_picture_that_cannot_be_written(tmp_path: Path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OutputError, match=r"cannot write .*x\.png"):
+        report([write_run(tmp_path / "run")], tmp_path / "file" / "x.png")
