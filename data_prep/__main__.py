@@ -3,10 +3,11 @@
 import argparse
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import NoReturn
 
-from hvdtrain.errors import EXIT_INTERRUPTED, EXIT_OK, ConfigError, HvdtrainError, report
+from hvdtrain.errors import EXIT_CRASH, EXIT_INTERRUPTED, EXIT_OK, ConfigError, HvdtrainError, report
 
 
 class _Parser(argparse.ArgumentParser):
@@ -105,6 +106,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("data_prep: interrupted; nothing half-written counts, run the same command again", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except Exception:
+        traceback.print_exc()
+        return EXIT_CRASH
 
 
 if __name__ == "__main__":

@@ -11,11 +11,11 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data_prep.corpus import InputFile, corpus_sha256, documents
-from hvdtrain.data.shards import read_json, write_json, writing
-from hvdtrain.errors import ConfigError, DataError
+from hvdtrain.data.shards import END_OF_TEXT_TOKENS, read_json, write_json, writing
+from hvdtrain.errors import ConfigError, DataError, OutputError
 
 KINDS = ("bpe", "char")
-END_OF_TEXT = "<|endoftext|>"
+END_OF_TEXT = END_OF_TEXT_TOKENS[0]
 UNKNOWN = "<|unk|>"
 
 
@@ -40,7 +40,10 @@ def train_tokenizer(files: Sequence[InputFile], kind: str, vocab_size: int, out:
         "trained_on_bytes": sum(file.bytes for file in files),
         "files": len(files),
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot make {out.parent}: {error.strerror}") from None
     write_json(record_path, record)
     with writing(out) as temporary:
         temporary.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
@@ -87,7 +90,7 @@ def load_tokenizer(path: Path) -> tuple[Tokenizer, int]:
         tokenizer = Tokenizer.from_str(text)
     except Exception as error:  # the library raises plain Exception
         raise DataError(f"{path} is not a tokenizer file: {error}") from None
-    for name in (END_OF_TEXT, "</s>", "[SEP]"):
+    for name in END_OF_TEXT_TOKENS:
         if (number := tokenizer.token_to_id(name)) is not None:
             return tokenizer, number
-    raise DataError(f"{path} declares no end-of-text token ({END_OF_TEXT}, </s> or [SEP])")
+    raise DataError(f"{path} declares no end-of-text token ({', '.join(END_OF_TEXT_TOKENS)})")

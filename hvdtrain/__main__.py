@@ -1,10 +1,12 @@
 """``python -m hvdtrain`` and the console command ``hvdtrain``: run a command, turn errors into exit codes."""
 
+import os
 import sys
+import traceback
 
 from hvdtrain import cli
 from hvdtrain.comm.world import World, detect_world
-from hvdtrain.errors import EXIT_INTERRUPTED, HvdtrainError, report
+from hvdtrain.errors import EXIT_CRASH, EXIT_INTERRUPTED, EXIT_IO, HvdtrainError, report
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -18,8 +20,12 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("hvdtrain: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        return 0
+    except BrokenPipeError:  # whoever read our output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its exit
+        return EXIT_IO
+    except Exception:
+        traceback.print_exc()
+        return EXIT_CRASH
 
 
 if __name__ == "__main__":

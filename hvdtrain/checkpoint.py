@@ -8,6 +8,7 @@ Everything happens in ``.step-00000200.partial`` and is renamed when it is whole
 (``model.NAME``, ``optimizer.KEY.NAME``), whole and without any trace of the ranks, so that any number of them may read.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -99,7 +100,7 @@ def save(
                 )
             fields = {"format": FORMAT_VERSION, **asdict(progress), "parts": parts}
             fields["fingerprint"] = f"{progress.fingerprint:016x}"
-            write_json(partial / "manifest.json", fields)
+            write_json(partial / "manifest.json", {**fields, "manifest_sha256": _digest(fields)})
             _writing(final, lambda: _publish(partial, final))
             _writing(run_dir, lambda: _drop_old(run_dir, options.keep_last))
 
@@ -135,6 +136,10 @@ def _publish(partial: Path, final: Path) -> None:
         os.replace(final, _free_name(final))
     os.replace(partial, final)
     sync_folder(final.parent)
+
+
+def _digest(fields: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def set_aside(run_dir: Path, step: int) -> None:
@@ -197,6 +202,8 @@ def read_progress(folder: Path, rank: int = 0, size: int = 1) -> Progress:
         fields = json.loads(path.read_text(encoding="utf-8"))
         if fields.pop("format") != FORMAT_VERSION:
             raise CheckpointError(f"{path} was written by another version of hvdtrain")
+        if fields.pop("manifest_sha256") != _digest({"format": FORMAT_VERSION, **fields}):
+            raise CheckpointError(f"{path} is damaged (it does not match its own digest)")
         parts = fields.pop("parts")
         fields["fingerprint"] = int(fields["fingerprint"], 16)
         progress = TypeAdapter(Progress).validate_json(json.dumps(fields), strict=True)

@@ -7,6 +7,7 @@ import torch
 
 from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.comm.world import World
+from hvdtrain.data.shards import END_OF_TEXT_TOKENS
 from hvdtrain.errors import ConfigError
 from hvdtrain.models.decoder import Decoder
 from hvdtrain.options import Options, option
@@ -74,7 +75,8 @@ def generate(run_dir: Path, prompt: str, options: SamplingOptions, world: World)
 
     run = open_run(run_dir, world, LocalGroup())
     tokenizer = Tokenizer.from_file(str(run.data_dir / "tokenizer.json"))
-    stop = tokenizer.token_to_id("<|endoftext|>")
+    ends = (tokenizer.token_to_id(name) for name in END_OF_TEXT_TOKENS)
+    stop = next((number for number in ends if number is not None), None)
     ids = tokenizer.encode(prompt, add_special_tokens=False).ids or ([stop] if stop is not None else [])
     if not ids:
         raise ConfigError("the prompt is empty; give --prompt TEXT")

@@ -68,8 +68,8 @@ class Metrics:
     def wall_s(self) -> float:
         return time.perf_counter() - self._started
 
-    def add(self, step: int, epoch: int, sums: StepSums, lr: float, times: StepTimes, look: bool = False) -> None:
-        """Note one finished step; every ``metrics.every`` steps, or to ``look`` at it now, read, check and write it.
+    def add(self, step: int, epoch: int, sums: StepSums, lr: float, times: StepTimes) -> None:
+        """Note one finished step; every ``metrics.every`` steps read it, check it and write it.
 
         Errors: DivergedError, on all ranks alike, where the loss or the gradient is not finite.
         """
@@ -79,7 +79,7 @@ class Metrics:
         self._steps_since += 1
         if self._bar is not None:
             self._bar.update()
-        if step % self._options.every == 0 or look or step in (self._start_step + 1, self._steps):
+        if step % self._options.every == 0 or step in (self._start_step + 1, self._steps):
             self._log(step, epoch, sums, lr)
 
     def _log(self, step: int, epoch: int, sums: StepSums, lr: float) -> None:
@@ -148,12 +148,18 @@ class Metrics:
             self.say(f"step {line['step']:>{width}}/{self._steps}  {text}")
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-        if self._file is not None:
-            self._file.close()
-        if self._board is not None:
-            self._board.close()
+        """Errors: OutputError where what was still buffered cannot be written; not while an error is on its way."""
+        failure = None
+        for part in (self._bar, self._file, self._board):
+            try:
+                if part is not None:
+                    part.close()
+            except OSError as error:
+                failure = failure or error
+        if failure is not None and sys.exc_info()[0] is None:
+            raise OutputError(
+                f"cannot write the metrics in {self._run_dir}: {failure.strerror or failure}"
+            ) from failure
 
 
 class _Board:

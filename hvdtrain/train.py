@@ -112,7 +112,7 @@ class _Run:
             lr = learning_rate(config.schedule, config.optim.lr, steps, step - 1)
             plan.sync.step(optimizer, lr)
             clock.lap("compute")
-            metrics.add(step, loader.epoch, sums, lr, clock.stop(), look=save_is_due)
+            metrics.add(step, loader.epoch, sums, lr, clock.stop())
             startup_s = startup_s or _seconds_since_process_start()
 
             if eval_is_due:
@@ -156,7 +156,8 @@ class _Run:
         folder, progress, damaged = found
         self.group.together(lambda: _check_identity(folder, progress, self.identity))
         self.fallbacks += [f"damaged checkpoint skipped: {problem}" for problem in damaged]
-        self.group.together(lambda: checkpoint.set_aside(self.run_dir, progress.step) if self.is_main else None)
+        own_step = progress.step if folder.parent.parent == self.run_dir else -1
+        self.group.together(lambda: checkpoint.set_aside(self.run_dir, own_step) if self.is_main else None)
         return progress, folder
 
     def _refuse_to_overwrite(self) -> None:

@@ -55,3 +55,8 @@ def test_a_crash_is_70_with_a_traceback(monkeypatch: pytest.MonkeyPatch, capsys:
 def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     assert end_with(monkeypatch, KeyboardInterrupt()) == 130
     assert "goes on from the last checkpoint" in capsys.readouterr().err
+
+
+def test_a_closed_pipe_is_not_success(monkeypatch: pytest.MonkeyPatch):
+    """`train demo | head` ends the training long before its last step: 0 would say that it is finished."""
+    assert end_with(monkeypatch, BrokenPipeError()) != EXIT_OK

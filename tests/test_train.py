@@ -215,10 +215,14 @@ def test_one_window_is_enough(go: Train, tmp_path: Path):
     assert go("run", f"data.dir={tmp_path / 'little'}")["step"] == 6
 
 
-def test_a_run_that_diverges_keeps_its_last_good_checkpoint(go: Train, tmp_path: Path):
-    """It blows up between two logged steps, and checkpoints and evaluations come more often than log lines."""
-    often = ("metrics.every=100", "checkpoint.every=1", "eval.every=1", "train.steps=40")
-    message = fail(go, "run", "optim.lr=1e38", "optim.clip_norm=0", *often, exit_code=EXIT_DIVERGED)
+@pytest.mark.parametrize(
+    ("lr", "evaluations"),
+    [("1e38", "eval.every=1"), ("1e38", "eval.every=0"), ("1e39", "eval.every=0")],  # 1e39 is infinite in fp32
+)
+def test_a_run_that_diverges_keeps_its_last_good_checkpoint(go: Train, tmp_path: Path, lr: str, evaluations: str):
+    """It blows up between two logged steps, and checkpoints come more often than log lines."""
+    often = ("metrics.every=100", "checkpoint.every=1", evaluations, "train.steps=40")
+    message = fail(go, "run", f"optim.lr={lr}", "optim.clip_norm=0", *often, exit_code=EXIT_DIVERGED)
     assert "optim.lr" in message
     for step in checkpoint.steps_saved(tmp_path / "run"):
         tensors = load_file(folder_of(tmp_path / "run", step) / PART)

@@ -27,6 +27,7 @@ from hvdtrain.errors import ConfigError, DataError, OutputError
 
 FORMAT_VERSION = 1
 BLOCK_BYTES = 1 << 24
+END_OF_TEXT_TOKENS = ("<|endoftext|>", "</s>", "[SEP]")  # the first that a tokenizer has ends each document
 SPLITS = ("train", "val", "test")
 _STRICT = ConfigDict(strict=True, extra="forbid")  # a manifest is read to the letter
 

@@ -68,6 +68,7 @@ class Attention(nn.Module):
             q, k = rotate(q, rotary), rotate(k, rotary)
         if cache is not None:
             k, v = cache.append(k, v)
+        assert cache is None or cache.length == positions or positions == 1, "a filled cache takes one token at a time"
         # With a cache the queries are either the whole prefix (causal) or one last position, which sees everything.
         out_BHTK = F.scaled_dot_product_attention(
             q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=positions > 1

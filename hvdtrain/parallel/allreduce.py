@@ -126,8 +126,12 @@ class AllReduceSync:
 
         def gradient_is_there(parameter: torch.Tensor) -> None:
             self._used[number] = True
-            # Once a step, even where recomputation makes autograd come by twice.
-            if self._is_last and number not in self._sent:
+            if self._is_last:
+                if number in self._sent:  # what comes now would be lost: the sum may be under way
+                    raise RuntimeError(
+                        "a gradient arrived twice in one backward (reentrant checkpointing of a shared layer?); "
+                        "checkpoint with use_reentrant=False"
+                    )
                 self._sent.add(number)
                 bucket.missing -= 1
                 if bucket.missing == 0:

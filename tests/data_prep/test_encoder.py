@@ -1,6 +1,7 @@
 """The fast encoder gives what the slow one gives, or says that it does not do the work."""
 
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -80,3 +81,14 @@ def test_without_the_library(folder: Path, monkeypatch: pytest.MonkeyPatch):
 def test_a_sample_may_be_cut_within_a_character(folder: Path):
     encoder = Encoder(folder / "bpe.json", ["漢".encode() * 30_000])  # longer than what is compared of a document
     assert encoder.note == ""
+
+
+@pytest.mark.parametrize(
+    "texts", [[END_OF_TEXT], [f"a{END_OF_TEXT}b", "c"], ["", "x", f"{END_OF_TEXT}"], ["a", END_OF_TEXT, "b"]]
+)
+def test_the_name_of_a_special_token_in_a_text_is_text(fast: Encoder, texts: list[str]):
+    """Taken for the token, it would make a border of a document where there is none, and be lost on the way back."""
+    tokens, offsets = fast.encode([text.encode() for text in texts])
+    assert fast._tokenizer.token_to_id(END_OF_TEXT) not in tokens
+    back = [fast._tokenizer.decode(tokens[a:b].tolist()) for a, b in pairwise(offsets)]
+    assert back == texts

@@ -209,6 +209,17 @@ def test_used_several_times_or_computed_again(bucket_mib: float, layers: int, re
     assert_same_gradients(model, expected)
 
 
+def test_a_gradient_that_comes_twice_is_refused():
+    """Reentrant checkpointing of a shared layer: the first part has been sent when the second arrives."""
+    layer = nn.Linear(4, 4)
+    sync = AllReduceSync(layer, LateGroup(), AllReduceOptions())
+    sync.start()
+    sync.last()
+    hidden = checkpoint(layer, torch.randn(5, 4, requires_grad=True), use_reentrant=True)
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        checkpoint(layer, hidden, use_reentrant=True).sum().backward()
+
+
 def test_frozen_parameters_stay_out():
     model = tiny_decoder()
     model.position.weight.requires_grad_(False)

@@ -8,7 +8,7 @@ from cluster import SlurmCluster
 from launch import TRACE, Done, Prepared, environment, summary
 
 TRAIN = (sys.executable, "-m", "hvdtrain", "train")
-SRUN = ("srun", "--nodes=2", "--ntasks=2", "--kill-on-bad-exit=1")
+SRUN = ("srun", "--nodes=2", "--ntasks=2")
 
 
 def _run(slurm: SlurmCluster, *args: object) -> Done:
@@ -19,7 +19,7 @@ def _run(slurm: SlurmCluster, *args: object) -> Done:
 @pytest.mark.parametrize(
     ("start", "launcher"),
     [
-        ((*SRUN, "--mpi=pmix"), "srun"),
+        ((*SRUN, "--mpi=pmix", "--kill-on-bad-exit=1"), "srun"),
         (("salloc", "--nodes=2", "--ntasks=2", "--quiet", "mpirun", "--bind-to", "none"), "mpirun"),
     ],
     ids=["srun", "mpirun"],
@@ -38,13 +38,18 @@ def test_two_nodes_train_what_one_process_trains(
 
 
 def test_sruns_exit_code_is_that_of_the_ranks(slurm: SlurmCluster, prepared: Prepared, tmp_path: Path):
-    done = _run(slurm, *SRUN, "--mpi=pmix", *TRAIN, prepared.recipe, "data.dir=/nowhere", "--run-dir", tmp_path / "run")
+    """Although it ends the second as soon as the first has left, and then tells the higher code: 143 of a SIGTERM."""
+    train = (*TRAIN, prepared.recipe, "data.dir=/nowhere", "--run-dir", tmp_path / "run")
+    done = _run(slurm, *SRUN, "--mpi=pmix", "--kill-on-bad-exit=1", *train)
     assert (done.exit_code, len(done.messages), TRACE in done.text) == (65, 1, False), done
     assert "no shards in /nowhere" in done.messages[0]
 
 
 def test_ranks_that_know_nothing_of_one_another_are_refused(slurm: SlurmCluster, prepared: Prepared, tmp_path: Path):
-    """MpiDefault is none here, as on many clusters: without --mpi=pmix each would train alone, in the same folder."""
+    """MpiDefault is none here, as on many clusters: without --mpi=pmix each would train alone, in the same folder.
+
+    Without --kill-on-bad-exit, which would end the second task before it has read its own environment.
+    """
     done = _run(slurm, *SRUN, *TRAIN, prepared.recipe, "--run-dir", tmp_path / "run")
     assert (done.exit_code, TRACE in done.text) == (2, False), done
     assert "srun started 2 tasks, but each of them sees a world of 1" in done.messages[0]
