@@ -1,12 +1,14 @@
 """``python -m hvdtrain`` and the console command ``hvdtrain``: run a command, turn errors into exit codes."""
 
 import os
+import signal
 import sys
+import time
 import traceback
 
 from hvdtrain import cli
 from hvdtrain.comm.world import World, detect_world
-from hvdtrain.errors import EXIT_CRASH, EXIT_INTERRUPTED, EXIT_IO, HvdtrainError, report
+from hvdtrain.errors import EXIT_CRASH, EXIT_INTERRUPTED, EXIT_IO, HvdtrainError, LaunchError, report
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -16,6 +18,11 @@ def main(argv: list[str] | None = None) -> int:
         return cli.run(sys.argv[1:] if argv is None else argv, world)
     except HvdtrainError as error:
         report(error, world.is_main)
+        if not error.on_all_ranks and (world.size > 1 or isinstance(error, LaunchError)):
+            # The ranks never joined one another, and the launcher ends all as soon as the first has left: rank 0 shall
+            # have spoken by then, and each leave with its own exit code.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            time.sleep(1)
         return error.exit_code
     except KeyboardInterrupt:
         print("hvdtrain: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)

@@ -18,7 +18,7 @@ from hvdtrain.comm.device import pick_device
 from hvdtrain.comm.group import Group
 from hvdtrain.comm.session import open_group, threads_of_rank
 from hvdtrain.comm.world import World
-from hvdtrain.config import RunConfig, dump_yaml, load_config
+from hvdtrain.config import RunConfig, dump_yaml, flatten, load_config
 from hvdtrain.data.loader import TrainLoader, eval_batches
 from hvdtrain.data.sampler import WindowSampler, share_of
 from hvdtrain.data.shards import Manifest, TokenStream, read_manifest, writing
@@ -39,7 +39,7 @@ def train(recipe: str, overrides: Sequence[str], run_dir: Path | None, resume: s
     """
     with open_group(world) as group:
         config = group.together(lambda: load_config(recipe, overrides))
-        group.agree(config.model_dump(), "the configuration")
+        group.agree(flatten(config.model_dump()), "the configuration")
         run_dir = run_dir or Path("runs") / Path(recipe).stem
         return _Run(config, run_dir, resume, world, group).run()
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from hvdtrain.errors import EXIT_CRASH, HvdtrainError, RankError
+from hvdtrain.errors import EXIT_CRASH, EXIT_USAGE, HvdtrainError, RankError
 
 T = TypeVar("T")
 
@@ -79,7 +79,16 @@ class Group(ABC):
         return result  # type: ignore[return-value]
 
     def agree(self, value: Any, what: str) -> None:
-        """Check that ``value`` is the same on all ranks; otherwise RankError naming the first rank that differs."""
+        """Check that ``value`` is the same on all ranks; otherwise RankError naming the first rank that differs.
+
+        Of flat mappings only the keys that differ are shown.
+        """
         for rank, other in enumerate(values := self.all_gather_object(value)):
             if other != values[0]:
-                raise RankError(f"{what} differs between ranks: rank 0 has {values[0]!r}, rank {rank} has {other!r}", 2)
+                mine, theirs = values[0], other
+                if isinstance(mine, dict) and isinstance(theirs, dict):
+                    keys = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
+                    mine, theirs = ({key: side.get(key) for key in keys} for side in (mine, theirs))
+                raise RankError(
+                    f"{what} differs between ranks: rank 0 has {mine!r}, rank {rank} has {theirs!r}", EXIT_USAGE
+                )

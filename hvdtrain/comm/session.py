@@ -33,6 +33,7 @@ def open_group(world: World) -> Iterator[Group]:
             # The launcher ends the others as soon as the first has left; let each leave with its own exit code.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             report(error, world.is_main)
+            group.barrier()  # none leaves before rank 0 has spoken
             group.close()
             raise
         say(f"[rank {world.rank} on {socket.gethostname()}] {describe(error)}")
