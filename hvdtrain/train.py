@@ -149,7 +149,9 @@ class _Run:
             return Progress(), None
         # With --resume DIR, what this run has saved by itself since then is newer.
         source = self.run_dir if resume == "auto" else Path(resume)
-        found = checkpoint.newest_valid(self.run_dir, self.group) or checkpoint.newest_valid(source, self.group)
+        found = checkpoint.newest_valid(self.run_dir, self.group)
+        if found is None and source != self.run_dir:
+            found = checkpoint.newest_valid(source, self.group)
         if found is None:
             self.group.together(lambda: _check_nothing_is_lost(source, explicit=source != self.run_dir))
             return Progress(), None
