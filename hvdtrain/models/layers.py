@@ -1,6 +1,7 @@
 """The parts of a Transformer block.
 
-Shape letters:  B rows, T positions, D model width, H heads, K width of a head (D / H), F feed-forward width
+Shape letters:  B rows, T positions, S positions of an encoder's output (the memory), D model width, H heads,
+                K width of a head (D / H), F feed-forward width
 """
 
 import torch
@@ -9,13 +10,17 @@ from torch import nn
 
 
 class KVCache:
-    """Keys and values of the positions seen so far, for one layer: [B, H, T_max, K] each."""
+    """Keys and values of the positions seen so far, for one layer: [B, H, T_max, K] each.
+
+    ``memory``: those of an encoder's output, [2, B, H, S, K], where there is one; made at the first step.
+    """
 
     def __init__(self, rows: int, heads: int, positions: int, head_width: int, like: torch.Tensor):
         shape = (rows, heads, positions, head_width)
         self.keys = torch.empty(shape, dtype=like.dtype, device=like.device)
         self.values = torch.empty(shape, dtype=like.dtype, device=like.device)
         self.length = 0
+        self.memory: torch.Tensor | None = None
 
     def append(self, keys_BHTK: torch.Tensor, values_BHTK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Store the new positions; returns all keys and values up to and including them."""
@@ -44,24 +49,36 @@ def rotary_table(positions: int, head_width: int) -> torch.Tensor:
 
 
 def rotate(x_BHTK: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Turn each pair (x[k], x[k + K/2]) by its position's angle; ``table``: [2, T, K / 2]."""
+    """Turn each pair (x[k], x[k + K/2]) by its position's angle.
+
+    ``table``: [2, T, K / 2], or [2, B, 1, T, K / 2] where the rows' positions differ.
+    """
     cos, sin = table.to(x_BHTK.dtype)
     first, second = x_BHTK.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
 
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention (Vaswani et al. 2017) through torch's scaled_dot_product_attention."""
+    """Multi-head self-attention (Vaswani et al. 2017) through torch's scaled_dot_product_attention.
 
-    def __init__(self, width: int, heads: int, bias: bool, dropout: float):
+    ``causal``: a position sees itself and earlier ones, else all. A ``mask`` says instead of it who sees whom: bool,
+    [B, 1, T, T] or what spreads to it, True where a query (third dim) may see a key (last dim).
+    """
+
+    def __init__(self, width: int, heads: int, bias: bool, dropout: float, causal: bool = True):
         super().__init__()
-        self.heads, self.dropout = heads, dropout
+        self.heads, self.dropout, self.causal = heads, dropout, causal
         self.qkv = nn.Linear(width, 3 * width, bias=bias)
         self.out = nn.Linear(width, width, bias=bias)
 
     def forward(
-        self, x_BTD: torch.Tensor, rotary: torch.Tensor | None = None, cache: KVCache | None = None
+        self,
+        x_BTD: torch.Tensor,
+        rotary: torch.Tensor | None = None,
+        cache: KVCache | None = None,
+        mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        assert cache is None or (self.causal and mask is None), "a cache is for causal attention alone"
         rows, positions, width = x_BTD.shape
         q, k, v = self.qkv(x_BTD).view(rows, positions, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # each B H T K
         if rotary is not None:
@@ -70,8 +87,40 @@ class Attention(nn.Module):
             k, v = cache.append(k, v)
         assert cache is None or cache.length == positions or positions == 1, "a filled cache takes one token at a time"
         # With a cache the queries are either the whole prefix (causal) or one last position, which sees everything.
+        is_causal = self.causal and mask is None and positions > 1
         out_BHTK = F.scaled_dot_product_attention(
-            q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=positions > 1
+            q, k, v, mask, dropout_p=self.dropout if self.training else 0.0, is_causal=is_causal
+        )
+        return self.out(out_BHTK.transpose(1, 2).reshape(rows, positions, width))
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention from a decoder's positions to an encoder's output (Vaswani et al. 2017, 3.2.3).
+
+    The two sides count their positions apart, so nothing is rotated here.
+    """
+
+    def __init__(self, width: int, heads: int, bias: bool, dropout: float):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.q = nn.Linear(width, width, bias=bias)
+        self.kv = nn.Linear(width, 2 * width, bias=bias)
+        self.out = nn.Linear(width, width, bias=bias)
+
+    def keys_values(self, memory_BSD: torch.Tensor) -> torch.Tensor:
+        """[2, B, H, S, K]: the same at every step of decoding."""
+        rows, positions, _ = memory_BSD.shape
+        return self.kv(memory_BSD).view(rows, positions, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+
+    def forward(
+        self, x_BTD: torch.Tensor, keys_values: torch.Tensor, memory_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """``memory_mask``: bool [B, 1, 1, S], True on tokens, False on padding."""
+        rows, positions, width = x_BTD.shape
+        q_BHTK = self.q(x_BTD).view(rows, positions, self.heads, -1).transpose(1, 2)
+        k_BHSK, v_BHSK = keys_values
+        out_BHTK = F.scaled_dot_product_attention(
+            q_BHTK, k_BHSK, v_BHSK, memory_mask, dropout_p=self.dropout if self.training else 0.0
         )
         return self.out(out_BHTK.transpose(1, 2).reshape(rows, positions, width))
 
@@ -99,16 +148,65 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Pre-norm residual block:  x + attention(norm(x)),  then  x + feed_forward(norm(x))."""
 
-    def __init__(self, width: int, heads: int, ratio: float, activation: str, norm: str, bias: bool, dropout: float):
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        ratio: float,
+        activation: str,
+        norm: str,
+        bias: bool,
+        dropout: float,
+        causal: bool = True,
+    ):
         super().__init__()
         self.attention_norm = make_norm(norm, width, bias)
-        self.attention = Attention(width, heads, bias, dropout)
+        self.attention = Attention(width, heads, bias, dropout, causal)
         self.feed_forward_norm = make_norm(norm, width, bias)
         self.feed_forward = FeedForward(width, ratio, activation, bias)
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, x_BTD: torch.Tensor, rotary: torch.Tensor | None = None, cache: KVCache | None = None
+        self,
+        x_BTD: torch.Tensor,
+        rotary: torch.Tensor | None = None,
+        cache: KVCache | None = None,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), rotary, cache, mask))
+        return x_BTD + self.dropout(self.feed_forward(self.feed_forward_norm(x_BTD)))
+
+
+class CrossBlock(nn.Module):
+    """Pre-norm block of an encoder-decoder's decoder: causal attention, cross-attention, feed-forward, each added."""
+
+    def __init__(self, width: int, heads: int, ratio: float, activation: str, norm: str, bias: bool, dropout: float):
+        super().__init__()
+        self.attention_norm = make_norm(norm, width, bias)
+        self.attention = Attention(width, heads, bias, dropout)
+        self.cross_attention_norm = make_norm(norm, width, bias)
+        self.cross_attention = CrossAttention(width, heads, bias, dropout)
+        self.feed_forward_norm = make_norm(norm, width, bias)
+        self.feed_forward = FeedForward(width, ratio, activation, bias)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        x_BTD: torch.Tensor,
+        rotary: torch.Tensor | None,
+        cache: KVCache | None,
+        memory_BSD: torch.Tensor,
+        memory_mask: torch.Tensor,
     ) -> torch.Tensor:
         x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), rotary, cache))
+        keys_values = self._keys_values(memory_BSD, cache)
+        x_BTD = x_BTD + self.dropout(self.cross_attention(self.cross_attention_norm(x_BTD), keys_values, memory_mask))
         return x_BTD + self.dropout(self.feed_forward(self.feed_forward_norm(x_BTD)))
+
+    def _keys_values(self, memory_BSD: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
+        if cache is None:
+            return self.cross_attention.keys_values(memory_BSD)
+        if cache.memory is None:
+            # contiguous, or every step would copy them for its matrix products
+            cache.memory = self.cross_attention.keys_values(memory_BSD).contiguous()
+        return cache.memory

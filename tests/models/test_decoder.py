@@ -10,7 +10,8 @@ from pydantic import ValidationError
 from tiny import tiny_decoder
 
 from hvdtrain.config import load_config
-from hvdtrain.models.decoder import Decoder, DecoderOptions
+from hvdtrain.models.decoder import Decoder
+from hvdtrain.models.transformer import TransformerOptions
 
 KINDS = [
     {"positions": positions, "norm": norm, "activation": activation, "bias": bias}
@@ -84,6 +85,27 @@ def test_the_tied_matrix_is_one(model: Decoder):
     assert sizes[1] - sizes[0] == 50 * 16
 
 
+def test_parameters_keep_their_names_and_order():
+    """Checkpoints go by the names; the start of the weights and the gradients' order on the wire by the order."""
+    block = [
+        *("attention_norm.weight", "attention_norm.bias"),
+        *(f"attention.{part}.{kind}" for part in ("qkv", "out") for kind in ("weight", "bias")),
+        *("feed_forward_norm.weight", "feed_forward_norm.bias"),
+        *(f"feed_forward.{part}.{kind}" for part in ("up", "out") for kind in ("weight", "bias")),
+    ]
+    blocks = [f"blocks.{number}.{name}" for number in range(2) for name in block]
+    names = ["embedding.weight", "position.weight", *blocks, "norm.weight", "norm.bias"]
+    assert [name for name, _ in tiny_decoder().named_parameters()] == names
+    assert list(tiny_decoder().state_dict()) == [*names, "head.weight"]
+    rotary = [name for name, _ in tiny_decoder(positions="rotary", tied=False).named_parameters()]
+    assert rotary == [*(name for name in names if name != "position.weight"), "head.weight"]
+
+
+def test_more_tokens_than_positions_are_a_mistake(model: Decoder):
+    with pytest.raises(AssertionError, match="13 positions in a context of 12"):
+        model(tokens_of(1, 13))
+
+
 def test_the_first_loss_is_that_of_a_guess(model: Decoder):
     tokens, targets = tokens_of(20, 12), tokens_of(20, 13)[:, 1:]
     loss = F.cross_entropy(model.logits(model(tokens)).flatten(0, 1), targets.flatten())
@@ -147,6 +169,7 @@ def test_dropout_works_in_training_only():
         ({"heads": 4, "width": 12, "positions": "rotary"}, "rotary positions need an even head width"),
         ({"width": -16}, "greater than or equal to 1"),
         ({"layers": 0}, "greater than or equal to 1"),
+        ({"encoder_layers": -1}, "greater than or equal to 0"),
         ({"context": 0}, "greater than or equal to 1"),
         ({"dropout": 1.0}, "less than 1"),
         ({"ff_ratio": 0.0}, "greater than 0"),
@@ -156,4 +179,4 @@ def test_dropout_works_in_training_only():
 )
 def test_impossible_options(options: dict, message: str):
     with pytest.raises(ValidationError, match=message):
-        DecoderOptions(**options)
+        TransformerOptions(**options)

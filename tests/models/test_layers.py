@@ -6,33 +6,59 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hvdtrain.models.layers import Attention, FeedForward, KVCache, make_norm, rotary_table, rotate
+from hvdtrain.models.layers import Attention, CrossAttention, FeedForward, KVCache, make_norm, rotary_table, rotate
 
 
-def test_attention_is_the_formula():
-    """softmax(Q K^T / sqrt(K)) V for each head, later positions hidden; heads are neighbouring columns."""
-    torch.manual_seed(0)
-    rows, positions, width, heads = 2, 5, 12, 3
-    attention = Attention(width, heads, bias=True, dropout=0.0)
-    x = torch.randn(rows, positions, width)
-    q, k, v = attention.qkv(x).split(width, dim=2)
-    columns = width // heads
+def slow_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, sees: torch.Tensor) -> torch.Tensor:
+    """softmax(Q K^T / sqrt(K)) V for each head, hidden where ``sees`` is False; heads are neighbouring columns."""
+    columns = q.shape[2] // heads
     outs = []
     for head in range(heads):
         part = slice(head * columns, (head + 1) * columns)
         scores = q[..., part] @ k[..., part].transpose(1, 2) / math.sqrt(columns)
-        scores = scores.masked_fill(torch.ones(positions, positions).triu(1).bool(), -torch.inf)
-        outs.append(scores.softmax(-1) @ v[..., part])
-    expected = attention.out(torch.cat(outs, dim=2))
-    torch.testing.assert_close(attention(x), expected, rtol=1e-5, atol=1e-6)
+        outs.append(scores.masked_fill(~sees, -torch.inf).softmax(-1) @ v[..., part])
+    return torch.cat(outs, dim=2)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("masked", [True, False])
+def test_attention_is_the_formula(causal: bool, masked: bool):
+    """A mask, where given, says alone who sees whom."""
+    torch.manual_seed(0)
+    rows, positions, width, heads = 2, 5, 12, 3
+    attention = Attention(width, heads, bias=True, dropout=0.0, causal=causal)
+    x = torch.randn(rows, positions, width)
+    everything = torch.ones(rows, positions, positions, dtype=torch.bool)
+    mask = (torch.rand(rows, positions, positions) < 0.5) | torch.eye(positions, dtype=torch.bool)
+    sees = mask if masked else everything.tril() if causal else everything
+    expected = attention.out(slow_attention(*attention.qkv(x).split(width, dim=2), heads, sees))
+    out = attention(x, mask=mask[:, None] if masked else None)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_cross_attention_is_the_formula():
+    """Queries from one side, keys and values from the other, whose padding is hidden."""
+    torch.manual_seed(0)
+    width, heads = 12, 3
+    attention = CrossAttention(width, heads, bias=True, dropout=0.0)
+    x, memory = torch.randn(2, 4, width), torch.randn(2, 6, width)
+    sees = torch.arange(6) < torch.tensor([6, 2])[:, None]
+    k, v = attention.kv(memory).split(width, dim=2)
+    expected = attention.out(slow_attention(attention.q(x), k, v, heads, sees[:, None]))
+    out = attention(x, attention.keys_values(memory), sees[:, None, None])
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_dropout_of_attention_works_in_training_only():
     torch.manual_seed(0)
-    attention, x = Attention(8, 2, bias=False, dropout=0.5), torch.randn(1, 6, 8)
+    attention, cross, x = Attention(8, 2, False, 0.5), CrossAttention(8, 2, False, 0.5), torch.randn(1, 6, 8)
+    keys_values = cross.keys_values(x)
     assert not torch.equal(attention(x), attention(x))
+    assert not torch.equal(cross(x, keys_values), cross(x, keys_values))
     attention.eval()
+    cross.eval()
     assert torch.equal(attention(x), attention(x))
+    assert torch.equal(cross(x, keys_values), cross(x, keys_values))
 
 
 def test_rotation_is_a_complex_turn():
@@ -46,6 +72,15 @@ def test_rotation_is_a_complex_turn():
     )
     expected = torch.cat([turned.real, turned.imag], dim=-1)
     torch.testing.assert_close(rotate(x, rotary_table(positions, width)), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_rows_may_have_their_own_positions():
+    torch.manual_seed(0)
+    table, x = rotary_table(9, 8), torch.randn(2, 3, 4, 8)
+    positions = torch.tensor([[0, 1, 2, 3], [7, 8, 0, 1]])
+    together = rotate(x, table[:, positions].unsqueeze(2))
+    for row in range(2):
+        assert torch.equal(together[row], rotate(x[row], table[:, positions[row]]))
 
 
 def test_rotated_products_depend_on_the_distance_alone():

@@ -1,0 +1,64 @@
+"""Encoder-decoder Transformer (Vaswani et al. 2017), with the norm before each part.
+
+One embedding and one set of positions serve source and target, and the embedding's matrix the output too where tied.
+
+Shape letters:  B rows, S source positions, T target positions, D model width, V vocabulary
+"""
+
+import torch
+
+from hvdtrain.models.layers import Block, CrossBlock, KVCache, make_norm
+from hvdtrain.models.masks import padding_mask
+from hvdtrain.models.transformer import Transformer, TransformerOptions
+
+
+class Seq2Seq(Transformer):
+    """``forward(source, source_lengths, tokens) -> hidden`` and ``logits(hidden)``.
+
+    Token by token: once ``memory = encode(source, source_lengths)`` and ``new_cache(rows)``, then ``decode`` each time.
+    """
+
+    def __init__(self, options: TransformerOptions, vocab_size: int):
+        super().__init__(options, vocab_size)
+        self.encoder_blocks = self.make_blocks(Block, options.encoder_layers or options.layers, causal=False)
+        self.encoder_norm = make_norm(options.norm, options.width, options.bias)
+        self.blocks = self.make_blocks(CrossBlock, options.layers)
+        self.norm = make_norm(options.norm, options.width, options.bias)
+        self.head = self.make_head()
+
+    def new_cache(self, rows: int) -> list[KVCache]:
+        """An empty cache, one entry a layer, for ``decode``; it belongs to one memory, which the first step keeps."""
+        return self.make_cache(self.options.layers, rows)
+
+    def encode(self, source_BS: torch.Tensor, source_lengths_B: torch.Tensor) -> torch.Tensor:
+        """The memory [B, S, D]; finite and without meaning from each source's length on. Both inputs int64."""
+        x_BSD, rotary = self.embed(source_BS)
+        mask = padding_mask(source_lengths_B, source_BS.shape[1])
+        for block in self.encoder_blocks:
+            x_BSD = block(x_BSD, rotary, mask=mask)
+        return self.encoder_norm(x_BSD)
+
+    def decode(
+        self,
+        tokens_BT: torch.Tensor,
+        memory_BSD: torch.Tensor,
+        source_lengths_B: torch.Tensor,
+        cache: list[KVCache] | None = None,
+    ) -> torch.Tensor:
+        """Hidden states [B, T, D]. With a cache: the whole prefix first, later one token at a time."""
+        x_BTD, rotary = self.embed(tokens_BT, cache[0].length if cache else 0)
+        memory_mask = padding_mask(source_lengths_B, memory_BSD.shape[1])
+        for number, block in enumerate(self.blocks):
+            x_BTD = block(x_BTD, rotary, cache[number] if cache else None, memory_BSD, memory_mask)
+        return self.norm(x_BTD)
+
+    def forward(self, source_BS: torch.Tensor, source_lengths_B: torch.Tensor, tokens_BT: torch.Tensor) -> torch.Tensor:
+        """Hidden states [B, T, D] of all target positions at once. All inputs int64.
+
+        Targets are padded at their end, where no earlier position looks.
+        """
+        return self.decode(tokens_BT, self.encode(source_BS, source_lengths_B), source_lengths_B)
+
+    def logits(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        """[B, T, V padded] fp32 or autocast's type."""
+        return self.head(hidden_BTD)
