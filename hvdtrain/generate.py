@@ -7,7 +7,6 @@ import torch
 
 from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.comm.world import World
-from hvdtrain.data.shards import END_OF_TEXT_TOKENS
 from hvdtrain.errors import ConfigError
 from hvdtrain.models.decoder import Decoder
 from hvdtrain.options import Options, option
@@ -74,9 +73,10 @@ def generate(run_dir: Path, prompt: str, options: SamplingOptions, world: World)
     from tokenizers import Tokenizer
 
     run = open_run(run_dir, world, LocalGroup())
-    tokenizer = Tokenizer.from_file(str(run.data_dir / "tokenizer.json"))
-    ends = (tokenizer.token_to_id(name) for name in END_OF_TEXT_TOKENS)
-    stop = next((number for number in ends if number is not None), None)
+    if not isinstance(run.model, Decoder):
+        raise ConfigError(f"generate goes on with a text; {run_dir} was trained for task.name={run.config.task.name}")
+    tokenizer = Tokenizer.from_file(str(run.corpora.entries[0][0] / "tokenizer.json"))
+    stop = run.corpora.manifest.special_tokens.get("eos")
     ids = tokenizer.encode(prompt, add_special_tokens=False).ids or ([stop] if stop is not None else [])
     if not ids:
         raise ConfigError("the prompt is empty; give --prompt TEXT")

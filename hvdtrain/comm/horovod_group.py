@@ -1,13 +1,12 @@
 """All ranks, over Horovod: ring all-reduce of gradients by NCCL, MPI or Gloo."""
 
 import os
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from hvdtrain.comm.group import Group, Pending
+from hvdtrain.comm.mpi import start_mpi
 from hvdtrain.comm.world import World, check_sizes
 from hvdtrain.errors import LaunchError, RankLostError
 
@@ -22,21 +21,9 @@ class HorovodGroup(Group):
     """
 
     def __init__(self, world: World):
-        # Open MPI spins while it waits: with as many ranks as cores, Horovod's thread would take the core away from
-        # the computation. Yielding costs nothing where cores are free. Both are read when MPI and Horovod start.
-        os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
         os.environ.setdefault("HOROVOD_CACHE_CAPACITY", str(_CACHE_CAPACITY))
-        self._mpi = None
-        if not world.launcher.endswith("--gloo"):
-            # Open MPI from the package index looks for its files where it was built. Its mpirun says so to the ranks; a
-            # rank of another launcher would die inside MPI_Init, before the sizes can be compared.
-            if Path(sys.prefix, "bin", "orterun_wrapper").exists():
-                os.environ.setdefault("OPAL_PREFIX", sys.prefix)
-            # Before hvd.init(), or Horovod's shutdown finalises MPI under mpi4py's feet.
-            from mpi4py import MPI
-
-            self._mpi = MPI
-            check_sizes(world, MPI.COMM_WORLD.Get_size(), "MPI")
+        # Before hvd.init(), or Horovod's shutdown finalises MPI under mpi4py's feet.
+        self._mpi = None if world.launcher.endswith("--gloo") else start_mpi(world)
         import horovod.torch as hvd
 
         if self._mpi is not None and not hvd.mpi_built():

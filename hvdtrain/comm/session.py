@@ -10,22 +10,42 @@ import socket
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeVar
 
-from hvdtrain.comm.group import Group
-from hvdtrain.comm.local_group import LocalGroup
+from hvdtrain.comm.ranks import OneRank, Ranks
 from hvdtrain.comm.world import World
 from hvdtrain.errors import EXIT_CRASH, EXIT_INTERRUPTED, HvdtrainError, describe, report, say
 
+if TYPE_CHECKING:
+    from hvdtrain.comm.group import Group
+
+AnyRanks = TypeVar("AnyRanks", bound=Ranks)
+
 
 @contextmanager
-def open_group(world: World) -> Iterator[Group]:
+def open_group(world: World) -> "Iterator[Group]":
     """Yield the group of all ranks (collective). Horovod and MPI are loaded only where there is more than one."""
-    if world.size == 1:
-        yield LocalGroup()
-        return
     from hvdtrain.comm.horovod_group import HorovodGroup
+    from hvdtrain.comm.local_group import LocalGroup
 
-    group = HorovodGroup(world)
+    with _in_good_order(LocalGroup() if world.size == 1 else HorovodGroup(world), world) as group:
+        yield group
+
+
+@contextmanager
+def open_ranks(world: World) -> Iterator[Ranks]:
+    """Like ``open_group`` for work without tensors: over MPI alone, without torch and Horovod (collective)."""
+    from hvdtrain.comm.mpi import MpiRanks
+
+    with _in_good_order(OneRank() if world.size == 1 else MpiRanks(world), world) as ranks:
+        yield ranks
+
+
+@contextmanager
+def _in_good_order(group: AnyRanks, world: World) -> Iterator[AnyRanks]:
+    if group.size == 1:
+        yield group
+        return
     try:
         yield group
     except HvdtrainError as error:
@@ -48,7 +68,7 @@ def open_group(world: World) -> Iterator[Group]:
         group.close()
 
 
-def threads_of_rank(group: Group) -> int:
+def threads_of_rank(group: Ranks) -> int:
     """Compute threads for this rank (collective): its share of the cores that it and its neighbours may run on.
 
     OMP_NUM_THREADS, where set, is obeyed. A launcher that binds ranks to cores of their own is respected.
