@@ -19,9 +19,11 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticUndefined
 
 from hvdtrain.checkpoint import CheckpointOptions
+from hvdtrain.data.corpora import DataOptions
+from hvdtrain.data.loader import Feed
 from hvdtrain.errors import ConfigError
 from hvdtrain.metrics import MetricsOptions
-from hvdtrain.models.decoder import DecoderOptions
+from hvdtrain.models.transformer import TransformerOptions
 from hvdtrain.optim.optimizer import OptimOptions
 from hvdtrain.optim.schedules import ScheduleOptions, check_schedule
 from hvdtrain.options import Options, option
@@ -29,13 +31,12 @@ from hvdtrain.parallel.plan import SyncOptions
 from hvdtrain.tasks import TaskOptions
 
 
-class DataOptions(Options):
-    dir: str = option("data/text", "folder of shards made by data_prep")
-
-
 class TrainOptions(Options):
     steps: int = option(1000, "optimizer updates of the whole run", ge=1)
     global_batch: int = option(32, "sequences of one update, over all ranks", ge=1)
+    global_tokens: int = option(
+        0, "tokens of one update, padding counted, instead of global_batch; 0: global_batch x model.context", ge=0
+    )
     microbatch: int = option(0, "sequences of one forward pass on a rank; 0: all of the rank's", ge=0)
 
 
@@ -53,7 +54,7 @@ class RunConfig(Options):
     eval: EvalOptions = EvalOptions()
     checkpoint: CheckpointOptions = CheckpointOptions()
     metrics: MetricsOptions = MetricsOptions()
-    model: DecoderOptions = DecoderOptions()
+    model: TransformerOptions = TransformerOptions()
     task: TaskOptions = TaskOptions()
     optim: OptimOptions = OptimOptions()
     schedule: ScheduleOptions = ScheduleOptions()
@@ -64,8 +65,23 @@ class RunConfig(Options):
         microbatch, how often to log, where the data lies) are left out; the data's digest is added by the loop.
         """
         whole = flatten(self.model_dump())
-        may_change = re.compile(r"data\.dir|device|train\.(steps|microbatch)|(eval|checkpoint|metrics|sync)\..*")
+        may_change = re.compile(r"data\..*|device|train\.(steps|microbatch)|(eval|checkpoint|metrics|sync)\..*")
         return {key: value for key, value in whole.items() if not may_change.fullmatch(key)}
+
+    def feed(self, rank: int, size: int, pin: bool = False) -> Feed:
+        """How rank ``rank`` of ``size`` wants its batches.
+
+        Errors: ConfigError where the tokens of an update are not whole windows, for a task that takes windows.
+        """
+        context, rows, tokens = self.model.context, self.train.global_batch, self.train.global_tokens
+        if tokens and self.task.name == "lm":
+            if tokens % context:
+                raise ConfigError(
+                    f"train.global_tokens={tokens} is not a multiple of model.context={context}; "
+                    f"set it to {max(1, tokens // context) * context}"
+                )
+            rows = tokens // context
+        return Feed(context, self.seed, rows, self.train.microbatch, rank, size, tokens, pin)
 
 
 # --- reading -----------------------------------------------------------------------------------------------------
@@ -193,7 +209,7 @@ class OptionRow(typing.NamedTuple):
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat = {}
     for key, value in tree.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:
             flat.update(flatten(value, f"{prefix}{key}."))
         else:
             flat[f"{prefix}{key}"] = value
@@ -207,6 +223,9 @@ def describe_options(model: type[BaseModel] = RunConfig, prefix: str = "") -> It
             yield from describe_options(field.annotation, f"{prefix}{name}.")
             continue
         values = typing.get_args(field.annotation)
-        kind = "|".join(map(str, values)) if values else field.annotation.__name__
-        default = "required" if field.default is PydanticUndefined else str(field.default).lower()
+        if typing.get_origin(field.annotation) is dict:
+            kind = "map"
+        else:
+            kind = "|".join(map(str, values)) if values else field.annotation.__name__
+        default = "required" if field.default is PydanticUndefined else str(field.default).lower() or "none"
         yield OptionRow(f"{prefix}{name}", kind, default, field.description or "")

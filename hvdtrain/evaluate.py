@@ -7,13 +7,11 @@ import torch
 
 from hvdtrain.comm.session import open_group, threads_of_rank
 from hvdtrain.comm.world import World
-from hvdtrain.data.loader import eval_batches
-from hvdtrain.data.shards import TokenStream
-from hvdtrain.errors import DataError
 from hvdtrain.models.cpu import use_fast_fp32
 from hvdtrain.parallel.plan import Plan
 from hvdtrain.run_folder import open_run
-from hvdtrain.tasks import TASKS
+from hvdtrain.tasks import make_task
+from hvdtrain.tasks.task import Evaluation
 
 
 def evaluate(run_dir: Path, data_dir: Path | None, split: str, world: World) -> dict[str, Any]:
@@ -25,14 +23,11 @@ def evaluate(run_dir: Path, data_dir: Path | None, split: str, world: World) -> 
         if run.device.type == "cpu":
             use_fast_fp32()
 
-        def open_split() -> TokenStream:
-            stream = TokenStream(run.data_dir, run.manifest, split)
-            if len(stream) < 2:
-                raise DataError(f"the {split} split of {run.data_dir} has {len(stream)} tokens; nothing to predict")
-            return stream
+        task = make_task(config.task)
 
-        stream = group.together(open_split)
+        def open_split() -> Evaluation:
+            return task.open_evaluation(run.corpora, split, config.feed(group.rank, group.size), config.eval.rows)
+
+        batches = group.together(open_split)
         plan = Plan(run.model, group, config.sync, config.precision, config.seed)
-        batches = eval_batches(stream, config.model.context, config.eval.rows, group.rank, group.size, run.device)
-        scores = plan.evaluate(batches, TASKS[config.task.name]())
-        return {"run": str(run_dir), "step": run.step, "split": split, "target_tokens": len(stream) - 1, **scores}
+        return {"run": str(run_dir), "step": run.step, "split": split, **plan.evaluate(batches(), task)}

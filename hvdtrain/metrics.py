@@ -120,7 +120,8 @@ class Metrics:
             raise DivergedError(
                 f"step {step}: evaluation gave {scores}; lower optim.lr; the last checkpoint is from before"
             )
-        self._write({"kind": "eval", "step": step, **scores}, "  ".join(f"{k} {v:.4f}" for k, v in scores.items()))
+        words = (f"{k} {v:,}" if isinstance(v, int) else f"{k} {v:.4f}" for k, v in scores.items())
+        self._write({"kind": "eval", "step": step, **scores}, "  ".join(words))
 
     def say(self, message: str) -> None:
         """Print one line for the user, from rank 0."""

@@ -4,15 +4,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from hvdtrain import checkpoint
 from hvdtrain.comm.device import pick_device
 from hvdtrain.comm.group import Group
 from hvdtrain.comm.world import World
 from hvdtrain.config import RunConfig, make_config, parse_yaml
-from hvdtrain.data.shards import Manifest, read_manifest
+from hvdtrain.data.corpora import Corpora, DataOptions, open_corpora
 from hvdtrain.errors import CheckpointError, ConfigError, DataError
-from hvdtrain.models.decoder import Decoder
+from hvdtrain.tasks import make_task
+from hvdtrain.tasks.task import check_kind
 
 
 @dataclass(frozen=True)
@@ -20,11 +22,10 @@ class TrainedRun:
     """A model with its trained parameters, in evaluation mode on ``device``."""
 
     config: RunConfig
-    model: Decoder
+    model: nn.Module
     device: torch.device
     step: int
-    data_dir: Path
-    manifest: Manifest
+    corpora: Corpora
 
 
 def read_config(run_dir: Path) -> RunConfig:
@@ -53,18 +54,20 @@ def open_run(run_dir: Path, world: World, group: Group, data_dir: Path | None = 
         if found is None:
             raise CheckpointError(f"{run_dir} has no whole checkpoint yet; run `python -m hvdtrain train` to its end")
         folder, progress, _ = found
-        where = data_dir or Path(config.data.dir)
-        manifest = read_manifest(where)
-        for key, value in manifest.identity().items():
+        data = config.data if data_dir is None else DataOptions(dir=str(data_dir))
+        corpora = open_corpora(data)
+        task = make_task(config.task)
+        check_kind(corpora, config.task.name, task.kind)
+        for key, value in corpora.identity().items():
             trained_on = (progress.identity or {}).get(key)
             if key != "data_digest" and value != trained_on:
                 raise DataError(
-                    f"{where} was made with another tokenizer than {run_dir} ({key}: {value}, not {trained_on}); "
-                    "prepare it with the run's tokenizer.json"
+                    f"{corpora.names} was made with another tokenizer than {run_dir} "
+                    f"({key}: {value}, not {trained_on}); prepare it with the run's tokenizer.json"
                 )
         device, _ = pick_device(config.device, world, group)
-        model = Decoder(config.model, manifest.vocab_size).to(device)
+        model = task.make_model(config.model, corpora.manifest).to(device)
         checkpoint.load(folder, model)
-        return TrainedRun(config, model.eval(), device, progress.step, where, manifest)
+        return TrainedRun(config, model.eval(), device, progress.step, corpora)
 
     return group.together(prepare)

@@ -19,17 +19,18 @@ from hvdtrain.comm.group import Group
 from hvdtrain.comm.session import open_group, threads_of_rank
 from hvdtrain.comm.world import World
 from hvdtrain.config import RunConfig, dump_yaml, flatten, load_config
-from hvdtrain.data.loader import TrainLoader, eval_batches
-from hvdtrain.data.sampler import WindowSampler, share_of
-from hvdtrain.data.shards import Manifest, TokenStream, read_manifest, writing
-from hvdtrain.errors import CheckpointError, ConfigError, DataError, OutputError
+from hvdtrain.data.corpora import Corpora, check_corpora, open_corpora, stage
+from hvdtrain.data.loader import TrainLoader
+from hvdtrain.data.shards import writing
+from hvdtrain.data.stream import read_through_note
+from hvdtrain.errors import CheckpointError, ConfigError, OutputError
 from hvdtrain.metrics import Metrics, StepTimes, git_state, versions, write_summary
 from hvdtrain.models.cpu import use_fast_fp32
-from hvdtrain.models.decoder import Decoder
 from hvdtrain.optim.optimizer import make_optimizer
 from hvdtrain.optim.schedules import learning_rate
 from hvdtrain.parallel.plan import Plan
-from hvdtrain.tasks import TASKS
+from hvdtrain.tasks import make_task
+from hvdtrain.tasks.task import Evaluation, Training
 
 
 def train(recipe: str, overrides: Sequence[str], run_dir: Path | None, resume: str, world: World) -> dict[str, Any]:
@@ -46,12 +47,11 @@ def train(recipe: str, overrides: Sequence[str], run_dir: Path | None, resume: s
 
 @dataclass(frozen=True)
 class _Data:
-    """What a rank reads: checked, opened, nothing read yet but headers."""
+    """What a rank reads: checked, opened."""
 
-    manifest: Manifest
-    train: TokenStream
-    val: TokenStream
-    sampler: WindowSampler
+    corpora: Corpora
+    train: Training
+    val: Evaluation
 
 
 class _Run:
@@ -62,14 +62,12 @@ class _Run:
         self.is_main = group.rank == 0
         torch.set_num_threads(threads_of_rank(group))
         # Everything that can be wrong with the input is found here, on all ranks, before the first collective.
-        self.share = group.together(
-            lambda: share_of(config.train.global_batch, config.train.microbatch, group.rank, group.size)
-        )
-        self.data = group.together(lambda: _open_data(config))
-        group.agree(self.data.manifest.data_digest, f"the data in {config.data.dir}")
+        self.task = make_task(config.task)
         self.device, self.fallbacks = group.together(lambda: pick_device(config.device, world, group))
+        self.data = self._open_data()
+        self.fallbacks += group.together(lambda: read_through_note(self.data.train.source.read_through))
         self.matmul = use_fast_fp32() if self.device.type == "cpu" else "cuBLAS"
-        self.identity = {**config.identity(), **self.data.manifest.identity()}
+        self.identity = {**config.identity(), **self.data.corpora.identity()}
         self.progress, self.resumed_from = self._find_progress(resume)
 
     def run(self) -> dict[str, Any]:
@@ -80,16 +78,17 @@ class _Run:
             return done
         self.group.together(self._prepare_folder)
 
-        model = Decoder(config.model, self.data.manifest.vocab_size)
+        model = self.task.make_model(config.model, self.data.corpora.manifest)
         model.initialise(config.seed)
         model.to(self.device).train()
         optimizer = make_optimizer(model, config.optim)
         if self.resumed_from:
             self.group.together(lambda: checkpoint.load(self.resumed_from, model, optimizer))
         plan = Plan(model, self.group, config.sync, config.precision, config.seed)
-        loader = TrainLoader(self.data.train, self.data.sampler, self.share, config.train.global_batch, self.device)
+        loader = TrainLoader(self.data.train.source, self.device)
         loader.rows_consumed = progress.rows_consumed
-        with contextlib.closing(plan.sync), contextlib.closing(self._open_metrics()) as metrics:
+        closing = contextlib.closing
+        with closing(loader), closing(plan.sync), closing(self._open_metrics()) as metrics:
             self._announce(metrics, model)
             return self._walk(loader, plan, optimizer, metrics)
 
@@ -97,7 +96,7 @@ class _Run:
         self, loader: TrainLoader, plan: Plan, optimizer: torch.optim.Optimizer, metrics: Metrics
     ) -> dict[str, Any]:
         config, progress, steps = self.config, self.progress, self.config.train.steps
-        task = TASKS[config.task.name]()
+        task = self.task
         best, scores, startup_s = progress.best_val_loss, {}, None
 
         for step in range(progress.step + 1, steps + 1):
@@ -116,7 +115,7 @@ class _Run:
             startup_s = startup_s or _seconds_since_process_start()
 
             if eval_is_due:
-                scores = plan.evaluate(self._val_batches(), task)
+                scores = plan.evaluate(self.data.val(), task)
                 best = scores["val_loss"] if best is None else min(best, scores["val_loss"])
                 metrics.add_evaluation(step, scores)
             if save_is_due:
@@ -126,7 +125,7 @@ class _Run:
                 metrics.say(f"step {step}: saved {checkpoint.folder_of(self.run_dir, step)}")
 
         if not scores:  # resumed after the last step, but before its summary was written
-            scores = plan.evaluate(self._val_batches(), task)
+            scores = plan.evaluate(self.data.val(), task)
             best = scores["val_loss"] if best is None else min(best, scores["val_loss"])
         summary = self._summary(progress, scores, best, metrics, startup_s)
         self.group.together(lambda: write_summary(self.run_dir, summary) if self.is_main else None)
@@ -136,11 +135,25 @@ class _Run:
         progress, steps = self.progress, self.config.train.steps
         return Metrics(self.run_dir, self.config.metrics, steps, self.is_main, progress.step, progress.tokens)
 
-    def _val_batches(self):
-        config = self.config
-        return eval_batches(
-            self.data.val, config.model.context, config.eval.rows, self.group.rank, self.group.size, self.device
-        )
+    def _open_data(self) -> _Data:
+        """Find out what is wrong with the data now, on all ranks, and open what is right (collective)."""
+        config, group, world = self.config, self.group, self.world
+        feed = group.together(lambda: config.feed(group.rank, group.size, pin=self.device.type == "cuda"))
+        corpora = group.together(lambda: open_corpora(config.data))
+        group.agree(corpora.data_digest, f"the data in {corpora.names}")
+        group.together(lambda: self.task.check(corpora, feed))
+        sharing = group.rank, group.size
+        if config.data.stage:
+            corpora = stage(corpora, Path(config.data.stage), world.local_rank == 0, group.together)
+            sharing = world.local_rank, world.local_size  # each node has a copy of its own
+        if config.data.verify == "full":
+            group.together(lambda: check_corpora(corpora, *sharing, torch.get_num_threads()))
+
+        def open_splits() -> _Data:
+            train = self.task.open_training(corpora, feed)
+            return _Data(corpora, train, self.task.open_evaluation(corpora, "val", feed, config.eval.rows))
+
+        return group.together(open_splits)
 
     def _find_progress(self, resume: str) -> tuple[Progress, Path | None]:
         """Where to begin: at a checkpoint, or at step 0."""
@@ -187,19 +200,14 @@ class _Run:
         with writing(self.run_dir / "config.yaml") as temporary:
             temporary.write_text(dump_yaml(self.config), encoding="utf-8")
 
-    def _announce(self, metrics: Metrics, model: Decoder) -> None:
-        world, share, ranks = self.world, self.share, _count(self.group.size, "rank")
+    def _announce(self, metrics: Metrics, model: torch.nn.Module) -> None:
+        world, ranks = self.world, _count(self.group.size, "rank")
         parameters = sum(p.numel() for p in model.parameters())
-        passes = share.count // share.microbatch
         metrics.say(
             f"hvdtrain: {ranks} ({world.launcher}, {self.group.backend}), {self.device.type}, "
             f"{_count(torch.get_num_threads(), 'thread')} a rank, {self.config.precision} ({self.matmul})"
         )
-        metrics.say(
-            f"hvdtrain: {parameters:,} parameters; {len(self.data.train):,} training tokens; a step is "
-            f"{self.config.train.global_batch} x {self.config.model.context} tokens = "
-            f"{ranks} x {_count(passes, 'microbatch')} x {_count(share.microbatch, 'sequence')}"
-        )
+        metrics.say(f"hvdtrain: {parameters:,} parameters; {self.data.train.about}")
         if self.resumed_from:
             metrics.say(f"hvdtrain: resumed from {self.resumed_from}")
         for fallback in self.fallbacks:
@@ -244,7 +252,7 @@ class _Run:
             "device": self.device.type,
             "precision": self.config.precision,
             "matmul": self.matmul,
-            "data_digest": self.data.manifest.data_digest,
+            "data_digest": self.data.corpora.data_digest,
             "sample_digest": f"{progress.fingerprint:016x}",
             "fallbacks": self.fallbacks,
             "versions": versions(),
@@ -270,31 +278,11 @@ class _Clock:
 
 
 def _count(number: int, what: str) -> str:
-    plural = "es" if what.endswith("ch") else "s"
-    return f"{number} {what}{plural if number != 1 else ''}"
+    return f"{number} {what}{'s' if number != 1 else ''}"
 
 
 def _due(step: int, every: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)
-
-
-def _open_data(config: RunConfig) -> _Data:
-    folder = Path(config.data.dir)
-    manifest = read_manifest(folder)
-    train_stream = TokenStream(folder, manifest, "train")
-    if not manifest.split("val"):
-        raise DataError(
-            f"{folder} has no val shards; prepare it again with a larger --val-fraction, or with --val-split tail"
-        )
-    val_stream = TokenStream(folder, manifest, "val")
-    if len(val_stream) < config.model.context + 1:
-        raise DataError(
-            f"the val split of {folder} has {len(val_stream)} tokens, fewer than one context: "
-            f"model.context={config.model.context} needs {config.model.context + 1}; "
-            "prepare it again with a larger --val-fraction, or lower model.context"
-        )
-    sampler = WindowSampler(len(train_stream), config.model.context, config.seed)
-    return _Data(manifest, train_stream, val_stream, sampler)
 
 
 def _check_identity(folder: Path, progress: Progress, identity: dict[str, Any]) -> None:

@@ -12,9 +12,10 @@ from torch import nn
 from hvdtrain import checkpoint
 from hvdtrain.checkpoint import CheckpointOptions, Progress, folder_of, newest_valid, read_progress, steps_saved
 from hvdtrain.comm.local_group import LocalGroup
-from hvdtrain.data.loader import TrainLoader
-from hvdtrain.data.sampler import WindowSampler, share_of
-from hvdtrain.data.shards import TokenStream
+from hvdtrain.data.loader import Feed, TrainLoader
+from hvdtrain.data.sampler import WindowSampler
+from hvdtrain.data.stream import TokenStream
+from hvdtrain.data.windows import WindowSource
 from hvdtrain.errors import CheckpointError
 from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
 from hvdtrain.parallel.plan import Plan, SyncOptions
@@ -31,8 +32,8 @@ class Training:
         self.model = tiny_decoder(seed, dropout=0.2, **options).train()
         self.optimizer = make_optimizer(self.model, OptimOptions())
         self.plan = Plan(self.model, GROUP, SyncOptions(), "fp32", seed=5)
-        sampler = WindowSampler(len(stream), 8, seed=5)
-        self.loader = TrainLoader(stream, sampler, share_of(4, 2, 0, 1), 4, CPU)
+        source = WindowSource(stream, WindowSampler(len(stream), 8, seed=5), Feed(8, 5, 4, microbatch=2))
+        self.loader = TrainLoader(source, CPU)
         self.step = 0
 
     def run(self, steps: int) -> "Training":

@@ -8,8 +8,9 @@ import torch
 from tiny import CPU, LateGroup, stream_of, tiny_decoder
 
 from hvdtrain.data.batch import IGNORE, Batch
-from hvdtrain.data.loader import TrainLoader
-from hvdtrain.data.sampler import WindowSampler, share_of
+from hvdtrain.data.loader import Feed, TrainLoader
+from hvdtrain.data.sampler import WindowSampler
+from hvdtrain.data.windows import WindowSource
 from hvdtrain.models.decoder import Decoder
 from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
 from hvdtrain.optim.schedules import ScheduleOptions, learning_rate
@@ -63,8 +64,8 @@ def test_a_text_by_heart(tmp_path):
     )
     stream = stream_of(tmp_path, list(text), vocab_size=128)
     context = 27
-    sampler = WindowSampler(len(text), context, seed=1)
-    loader = TrainLoader(stream, sampler, share_of(8, 4, 0, 1), 8, CPU)
+    feed = Feed(context, 1, 8, microbatch=4)
+    loader = TrainLoader(WindowSource(stream, WindowSampler(len(text), context, seed=1), feed), CPU)
     model = tiny_decoder(width=32, context=context, vocab_size=128)
     loss = train(model, iter(loader.next_step, None), 250, 1e-2)
     assert loss < 0.35  # guessing: 4.85; the first letters of a window cannot be known

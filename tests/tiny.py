@@ -1,20 +1,35 @@
 """Small data, small models and stand-in groups for the tests."""
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import h5py
 import numpy as np
 import torch
 
 from hvdtrain.comm.group import Pending
 from hvdtrain.comm.local_group import LocalGroup
-from hvdtrain.data.shards import Manifest, TokenStream, file_sha256, token_dtype, write_manifest, write_shard
-from hvdtrain.models.decoder import Decoder, DecoderOptions
+from hvdtrain.data.shards import (
+    Manifest,
+    file_blocks,
+    file_sha256,
+    read_manifest,
+    token_dtype,
+    write_manifest,
+    write_shard,
+)
+from hvdtrain.data.stream import TokenStream
+from hvdtrain.models.decoder import Decoder
+from hvdtrain.models.transformer import TransformerOptions
 
 torch.set_num_threads(1)  # a second one would only wait for the first: minutes, where the cores are busy
 
 CPU = torch.device("cpu")
+Datasets = dict[str, np.ndarray]  # of one shard
 
 
 def write_tokenizer(path: Path, vocab_size: int) -> None:
@@ -24,16 +39,74 @@ def write_tokenizer(path: Path, vocab_size: int) -> None:
 
 def write_data(folder: Path, vocab_size: int = 50, **splits: Sequence[Sequence[int]]) -> Manifest:
     """A folder of shards: ``write_data(folder, train=[tokens of shard 0, tokens of shard 1], val=[...])``."""
+    pieces = {split: [documents([tokens], vocab_size) for tokens in shards] for split, shards in splits.items()}
+    return write_corpus(folder, pieces, vocab_size)
+
+
+def documents(texts: Sequence[Sequence[int]], vocab_size: int = 50, side: str = "") -> Datasets:
+    """Texts as a shard holds them; ``side``: ``source_`` or ``target_`` of pairs."""
+    tokens = [token for text in texts for token in np.asarray(text).tolist()]
+    offsets = np.cumsum([0, *map(len, texts)], dtype=np.int64)
+    return {f"{side}tokens": np.array(tokens, token_dtype(vocab_size)), f"{side}doc_offsets": offsets}
+
+
+def pairs(rows: Sequence[tuple[Sequence[int], Sequence[int]]], vocab_size: int = 50) -> Datasets:
+    """(source, target) of each row, as a shard holds them."""
+    sides = zip(("source_", "target_"), (0, 1), strict=True)
+    return {key: v for side, at in sides for key, v in documents([r[at] for r in rows], vocab_size, side).items()}
+
+
+def labelled(rows: Sequence[tuple[Sequence[int], int]], vocab_size: int = 50) -> Datasets:
+    """(text, label) of each row, as a shard holds them."""
+    return {**documents([text for text, _ in rows], vocab_size), "labels": np.array([n for _, n in rows], np.int64)}
+
+
+def write_corpus(folder: Path, splits: Mapping[str, Sequence[Datasets]], vocab_size: int = 50, **more: Any) -> Manifest:
+    """A folder of shards of any kind: ``write_corpus(folder, {"train": [datasets of shard 0, ...]}, kind="pairs")``."""
     folder.mkdir(parents=True, exist_ok=True)
     write_tokenizer(folder / "tokenizer.json", vocab_size)
-    dtype = token_dtype(vocab_size)
-    shards = [
-        write_shard(folder, split, number, np.asarray(tokens, dtype), np.array([0, len(tokens)]))
-        for split, pieces in splits.items()
-        for number, tokens in enumerate(pieces)
+    infos = [
+        write_shard(folder, split, number, datasets)
+        for split, shards in splits.items()
+        for number, datasets in enumerate(shards)
     ]
     digest = file_sha256(folder / "tokenizer.json")
-    manifest = Manifest(vocab_size, digest, str(dtype), tuple(shards), source={})
+    manifest = Manifest(vocab_size, digest, str(token_dtype(vocab_size)), tuple(infos), source={}, **more)
+    write_manifest(folder, manifest)
+    return manifest
+
+
+def rewrite(path: Path, change: Callable[[Datasets], Any] = lambda datasets: None, chunk: int = 0, **how: Any) -> None:
+    """A shard written anew by hand: its datasets changed in place, stored in chunks, with ``compression``, ..."""
+    with h5py.File(path) as file:
+        datasets = {name: file[name][:] for name in file}
+    change(datasets)
+    with h5py.File(path, "w") as file:
+        for name, values in datasets.items():
+            chunks = (min(chunk, len(values)), *values.shape[1:]) if chunk and len(values) else None
+            file.create_dataset(name, data=values, chunks=chunks, **(how if len(values) else {}))
+
+
+def seal(folder: Path) -> Manifest:
+    """The manifest made right for the files as they are now: their sizes and digests, not what they hold."""
+    manifest = read_manifest(folder)
+    shards = []
+    for info in manifest.shards:
+        path = folder / info.file
+        shards.append(replace(info, file_bytes=path.stat().st_size, block_sha256=file_blocks(path)))
+    manifest = replace(manifest, shards=tuple(shards))
+    write_manifest(folder, manifest)
+    return manifest
+
+
+def multiply(folder: Path, count: int, link: Callable[[Path, Path], Any] = os.link) -> Manifest:
+    """``count`` train shards out of one: links to it, or copies."""
+    manifest = read_manifest(folder)
+    (first,) = manifest.shards
+    shards = tuple(replace(first, file=f"train-{number:05d}.h5") for number in range(count))
+    for info in shards[1:]:
+        link(folder / first.file, folder / info.file)
+    manifest = replace(manifest, shards=shards)
     write_manifest(folder, manifest)
     return manifest
 
@@ -43,12 +116,12 @@ def random_tokens(count: int, vocab_size: int = 50, seed: int = 0) -> np.ndarray
 
 
 def stream_of(folder: Path, tokens: Sequence[int], vocab_size: int = 50) -> TokenStream:
-    return TokenStream(folder, write_data(folder, vocab_size, train=[tokens]), "train")
+    return TokenStream([(folder, write_data(folder, vocab_size, train=[tokens]))], "train")
 
 
 def tiny_decoder(seed: int = 0, vocab_size: int = 50, **options) -> Decoder:
     small = {"layers": 2, "heads": 2, "width": 16, "context": 8, "ff_ratio": 2.0}
-    model = Decoder(DecoderOptions(**{**small, **options}), vocab_size)
+    model = Decoder(TransformerOptions(**{**small, **options}), vocab_size)
     model.initialise(seed)
     return model
 

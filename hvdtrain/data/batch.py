@@ -1,6 +1,7 @@
 """What a microbatch is: the tensors that a task's loss reads."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Self
 
 import numpy as np
 import torch
@@ -9,18 +10,59 @@ IGNORE = -100  # a target that does not count; torch's cross-entropy skips it
 
 
 @dataclass(frozen=True)
-class Batch:
+class AnyBatch:
+    """``target_tokens``: how many targets count; known on the host, so that no one has to ask the device."""
+
+    def _each(self, change) -> Self:
+        values = (getattr(self, field.name) for field in fields(self))
+        return type(self)(*(change(value) if isinstance(value, torch.Tensor) else value for value in values))
+
+    def to(self, device: torch.device) -> Self:
+        """The same on ``device``; the copy may still be under way."""
+        return self if device.type == "cpu" else self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> Self:
+        """The same in page-locked memory, from where a GPU fetches by itself."""
+        return self._each(torch.Tensor.pin_memory)
+
+
+@dataclass(frozen=True)
+class Batch(AnyBatch):
     """``tokens`` and ``targets``: int64 [B, T]; ``targets[b, t]`` is what follows ``tokens[b, t]``, or IGNORE.
 
-    ``target_tokens``: how many targets count; known on the host, so that no one has to ask the device.
+    Packed rows also have ``positions``, int64 [B, T]: places within a document, and ``segments``, int64 [B, T]: which
+    document of the row a token belongs to, -1 for padding.
     """
 
     tokens: torch.Tensor
     targets: torch.Tensor
     target_tokens: int
+    positions: torch.Tensor | None = None
+    segments: torch.Tensor | None = None
 
     @classmethod
-    def from_windows(cls, windows: np.ndarray, device: torch.device) -> "Batch":
+    def from_windows(cls, windows: np.ndarray) -> "Batch":
         """windows: [B, T + 1] token ids; each gives T inputs and T targets."""
-        ids = torch.from_numpy(windows.astype(np.int64)).to(device, non_blocking=True)
+        ids = torch.from_numpy(windows.astype(np.int64))
         return cls(ids[:, :-1], ids[:, 1:], windows.shape[0] * (windows.shape[1] - 1))
+
+
+@dataclass(frozen=True)
+class PairBatch(AnyBatch):
+    """``source``: int64 [B, S], ``source_lengths``: int64 [B]; ``tokens`` and ``targets`` as in Batch."""
+
+    source: torch.Tensor
+    source_lengths: torch.Tensor
+    tokens: torch.Tensor
+    targets: torch.Tensor
+    target_tokens: int
+
+
+@dataclass(frozen=True)
+class LabelBatch(AnyBatch):
+    """``tokens``: int64 [B, T], ``lengths``: int64 [B]; ``labels``: int64 [B], or IGNORE. ``target_tokens``: rows."""
+
+    tokens: torch.Tensor
+    lengths: torch.Tensor
+    labels: torch.Tensor
+    target_tokens: int

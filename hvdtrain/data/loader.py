@@ -1,85 +1,175 @@
-"""Turns the sampler's rows into microbatches on the device, and keeps the proof of what was consumed."""
+"""Feeds the loop: makes the batches of the steps to come on a thread, and keeps the proof of what was consumed."""
 
-from collections.abc import Iterator
+import contextlib
+import queue
+import threading
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 
-from hvdtrain.data.batch import IGNORE, Batch
-from hvdtrain.data.sampler import Share, WindowSampler, even_parts, mix
-from hvdtrain.data.shards import TokenStream
+from hvdtrain.data.batch import AnyBatch
+from hvdtrain.data.sampler import Share, share_of
 
 _MASK = (1 << 64) - 1
 
 
+@dataclass(frozen=True)
+class Feed:
+    """How a run wants its batches: the sizes of a step, and which rank of how many asks.
+
+    ``global_tokens``: padded tokens of a step, for rows of different lengths; 0: ``global_batch * context``.
+    ``pin``: put the batches into page-locked memory.
+    """
+
+    context: int
+    seed: int
+    global_batch: int
+    microbatch: int = 0
+    rank: int = 0
+    size: int = 1
+    global_tokens: int = 0
+    pin: bool = False
+
+    @property
+    def share(self) -> Share:
+        return share_of(self.global_batch, self.microbatch, self.rank, self.size)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the source makes this rank's microbatches of one step from, and the sum of its rows' fingerprints."""
+
+    content: Any
+    fingerprint: int
+
+
+class Source(Protocol):
+    """Makes steps. ``rows_per_step`` and ``rows_per_epoch`` count all ranks' rows (or batches, where those are drawn).
+
+    ``steps_per_block``: how many are best made at once.
+    """
+
+    rows_per_step: int
+    rows_per_epoch: int
+    steps_per_block: int
+
+    @property
+    def read_through(self) -> list[Path]:
+        """The shards known by now to be read through HDF5, because they cannot be mapped."""
+
+    def block(self, first_row: int, steps: int, number: int) -> list[Step]:
+        """The ``steps`` from row ``first_row`` since the beginning of training on: a function of these alone.
+
+        Called by the thread, in the order of ``number``. What block ``number`` returned may be overwritten when block
+        ``number + BUFFERS`` is made.
+        """
+
+    def batches(self, content: Any, device: torch.device) -> Sequence[AnyBatch]:
+        """A step's microbatches on the device. Called by the loop; may overwrite what it returned before."""
+
+
+BUFFERS = 3  # one that is read, one that waits, one that is filled
+
+
 class TrainLoader:
-    """Yields this rank's share of one optimizer step after another. Its whole state is ``rows_consumed``.
+    """Yields this rank's share of one optimizer step after another. Its whole state is ``rows_consumed``, which may be
+    set before the first step.
+
+    A thread makes the steps ahead. What ``next_step`` returns is valid until the next step is asked for.
 
     ``fingerprint`` proves the order: a sum, modulo 2**64, of one number for each row that this rank was given, made of
     the row's tokens and of its turn in the whole training. The sum over ranks is therefore equal for every rank count,
     and changes with any token and with any swap.
     """
 
-    def __init__(
-        self, stream: TokenStream, sampler: WindowSampler, share: Share, global_batch: int, device: torch.device
-    ):
-        self._stream, self._sampler, self._share, self._device = stream, sampler, share, device
-        self._global_batch = global_batch
-        self._weights = mix(np.arange(sampler.context + 1), 1) | np.uint64(1)  # odd: no change is multiplied away
+    def __init__(self, source: Source, device: torch.device):
+        self._source, self._device = source, device
         self.rows_consumed = 0
         self.fingerprint = 0
+        self._ready: deque[Step] = deque()
+        self._thread: _Thread | None = None
 
     @property
     def epoch(self) -> int:
-        return self.rows_consumed // self._sampler.rows_per_epoch
+        return self.rows_consumed // self._source.rows_per_epoch
 
-    def next_step(self) -> list[Batch]:
-        """The microbatches of the next optimizer step, in order."""
-        first = self.rows_consumed + self._share.first
-        starts = self._sampler.starts(first, self._share.count)
-        windows = self._stream.windows(starts, self._sampler.context + 1)
-        self._add_fingerprint(windows, first)
-        self.rows_consumed += self._global_batch
-        cuts = range(0, self._share.count, self._share.microbatch)
-        return [Batch.from_windows(windows[cut : cut + self._share.microbatch], self._device) for cut in cuts]
+    def next_step(self) -> Sequence[AnyBatch]:
+        """The microbatches of the next optimizer step, in order, on the device."""
+        if not self._ready:
+            self._ready.extend(self._next_block())
+        step = self._ready.popleft()
+        self.rows_consumed += self._source.rows_per_step
+        self.fingerprint = (self.fingerprint + step.fingerprint) & _MASK
+        return self._source.batches(step.content, self._device)
 
-    def _add_fingerprint(self, windows: np.ndarray, first: int) -> None:
-        # Tokens are taken eight bytes at a time; what is left over, one by one.
-        width = windows.shape[1]
-        per_word = 8 // windows.itemsize
-        packed = width // per_word
-        words = windows[:, : packed * per_word].view(np.uint64)
-        content = (words * self._weights[:packed]).sum(axis=1, dtype=np.uint64)
-        rest = windows[:, packed * per_word :].astype(np.uint64)
-        content += (rest * self._weights[packed : packed + rest.shape[1]]).sum(axis=1, dtype=np.uint64)
-        turns = mix(np.arange(first, first + len(windows)), 2)
-        self.fingerprint = (self.fingerprint + int(mix(content ^ turns, 3).sum(dtype=np.uint64))) & _MASK
+    def close(self) -> None:
+        """End the thread (local)."""
+        if self._thread is not None:
+            self._thread.end()
+            self._thread = None
+
+    def _next_block(self) -> list[Step]:
+        if self._thread is None:
+            self._thread = _Thread(self._source, self.rows_consumed)
+            weakref.finalize(self, self._thread.stop.set)
+            self._thread.start()
+        return self._thread.next_block(self._device)
 
 
-def eval_batches(
-    stream: TokenStream, context: int, rows_per_batch: int, rank: int, size: int, device: torch.device
-) -> Iterator[Batch]:
-    """This rank's part of a whole split: every token but the first is a target exactly once, for any ``size``.
-
-    The last window of the split may be shorter: it is filled up with targets that do not count.
+class _Thread(threading.Thread):
+    """Makes block after block, at most one ahead of what is being read. The first is of one step, so that it comes
+    soon, the next of two, then of four, up to the source's ``steps_per_block``.
     """
-    targets = len(stream) - 1
-    rows = -(-targets // context)
-    first, count = even_parts(rows, size)[rank]
-    for start in range(first, first + count, rows_per_batch):
-        numbers = np.arange(start, min(start + rows_per_batch, first + count))
-        whole = numbers[(numbers + 1) * context <= targets]
-        if len(whole):
-            yield Batch.from_windows(stream.windows(whole * context, context + 1), device)
-        if len(whole) < len(numbers):
-            yield _padded(stream, int(numbers[-1]) * context, context, device)
 
+    def __init__(self, source: Source, first_row: int):
+        super().__init__(name="hvdtrain-loader", daemon=True)
+        self._source, self._row = source, first_row
+        self._blocks: queue.Queue[list[Step] | BaseException] = queue.Queue(maxsize=1)
+        self.stop = threading.Event()
+        self._asked = 0
+        self._copied: dict[int, torch.cuda.Event] = {}
 
-def _padded(stream: TokenStream, start: int, context: int, device: torch.device) -> Batch:
-    window = stream.windows(np.array([start]), len(stream) - start).astype(np.int64)
-    counted = window.shape[1] - 1
-    tokens = torch.zeros(1, context, dtype=torch.int64)
-    targets = torch.full((1, context), IGNORE, dtype=torch.int64)
-    tokens[0, :counted] = torch.from_numpy(window[0, :-1])
-    targets[0, :counted] = torch.from_numpy(window[0, 1:])
-    return Batch(tokens.to(device), targets.to(device), counted)
+    def next_block(self, device: torch.device) -> list[Step]:
+        """Called by the loop; an error of the thread is raised here."""
+        if device.type == "cuda":  # all copies from the block before have been ordered by now
+            self._copied[self._asked] = torch.cuda.Event()
+            self._copied[self._asked].record()
+        self._asked += 1
+        block = self._blocks.get()
+        if isinstance(block, BaseException):
+            self._blocks.put(block)  # the thread has ended: who asks again shall not wait for ever
+            raise block
+        return block
+
+    def end(self) -> None:
+        """Called by the loop. A rank that leaves because another failed must not be held up here."""
+        self.stop.set()
+        with contextlib.suppress(queue.Empty):  # make room for what the thread may be waiting to hand over
+            self._blocks.get_nowait()
+        self.join()
+
+    def run(self) -> None:
+        steps, number = 1, 0
+        try:
+            while not self.stop.is_set():
+                # Block number - 2 was taken, so the one before, whose buffer comes next, is done with; but a device may
+                # still be fetching from it.
+                if event := self._copied.pop(number - 2, None):
+                    event.synchronize()
+                self._put(self._source.block(self._row, steps, number))
+                self._row += steps * self._source.rows_per_step
+                steps = min(2 * steps, self._source.steps_per_block)
+                number += 1
+        except BaseException as error:  # told to the loop, which is waiting
+            self._put(error)
+
+    def _put(self, block: "list[Step] | BaseException") -> None:
+        while not self.stop.is_set():
+            with contextlib.suppress(queue.Full):
+                self._blocks.put(block, timeout=0.1)
+                return

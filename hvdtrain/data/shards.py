@@ -1,40 +1,52 @@
-"""Token shards: the HDF5 format, its writer and its reader, side by side.
+"""Token shards: the HDF5 format, its writer and how a shard is mapped into memory, side by side.
 
     DIR/tokenizer.json    Hugging Face `tokenizers` file; its SHA-256 is in the manifest
-    DIR/train-00000.h5    /tokens       uint16 (uint32 where the vocabulary needs it), contiguous, native, unfiltered
-    DIR/val-00000.h5      /doc_offsets  int64 [documents + 1]; document i is tokens[doc_offsets[i]:doc_offsets[i + 1]]
+    DIR/train-00000.h5    one shard; what it holds depends on the manifest's kind:
+      text      /tokens [N], /doc_offsets [D + 1]     document i is tokens[doc_offsets[i]:doc_offsets[i + 1]]
+      pairs     /source_tokens, /source_doc_offsets, /target_tokens, /target_doc_offsets
+      labels    /tokens, /doc_offsets, /labels [D]    numbers into the manifest's label_names
+      qa        /tokens, /doc_offsets, /spans [D, 2], /examples [D]    first and last token of the answer (0, 0: none)
     DIR/manifest.json     written last; a folder without it holds nothing that counts
 
-``/tokens`` is contiguous so that a reader can ask HDF5 once where its bytes lie and map them into memory: no HDF5 lock,
-safe under fork and threads, no copy. The manifest's block digests stand in for HDF5's checksums, which need chunks.
+Tokens are uint16 (uint32 where the vocabulary needs it), all else int64. Every dataset is contiguous, native and
+unfiltered, so that a reader can ask HDF5 once where its bytes lie and map them into memory: no HDF5 lock, safe under
+fork and threads, no copy. The manifest's block digests stand in for HDF5's checksums, which need chunks.
 """
 
+import ctypes
 import hashlib
 import io
 import json
+import mmap
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+import re
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import h5py
 import numpy as np
+from h5py._objects import phil
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from hvdtrain.errors import ConfigError, DataError, OutputError
+from hvdtrain.errors import DataError, OutputError
 
 FORMAT_VERSION = 1
 BLOCK_BYTES = 1 << 24
-END_OF_TEXT_TOKENS = ("<|endoftext|>", "</s>", "[SEP]")  # the first that a tokenizer has ends each document
 SPLITS = ("train", "val", "test")
+SHARD_NAME = re.compile(r"(train|val|test)-\d{5,}\.h5")
 _STRICT = ConfigDict(strict=True, extra="forbid")  # a manifest is read to the letter
 
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """What the manifest says of one shard. ``block_sha256``: one digest per BLOCK_BYTES of the file."""
+    """What the manifest says of one shard. ``block_sha256``: one digest per BLOCK_BYTES of the file.
+
+    ``tokens``: those of the source, where there are pairs; ``target_tokens``: those of the target.
+    """
 
     file: str
     split: Literal["train", "val", "test"]
@@ -42,20 +54,26 @@ class ShardInfo:
     documents: Annotated[int, Field(ge=0)]
     file_bytes: Annotated[int, Field(ge=0)]
     block_sha256: tuple[str, ...]
+    target_tokens: Annotated[int, Field(ge=0)] = 0
 
     __pydantic_config__ = _STRICT
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The list of what is whole. ``source``: what the shards were made from and how, to know them again."""
+    """The list of what is whole. ``source``: what the shards were made from and how, to know them again.
+
+    ``special_tokens``: role (eos, pad, bos, unk, mask, sep, cls) -> id, for the roles that the tokenizer has.
+    """
 
     vocab_size: Annotated[int, Field(ge=1)]
     tokenizer_sha256: str
     dtype: Literal["uint16", "uint32"]
     shards: tuple[ShardInfo, ...]
     source: dict[str, Any]
-    kind: str = "text"
+    kind: Literal["text", "pairs", "labels", "qa"] = "text"
+    special_tokens: dict[str, int] = field(default_factory=dict)
+    label_names: tuple[str, ...] = ()
     version: int = FORMAT_VERSION
 
     __pydantic_config__ = _STRICT
@@ -66,6 +84,7 @@ class Manifest:
         digest = hashlib.sha256(self.tokenizer_sha256.encode())
         for shard in self.shards:
             digest.update(f"{shard.split} {shard.tokens} {' '.join(shard.block_sha256)};".encode())
+        digest.update("".join(f"{name}\0" for name in self.label_names).encode())
         return digest.hexdigest()[:16]
 
     def identity(self) -> dict[str, Any]:
@@ -75,6 +94,26 @@ class Manifest:
 
     def split(self, name: str) -> tuple[ShardInfo, ...]:
         return tuple(shard for shard in self.shards if shard.split == name)
+
+
+TOKENS_OF = {"text": ("tokens",), "pairs": ("source_tokens", "target_tokens"), "labels": ("tokens",), "qa": ("tokens",)}
+_PER_DOCUMENT: dict[str, dict[str, tuple[int, ...]]] = {"labels": {"labels": ()}, "qa": {"spans": (2,), "examples": ()}}
+
+
+def offsets_of(tokens: str) -> str:
+    """The name of the offsets that belong to a dataset of tokens."""
+    return tokens.replace("tokens", "doc_offsets")
+
+
+def expected_datasets(info: ShardInfo, kind: str, dtype: str) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """What a shard must hold: name -> shape and dtype."""
+    found: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
+    for name, count in zip(TOKENS_OF[kind], (info.tokens, info.target_tokens), strict=False):
+        found[name] = ((count,), np.dtype(dtype))
+        found[offsets_of(name)] = ((info.documents + 1,), np.dtype(np.int64))
+    for name, shape in _PER_DOCUMENT.get(kind, {}).items():
+        found[name] = ((info.documents, *shape), np.dtype(np.int64))
+    return found
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -141,10 +180,10 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_shard(folder: Path, split: str, number: int, tokens: np.ndarray, doc_offsets: np.ndarray) -> ShardInfo:
-    """Write one shard whole and return what the manifest shall say of it.
+def write_shard(folder: Path, split: str, number: int, datasets: Mapping[str, np.ndarray]) -> ShardInfo:
+    """Write one shard whole and return what the manifest shall say of it. The same input gives the same bytes.
 
-    tokens: [N] of the shard dtype; doc_offsets: int64 [documents + 1] from 0 to N. The same input gives the same bytes.
+    datasets: as the format says, tokens in the shard's dtype, offsets int64 from 0 to the number of tokens.
     """
     name = f"{split}-{number:05d}.h5"
     path = folder / name
@@ -152,54 +191,16 @@ def write_shard(folder: Path, split: str, number: int, tokens: np.ndarray, doc_o
     image = io.BytesIO()
     with h5py.File(image, "w") as file:
         file.attrs["hvdtrain_format"] = FORMAT_VERSION
-        file.create_dataset("tokens", data=tokens)
-        file.create_dataset("doc_offsets", data=doc_offsets.astype(np.int64, copy=False))
+        for key, values in datasets.items():
+            file.create_dataset(key, data=values)
     content = image.getbuffer()
     with writing(path) as temporary:
         temporary.write_bytes(content)
     blocks = [content[start : start + BLOCK_BYTES] for start in range(0, len(content), BLOCK_BYTES)]
     digests = tuple(hashlib.sha256(block).hexdigest() for block in blocks)
-    return ShardInfo(name, split, len(tokens), len(doc_offsets) - 1, len(content), digests)
-
-
-class SplitWriter:
-    """Gathers documents and writes a shard each time ``shard_tokens`` are full. A document is never cut: one that is
-    longer than a shard has a shard of its own.
-    """
-
-    def __init__(self, folder: Path, split: str, vocab_size: int, shard_tokens: int):
-        self._folder, self._split, self._shard_tokens = folder, split, shard_tokens
-        self.dtype = token_dtype(vocab_size)
-        self._tokens: list[np.ndarray] = []
-        self._lengths: list[np.ndarray] = []
-        self._gathered = 0
-        self.shards: list[ShardInfo] = []
-
-    def add(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
-        """Add documents: tokens, one after another, and int [documents] how many of them each document has."""
-        ends = np.cumsum(lengths)
-        document, token = 0, 0
-        while document < len(ends):
-            room = token + self._shard_tokens - self._gathered
-            fitting = int(np.searchsorted(ends, room, side="right"))
-            if fitting <= document and not self._gathered:
-                fitting = document + 1
-            if fitting > document:
-                end = int(ends[fitting - 1])
-                self._tokens.append(tokens[token:end].astype(self.dtype))
-                self._lengths.append(lengths[document:fitting])
-                self._gathered += end - token
-                document, token = fitting, end
-            if document < len(ends):
-                self.flush()
-
-    def flush(self) -> None:
-        """Write what is gathered, if anything."""
-        if self._lengths:
-            offsets = np.concatenate([[0], np.cumsum(np.concatenate(self._lengths))])
-            tokens = np.concatenate(self._tokens)
-            self.shards.append(write_shard(self._folder, self._split, len(self.shards), tokens, offsets))
-            self._tokens, self._lengths, self._gathered = [], [], 0
+    tokens, *targets = (len(datasets[key]) for key in datasets if key.endswith("tokens"))
+    documents = next(len(datasets[key]) - 1 for key in datasets if key.endswith("doc_offsets"))
+    return ShardInfo(name, split, tokens, documents, len(content), digests, *targets)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -236,7 +237,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise DataError(
             f"{path} is damaged ({place} is {first['input']!r}: {first['msg']}); prepare the shards again"
         ) from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path} is damaged ({type(error).__name__}: {error}); prepare the shards again") from None
     for shard in manifest.shards:
         if Path(shard.file).name != shard.file:
@@ -278,89 +279,125 @@ def tokenizer_vocab_size(path: Path) -> int:
         raise DataError(f"{path} is not a tokenizer file ({type(error).__name__}: {error})") from None
 
 
-def map_tokens(path: Path, tokens: int, dtype: str) -> np.ndarray:
-    """Map ``/tokens`` of one shard into memory, read-only: [tokens] of ``dtype``.
+def check_files(folder: Path, manifest: Manifest) -> None:
+    """Is every listed shard there, of its size, and none beside them? One look at the folder, no shard is opened.
 
-    HDF5 is asked once, for the place of the bytes; after that it is out of the way. A shard that someone else wrote
-    chunked or compressed is refused here.
+    Errors: DataError naming the first shard of which that is not so.
+    """
+    for problem in file_problems(folder, manifest):
+        raise DataError(problem)
+
+
+def file_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
+    """What ``check_files`` finds: missing, truncated or replaced, and strange shards, one after another."""
+    sizes: dict[str, int] = {}
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if SHARD_NAME.fullmatch(entry.name):
+                    with suppress(FileNotFoundError):  # a link that leads nowhere
+                        sizes[entry.name] = entry.stat().st_size
+    except OSError as error:
+        raise DataError(f"cannot read {folder}: {error.strerror}") from None
+    for info in manifest.shards:
+        size = sizes.pop(info.file, None)
+        if size is None:
+            yield f"shard {folder / info.file} is listed in the manifest but is missing"
+        elif size != info.file_bytes:
+            yield (
+                f"shard {folder / info.file} has {size} bytes, the manifest says {info.file_bytes}: "
+                "it is truncated or was replaced"
+            )
+    for name in sorted(sizes):
+        yield f"shard {folder / name} is not listed in the manifest: it belongs to another preparation; remove it"
+
+
+class ReadThrough:
+    """A dataset that cannot be mapped (chunked, compressed): ``part[a:b]`` reads through HDF5.
+
+    The file is opened anew in each process, for a handle must not cross a fork. One thread reads at a time, under the
+    lock of h5py, which sees to it that a child born meanwhile does not wait for it for ever.
     Errors: DataError naming the file.
     """
-    try:
-        with h5py.File(path, "r", locking=False) as file:
-            dataset = file["tokens"]
-            offset, shape, found = dataset.id.get_offset(), dataset.shape, dataset.dtype
-    except FileNotFoundError:
-        raise DataError(f"shard {path} is listed in the manifest but is missing") from None
-    except (OSError, KeyError, AttributeError) as error:
-        raise DataError(f"shard {path} cannot be read as HDF5 with /tokens: {error}") from None
-    if shape != (tokens,) or found != np.dtype(dtype):
-        raise DataError(f"shard {path} holds {found} {shape}, but the manifest says {dtype} ({tokens},)")
-    if tokens == 0:
-        return np.empty(0, dtype)
-    if offset is None:
-        raise DataError(f"shard {path} is chunked or compressed; hvdtrain reads contiguous shards: prepare it again")
-    return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape)
 
-
-class TokenStream:
-    """All tokens of one split as one long line, mapped from its shards.
-
-    ``len(stream)`` is the number of tokens. Opening reads headers only. Safe under fork and threads.
-    """
-
-    def __init__(self, folder: Path, manifest: Manifest, split: str):
-        if split not in SPLITS:
-            raise ConfigError(f"no split {split!r}; there are: {', '.join(SPLITS)}")
-        infos = manifest.split(split)
-        if not infos:
-            present = sorted({shard.split for shard in manifest.shards}) or ["none"]
-            raise DataError(f"{folder} has no {split} shards; it has: {', '.join(present)}")
-        for info in infos:
-            path = folder / info.file
-            if path.exists() and path.stat().st_size != info.file_bytes:
-                raise DataError(
-                    f"shard {path} has {path.stat().st_size} bytes, the manifest says {info.file_bytes}: "
-                    "it is truncated or was replaced"
-                )
-        # Plain arrays over the maps: numpy's memmap class itself makes each access slower.
-        self._shards = [np.asarray(map_tokens(folder / info.file, info.tokens, manifest.dtype)) for info in infos]
-        self._views: dict[tuple[int, int], np.ndarray] = {}
-        self._ends = np.cumsum([info.tokens for info in infos])
-        self.dtype = np.dtype(manifest.dtype)
+    def __init__(self, path: Path, name: str, length: int):
+        self._path, self._name, self._length = path, name, length
+        self._pid, self._file = 0, None
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return self._length
 
-    def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """``out[i] = stream[starts[i] : starts[i] + length]``: [len(starts), length] of the shard dtype.
+    def __getitem__(self, part: slice) -> np.ndarray:
+        with phil:
+            try:
+                if self._pid != os.getpid():
+                    self._file, self._pid = h5py.File(self._path, "r", locking=False), os.getpid()
+                return self._file[self._name][part]
+            except (OSError, KeyError, RuntimeError) as error:
+                raise DataError(f"cannot read /{self._name} of shard {self._path} through HDF5: {error}") from None
 
-        One vectorised gather per shard; only windows that cross a shard's end are put together piece by piece.
-        """
-        if len(self._shards) == 1:
-            return self._view(0, length)[starts]
-        out = np.empty((len(starts), length), self.dtype)
-        shard_of = np.searchsorted(self._ends, starts, side="right")
-        ends_in = np.searchsorted(self._ends, starts + (length - 1), side="right")
-        for number in np.unique(shard_of):
-            rows = np.flatnonzero((shard_of == number) & (ends_in == number))
-            if len(rows):
-                first = self._ends[number] - len(self._shards[number])
-                out[rows] = self._view(number, length)[starts[rows] - first]
-        for row in np.flatnonzero(shard_of != ends_in):
-            out[row] = self._slice(int(starts[row]), length)
-        return out
 
-    def _view(self, number: int, length: int) -> np.ndarray:
-        """All windows of one shard, [tokens - length + 1, length], no copy; kept, for numpy is slow to make it."""
-        if (number, length) not in self._views:
-            view = np.lib.stride_tricks.sliding_window_view(self._shards[number], length)
-            self._views[number, length] = view
-        return self._views[number, length]
+def map_shard(folder: Path, info: ShardInfo, manifest: Manifest) -> dict[str, np.ndarray | ReadThrough]:
+    """The datasets of one shard, read-only. HDF5 is asked once where they lie; after that it is out of the way.
 
-    def _slice(self, start: int, length: int) -> np.ndarray:
-        pieces = []
-        for end, shard in zip(self._ends, self._shards, strict=True):
-            first = end - len(shard)
-            if start < end and start + length > first:
-                pieces.append(shard[max(0, start - first) : start + length - first])
-        return np.concatenate(pieces)
+    A dataset that someone else wrote chunked or compressed comes as ``ReadThrough``.
+    Errors: DataError naming the file.
+    """
+    path = folder / info.file
+    found: dict[str, np.ndarray | ReadThrough] = {}
+    places: dict[str, int | None] = {}
+    shapes: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            for name, dataset in file.items():
+                places[name], shapes[name] = dataset.id.get_offset(), (dataset.shape, dataset.dtype)
+    except FileNotFoundError:
+        raise DataError(f"shard {path} is listed in the manifest but is missing") from None
+    except (OSError, KeyError, AttributeError, RuntimeError, ValueError, TypeError) as error:
+        raise DataError(f"shard {path} cannot be read as HDF5: {error}") from None
+    content = None
+    for name, (shape, dtype) in expected_datasets(info, manifest.kind, manifest.dtype).items():
+        if name not in shapes:
+            there = ", ".join(sorted(map(str, shapes))) or "nothing"  # a damaged name may be bytes
+            raise DataError(f"shard {path} has no /{name}; it holds {there}")
+        if shapes[name] != (shape, dtype):
+            there, kind = shapes[name]
+            raise DataError(f"shard {path} holds /{name} {kind} {there}, but the manifest says {dtype} {shape}")
+        size = int(np.prod(shape))
+        if size == 0:
+            found[name] = np.empty(shape, dtype)
+        elif places[name] is None:
+            found[name] = ReadThrough(path, name, shape[0])
+        else:
+            content = map_file(path) if content is None else content
+            end = places[name] + size * dtype.itemsize
+            if end > len(content):
+                raise DataError(f"shard {path} ends before its /{name} does: it is truncated")
+            found[name] = content[places[name] : end].view(dtype).reshape(shape)
+    return found
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+
+
+def map_file(path: Path) -> np.ndarray:
+    """A file's bytes, mapped read-only: uint8 [size]. Unmapped when the last array on it is gone.
+
+    Unlike Python's own mmap it keeps no file open: ten thousand shards would exceed the limit on open files.
+    """
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size == 0:
+            return np.empty(0, np.uint8)
+        address = _libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0)
+    if address in (None, ctypes.c_void_p(-1).value):
+        raise DataError(f"cannot map {path} into memory: {os.strerror(ctypes.get_errno())}")
+    memory = (ctypes.c_uint8 * size).from_address(address)
+    # Not at exit: a thread may still be reading, and would crash the process that has just ended well.
+    weakref.finalize(memory, _libc.munmap, address, size).atexit = False
+    content = np.frombuffer(memory, np.uint8)
+    content.flags.writeable = False
+    return content

@@ -86,14 +86,16 @@ class Plan:
     @torch.no_grad()
     def evaluate(self, batches, task: Task) -> dict[str, float]:
         """Scores of a split whose batches are shared by the ranks: exact for any number of them (collective)."""
-        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        sums = None
         self.model.eval()
         for batch in batches:
             with self.autocast():
-                loss = task.loss(self.model, batch)
-            sums[0] += loss.total.double()
-            sums[1] += loss.weight
+                measured = task.measure(self.model, batch.to(self.device))
+            sums = measured if sums is None else sums + measured
         self.model.train()
+        if self.group.size > 1:
+            # A rank may have had no batch at all: it learns from the others how many sums there are.
+            lengths = self.group.all_gather_object(0 if sums is None else len(sums))
+            sums = torch.zeros(max(lengths), dtype=torch.float64, device=self.device) if sums is None else sums
         self.group.all_reduce_sum(sums, "hvdtrain.evaluation")
-        total, weight = sums.tolist()
-        return task.scores(total, weight)
+        return task.scores(sums.tolist())

@@ -1,24 +1,103 @@
 """Language-model pretraining: predict the next token."""
 
 import math
+from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
 from hvdtrain.data.batch import IGNORE, Batch
-from hvdtrain.tasks.task import LossSum
+from hvdtrain.data.corpora import Corpora
+from hvdtrain.data.loader import Feed
+from hvdtrain.data.packed import PackedSource, document_lengths
+from hvdtrain.data.packing import PackSampler
+from hvdtrain.data.sampler import WindowSampler, derive, share_of
+from hvdtrain.data.shards import Manifest
+from hvdtrain.data.stream import TokenStream
+from hvdtrain.data.windows import MixedWindows, WindowSource, eval_windows
+from hvdtrain.errors import ConfigError, DataError
+from hvdtrain.models.decoder import Decoder
+from hvdtrain.models.transformer import TransformerOptions
+from hvdtrain.options import Options, option
+from hvdtrain.tasks.task import Evaluation, LossSum, Training, check_kind, check_val
+
+
+class LanguageModelOptions(Options):
+    rows: Literal["windows", "packed"] = option(
+        "windows", "windows: cuts of the token stream; packed: whole documents, best fit, each seen by itself"
+    )
 
 
 class LanguageModel:
     """Cross-entropy of the next token, in nats, summed over the targets that count."""
 
+    kind = "text"
+
+    def __init__(self, options: LanguageModelOptions | None = None):
+        self._options = options or LanguageModelOptions()
+
+    def make_model(self, options: TransformerOptions, manifest: Manifest) -> nn.Module:
+        return Decoder(options, manifest.vocab_size)
+
+    def check(self, corpora: Corpora, feed: Feed) -> None:
+        check_kind(corpora, "lm", self.kind)
+        check_val(corpora, "val")
+        if self._options.rows == "packed" and len(corpora.entries) > 1:
+            raise ConfigError("task.lm.rows=packed takes one folder (data.dir), not data.mixture")
+        share_of(feed.global_batch, feed.microbatch, feed.rank, feed.size)
+
+    def open_training(self, corpora: Corpora, feed: Feed) -> Training:
+        stream = TokenStream(corpora.entries, "train")
+        step = f"a step is {feed.global_batch} x {feed.context} tokens"
+        if self._options.rows == "packed":
+            end = corpora.manifest.special_tokens.get("eos", 0)
+            sampler = PackSampler(document_lengths(corpora), feed.context, feed.seed)
+            about = f"{len(stream):,} training tokens packed into rows that are {sampler.efficiency:.1%} full; {step}"
+            return Training(PackedSource(stream, sampler, feed, end), about)
+        samplers = [
+            # Each corpus draws by a seed of its own, or those of one size would draw alike.
+            WindowSampler(
+                sum(info.tokens for info in manifest.split("train")),
+                feed.context,
+                derive(feed.seed, number, 6) if number else feed.seed,
+            )
+            for number, (_, manifest) in enumerate(corpora.entries)
+        ]
+        about = f"{len(stream):,} training tokens; {step}"
+        if len(samplers) == 1:
+            return Training(WindowSource(stream, samplers[0], feed), about)
+        mixture = MixedWindows(samplers, stream.bases, corpora.weights, feed.seed)
+        shares = ", ".join(f"{f} {s:.1%}" for (f, _), s in zip(corpora.entries, mixture.mixture.share, strict=True))
+        return Training(WindowSource(stream, mixture, feed), f"{about}, of {shares}")
+
+    def open_evaluation(self, corpora: Corpora, split: str, feed: Feed, rows: int) -> Evaluation:
+        check_val(corpora, split)
+        stream = TokenStream(corpora.entries, split)
+        if split == "val" and len(stream) < feed.context + 1:
+            raise DataError(
+                f"the val split of {corpora.names} has {len(stream)} tokens, fewer than one context: "
+                f"model.context={feed.context} needs {feed.context + 1}; "
+                "prepare it again with a larger --val-fraction, or lower model.context"
+            )
+        if len(stream) < 2:
+            raise DataError(f"the {split} split of {corpora.names} has {len(stream)} tokens; nothing to predict")
+        return lambda: eval_windows(stream, feed.context, rows, feed.rank, feed.size)
+
     def loss(self, model: nn.Module, batch: Batch) -> LossSum:
-        logits = model.logits(model(batch.tokens))
+        hidden = model(batch.tokens, positions_BT=batch.positions, segments_BT=batch.segments)
+        logits = model.logits(hidden)
         total = F.cross_entropy(
             logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=IGNORE, reduction="sum"
         )
         return LossSum(total, batch.target_tokens)
 
-    def scores(self, total: float, weight: float) -> dict[str, float]:
-        loss = total / weight
-        return {"val_loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+    def measure(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        loss = self.loss(model, batch)
+        return torch.stack(
+            [loss.total.double(), torch.tensor(loss.weight, dtype=torch.float64, device=loss.total.device)]
+        )
+
+    def scores(self, sums: list[float]) -> dict[str, float]:
+        loss = sums[0] / sums[1]
+        return {"val_loss": loss, "perplexity": math.exp(min(loss, 700.0)), "target_tokens": int(sums[1])}

@@ -1,12 +1,20 @@
-"""The contract of a task: how a batch becomes a loss, and how sums become scores."""
+"""The contract of a task: which shards it reads and how, which model it trains, how a batch becomes a loss, and how
+sums become scores.
+"""
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import nn
 
-from hvdtrain.data.batch import Batch
+from hvdtrain.data.batch import AnyBatch
+from hvdtrain.data.corpora import Corpora
+from hvdtrain.data.loader import Feed, Source
+from hvdtrain.data.shards import Manifest
+from hvdtrain.errors import DataError
+from hvdtrain.models.transformer import TransformerOptions
 
 
 @dataclass(frozen=True)
@@ -21,11 +29,57 @@ class LossSum:
     weight: int
 
 
+@dataclass(frozen=True)
+class Training:
+    """What a run reads. ``about``: one line for the user: how much there is, how large a step is."""
+
+    source: Source
+    about: str
+
+
+Evaluation = Callable[[], Iterator[AnyBatch]]  # this rank's part of a split, batch after batch
+
+
 class Task(Protocol):
-    """What the loop needs to know of a task."""
+    """What the loop needs to know of a task. ``kind``: of the shards."""
 
-    def loss(self, model: nn.Module, batch: Batch) -> LossSum:
-        """Loss of one microbatch; called under autograd in training, without it in evaluation."""
+    kind: str
 
-    def scores(self, total: float, weight: float) -> dict[str, float]:
+    def make_model(self, options: TransformerOptions, manifest: Manifest) -> nn.Module:
+        """The model, not yet initialised; it has ``initialise(seed)``."""
+
+    def check(self, corpora: Corpora, feed: Feed) -> None:
+        """What the manifests alone can tell, before a run reads the shards. Errors: DataError, ConfigError."""
+
+    def open_training(self, corpora: Corpora, feed: Feed) -> Training:
+        """The training split of what was checked. Errors: DataError, ConfigError where it does not fit the run."""
+
+    def open_evaluation(self, corpora: Corpora, split: str, feed: Feed, rows: int) -> Evaluation:
+        """A split of the task's kind, ``rows`` rows a batch. Errors: DataError where there is nothing to score."""
+
+    def loss(self, model: nn.Module, batch: AnyBatch) -> LossSum:
+        """Loss of one microbatch; called under autograd."""
+
+    def measure(self, model: nn.Module, batch: AnyBatch) -> torch.Tensor:
+        """Sums over one batch in evaluation: fp64 [k], the same k for every batch; called without autograd."""
+
+    def scores(self, sums: list[float]) -> dict[str, float]:
         """Scores of a whole split from its global sums; ``val_loss`` (nats per target) is always among them."""
+
+
+def check_kind(corpora: Corpora, task_name: str, kind: str) -> None:
+    """Errors: DataError where the shards are of another kind than the task reads."""
+    if corpora.manifest.kind != kind:
+        raise DataError(
+            f"task.name={task_name} reads shards of kind {kind}, but {corpora.names} has kind {corpora.manifest.kind}; "
+            f"make them with `python -m data_prep {kind}`, or choose another task.name"
+        )
+
+
+def check_val(corpora: Corpora, split: str) -> None:
+    """Errors: DataError where ``split`` is that for validation and a folder lacks it."""
+    for folder, manifest in corpora.entries:
+        if split == "val" and not manifest.split("val"):
+            raise DataError(
+                f"{folder} has no val shards; prepare it again with a larger --val-fraction, or with validation input"
+            )

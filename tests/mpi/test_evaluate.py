@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pytest
 from replicas import sync_options
-from tiny import CPU, random_tokens, tiny_decoder, write_data
+from tiny import random_tokens, tiny_decoder, write_data
 
 from hvdtrain.comm.group import Group
 from hvdtrain.comm.horovod_group import HorovodGroup
 from hvdtrain.comm.local_group import LocalGroup
-from hvdtrain.data.loader import eval_batches
-from hvdtrain.data.shards import TokenStream, read_manifest
+from hvdtrain.data.shards import read_manifest
+from hvdtrain.data.stream import TokenStream
+from hvdtrain.data.windows import eval_windows
 from hvdtrain.parallel.plan import Plan
 from hvdtrain.tasks.lm import LanguageModel
 
@@ -18,15 +19,15 @@ CONTEXT = 8
 
 
 class _Sums(LanguageModel):
-    def scores(self, total: float, weight: float) -> dict[str, float]:
-        return {"total": total, "weight": weight, **super().scores(total, weight)}
+    def scores(self, sums: list[float]) -> dict[str, float]:
+        return {"total": sums[0], "weight": sums[1], **super().scores(sums)}
 
 
 def _evaluate(folder: Path, group: Group, rows: int) -> dict[str, float]:
-    stream = TokenStream(folder, read_manifest(folder), "val")
+    stream = TokenStream([(folder, read_manifest(folder))], "val")
     model = tiny_decoder(dropout=0.5)  # which evaluation must switch off
     plan = Plan(model, group, sync_options(), "fp32", seed=1)
-    scores = plan.evaluate(eval_batches(stream, CONTEXT, rows, group.rank, group.size, CPU), _Sums())
+    scores = plan.evaluate(eval_windows(stream, CONTEXT, rows, group.rank, group.size), _Sums())
     assert model.training
     return scores
 

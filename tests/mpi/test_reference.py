@@ -25,7 +25,7 @@ TOLERANCE = 1e-5  # of what the parameters moved by. Seen: 1.3e-6.
 def _batch(rank: int, step: int) -> Batch:
     generator = torch.Generator().manual_seed(100 * rank + step)
     windows = torch.randint(50, (3, 9), generator=generator)
-    return Batch.from_windows(windows.numpy(), torch.device("cpu"))
+    return Batch.from_windows(windows.numpy())
 
 
 def _reference(rank: int, clip_norm: float) -> list[torch.Tensor]:

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import CPU, LateGroup, _Late, random_tokens, tiny_decoder
+from tiny import LateGroup, _Late, random_tokens, tiny_decoder
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -24,7 +24,7 @@ def batches_of(*sizes: int, padded: int = 0) -> list[Batch]:
     batches = []
     for number, rows in enumerate(sizes):
         windows = random_tokens(rows * 9, seed=number).reshape(rows, 9)
-        batch = Batch.from_windows(windows, CPU)
+        batch = Batch.from_windows(windows)
         targets = batch.targets.clone()
         targets[0, :padded] = IGNORE
         batches.append(Batch(batch.tokens, targets, batch.target_tokens - padded))

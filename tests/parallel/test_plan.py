@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import CPU, LateGroup, random_tokens, tiny_decoder
+from tiny import LateGroup, random_tokens, tiny_decoder
 
 from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.data.batch import Batch
-from hvdtrain.data.loader import eval_batches
+from hvdtrain.data.windows import eval_windows
 from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
 from hvdtrain.parallel.allreduce import AllReduceOptions
 from hvdtrain.parallel.plan import PRECISIONS, SYNCS, Plan, SyncOptions
@@ -17,7 +17,7 @@ from hvdtrain.tasks.lm import LanguageModel
 
 
 def batches_of(count: int, rows: int = 2) -> list[Batch]:
-    return [Batch.from_windows(random_tokens(rows * 9, seed=n).reshape(rows, 9), CPU) for n in range(count)]
+    return [Batch.from_windows(random_tokens(rows * 9, seed=n).reshape(rows, 9)) for n in range(count)]
 
 
 def gradients(plan: Plan) -> list[torch.Tensor]:
@@ -32,7 +32,7 @@ def test_every_sync_of_the_table_can_be_chosen():
 
 def test_accumulation_changes_nothing_but_rounding():
     results = []
-    for batches in (batches_of(4), [Batch.from_windows(windows, CPU) for windows in [joined(batches_of(4))]]):
+    for batches in (batches_of(4), [Batch.from_windows(windows) for windows in [joined(batches_of(4))]]):
         plan = Plan(tiny_decoder(), LateGroup(), SyncOptions(), "fp32", seed=1)
         plan.forward_backward(batches, LanguageModel(), step=1)
         sums = plan.finish(max_norm=0.0)
@@ -112,8 +112,11 @@ def test_evaluation_is_the_mean_over_every_target():
         def windows(self, starts, length):
             return torch.stack([torch.from_numpy(tokens[s : s + length]) for s in starts.tolist()]).numpy()
 
+        def slice(self, start, length):
+            return tokens[start : start + length]
+
     plan = Plan(model, LateGroup(), SyncOptions(), "fp32", 1)
-    scores = plan.evaluate(eval_batches(Line(), 8, 3, 0, 1, CPU), LanguageModel())
+    scores = plan.evaluate(eval_windows(Line(), 8, 3, 0, 1), LanguageModel())
     assert model.training  # dropout is back
     model.eval()
     losses = [
@@ -129,7 +132,7 @@ def test_evaluation_is_the_mean_over_every_target():
 
 
 def test_a_hopeless_loss_still_has_a_perplexity():
-    assert LanguageModel().scores(1e6, 1)["perplexity"] < float("inf")
+    assert LanguageModel().scores([1e6, 1])["perplexity"] < float("inf")
 
 
 def test_bf16_is_near_and_weights_stay_fp32():

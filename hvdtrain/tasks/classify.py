@@ -1,0 +1,73 @@
+"""Classification and sentiment: predict a text's label."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hvdtrain.data.batch import IGNORE, LabelBatch
+from hvdtrain.data.bucketed import eval_rows, label_batch
+from hvdtrain.data.corpora import Corpora
+from hvdtrain.data.loader import Feed
+from hvdtrain.data.shards import Manifest
+from hvdtrain.models.encoder import Classifier
+from hvdtrain.models.transformer import TransformerOptions
+from hvdtrain.options import Options, option
+from hvdtrain.tasks.seq2seq import bucketed_training, check_one_folder, open_records
+from hvdtrain.tasks.task import Evaluation, LossSum, Training
+
+
+class ClassifyOptions(Options):
+    label_smoothing: float = option(0.0, "share of the label's probability spread over all labels", ge=0, lt=1)
+
+
+class Classification:
+    """Cross-entropy of the label, in nats, summed over rows. Scores: accuracy, and F1 as the mean over the labels."""
+
+    kind = "labels"
+
+    def __init__(self, options: ClassifyOptions):
+        self._options = options
+
+    def make_model(self, options: TransformerOptions, manifest: Manifest) -> nn.Module:
+        return Classifier(options, manifest.vocab_size, len(manifest.label_names))
+
+    def check(self, corpora: Corpora, feed: Feed) -> None:
+        check_one_folder(corpora, "classify", self.kind)
+
+    def open_training(self, corpora: Corpora, feed: Feed) -> Training:
+        records, make_batch = self._open(corpora, "train", feed)
+        return bucketed_training(records, feed, make_batch, "texts")
+
+    def open_evaluation(self, corpora: Corpora, split: str, feed: Feed, rows: int) -> Evaluation:
+        records, make_batch = self._open(corpora, split, feed)
+        return lambda: eval_rows(records, rows, feed.rank, feed.size, make_batch)
+
+    def _open(self, corpora: Corpora, split: str, feed: Feed):
+        records = open_records(corpora, split)
+        return records, lambda records, rows: label_batch(records, rows, feed.context)
+
+    def loss(self, model: nn.Module, batch: LabelBatch) -> LossSum:
+        total = self._cross_entropy(model(batch.tokens, batch.lengths), batch, self._options.label_smoothing)
+        return LossSum(total, batch.target_tokens)
+
+    def measure(self, model: nn.Module, batch: LabelBatch) -> torch.Tensor:
+        logits = model(batch.tokens, batch.lengths).float()
+        loss = self._cross_entropy(logits, batch, 0.0)
+        classes = logits.shape[-1]
+        counted = batch.labels != IGNORE
+        truth = F.one_hot(batch.labels[counted], classes).double()
+        guess = F.one_hot(logits.argmax(-1)[counted], classes).double()
+        counts = torch.cat([(truth * guess).sum(0), truth.sum(0), guess.sum(0)])
+        return torch.cat([torch.stack([loss.double(), counted.sum().double()]), counts])
+
+    def _cross_entropy(self, logits: torch.Tensor, batch: LabelBatch, smoothing: float) -> torch.Tensor:
+        return F.cross_entropy(
+            logits.float(), batch.labels, ignore_index=IGNORE, reduction="sum", label_smoothing=smoothing
+        )
+
+    def scores(self, sums: list[float]) -> dict[str, float]:
+        loss, rows, *counts = sums
+        classes = len(counts) // 3
+        right, truth, guess = counts[:classes], counts[classes : 2 * classes], counts[2 * classes :]
+        f1 = [2 * r / (t + g) for r, t, g in zip(right, truth, guess, strict=True) if t + g]
+        return {"val_loss": loss / rows, "accuracy": sum(right) / rows, "f1": sum(f1) / len(f1), "rows": int(rows)}

@@ -1,0 +1,169 @@
+"""What a task makes of a model's logits: the loss of training, the sums of evaluation, the scores. All by hand."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from hvdtrain.data.batch import IGNORE, Batch, LabelBatch, PairBatch
+from hvdtrain.tasks import TASKS, TaskOptions, make_task
+from hvdtrain.tasks.classify import Classification, ClassifyOptions
+from hvdtrain.tasks.lm import LanguageModel
+from hvdtrain.tasks.seq2seq import Seq2SeqOptions, SequenceToSequence
+
+# Probabilities of a vocabulary of 4, as logits.
+SURE, LEANS, EVEN = [0.7, 0.1, 0.1, 0.1], [0.2, 0.4, 0.2, 0.2], [0.25] * 4
+TOKENS = torch.zeros(2, 3, dtype=torch.int64)
+TARGETS = torch.tensor([[0, 1, 0], [3, IGNORE, IGNORE]])
+SPOKEN = [[SURE, LEANS, LEANS], [EVEN, SURE, SURE]]
+LOSS = -math.log(0.7) - math.log(0.4) - math.log(0.2) - math.log(0.25)  # of the four targets that count
+
+
+class Says(nn.Module):
+    """Whatever it is asked, a model answers with these probabilities."""
+
+    def __init__(self, probabilities: list, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.answer = torch.tensor(probabilities).log().to(dtype)
+
+    def forward(self, *inputs: Any, **named: Any) -> torch.Tensor:
+        return self.answer
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden
+
+
+def pairs_batch() -> PairBatch:
+    return PairBatch(TOKENS, torch.tensor([3, 1]), TOKENS, TARGETS, 4)
+
+
+def labels_batch(labels: list[int]) -> LabelBatch:
+    rows = len(labels)
+    counted = sum(label != IGNORE for label in labels)
+    return LabelBatch(torch.zeros(rows, 1, dtype=torch.int64), torch.ones(rows), torch.tensor(labels), counted)
+
+
+def smoothed(probabilities: list[float], target: int, share: float) -> float:
+    """Cross-entropy with (1 - share) on the target and the rest on all alike (Szegedy et al. 2016)."""
+    nats = [-math.log(p) for p in probabilities]
+    return (1 - share) * nats[target] + share * sum(nats) / len(nats)
+
+
+def test_every_task_of_the_table_can_be_chosen():
+    for name, task in TASKS.items():
+        assert type(make_task(TaskOptions(name=name))) is task
+
+
+# --- language models ---------------------------------------------------------------------------------------------
+
+
+def test_a_language_models_loss_is_the_sum_over_the_targets_that_count():
+    loss = LanguageModel().loss(Says(SPOKEN), Batch(TOKENS, TARGETS, 4))
+    assert (loss.total.item(), loss.weight) == (pytest.approx(LOSS, rel=1e-6), 4)
+    assert loss.total.shape == ()
+
+
+def test_a_language_models_scores():
+    task = LanguageModel()
+    sums = task.measure(Says(SPOKEN), Batch(TOKENS, TARGETS, 4))
+    assert sums.dtype == torch.float64
+    scores = task.scores((2 * sums).tolist())  # of two such batches
+    assert scores == {
+        "val_loss": pytest.approx(LOSS / 4, rel=1e-6),
+        "perplexity": pytest.approx(math.exp(LOSS / 4), rel=1e-6),
+        "target_tokens": 8,
+    }
+
+
+@pytest.mark.parametrize("name", ["lm", "seq2seq"])
+def test_a_hopeless_loss_has_a_perplexity(name: str):
+    assert math.isfinite(make_task(TaskOptions(name=name)).scores([1e6, 1.0, 0.0])["perplexity"])
+
+
+# --- pairs -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5])
+def test_label_smoothing_of_pairs(share: float):
+    loss = SequenceToSequence(Seq2SeqOptions(label_smoothing=share)).loss(Says(SPOKEN), pairs_batch())
+    rows = [(SURE, 0), (LEANS, 1), (LEANS, 0), (EVEN, 3)]
+    assert loss.total.item() == pytest.approx(sum(smoothed(*row, share) for row in rows), rel=1e-6)
+    assert loss.weight == 4
+
+
+def test_scores_of_pairs_know_no_smoothing():
+    """0 is right where SURE, 1 is where LEANS; wrong are 0 where LEANS, and 3 where EVEN."""
+    task = SequenceToSequence(Seq2SeqOptions(label_smoothing=0.5))
+    sums = task.measure(Says(SPOKEN), pairs_batch())
+    assert sums.dtype == torch.float64
+    assert task.scores((3 * sums).tolist()) == {
+        "val_loss": pytest.approx(LOSS / 4, rel=1e-6),
+        "perplexity": pytest.approx(math.exp(LOSS / 4), rel=1e-6),
+        "token_accuracy": 0.5,
+        "target_tokens": 12,
+    }
+
+
+# --- labels ------------------------------------------------------------------------------------------------------
+
+
+def certain(labels: list[int], classes: int = 4) -> list[list[float]]:
+    """0.7 for each of ``labels``, the rest for the others alike."""
+    return [[0.7 if number == label else 0.3 / (classes - 1) for number in range(classes)] for label in labels]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2])
+def test_label_smoothing_of_labels(share: float):
+    batch = labels_batch([0, 1, IGNORE])
+    loss = Classification(ClassifyOptions(label_smoothing=share)).loss(Says([SURE, SURE, LEANS]), batch)
+    assert loss.total.item() == pytest.approx(smoothed(SURE, 0, share) + smoothed(SURE, 1, share), rel=1e-6)
+    assert loss.weight == 2
+
+
+def test_accuracy_and_f1():
+    """Three of the four labels are seen, one of them never guessed right:
+
+    truth    0 0 0 | 1 1 | 2          label   right  true  guessed   F1 = 2 right / (true + guessed)
+    guess    0 0 1 | 1 0 | 0            0       2      3      4      4/7
+                                        1       1      2      2      1/2
+                                        2       0      1      0      0
+                                        3       0      0      0      left out: there is nothing to find
+    """
+    task = Classification(ClassifyOptions(label_smoothing=0.5))
+    truth, guess = [0, 0, 0, 1, 1, 2], [0, 0, 1, 1, 0, 0]
+    sums = [task.measure(Says(certain(guess[cut])), labels_batch(truth[cut])) for cut in (slice(0, 2), slice(2, 6))]
+    sums.append(task.measure(Says(certain([3])), labels_batch([IGNORE])))  # of a rank without a row
+    assert {part.dtype for part in sums} == {torch.float64}
+    assert task.scores(sum(sums).tolist()) == {
+        "val_loss": pytest.approx((-3 * math.log(0.7) - 3 * math.log(0.1)) / 6, rel=1e-6),
+        "accuracy": 0.5,
+        "f1": pytest.approx((4 / 7 + 1 / 2 + 0) / 3),
+        "rows": 6,
+    }
+
+
+def test_a_label_that_is_guessed_but_never_true_lowers_f1():
+    task = Classification(ClassifyOptions())
+    scores = task.scores(task.measure(Says(certain([0, 1, 3])), labels_batch([0, 1, 1])).tolist())
+    assert (scores["accuracy"], scores["f1"]) == (pytest.approx(2 / 3), pytest.approx((1 + 2 / 3 + 0) / 3))
+
+
+# --- bf16 --------------------------------------------------------------------------------------------------------
+
+BATCHES = {"lm": Batch(TOKENS, TARGETS, 4), "seq2seq": pairs_batch(), "classify": labels_batch([0, 1])}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_sums_are_exact_where_the_logits_are_bf16(name: str):
+    """Autocast hands the logits over in bf16, whose 8 bits would lose the end of any sum over a batch."""
+    probabilities = [SURE, LEANS] if name == "classify" else SPOKEN
+    task = make_task(TaskOptions.model_validate({"name": name, "seq2seq": {"label_smoothing": 0.0}}))
+    model = Says(probabilities, torch.bfloat16)
+    exact = Says(probabilities)
+    exact.answer = model.answer.double()
+    loss, expected = (task.loss(m, BATCHES[name]).total for m in (model, exact))
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert task.measure(model, BATCHES[name])[0].item() == pytest.approx(loss.item(), rel=1e-6)
