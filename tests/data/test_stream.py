@@ -66,7 +66,7 @@ def chunked(folder: Path, manifest: Manifest, numbers: list[int], **how) -> Mani
 # --- one line ----------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(st.lists(st.integers(0, 12), min_size=1, max_size=8).filter(any), st.data())
 def test_windows_cross_shards(sizes: list[int], data: st.DataObject):
     """Even where a window spans several shards that are shorter than it, or empty, or cannot be mapped."""
