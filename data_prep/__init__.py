@@ -1,1 +1,1 @@
-"""Turns text into token shards: ``python -m data_prep tokenizer | text``."""
+"""Turns text into token shards: ``python -m data_prep tokenizer | text | pairs | labels | verify``."""

@@ -1,110 +1,223 @@
 """The commands of data preparation."""
 
 import argparse
+import ctypes
+import hashlib
+import os
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
-from hvdtrain.errors import EXIT_CRASH, EXIT_INTERRUPTED, EXIT_OK, ConfigError, HvdtrainError, report
+from data_prep.arguments import make_parser
+from data_prep.cleaning import Cleaning
+from data_prep.corpus import DEFAULT_GLOBS, InputFile, files_sha256, find_files, globs_of
+from hvdtrain.comm.ranks import Ranks
+from hvdtrain.comm.session import open_ranks, threads_of_rank
+from hvdtrain.comm.world import detect_world
+from hvdtrain.data.shards import SPLITS, Manifest
+from hvdtrain.errors import EXIT_BAD_DATA, EXIT_CRASH, EXIT_INTERRUPTED, EXIT_OK, ConfigError, HvdtrainError, report
 
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}\n{self.format_usage().rstrip()}")
-
-
-def _fraction(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < 1:
-        raise ValueError(text)
-    return value
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError(text)
-    return value
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
+_LEFT_OUT = {
+    "duplicates": "duplicates left out",
+    "too_short": "below --min-tokens left out",
+    "too_long": "above --max-tokens left out",
+    "empty_side": "pairs with an empty side left out",
+    "cut_short": "cut at --max-tokens",
+    "overlapping_windows": "more windows for long paragraphs",
+    "replaced_characters": "characters replaced by U+FFFD",
+}
 
 
-_fraction.__name__, _positive.__name__ = "fraction (0 to below 1)", "positive number"  # argparse shows these
+def _cleaning(words: argparse.Namespace) -> Cleaning:
+    return Cleaning(words.invalid_utf8, words.normalise == "nfc")
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="data_prep", description="Turn text into token shards.")
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser, metavar="COMMAND")
-    source = argparse.ArgumentParser(add_help=False)
-    source.add_argument("--input", type=Path, nargs="+", required=True, metavar="PATH", help="files, or folders")
-    source.add_argument("--glob", default="*.txt", help="which files of a folder, at any depth (default: *.txt)")
-    source.add_argument(
-        "--exclude", nargs="+", default=[], metavar="NAME", help="files or folders to leave out, by name"
-    )
-
-    tokenizer = commands.add_parser("tokenizer", parents=[source], help="train a tokenizer")
-    tokenizer.add_argument("--kind", choices=["bpe", "char"], default="bpe", help="default: bpe (byte-level)")
-    tokenizer.add_argument(
-        "--vocab-size", type=_positive, default=32768, metavar="N", help="tokens (bpe; default: 32768)"
-    )
-    tokenizer.add_argument("--out", type=Path, required=True, metavar="FILE", help="tokenizer.json to write")
-
-    text = commands.add_parser("text", parents=[source], help="tokenise plain text, one document a file")
-    text.add_argument("--tokenizer", type=Path, required=True, metavar="FILE", help="tokenizer.json to use")
-    text.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the shards")
-    text.add_argument("--val-fraction", type=_fraction, default=0.01, metavar="F", help="for validation; default: 0.01")
-    text.add_argument(
-        "--val-split", choices=["hash", "tail"], default="hash", help="documents by digest (default), or the last bytes"
-    )
-    text.add_argument("--shard-tokens", type=_positive, default=1 << 26, metavar="N", help="a shard's; default: 2**26")
-    return parser
+def _files(words: argparse.Namespace, name: str, globs: Sequence[str] = DEFAULT_GLOBS) -> list[InputFile]:
+    """The input of all splits: ``--NAME``, ``--val-NAME`` and ``--test-NAME``. globs: where --glob does not say."""
+    globs = getattr(words, "glob", None) or globs
+    found = []
+    for prefix, split in (("", None), ("val_", "val"), ("test_", "test")):
+        if inputs := getattr(words, f"{prefix}{name}", []):
+            found += find_files(inputs, globs, getattr(words, "exclude", []), split)
+    return found
 
 
-def _tokenizer(words: argparse.Namespace) -> None:
-    from data_prep.corpus import find_files
-    from data_prep.tokenizer import train_tokenizer
+def _tokenizer(words: argparse.Namespace, ranks: Ranks) -> int:
+    """Rank 0 trains; the others only wait to hear how it went."""
 
-    files = find_files(words.input, words.glob, words.exclude)
-    record = train_tokenizer(files, words.kind, words.vocab_size, words.out)
-    how = "kept" if record["reused"] else "trained"
-    print(f"{words.out}: {how}, {record['kind']}, {record['vocab_size']:,} tokens, from {record['files']:,} files")
+    def train() -> dict | None:
+        if ranks.rank:
+            return None
+        from data_prep.readers import TextReader
+        from data_prep.sample import training_texts
+        from data_prep.tokenizer import load_tokenizer, train_tokenizer
+
+        reader = TextReader(_files(words, "input"), field=words.field, cleaning=_cleaning(words))
+
+        def texts():
+            return training_texts(reader, words.sample_mb << 20, words.seed)
+
+        digest = hashlib.sha256()
+        for text in texts():
+            digest.update(hashlib.sha256(text.encode()).digest())
+        identity = {
+            "files_sha256": files_sha256(reader.files),
+            "sample_sha256": digest.hexdigest(),
+            "sample_mb": words.sample_mb,
+            "seed": words.seed,
+            "nfc": reader.cleaning.nfc,
+        }
+        record = train_tokenizer(texts(), identity, words.kind, words.vocab_size, words.special, words.out)
+        how = "kept" if record["reused"] else "trained"
+        print(
+            f"{words.out}: {how}, {record['kind']}, {record['vocab_size']:,} tokens, from {len(reader.files):,} files"
+        )
+        if words.report:
+            from data_prep.vocabulary import vocabulary_report
+
+            print(vocabulary_report(load_tokenizer(words.out)[0], texts()).text())
+        return record
+
+    ranks.together(train)
+    return EXIT_OK
 
 
-def _text(words: argparse.Namespace) -> None:
-    from data_prep.corpus import find_files
-    from data_prep.text import TextOptions, prepare_text
+def _text(words: argparse.Namespace, ranks: Ranks) -> int:
+    from data_prep.readers import TextReader
+    from data_prep.text import TextKind
+    from data_prep.tokenizer import load_tokenizer
 
-    files = find_files(words.input, words.glob, words.exclude)
-    options = TextOptions(words.val_fraction, words.val_split, words.shard_tokens)
+    def make() -> TextKind:
+        reader = TextReader(_files(words, "input"), words.documents, words.field, _cleaning(words))
+        special = load_tokenizer(words.tokenizer)[1]
+        return TextKind(reader, special["eos"], words.min_tokens, words.max_tokens)
+
+    return _prepare(ranks.together(make), words, ranks)
+
+
+def _pairs(words: argparse.Namespace, ranks: Ranks) -> int:
+    from data_prep.aligned import AlignedReader
+    from data_prep.pairs import PairsKind
+    from data_prep.readers import TableReader
+    from data_prep.tokenizer import load_tokenizer
+
+    def make() -> PairsKind:
+        sources, targets = _files(words, "source", ["*"]), _files(words, "target", ["*"])
+        tables = _files(words, "input", globs_of(".tsv", ".jsonl"))
+        if bool(sources or targets) == bool(tables):
+            raise ConfigError("give either --source and --target, or --input with .tsv or .jsonl files")
+        for split in (None, *SPLITS):
+            counts = [sum(file.split == split for file in side) for side in (sources, targets)]
+            if counts[0] != counts[1]:
+                option = "--" if split is None else f"--{split}-"
+                raise ConfigError(f"{option}source names {counts[0]} files but {option}target {counts[1]}")
+        special = load_tokenizer(words.tokenizer)[1]
+        fields = [words.source_field, words.target_field]
+        if tables:
+            reader = TableReader(tables, fields, words.columns, _cleaning(words))
+        else:
+            reader = AlignedReader(sources, targets, _cleaning(words))
+        return PairsKind(reader, special["eos"], words.min_tokens, words.max_tokens)
+
+    return _prepare(ranks.together(make), words, ranks)
+
+
+def _labels(words: argparse.Namespace, ranks: Ranks) -> int:
+    from data_prep.labels import LabelsKind, frame_tokens
+    from data_prep.questions import QuestionsKind, SquadReader
+    from data_prep.readers import TableReader
+    from data_prep.tokenizer import load_tokenizer
+
+    def make() -> LabelsKind | QuestionsKind:
+        files = _files(words, "input", globs_of(".tsv", ".jsonl", ".json"))
+        frame = frame_tokens(load_tokenizer(words.tokenizer)[1])
+        squad = [file for file in files if file.suffix == ".json"]
+        if squad and len(squad) < len(files):
+            raise ConfigError(f"SQuAD .json and labelled tables in one folder of shards: {squad[0].path} and others")
+        if squad:
+            return QuestionsKind(SquadReader(files), words.tokenizer, frame, words.max_tokens or 384, words.stride)
+        fields = [words.label_field, words.field, *([words.second_field] if words.second_field else [])]
+        most = 512 if words.max_tokens is None else words.max_tokens
+        return LabelsKind(TableReader(files, fields, words.columns, _cleaning(words)), frame, most)
+
+    return _prepare(ranks.together(make), words, ranks)
+
+
+def _prepare(kind, words: argparse.Namespace, ranks: Ranks) -> int:
+    from data_prep.prepare import PrepareOptions, prepare
+
+    fraction = words.val_fraction
+    if fraction is None:
+        fraction = 0.0 if any(file.split == "val" for file in kind.reader.files) else 0.01
+    options = PrepareOptions(fraction, getattr(words, "val_split", "hash"), words.shard_tokens, words.deduplicate)
     started = time.perf_counter()
-    manifest, reused = prepare_text(files, words.tokenizer, words.out, options)
+    manifest, reused = prepare(kind, options, words.tokenizer, words.out, ranks)
+    if ranks.rank == 0:
+        _say_what_was_done(words.out, manifest, reused, time.perf_counter() - started)
+    return EXIT_OK
+
+
+def _say_what_was_done(out: Path, manifest: Manifest, reused: bool, seconds: float) -> None:
     if reused:
-        print(f"{words.out}: already prepared from this input, kept")
-    seconds, megabytes = time.perf_counter() - started, manifest.source["text_bytes"] / 1e6
-    for split in ("train", "val"):
+        print(f"{out}: already prepared from this input, kept")
+    for split in SPLITS:
         shards = manifest.split(split)
-        if not shards:
+        if not shards and split != "test":
             hint = "; training needs some: raise --val-fraction, or use --val-split tail" if split == "val" else ""
-            print(f"{words.out}: no document fell to {split}{hint}")
-            continue
-        print(f"{words.out}: {split} {sum(s.tokens for s in shards):,} tokens in {len(shards)} shards")
+            print(f"{out}: no document fell to {split}{hint}")
+        elif shards:
+            tokens, targets = sum(s.tokens for s in shards), sum(s.target_tokens for s in shards)
+            both = f"{tokens:,} + {targets:,}" if manifest.kind == "pairs" else f"{tokens:,}"
+            print(f"{out}: {split} {both} tokens in {len(shards)} shards")
+    if manifest.label_names:
+        names = ", ".join(manifest.label_names[:10])
+        print(f"{out}: {len(manifest.label_names)} labels: {names}{', ...' * (len(manifest.label_names) > 10)}")
+    left_out = [f"{manifest.source[key]:,} {what}" for key, what in _LEFT_OUT.items() if manifest.source.get(key)]
+    if left_out:
+        print(f"{out}: {', '.join(left_out)}")
     if not reused:
-        print(f"{words.out}: {megabytes:.1f} MB of text in {seconds:.1f} s ({megabytes / seconds:.1f} MB/s)")
+        megabytes = manifest.source.get("text_bytes", 0) / 1e6
+        print(f"{out}: {megabytes:.1f} MB of text in {seconds:.1f} s ({megabytes / seconds:.1f} MB/s)")
 
 
-_COMMANDS = {"tokenizer": _tokenizer, "text": _text}
+def _keep_freed_memory() -> None:
+    """Tell the C library to use freed memory again instead of handing it back: the kernel would have to clear every
+    page of every batch anew, which takes a third of the time.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # GNU's has it
+        for option, value in ((_M_MMAP_THRESHOLD, 1 << 30), (_M_TRIM_THRESHOLD, (1 << 31) - 1), (_M_TOP_PAD, 1 << 26)):
+            mallopt(option, value)
+
+
+def _verify(words: argparse.Namespace, ranks: Ranks) -> int:
+    from data_prep.verify import verify
+
+    return EXIT_BAD_DATA if verify(words.folder, ranks, threads_of_rank(ranks)) else EXIT_OK
+
+
+_COMMANDS = {"tokenizer": _tokenizer, "text": _text, "pairs": _pairs, "labels": _labels, "verify": _verify}
 
 
 def main(argv: list[str] | None = None) -> int:
+    is_main = True
     try:
+        world = detect_world()
+        is_main = world.is_main
         words = make_parser().parse_args(argv)
-        _COMMANDS[words.command](words)
-        return EXIT_OK
+        with open_ranks(world) as ranks:
+            _keep_freed_memory()
+            # The libraries that encode would each start a thread for every core of the node.
+            os.environ.setdefault("RAYON_NUM_THREADS", str(threads_of_rank(ranks)))
+            return _COMMANDS[words.command](words, ranks)
     except HvdtrainError as error:
-        report(error, is_main=True)
+        report(error, is_main=is_main)
         return error.exit_code
     except KeyboardInterrupt:
-        print("data_prep: interrupted; nothing half-written counts, run the same command again", file=sys.stderr)
+        print("data_prep: interrupted; what is done is kept, run the same command again", file=sys.stderr)
         return EXIT_INTERRUPTED
     except Exception:
         traceback.print_exc()

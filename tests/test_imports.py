@@ -28,7 +28,15 @@ LEVEL = {room: level for level, rooms in enumerate(TABLE) for room in rooms}
 # Those two learn nothing of ranks: a row's place and a model's layers do not depend on who is there.
 ONLY_THE_BOTTOM = TABLE[2]
 TALKS_TO_RANKS = {"hvdtrain.comm", "hvdtrain.doctor", "hvdtrain.elastic"}
-DATA_PREP_MAY = {"hvdtrain.data.shards", "hvdtrain.errors"}
+# The format and its checks, and ranks that share work: without torch and Horovod, which preparing text does not need.
+DATA_PREP_MAY = {
+    "hvdtrain.data.shards",
+    "hvdtrain.data.check",
+    "hvdtrain.comm.ranks",
+    "hvdtrain.comm.session",
+    "hvdtrain.comm.world",
+    "hvdtrain.errors",
+}
 
 
 def sources() -> dict[str, str]:
@@ -112,6 +120,16 @@ def test_there_is_no_cycle():
 def test_the_check_finds(module: str, line: str, is_wrong: bool):
     known = {*sources(), module}
     assert any(why_not(module, target) for target in imports_of(line, known)) == is_wrong
+
+
+def test_preparing_text_alone_needs_neither_torch_nor_mpi():
+    code = (
+        "import sys; from data_prep import __main__, aligned, labels, pairs, prepare, questions, text, verify; "
+        "from hvdtrain.comm.session import open_ranks; from hvdtrain.comm.world import World\n"
+        "with open_ranks(World()): print(*{'torch', 'horovod', 'mpi4py'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
 
 
 def test_the_command_line_loads_nothing_heavy():

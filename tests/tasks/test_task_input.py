@@ -13,9 +13,10 @@ from hvdtrain.evaluate import evaluate
 
 
 def fail(work: Callable[[], object], exit_code: int) -> str:
+    """The message, which all ranks agreed on: what they do not agree on each of them tells, and ends the others."""
     with pytest.raises(HvdtrainError) as caught:
         work()
-    assert caught.value.exit_code == exit_code, caught.value
+    assert (caught.value.exit_code, caught.value.on_all_ranks) == (exit_code, True), caught.value
     return str(caught.value)
 
 

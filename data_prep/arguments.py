@@ -1,0 +1,210 @@
+"""The command line of data preparation."""
+
+import argparse
+from pathlib import Path
+from typing import NoReturn
+
+from hvdtrain.errors import ConfigError
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}\n{self.format_usage().rstrip()}")
+
+
+def _fraction(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise ValueError(text)
+    return value
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError(text)
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise ValueError(text)
+    return value
+
+
+# argparse shows these
+_fraction.__name__, _positive.__name__, _count.__name__ = "fraction (0 to below 1)", "positive number", "number"
+
+KINDS = ("bpe", "unigram", "char", "byte")
+ROLES = ("pad", "bos", "unk", "mask", "sep", "cls")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="data_prep",
+        description="Turn text into token shards. Under `mpirun -np N` the work is shared; the shards are the same.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser, metavar="COMMAND")
+    parents = {"source": _source(), "cleaning": _cleaning(), "shards": _shards()}
+    _add_tokenizer(commands, [parents["source"], parents["cleaning"]])
+    _add_text(commands, list(parents.values()))
+    _add_pairs(commands, [parents["cleaning"], parents["shards"]])
+    _add_labels(commands, list(parents.values()))
+    verify = commands.add_parser("verify", help="check every digest, offset and token of a folder of shards")
+    verify.add_argument("folder", type=Path, metavar="DIR")
+    return parser
+
+
+def _source() -> argparse.ArgumentParser:
+    source = argparse.ArgumentParser(add_help=False)
+    source.add_argument("--input", type=Path, nargs="+", required=True, metavar="PATH", help="files, or folders")
+    source.add_argument(
+        "--glob",
+        nargs="+",
+        default=[],
+        metavar="PATTERN",
+        help="which files of a folder, at any depth (default: *.txt and *.jsonl, for labels *.tsv, *.jsonl and *.json, "
+        "also with .gz, .zst or .xz)",
+    )
+    source.add_argument(
+        "--exclude", nargs="+", default=[], metavar="NAME", help="files or folders to leave out, by name"
+    )
+    source.add_argument("--field", default="text", metavar="NAME", help="of .jsonl lines: the text (default: text)")
+    return source
+
+
+def _cleaning() -> argparse.ArgumentParser:
+    cleaning = argparse.ArgumentParser(add_help=False)
+    cleaning.add_argument(
+        "--invalid-utf8",
+        choices=["refuse", "replace"],
+        default="refuse",
+        help="text that is not UTF-8: refuse it (default), or replace what is wrong by U+FFFD and count it",
+    )
+    cleaning.add_argument(
+        "--normalise",
+        choices=["none", "nfc"],
+        default="none",
+        help="Unicode normalisation; default: every byte is kept",
+    )
+    return cleaning
+
+
+def _shards() -> argparse.ArgumentParser:
+    shards = argparse.ArgumentParser(add_help=False)
+    shards.add_argument("--tokenizer", type=Path, required=True, metavar="FILE", help="tokenizer.json to use")
+    shards.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the shards")
+    shards.add_argument(
+        "--val-fraction",
+        type=_fraction,
+        metavar="F",
+        help="of the documents, for validation, chosen by a digest of each (default: 0.01, or 0 with validation input)",
+    )
+    shards.add_argument(
+        "--shard-tokens", type=_positive, default=1 << 25, metavar="N", help="about so many a shard; default: 2**25"
+    )
+    shards.add_argument("--deduplicate", action="store_true", help="keep only the first of equal documents")
+    return shards
+
+
+def _add_tokenizer(commands, parents: list[argparse.ArgumentParser]) -> None:
+    tokenizer = commands.add_parser("tokenizer", parents=parents, help="train a tokenizer")
+    tokenizer.add_argument(
+        "--kind", choices=KINDS, default="bpe", help="default: bpe (byte-level); byte needs no training"
+    )
+    tokenizer.add_argument(
+        "--vocab-size", type=_positive, default=32768, metavar="N", help="tokens (bpe, unigram; default: 32768)"
+    )
+    tokenizer.add_argument(
+        "--special",
+        nargs="+",
+        choices=ROLES,
+        default=[],
+        metavar="ROLE",
+        help=f"more special tokens: {' '.join(ROLES)}",
+    )
+    tokenizer.add_argument(
+        "--sample-mb", type=_positive, default=1024, metavar="N", help="of text to train on, at most (default: 1024)"
+    )
+    tokenizer.add_argument("--seed", type=_count, default=1, metavar="N", help="draws the sample (default: 1)")
+    tokenizer.add_argument("--report", action="store_true", help="print coverage, bytes a token and token frequencies")
+    tokenizer.add_argument("--out", type=Path, required=True, metavar="FILE", help="tokenizer.json to write")
+
+
+def _add_text(commands, parents: list[argparse.ArgumentParser]) -> None:
+    text = commands.add_parser("text", parents=parents, help="plain text or .jsonl, for language models")
+    text.add_argument(
+        "--documents",
+        choices=["file", "line", "blank-line"],
+        default="file",
+        help="one document a file (default), a line, or between blank lines",
+    )
+    text.add_argument("--val-split", choices=["hash", "tail"], default="hash", help="tail: the last bytes instead")
+    _more_splits(text)
+    _limits(text, "documents", most=0)
+
+
+def _add_pairs(commands, parents: list[argparse.ArgumentParser]) -> None:
+    pairs = commands.add_parser("pairs", parents=parents, help="two aligned texts, for translation and summarisation")
+    for split in ("", "val-", "test-"):
+        what = f" ({split[:-1]} split)" if split else ""
+        for side in ("source", "target"):
+            pairs.add_argument(
+                f"--{split}{side}", type=Path, nargs="+", default=[], metavar="F", help=f"one {side} a line{what}"
+            )
+        pairs.add_argument(
+            f"--{split}input", type=Path, nargs="+", default=[], metavar="F", help=f"instead: .tsv or .jsonl{what}"
+        )
+    pairs.add_argument("--source-field", default="source", metavar="NAME", help="default: source")
+    pairs.add_argument("--target-field", default="target", metavar="NAME", help="default: target")
+    _columns(pairs)
+    _limits(pairs, "pairs with a side", most=1024)
+
+
+def _add_labels(commands, parents: list[argparse.ArgumentParser]) -> None:
+    labels = commands.add_parser(
+        "labels", parents=parents, help=".tsv or .jsonl with labels, for classification; SQuAD .json for questions"
+    )
+    labels.add_argument("--label-field", default="label", metavar="NAME", help="default: label")
+    labels.add_argument("--second-field", metavar="NAME", help="a second text, for sentence pairs")
+    _columns(labels)
+    _more_splits(labels)
+    labels.add_argument(
+        "--max-tokens", type=_count, metavar="N", help="longer texts lose their end (default: 512; SQuAD: 384 a window)"
+    )
+    labels.add_argument(
+        "--stride", type=_positive, default=128, metavar="N", help="SQuAD: tokens from window to window (default: 128)"
+    )
+
+
+def _more_splits(command: argparse.ArgumentParser) -> None:
+    for split, name in (("val", "validation"), ("test", "test")):
+        command.add_argument(
+            f"--{split}-input",
+            type=Path,
+            nargs="+",
+            default=[],
+            metavar="PATH",
+            help=f"all of it is for the {name} split",
+        )
+
+
+def _columns(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--columns",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="names of a .tsv's columns, where it has no header line",
+    )
+
+
+def _limits(command: argparse.ArgumentParser, what: str, most: int) -> None:
+    command.add_argument(
+        "--min-tokens", type=_count, default=0, metavar="N", help=f"leave out {what} shorter than this"
+    )
+    default = f"default: {most}" if most else "default: 0, no limit"
+    command.add_argument(
+        "--max-tokens", type=_count, default=most, metavar="N", help=f"leave out {what} longer than this ({default})"
+    )

@@ -1,0 +1,115 @@
+"""Texts with a label -> token shards for classification and sentiment.
+
+A text becomes  [cls] text [sep]  or, with a second text,  [cls] text [sep] second [sep]  (Devlin et al. 2018), cut to
+``max_tokens``. A tokenizer without such tokens has its beginning- or end-of-text token put there.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from data_prep.encoder import Encoder
+from data_prep.pieces import Unit
+from data_prep.prepare import SplitsOf
+from data_prep.readers import Item, Reader
+from hvdtrain.comm.ranks import Ranks
+from hvdtrain.data.shards import SPLITS
+from hvdtrain.errors import ConfigError, DataError
+
+
+def frame_tokens(special: Mapping[str, int]) -> tuple[int, int]:
+    """Ids of what stands before a text and after it, from those that the tokenizer has (role -> id)."""
+    first = next(special[role] for role in ("cls", "bos", "eos") if role in special)
+    last = next(special[role] for role in ("sep", "eos") if role in special)
+    return first, last
+
+
+def check_room(max_tokens: int, taken: int) -> None:
+    """Errors: ConfigError where ``taken`` tokens leave none of ``max_tokens`` (0: no limit) to the text."""
+    if 0 < max_tokens <= taken:
+        raise ConfigError(f"--max-tokens {max_tokens} leaves no room for text; it must be above {taken}")
+
+
+@dataclass
+class LabelsKind:
+    """frame: ids of [cls] and [sep]. A text above ``max_tokens`` (0: no limit) loses its end, and that is counted.
+
+    Errors: DataError for a label in another split that training never has; ConfigError for too small a ``max_tokens``.
+    """
+
+    reader: Reader
+    frame: tuple[int, int]
+    max_tokens: int = 512
+
+    name = "labels"
+    label_names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_room(self.max_tokens, 3)
+
+    def identity(self) -> dict[str, Any]:
+        return {"max_tokens": self.max_tokens}
+
+    def begin(self, encoder: Encoder) -> None:
+        self._encoder = encoder
+
+    def scan(self, splits_of: SplitsOf, units: Sequence[Unit], mine: Sequence[int], ranks: Ranks) -> None:
+        """Which labels are there? Numbers are ordered as numbers, names by their letters."""
+        found = ranks.together(lambda: self._labels(splits_of, units, mine))
+        seen: dict[str, dict[str, str]] = {name: {} for name in SPLITS}  # split -> label -> a file that has it
+        for part in ranks.all_gather_object(found):
+            for split, labels in part.items():
+                seen[split] = labels | seen[split]
+        train = seen["train"]
+        numbers = all(label.removeprefix("-").isdecimal() for label in train)
+        self.label_names = tuple(sorted(train, key=lambda label: (int(label) if numbers else 0, label)))
+        self._numbers = {label.encode(): number for number, label in enumerate(self.label_names)}
+
+        def check() -> None:
+            known = ", ".join(self.label_names[:20]) + ", ..." * (len(train) > 20)
+            for split in SPLITS[1:]:
+                if strange := sorted(set(seen[split]) - set(train)):
+                    raise DataError(
+                        f"{seen[split][strange[0]]}: label {strange[0]!r} of the {split} split is never seen in "
+                        f"training, which has {len(train)}: {known}"
+                    )
+
+        ranks.together(check)
+
+    def _labels(self, splits_of: SplitsOf, units: Sequence[Unit], mine: Sequence[int]) -> dict[str, dict[str, str]]:
+        found: dict[str, dict[str, str]] = {name: {} for name in SPLITS}
+        for number in mine:
+            for piece in units[number].pieces:
+                for items in self.reader.items(piece, Counter()):
+                    for item in items:
+                        found[splits_of(item, piece)[0]].setdefault(item[0].decode(), str(piece.file.path))
+        return found
+
+    def encode(self, items: list[Item], counts: Counter) -> dict[str, np.ndarray]:
+        first, last = self.frame
+        sides = [self._encoder.encode([item[side] for item in items]) for side in range(1, len(items[0]))]
+        rows = []
+        for number in range(len(items)):
+            parts = [tokens[offsets[number] : offsets[number + 1]] for tokens, offsets in sides]
+            if self.max_tokens and sum(map(len, parts)) + len(parts) + 1 > self.max_tokens:
+                counts["cut_short"] += 1
+                parts = _shortened(parts, self.max_tokens - len(parts) - 1)
+            rows.append(np.concatenate([[first], *(np.append(part, last) for part in parts)]))
+        return {
+            "tokens": np.concatenate(rows),
+            "doc_offsets": np.array([len(row) for row in rows], np.int64),
+            "labels": np.array([self._numbers[item[0]] for item in items], np.int64),
+        }
+
+
+def _shortened(parts: list[np.ndarray], room: int) -> list[np.ndarray]:
+    """Texts cut at their ends so that together they have ``room`` tokens: the longer gives first."""
+    lengths = [len(part) for part in parts]
+    while sum(lengths) > room:
+        longest = lengths.index(max(lengths))
+        others = sorted(lengths)[-2] if len(lengths) > 1 else 0
+        lengths[longest] = max(lengths[longest] - (sum(lengths) - room), min(others, lengths[longest] - 1))
+    return [part[:length] for part, length in zip(parts, lengths, strict=True)]

@@ -1,0 +1,376 @@
+"""From a reader's items to whole shards: shared by ranks, resumable, the same bytes for every number of ranks.
+
+    DIR/.parts/identity.json    what is being prepared; another preparation's leftovers are not used
+    DIR/.parts/00012.json       unit 12 is done: its shards, digests and counts
+    DIR/train-00012.h5          its documents for training, val-00012.h5 those for validation
+    DIR/manifest.json           written from all records when the last unit is done; then .parts goes
+
+A unit's shards are written beside their names and renamed, then its record; so a killed preparation goes on with the
+units that have no record, on any number of ranks.
+"""
+
+import fcntl
+import hashlib
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+import numpy as np
+
+from data_prep import duplicates
+from data_prep.corpus import files_sha256
+from data_prep.encoder import Encoder
+from data_prep.pieces import Piece, Unit, gather, share
+from data_prep.progress import Progress
+from data_prep.readers import Item, Reader
+from data_prep.sample import sample_texts
+from data_prep.tokenizer import load_tokenizer
+from hvdtrain.comm.ranks import Ranks
+from hvdtrain.data.shards import (
+    SHARD_NAME,
+    SPLITS,
+    Manifest,
+    ShardInfo,
+    check_files,
+    file_sha256,
+    read_json,
+    read_manifest,
+    token_dtype,
+    tokenizer_vocab_size,
+    write_json,
+    write_manifest,
+    write_shard,
+    writing,
+)
+from hvdtrain.errors import ConfigError, DataError, OutputError, say
+
+_BATCH_BYTES = 1 << 23  # of text encoded at once; bounds the memory
+_TEMPORARY = re.compile(rf"\.({SHARD_NAME.pattern}|manifest\.json|tokenizer\.json)\.\d+\.tmp")
+_PARTS = ".parts"
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """``val_fraction``: this part of the documents goes to validation. ``val_split``: ``hash`` chooses a document by a
+    digest of its text, whatever else there is; ``tail`` takes the last bytes and cuts a document where it must.
+    ``shard_tokens``: about so many tokens are in a shard. ``deduplicate``: of equal documents only the first is kept.
+    """
+
+    val_fraction: float = 0.01
+    val_split: str = "hash"
+    shard_tokens: int = 1 << 25
+    deduplicate: bool = False
+
+
+class Kind(Protocol):
+    """What text, pairs, labels and questions differ in."""
+
+    name: str
+    reader: Reader
+    label_names: tuple[str, ...]
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide what the shards hold, besides the reader's."""
+
+    def begin(self, encoder: Encoder) -> None:
+        """Before anything is encoded (local)."""
+
+    def scan(self, splits_of: "SplitsOf", units: Sequence[Unit], mine: Sequence[int], ranks: Ranks) -> None:
+        """Look at all items before the first is encoded, where that is needed (collective)."""
+
+    def encode(self, items: list[Item], counts: Counter) -> dict[str, np.ndarray]:
+        """Items of one split as datasets of a shard, but the lengths of documents in place of their offsets."""
+
+
+class SplitsOf:
+    """Which split does an item belong to, and what is its digest?"""
+
+    def __init__(self, options: PrepareOptions):
+        by_hash = options.val_fraction if options.val_split == "hash" else 0.0
+        self._limit = int(by_hash * (1 << 64)).to_bytes(9, "big")[-8:] if by_hash else bytes(8)
+
+    def __call__(self, item: Item, piece: Piece) -> tuple[str, bytes]:
+        digest = hashlib.sha256(item[0] if len(item) == 1 else b"\0".join(item)).digest()
+        return piece.split or ("val" if digest[:8] < self._limit else "train"), digest
+
+
+def prepare(
+    kind: Kind, options: PrepareOptions, tokenizer_path: Path, out: Path, ranks: Ranks
+) -> tuple[Manifest, bool]:
+    """Write shards, tokenizer and manifest into ``out``; returns the manifest and whether it was there before.
+
+    Every rank calls this. A preparation that was interrupted is gone on with; one that is complete and of the same
+    input is kept. Errors: DataError for bad text, ConfigError where ``out`` holds other shards, OutputError when
+    writing fails.
+    """
+    job = ranks.together(lambda: _Job(kind, options, tokenizer_path, out, ranks))
+    ranks.agree(job.identity, "what is to be prepared")
+    with ranks.together(lambda: _locked(out) if ranks.rank == 0 else nullcontext()):
+        if ranks.together(lambda: (out / "manifest.json").exists()):
+            return job.reuse(), True
+        ranks.together(job.clear_leftovers)
+        return job.run(), False
+
+
+class _Job:
+    """One preparation on one rank."""
+
+    def __init__(self, kind: Kind, options: PrepareOptions, tokenizer_path: Path, out: Path, ranks: Ranks):
+        self.kind, self.options, self.out, self.ranks = kind, options, out, ranks
+        self.parts = out / _PARTS
+        self.tokenizer_path = tokenizer_path
+        _, self.special = load_tokenizer(tokenizer_path)
+        self.encoder = Encoder(tokenizer_path, sample_texts(kind.reader))
+        kind.begin(self.encoder)
+        unit_bytes = max(1, int(options.shard_tokens * self.encoder.bytes_per_token))
+        tail = options.val_fraction if options.val_split == "tail" else 0.0
+        self.units = gather(kind.reader.pieces(unit_bytes, tail), unit_bytes)
+        self.mine = share([unit.weight for unit in self.units], ranks.size)[ranks.rank]
+        self.splits_of = SplitsOf(options)
+        self.identity = {
+            "kind": kind.name,
+            **asdict(options),
+            **kind.reader.identity(),
+            **kind.identity(),
+            "tokenizer_sha256": file_sha256(tokenizer_path),
+            "files": len(kind.reader.files),
+            "files_sha256": files_sha256(kind.reader.files),
+        }
+
+    def run(self) -> Manifest:
+        """Make what is missing, then the manifest (collective)."""
+        self._announce()
+        self.kind.scan(self.splits_of, self.units, self.mine, self.ranks)
+        dropped = self._find_duplicates() if self.options.deduplicate else duplicates.NONE
+        with Progress(self.units, self.parts, self.ranks) as progress:
+            for number in self.mine:
+                unit = self.units[number]
+                if not self._is_done(unit, dropped):
+                    self._make(unit, dropped, progress)
+                progress.unit_done(number)
+            progress.wait_for_others()
+        self.ranks.barrier()
+        self.ranks.together(lambda: self._finish() if self.ranks.rank == 0 else None)
+        return self.ranks.together(lambda: read_manifest(self.out))
+
+    def reuse(self) -> Manifest:
+        """The finished preparation in ``out``, if it is this one (collective)."""
+
+        def compare() -> tuple[Manifest, list[int]]:
+            manifest = read_manifest(self.out)
+            differing = [key for key, value in self.identity.items() if manifest.source.get(key) != value]
+            stored = manifest.source.get("units", [])
+            if not differing and len(stored) != len(self.units):
+                differing = ["contents"]  # the sizes are the same, but not the bytes of a token
+            elif not differing:
+                touched = [n for n in self.mine if stored[n][0] != self.units[n].stamp]
+                differing = ["contents"] if any(self._digest(self.units[n]) != stored[n][1] for n in touched) else []
+            return manifest, differing
+
+        manifest, differing = self.ranks.together(compare)
+        if differing := sorted({key for keys in self.ranks.all_gather_object(differing) for key in keys}):
+            raise _on_all_ranks(
+                ConfigError(
+                    f"{self.out} already holds shards made otherwise (differing: {', '.join(differing)}); "
+                    "choose another --out, or remove that folder"
+                )
+            )
+
+        def check() -> None:
+            try:
+                check_files(self.out, manifest)
+            except DataError as error:
+                raise DataError(f"{error}; to prepare it again, remove {self.out}") from None
+
+        self.ranks.together(check)
+        return manifest
+
+    def clear_leftovers(self) -> None:
+        """Make the folder ready; keep the units of an interrupted preparation only if it was this one (rank 0)."""
+        if self.ranks.rank:
+            return
+        for path in self.out.iterdir():
+            if _TEMPORARY.fullmatch(path.name):
+                path.unlink()
+        known = self.parts / "identity.json"
+        if known.exists() and read_json(known) == self.identity:
+            if done := sum((self.parts / _record_name(unit)).exists() for unit in self.units):
+                say(f"going on with an interrupted preparation: {done} of {len(self.units)} units are there")
+            return
+        shutil.rmtree(self.parts, ignore_errors=True)
+        for path in self.out.iterdir():
+            if SHARD_NAME.fullmatch(path.name):
+                path.unlink()
+        try:
+            self.parts.mkdir()
+            if self.tokenizer_path.resolve() != (self.out / "tokenizer.json").resolve():
+                with writing(self.out / "tokenizer.json") as temporary:
+                    shutil.copyfile(self.tokenizer_path, temporary)
+        except OSError as error:
+            raise OutputError(f"cannot write to {self.out}: {error.strerror}") from None
+        write_json(known, self.identity)
+
+    def _announce(self) -> None:
+        if self.ranks.rank:
+            return
+        if self.encoder.note:
+            say(f"note: {self.encoder.note}; tokenizers does the work")
+        if len(self.units) < self.ranks.size:
+            say(
+                f"note: the input is only {len(self.units)} shards for {self.ranks.size} ranks; "
+                "for more, lower --shard-tokens"
+            )
+
+    def _find_duplicates(self) -> "duplicates.Dropped":
+        return duplicates.find(self._hashes, self.units, self.mine, self.parts, self.ranks)
+
+    def _hashes(self, unit: Unit) -> np.ndarray:
+        digests = [digest for batch in self._batches(unit, Counter()) for _, digest, _ in batch]
+        return np.frombuffer(b"".join(digest[:16] for digest in digests), np.uint64).reshape(-1, 2)
+
+    def _batches(self, unit: Unit, counts: Counter) -> Iterator[list[tuple[str, bytes, Item]]]:
+        """(split, digest, item) of all items of a unit, in order."""
+        for piece in unit.pieces:
+            for items in self.kind.reader.items(piece, counts):
+                yield [(*self.splits_of(item, piece), item) for item in items]
+
+    def _digest(self, unit: Unit) -> str:
+        digest = hashlib.sha256()
+        for batch in self._batches(unit, Counter()):
+            for _, one, _ in batch:
+                digest.update(one)
+        return digest.hexdigest()[:32]
+
+    def _others_part(self, unit: Unit, dropped: "duplicates.Dropped") -> str:
+        """A digest of what the other units have a say in: which documents are left out, and the labels' numbers."""
+        said = (sorted(dropped.of_unit(unit.number)), self.kind.label_names)
+        return hashlib.sha256(repr(said).encode()).hexdigest()[:16]
+
+    def _is_done(self, unit: Unit, dropped: "duplicates.Dropped") -> bool:
+        path = self.parts / _record_name(unit)
+        if not path.exists():
+            return False
+        record = read_json(path)
+        if record["others_part"] != self._others_part(unit, dropped):
+            return False
+        for shard in record["shards"]:
+            file = self.out / shard["file"]
+            if not file.exists() or file.stat().st_size != shard["file_bytes"]:
+                return False
+        return record["stamp"] == unit.stamp or record["digest"] == self._digest(unit)
+
+    def _make(self, unit: Unit, dropped: "duplicates.Dropped", progress: Progress) -> None:
+        counts: Counter = Counter()
+        gathered: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in SPLITS}
+        waiting: dict[str, list[Item]] = {name: [] for name in SPLITS}
+        drop = dropped.of_unit(unit.number)
+        digest = hashlib.sha256()
+        size = seen = 0
+        for batch in self._batches(unit, counts):
+            for split, one, item in batch:
+                digest.update(one)
+                if seen in drop:
+                    counts["duplicates"] += 1
+                else:
+                    waiting[split].append(item)
+                    size += sum(map(len, item))
+                seen += 1
+                if size >= _BATCH_BYTES:
+                    self._encode(waiting, gathered, counts)
+                    progress.advance(size)
+                    size = 0
+        self._encode(waiting, gathered, counts)
+        shards = [
+            write_shard(self.out, name, unit.number, datasets)
+            for name, parts in gathered.items()
+            if parts and (datasets := _joined(parts))
+        ]
+        record = {
+            "stamp": unit.stamp,
+            "digest": digest.hexdigest()[:32],
+            "others_part": self._others_part(unit, dropped),
+            "counts": dict(sorted(counts.items())),
+            "shards": [asdict(shard) for shard in shards],
+        }
+        write_json(self.parts / _record_name(unit), record)
+
+    def _encode(self, waiting: dict[str, list[Item]], gathered: dict[str, list], counts: Counter) -> None:
+        for split, items in waiting.items():
+            if items:
+                counts["text_bytes"] += sum(map(len, (text for item in items for text in item)))
+                datasets = self.kind.encode(items, counts)
+                dtype = token_dtype(self.encoder.vocab_size)
+                if any(len(values) for values in datasets.values()):
+                    narrow = {key: values.astype(dtype) for key, values in datasets.items() if key.endswith("tokens")}
+                    gathered[split].append({**datasets, **narrow})
+                items.clear()
+
+    def _finish(self) -> None:
+        records = [read_json(self.parts / _record_name(unit)) for unit in self.units]
+        rows = [row for record in records for row in record["shards"]]
+        shards = [ShardInfo(**{**row, "block_sha256": tuple(row["block_sha256"])}) for row in rows]
+        if not shards:
+            raise DataError("nothing is left of the input: all documents are empty or were left out")
+        listed = {shard.file for shard in shards}
+        for path in self.out.iterdir():  # of units that were made anew, after a file had changed
+            if SHARD_NAME.fullmatch(path.name) and path.name not in listed:
+                path.unlink()
+        counts = sum((Counter(record["counts"]) for record in records), Counter())
+        vocab_size = tokenizer_vocab_size(self.out / "tokenizer.json")
+        manifest = Manifest(
+            vocab_size=vocab_size,
+            tokenizer_sha256=file_sha256(self.out / "tokenizer.json"),
+            dtype=token_dtype(vocab_size).name,
+            shards=tuple(sorted(shards, key=lambda shard: (SPLITS.index(shard.split), shard.file))),
+            source={
+                **self.identity,
+                "documents": sum(shard.documents for shard in shards),
+                **counts,
+                "units": [[unit.stamp, record["digest"]] for unit, record in zip(self.units, records, strict=True)],
+            },
+            kind=self.kind.name,
+            special_tokens=self.special,
+            label_names=self.kind.label_names,
+        )
+        write_manifest(self.out, manifest)
+        shutil.rmtree(self.parts, ignore_errors=True)
+
+
+def _record_name(unit: Unit) -> str:
+    return f"{unit.number:05d}.json"
+
+
+def _joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """One dataset of each name; lengths become offsets."""
+    joined = {}
+    for key in list(parts[0]):  # each part is let go when it is joined
+        whole = np.concatenate([part.pop(key) for part in parts])
+        joined[key] = np.concatenate([[0], np.cumsum(whole)]) if key.endswith("doc_offsets") else whole
+    return joined
+
+
+def _on_all_ranks(error: ConfigError) -> ConfigError:
+    error.on_all_ranks = True
+    return error
+
+
+def _locked(out: Path) -> TextIO:
+    """One preparation at a time in a folder. The lock goes with the process, however that ends."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        handle = open(out / ".lock", "w")  # noqa: SIM115
+    except OSError as error:
+        raise OutputError(f"cannot write to {out}: {error.strerror}") from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        handle.close()
+        raise ConfigError(
+            f"another process is preparing {out}; to share the work, start one job: mpirun -np N python -m data_prep"
+        ) from None
+    return handle

@@ -1,0 +1,203 @@
+"""Labelled texts: how labels are numbered, how long texts are cut, and what a label without training data is."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from preparing import ODD_TEXTS, files_of, run, shards_of, snapshot, token_rows, write
+from tokenizers import Tokenizer
+
+from data_prep.labels import LabelsKind, _shortened, frame_tokens
+from data_prep.readers import TableReader
+from data_prep.tokenizer import load_tokenizer
+from hvdtrain.data.shards import Manifest, read_manifest
+from hvdtrain.errors import ConfigError, HvdtrainError
+
+
+def table(rows: list[tuple[str, ...]], head: tuple[str, ...] = ("label", "text")) -> str:
+    return "".join("\t".join(row) + "\n" for row in (head, *rows))
+
+
+class Labels:
+    """Tables of a folder, one split each, and preparations of them."""
+
+    def __init__(self, folder: Path, tokenizer: Path, fields: tuple[str, ...] = ("label", "text")):
+        self.folder, self.tokenizer, self.fields = folder, tokenizer, fields
+        self.special = load_tokenizer(tokenizer)[1]
+        self.cls, self.sep = frame_tokens(self.special)
+        self.out = folder / "out"
+
+    def prepare(self, ranks: int = 1, most: int = 512, **options) -> Manifest:
+        files = [
+            file
+            for split in ("train", "val", "test")
+            if (self.folder / split).exists()
+            for file in files_of(self.folder / split, split=None if split == "train" else split)
+        ]
+        return run(
+            lambda: LabelsKind(TableReader(files, self.fields), (self.cls, self.sep), most),
+            self.tokenizer,
+            self.out,
+            ranks,
+            **options,
+        )[0]
+
+    def rows(self, split: str = "train") -> list[tuple[str, list[int]]]:
+        """(label, tokens) of each text."""
+        names = read_manifest(self.out).label_names
+        numbers = [number for shard in shards_of(self.out, split) for number in shard["labels"]]
+        return list(zip((names[number] for number in numbers), token_rows(self.out, split), strict=True))
+
+    def framed(self, *texts: str) -> list[int]:
+        tokenizer = Tokenizer.from_file(str(self.tokenizer))
+        tokenizer.encode_special_tokens = True
+        ids = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+        return [self.cls, *(token for part in ids for token in (*part, self.sep))]
+
+
+@pytest.fixture
+def labels(tmp_path: Path, bpe: Path) -> Labels:
+    return Labels(tmp_path, bpe)
+
+
+# --- the labels --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given_labels", "names"),
+    [
+        (["pos", "neg", "neutral"], ("neg", "neutral", "pos")),
+        (["10", "9", "-1", "2"], ("-1", "2", "9", "10")),  # numbers in the order of numbers
+        (["10", "9", "x"], ("10", "9", "x")),  # but not where there is a word
+        (["1", "01", "1.0"], ("01", "1", "1.0")),
+        (["01", "1", "001"], ("001", "01", "1")),
+        (["--1", "-", "3"], ("-", "--1", "3")),
+        (["é", "e", "漢", "", "Z"], ("", "Z", "e", "é", "漢")),
+    ],
+)
+def test_numbers_are_ordered_as_numbers_names_by_their_letters(labels: Labels, given_labels, names):
+    rows = [(label, f"text {n}") for n, label in enumerate(given_labels * 3)]
+    write(labels.folder / "train", **{"a.tsv": table(rows)})
+    for ranks in (1, 3):
+        labels.out = labels.folder / f"out{ranks}"
+        assert labels.prepare(ranks, shard_tokens=5).label_names == names
+        assert [label for label, _ in labels.rows()] == [label for label, _ in rows]
+    assert snapshot(labels.folder / "out1") == snapshot(labels.folder / "out3")
+
+
+def test_texts_come_back_with_their_labels(labels: Labels):
+    texts = [text.strip("\r\n").replace("\n", " ").replace("\t", " ") for text in ODD_TEXTS]
+    rows = [(f"label {n % 3}", text) for n, text in enumerate(texts)]
+    write(labels.folder / "train", **{"a.tsv": table(rows)})
+    manifest = labels.prepare()
+    assert labels.rows() == [(label, labels.framed(text)) for label, text in rows]
+    assert (manifest.kind, "cut_short" in manifest.source) == ("labels", False)
+
+
+def test_json_lines_give_what_a_table_gives(labels: Labels, tmp_path: Path):
+    rows = [(str(n % 2), f"text {n}") for n in range(20)]
+    write(labels.folder / "train", **{"a.tsv": table(rows)})
+    labels.prepare()
+    other = Labels(tmp_path / "json", labels.tokenizer)
+    lines = (json.dumps({"text": text, "label": int(label)}) for label, text in rows)
+    write(other.folder / "train", **{"a.jsonl": "\n".join(lines)})
+    other.prepare()
+    assert other.rows() == labels.rows()
+    assert (other.out / "train-00000.h5").read_bytes() == (labels.out / "train-00000.h5").read_bytes()
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_a_label_that_training_never_has_is_named_with_its_file(labels: Labels, split: str, ranks: int):
+    write(labels.folder / "train", **{"a.tsv": table([("pos", "x"), ("neg", "y")])})
+    write(labels.folder / split, **{"b.tsv": table([("pos", "x")]), "c.tsv": table([("neg", "x"), ("neutral", "y")])})
+    message = rf"c\.tsv: label 'neutral' of the {split} split is never seen in training, which has 2: neg, pos"
+    with pytest.raises(HvdtrainError, match=message) as caught:
+        labels.prepare(ranks, shard_tokens=1)
+    assert caught.value.exit_code == 65
+    assert not (labels.out / "manifest.json").exists()
+
+
+def test_many_labels_are_not_all_listed(labels: Labels):
+    write(labels.folder / "train", **{"a.tsv": table([(f"{n}", "x") for n in range(50)])})
+    write(labels.folder / "val", **{"b.tsv": table([("51", "x")])})
+    with pytest.raises(HvdtrainError, match=r"which has 50: 0, 1, .*, 19, \.\.\.$"):
+        labels.prepare()
+
+
+def test_validation_may_lack_a_label(labels: Labels):
+    write(labels.folder / "train", **{"a.tsv": table([("pos", "x"), ("neg", "y")])})
+    write(labels.folder / "val", **{"b.tsv": table([("pos", "z")])})
+    assert labels.prepare().label_names == ("neg", "pos")
+    assert labels.rows("val") == [("pos", labels.framed("z"))]
+
+
+# --- the texts ---------------------------------------------------------------------------------------------------
+
+
+def test_what_stands_around_a_text():
+    assert frame_tokens({"eos": 0, "bos": 1, "cls": 2, "sep": 3}) == (2, 3)
+    assert frame_tokens({"eos": 0, "bos": 1}) == (1, 0)
+    assert frame_tokens({"eos": 7}) == (7, 7)
+
+
+def test_two_texts_make_one(tmp_path: Path, bpe: Path):
+    labels = Labels(tmp_path, bpe, ("label", "text", "second"))
+    rows = [("1", "first text", "second, longer text"), ("0", "é漢", "x"), ("1", "", "only the second")]
+    write(tmp_path / "train", **{"a.tsv": table(rows, ("label", "text", "second"))})
+    labels.prepare()
+    assert labels.rows() == [(label, labels.framed(one, two)) for label, one, two in rows]
+
+
+def test_a_long_text_loses_its_end_and_is_counted(tmp_path: Path, byte: Path):
+    labels = Labels(tmp_path, byte)
+    write(tmp_path / "train", **{"a.tsv": table([("1", "abcdefgh"), ("1", "abcdef"), ("0", "abc")])})
+    assert labels.prepare(most=8).source["cut_short"] == 1
+    assert [tokens for _, tokens in labels.rows()] == [
+        labels.framed("abcdef"), labels.framed("abcdef"), labels.framed("abc"),
+    ]  # fmt: skip
+    labels.out = tmp_path / "no limit"
+    assert "cut_short" not in labels.prepare(most=0).source
+    assert labels.rows()[0][1] == labels.framed("abcdefgh")
+
+
+def test_of_two_long_texts_the_longer_gives_first(tmp_path: Path, byte: Path):
+    labels = Labels(tmp_path, byte, ("label", "text", "second"))
+    rows = [
+        ("1", "abcdefghij", "xyz"),
+        ("1", "abc", "uvwxyzuvwxyz"),
+        ("0", "abcdefghij", "qrstuvwxyz"),
+        ("0", "a", "b"),
+    ]
+    write(tmp_path / "train", **{"a.tsv": table(rows, ("label", "text", "second"))})
+    labels.prepare(most=11)
+    expected = [("abcde", "xyz"), ("abc", "uvwxy"), ("abcd", "qrst"), ("a", "b")]
+    assert [tokens for _, tokens in labels.rows()] == [labels.framed(*pair) for pair in expected]
+
+
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=2), st.integers(0, 40))
+def test_shortening(lengths: list[int], room: int):
+    parts = [np.arange(length) for length in lengths]
+    cut = [len(part) for part in _shortened(parts, room)]
+    assert sum(cut) == min(room, sum(lengths))
+    assert all(0 <= after <= before for after, before in zip(cut, lengths, strict=True))
+    if len(cut) == 2 and sum(lengths) > room:
+        short, long = sorted(range(2), key=lambda at: lengths[at])
+        assert cut[short] == lengths[short] or abs(cut[0] - cut[1]) <= 1  # cut only when both are equally long
+        assert cut[long] >= cut[short] or cut[short] - cut[long] == 1
+
+
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_no_room_for_text_is_refused(most: int):
+    with pytest.raises(ConfigError, match=f"--max-tokens {most} leaves no room for text; it must be above 3"):
+        LabelsKind(TableReader([], ["label", "text"]), (0, 0), most)
+
+
+def test_equal_texts_are_left_out_where_their_labels_are_equal_too(labels: Labels):
+    write(labels.folder / "train", **{"a.tsv": table([("1", "x"), ("0", "x"), ("1", "x"), ("1", "y")])})
+    assert labels.prepare(deduplicate=True).source["duplicates"] == 1
+    assert Counter(label for label, _ in labels.rows()) == {"1": 2, "0": 1}
