@@ -113,7 +113,6 @@ def share(weights: Sequence[int], size: int) -> list[list[int]]:
 # --- where documents end ---------------------------------------------------------------------------------------------
 
 BLANK_LINES = re.compile(rb"\n[ \t\r]*\n(?:[ \t\r]*\n)*")
-_NOT_BLANK = re.compile(rb"[^ \t\r\n]")
 Read = Callable[[int, int], bytes]  # (offset, size) -> bytes, fewer only at the end
 
 
@@ -162,8 +161,7 @@ def end_of_paragraph(read: Read, nominal: int) -> int:
     size = _LOOK_AHEAD
     while True:
         window = read(nominal, size)
-        match = BLANK_LINES.search(window)
-        if match and _NOT_BLANK.search(window, match.end()):  # else there may be more of them
+        if match := BLANK_LINES.search(window):  # those beyond the window belong to the next piece, which skips them
             return nominal + match.end()
         if len(window) < size:
             return nominal + len(window)

@@ -61,9 +61,10 @@ def open_run(run_dir: Path, world: World, group: Group, data_dir: Path | None = 
         for key, value in corpora.identity().items():
             trained_on = (progress.identity or {}).get(key)
             if key != "data_digest" and value != trained_on:
+                what = "list of labels" if key == "label_names" else "tokenizer"
                 raise DataError(
-                    f"{corpora.names} was made with another tokenizer than {run_dir} "
-                    f"({key}: {value}, not {trained_on}); prepare it with the run's tokenizer.json"
+                    f"{corpora.names} was made with another {what} than {run_dir} "
+                    f"({key}: {value}, not {trained_on}); prepare it as the run's data were"
                 )
         device, _ = pick_device(config.device, world, group)
         model = task.make_model(config.model, corpora.manifest).to(device)

@@ -74,7 +74,8 @@ def open_corpora(options: DataOptions) -> Corpora:
         for key in ("tokenizer_sha256", "kind", "label_names"):
             if getattr(manifest, key) != getattr(first, key):
                 raise DataError(
-                    f"{folders[0]} and {folder} cannot be mixed: they differ in {key}; prepare both with one tokenizer"
+                    f"{folders[0]} and {folder} cannot be mixed: they differ in {key}; "
+                    "prepare both alike, with one tokenizer"
                 )
     return Corpora(tuple(entries), tuple(options.mixture.values()) or (1.0,))
 

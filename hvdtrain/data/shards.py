@@ -90,7 +90,8 @@ class Manifest:
     def identity(self) -> dict[str, Any]:
         """What a run or a model is tied to."""
         names = ("vocab_size", "tokenizer_sha256", "data_digest")
-        return {name: getattr(self, name) for name in names}
+        labels = {"label_names": list(self.label_names)} if self.label_names else {}
+        return {name: getattr(self, name) for name in names} | labels
 
     def split(self, name: str) -> tuple[ShardInfo, ...]:
         return tuple(shard for shard in self.shards if shard.split == name)

@@ -58,9 +58,10 @@ class SequenceToSequence:
 
     def measure(self, model: nn.Module, batch: PairBatch) -> torch.Tensor:
         logits = self._logits(model, batch)
-        counted = batch.targets != IGNORE
-        correct = ((logits.argmax(-1) == batch.targets) & counted).sum()
-        return torch.stack([self._cross_entropy(logits, batch, 0.0).double(), counted.sum().double(), correct.double()])
+        loss = self._cross_entropy(logits, batch, 0.0)
+        counted = (batch.targets != IGNORE).sum()
+        correct = (logits.argmax(-1) == batch.targets).sum()  # IGNORE is nobody's guess
+        return torch.stack([loss.double(), counted.double(), correct.double()])
 
     def scores(self, sums: list[float]) -> dict[str, float]:
         loss = sums[0] / sums[1]

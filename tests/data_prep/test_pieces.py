@@ -11,6 +11,7 @@ from preparing import TEXTS, compressed, files_of, small_pieces
 from data_prep import pieces
 from data_prep.corpus import COMPRESSIONS, InputFile
 from data_prep.pieces import Piece, Unit, chunks, cut_files, end_of_line, end_of_paragraph, end_of_text, gather, share
+from data_prep.readers import split_paragraphs
 from hvdtrain.errors import DataError
 
 
@@ -218,5 +219,7 @@ def test_a_file_that_becomes_shorter_is_named(tmp_path: Path):
 
 def test_a_very_long_run_of_blank_lines_takes_no_time():
     """A pattern that looks for the end of blank lines from each of them takes minutes for these."""
-    text = b"a" + b"\n" * (1 << 18)
-    assert ends(end_of_paragraph, text, range(5, 6)) == [len(text)]
+    text = b"a" + b"\n" * (1 << 18) + b"b"
+    assert 5 < ends(end_of_paragraph, text, range(5, 6))[0] < len(text)
+    assert split_paragraphs(text) == [b"a", b"b"]
+    assert split_paragraphs(text[1:-1] + b" " * (1 << 18)) == [b""]

@@ -286,13 +286,30 @@ def test_the_numbers_of_labels_change_with_another_file(tmp_path: Path, byte: Pa
     assert snapshot(tmp_path / "out") == snapshot(tmp_path / "whole")
 
 
-def test_other_settings_begin_anew(corpus: Corpus):
+@pytest.mark.parametrize(
+    ("options", "reader", "tokenizer"),
+    [
+        ({"shard_tokens": 300}, {}, "byte"),
+        ({"val_fraction": 0.5}, {}, "byte"),
+        ({}, {"most": 17}, "byte"),
+        ({}, {}, "bpe"),
+    ],
+)
+def test_other_settings_begin_anew(
+    corpus: Corpus,
+    tokenizers_of: dict[str, Path],
+    options: dict,
+    reader: dict,
+    tokenizer: str,
+    capfd: pytest.CaptureFixture,
+):
     corpus.interrupt(18)
-    left = corpus.shards()
-    corpus.options["shard_tokens"] = 300
+    corpus.tokenizer = tokenizers_of[tokenizer]
+    corpus.options |= options
+    corpus.reader |= reader
     corpus.prepare()
+    assert "going on" not in capfd.readouterr().err
     assert snapshot(corpus.out) == corpus.whole()
-    assert len(corpus.shards()) < len(left)
 
 
 def test_beginning_anew_leaves_strangers_alone(corpus: Corpus):
@@ -333,11 +350,14 @@ def test_other_bytes_of_the_same_size_are_refused(corpus: Corpus, ranks: int):
     assert snapshot(corpus.out) == before
 
 
-@pytest.mark.parametrize(("old", "new"), [("of many", "ZQXJKVW"), ("line", "\n\n\n\n")])
-def test_also_where_they_make_other_units(corpus: Corpus, learned: Path, old: str, new: str):
+@pytest.mark.parametrize(("before", "after"), [("of many", "ZQXJKVW"), ("ZQXJKVW", "of many")])
+def test_also_where_they_make_more_units_or_fewer(corpus: Corpus, learned: Path, before: str, after: str):
     corpus.tokenizer = learned
-    corpus.prepare()
-    corpus.edit("b", old, new)
+    corpus.options["shard_tokens"] = 20
+    corpus.edit("b", "of many", before)
+    units = len(corpus.prepare()[0].source["units"])
+    corpus.edit("b", before, after)
+    assert len(corpus.prepare("other")[0].source["units"]) != units
     with pytest.raises(HvdtrainError, match=r"differing: contents"):
         corpus.prepare()
 

@@ -100,6 +100,7 @@ def corpus(folder: Path, kind: str, **splits: dict) -> str:
 @pytest.mark.parametrize("kind", TASK_OF)
 def test_no_shard_of_a_split(go: Train, tmp_path: Path, kind: str):
     words = corpus(tmp_path / "new", kind, train=ONE_ROW[kind])
+    damage(tmp_path / "new")
     told = f"{tmp_path / 'new'} has no val shards; prepare it again with a larger --val-fraction, or with validation"
     assert told in fail(lambda: go("run", words, kind=kind), EXIT_BAD_DATA)
     words = corpus(tmp_path / "old", kind, val=ONE_ROW[kind])

@@ -8,15 +8,18 @@ from pathlib import Path
 
 import h5py
 import pytest
+import torch
 from kinds import TASK_OF, Train
 from launch import snapshot
-from tiny import random_tokens, write_data
+from tiny import CPU, random_tokens, write_data
 
 from hvdtrain.comm.world import World
-from hvdtrain.data import corpora
+from hvdtrain.data.corpora import DataOptions, open_corpora
+from hvdtrain.data.loader import Feed
 from hvdtrain.data.shards import TOKENS_OF, read_manifest
 from hvdtrain.errors import EXIT_BAD_DATA, EXIT_IO, EXIT_USAGE, HvdtrainError
 from hvdtrain.evaluate import evaluate
+from hvdtrain.tasks.lm import LanguageModel
 
 FULL, SIZES = "data.verify=full", "data.verify=sizes"
 
@@ -114,6 +117,21 @@ def test_a_mixture_goes_on_with_its_own_weights_only(go: Train, shards: dict[str
     for other in (mixture(shards, 1, 3), f"data.dir={shards['text']}"):
         assert "data_digest was" in fail(go, "cut", other, exit_code=EXIT_USAGE)
     assert go("cut", mixture(shards, 3, 1))["sample_digest"] == unbroken["sample_digest"]
+
+
+def test_corpora_of_one_size_have_orders_of_their_own(tmp_path: Path):
+    """Or the k-th row of each would always be from the same place. Here b says what a says, 25 higher."""
+    tokens = random_tokens(400, vocab_size=25)
+    for number, name in enumerate("ab"):
+        write_data(tmp_path / name, train=[tokens + 25 * number])
+    mixed = open_corpora(DataOptions(mixture={str(tmp_path / name): 1.0 for name in "ab"}))
+    source = LanguageModel().open_training(mixed, Feed(8, 1, 40)).source
+    (step,) = source.block(0, 1, 0)
+    (batch,) = source.batches(step.content, CPU)
+    drawn = [batch.tokens[batch.tokens[:, 0] // 25 == number] - 25 * number for number in (0, 1)]
+    both = min(map(len, drawn))
+    assert both > 9
+    assert not torch.equal(drawn[0][:both], drawn[1][:both])
 
 
 # --- shards that are checked first -------------------------------------------------------------------------------
@@ -240,7 +258,7 @@ def test_a_disk_without_room(go: Train, small_disk: Path, tmp_path: Path, monkey
     assert f"OutputError: cannot stage to {small_disk} on " in message
     assert "choose another data.stage, or leave it empty" in message
     assert list(small_disk.iterdir()) == []
-    monkeypatch.setattr(corpora, "_check_room", lambda *all_is_well: None)
+    monkeypatch.setattr("hvdtrain.data.corpora._check_room", lambda *all_is_well: None)
     message = fail(go, "run", *words, exit_code=EXIT_IO)
     copy = small_disk / read_manifest(tmp_path / "large").data_digest
     assert f"OutputError: cannot write {copy / 'train-00001.h5'}: No space left on device" in message
@@ -253,3 +271,14 @@ def test_a_place_that_is_no_folder(go: Train, tmp_path: Path):
     message = fail(go, "run", f"data.stage={tmp_path / 'file'}", exit_code=EXIT_IO)
     assert f"cannot stage to {tmp_path / 'file'} on " in message
     assert not (tmp_path / "run").exists()
+
+
+def test_labels_of_other_names_are_refused(go: Train, shards: dict[str, Path], tmp_path: Path):
+    """As many as those of the run, so that nothing else would tell: the scores would be those of chance."""
+    go("run", kind="labels")
+    other = shutil.copytree(shards["labels"], tmp_path / "other")
+    text = (other / "manifest.json").read_text(encoding="utf-8")
+    (other / "manifest.json").write_text(text.replace('"bad"', '"awful"'), encoding="utf-8")
+    assert evaluate(tmp_path / "run", shards["labels"], "val", World())["rows"] == 11
+    with pytest.raises(HvdtrainError, match=r"another list of labels than .*awful"):
+        evaluate(tmp_path / "run", other, "val", World())
