@@ -18,7 +18,7 @@ from typing import BinaryIO
 from hvdtrain.errors import ConfigError, DataError
 
 COMPRESSIONS = (".gz", ".zst", ".xz")
-_ZSTD_BYTES = 1 << 13  # decompressed at a time, into whatever that gives
+_ZSTD_BYTES = 1 << 15  # decompressed at a time, into whatever that gives
 
 
 def globs_of(*suffixes: str) -> list[str]:

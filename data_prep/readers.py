@@ -22,7 +22,6 @@ from hvdtrain.errors import ConfigError, DataError
 
 Item = tuple[bytes, ...]
 _BLANK_HEAD = re.compile(rb"(?:[ \t\r]*\n)*")
-_BOM = b"\xef\xbb\xbf"
 
 
 class Reader(Protocol):
@@ -180,7 +179,7 @@ def read_json_lines(
             try:
                 row = from_json(line)
             except ValueError as error:
-                row = _read_odd_json(line if at else line.removeprefix(_BOM), path, at, cleaning, counts, str(error))
+                row = _read_odd_json(line, path, at, cleaning, counts, str(error))
             if not isinstance(row, dict):
                 raise DataError(f"{path}: the line at byte {at} is not a JSON object")
             yield at, row
@@ -188,7 +187,7 @@ def read_json_lines(
 
 
 def _read_odd_json(line: bytes, path: Path, at: int, cleaning: Cleaning, counts: Counter, error: str) -> Any:
-    """What is not UTF-8, or holds half a surrogate pair: there ``cleaning`` decides."""
+    """What begins with a byte order mark, is not UTF-8, or holds half a surrogate pair; there ``cleaning`` decides."""
     try:
         return json.loads(replace(cleaning, nfc=False).clean(line, path, at, counts))
     except (ValueError, RecursionError):

@@ -27,7 +27,7 @@ def hashes_of(values: list[int]) -> np.ndarray:
     return np.array([[(value // 2) << 61, value % 2] for value in values], np.uint64).reshape(-1, 2)
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(UNITS, st.sampled_from([1, 2, 3]), st.sampled_from([1, 3, 1 << 23]))
 def test_all_but_the_first_are_found(
     tmp_path_factory: pytest.TempPathFactory, values: list[list[int]], size: int, at_once: int

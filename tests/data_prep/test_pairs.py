@@ -41,7 +41,7 @@ def pairs_of(lines: list[tuple[str, str]]) -> list[tuple[bytes, bytes]]:
 # --- aligned files -----------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=200)
+@settings(max_examples=70)
 @given(LINES, st.data(), st.sampled_from(["\n", ""]), st.integers(1, 60), st.integers(1, 200), st.integers(1, 40))
 def test_line_by_line_wherever_the_files_are_cut(
     tmp_path: Path, sources: list[str], data: st.DataObject, end: str, piece: int, unit: int, block: int
@@ -56,7 +56,7 @@ def test_line_by_line_wherever_the_files_are_cut(
             assert items_of(reader, unit) == pairs_of(list(zip(sources, targets, strict=True)))
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(LINES, st.booleans(), st.integers(1, 50))
 def test_an_index_finds_lines(tmp_path: Path, lines: list[str], ends: bool, block: int):
     content = "\n".join(lines).encode() + b"\n" * ends or b"x"

@@ -159,7 +159,7 @@ def cut_of(file: InputFile, documents: str, tail: float = 0.0) -> list[tuple[int
     return [(offset, content, piece.split) for piece in found for offset, content in chunks(piece, documents)]
 
 
-@settings(max_examples=300)
+@settings(max_examples=120)
 @given(TEXTS, st.integers(9, 60), st.integers(4, 30))
 def test_a_long_file_is_cut_between_characters_and_joins_again(
     tmp_path: Path, text: bytes, piece_bytes: int, look_ahead: int
@@ -171,7 +171,7 @@ def test_a_long_file_is_cut_between_characters_and_joins_again(
         assert all(0 < len(content) <= piece_bytes + look_ahead and content.decode() for _, content, _ in parts)
 
 
-@settings(max_examples=300)
+@settings(max_examples=120)
 @given(TEXTS, st.integers(9, 60), st.integers(4, 30), st.floats(0.01, 0.99))
 def test_the_tail_is_the_rest(tmp_path: Path, text: bytes, piece_bytes: int, look_ahead: int, tail: float):
     """Also where the cut of the tail falls just behind a regular one: no byte is both in training and validation."""
@@ -186,7 +186,7 @@ def test_the_tail_is_the_rest(tmp_path: Path, text: bytes, piece_bytes: int, loo
         text[:train].decode()
 
 
-@settings(max_examples=300)
+@settings(max_examples=120)
 @given(TEXTS, st.sampled_from(COMPRESSIONS), st.integers(9, 60), st.integers(4, 30))
 def test_a_compressed_file_is_cut_like_a_plain_one(
     tmp_path: Path, text: bytes, suffix: str, piece_bytes: int, look_ahead: int

@@ -99,7 +99,7 @@ def test_the_span_is_the_answer(tmp_path: Path, tokenizers_of: dict[str, Path], 
     assert check_shards(tmp_path / "out", manifest, manifest.shards) == []
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(st.data(), st.integers(5, 40), st.integers(1, 50))
 def test_windows_cover_the_paragraph(
     tmp_path_factory: pytest.TempPathFactory, byte: Path, data: st.DataObject, room: int, stride: int

@@ -30,7 +30,7 @@ def one_file(folder: Path, content: bytes, suffix: str = "", name: str = "a.txt"
 # --- text --------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=400)
+@settings(max_examples=150)
 @given(TEXTS, st.sampled_from(["line", "blank-line"]), *CUTS)
 def test_documents_are_those_of_a_plain_reading(
     tmp_path: Path, text: bytes, documents: str, suffix: str, piece_bytes: int, unit_bytes: int, look_ahead: int
@@ -40,7 +40,7 @@ def test_documents_are_those_of_a_plain_reading(
         assert items_of(reader, unit_bytes) == [(one,) for one in plain_documents(text, documents)]
 
 
-@settings(max_examples=200)
+@settings(max_examples=80)
 @given(st.lists(ANY | st.sampled_from(ODD_TEXTS)), st.sampled_from(["\n", "\r\n", "\n\n"]), *CUTS)
 def test_jsonl_gives_the_field_of_each_line(
     tmp_path: Path, texts: list[str], end: str, suffix: str, piece_bytes: int, unit_bytes: int, look_ahead: int
@@ -193,7 +193,7 @@ def test_another_field(tmp_path: Path):
 # --- tables ------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=200)
+@settings(max_examples=80)
 @given(st.lists(st.tuples(NO_TABS, NO_TABS, NO_TABS), min_size=1), st.sampled_from(["\n", "\r\n"]), *CUTS)
 def test_the_cells_of_a_table(
     tmp_path: Path, rows: list[tuple[str, str, str]], end: str, suffix: str, piece_bytes: int, unit: int, ahead: int

@@ -32,7 +32,7 @@ def fast(bpe: Path) -> Encoder:
     return encoder
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(st.lists(st.lists(ANY | PIECES).map("".join), min_size=1))
 def test_both_libraries_give_the_same_tokens(fast: Encoder, texts: list[str]):
     documents = [text.encode() for text in texts]
@@ -137,7 +137,7 @@ def test_a_token_that_is_not_special_is_one_in_a_text(bpe: Path, tmp_path: Path)
 # --- the slow one, a mebibyte at a time --------------------------------------------------------------------------
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(st.lists(st.lists(st.lists(ANY | PIECES).map("".join), max_size=6)), st.integers(4, 60))
 def test_a_long_text_gives_the_tokens_of_one_piece(fast: Encoder, documents: list[list[str]], at_once: int):
     """As long as there is a line end between letters near, which there is in any text that is not made for this."""
