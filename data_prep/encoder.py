@@ -31,6 +31,8 @@ class Encoder:
     def __init__(self, tokenizer_path: Path, sample: Sequence[bytes]):
         self._tokenizer = Tokenizer.from_file(str(tokenizer_path))
         self._tokenizer.encode_special_tokens = True
+        self._tokenizer.no_truncation()  # which a tokenizer.json may ask for
+        self._tokenizer.no_padding()
         self.name, self.note = "gigatoken", ""
         try:
             import gigatoken

@@ -103,6 +103,8 @@ class QuestionsKind:
     def begin(self, encoder: Encoder) -> None:
         self._tokenizer = Tokenizer.from_file(str(self.tokenizer_path))
         self._tokenizer.encode_special_tokens = True
+        self._tokenizer.no_truncation()  # which a tokenizer.json may ask for
+        self._tokenizer.no_padding()
 
     def scan(self, splits_of: SplitsOf, units: Sequence[Unit], mine: Sequence[int], ranks: Ranks) -> None:
         pass
