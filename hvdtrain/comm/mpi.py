@@ -23,6 +23,8 @@ def start_mpi(world: World) -> ModuleType:
     # another launcher would die inside MPI_Init, before the sizes can be compared.
     if Path(sys.prefix, "bin", "orterun_wrapper").exists():
         os.environ.setdefault("OPAL_PREFIX", sys.prefix)
+        # Its one-sided transport over libfabric, which nothing here uses, takes a second of every process's end.
+        os.environ.setdefault("OMPI_MCA_btl", "^ofi")
     from mpi4py import MPI
 
     check_sizes(world, MPI.COMM_WORLD.Get_size(), "MPI")

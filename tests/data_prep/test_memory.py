@@ -30,7 +30,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("large")
     draw = random.Random(1)
     words = ["".join(draw.choices("etaoinshrdlucmé漢字", k=draw.randint(1, 9))) for _ in range(3000)]
-    block = "".join(f"{' '.join(draw.choices(words, k=12))}, NUMBER.\n" for _ in range(12_000)).encode()
+    block = "".join(f"{' '.join(draw.choices(words, k=60))}, NUMBER.\n" for _ in range(2400)).encode()
     build_tokenizer([block.decode()], "bpe", 2000).save(str(folder / "tokenizer.json"))
     with open(folder / "large.txt", "wb") as file:
         number = 0
