@@ -4,7 +4,6 @@ import math
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from hvdtrain.data.batch import IGNORE, Batch
@@ -18,6 +17,7 @@ from hvdtrain.data.stream import TokenStream
 from hvdtrain.data.windows import MixedWindows, WindowSource, eval_windows
 from hvdtrain.errors import ConfigError, DataError
 from hvdtrain.models.decoder import Decoder
+from hvdtrain.models.losses import LossTerms, linear_cross_entropy
 from hvdtrain.models.transformer import TransformerOptions
 from hvdtrain.options import Options, option
 from hvdtrain.tasks.task import Evaluation, LossSum, Training, check_kind, check_val
@@ -27,6 +27,8 @@ class LanguageModelOptions(Options):
     rows: Literal["windows", "packed"] = option(
         "windows", "windows: cuts of the token stream; packed: whole documents, best fit, each seen by itself"
     )
+    label_smoothing: float = option(0.0, "share of the target's probability spread over all tokens", ge=0, lt=1)
+    z_loss: float = option(0.0, "weight of (log Z)^2 in the training loss; PaLM: 1e-4", ge=0)
 
 
 class LanguageModel:
@@ -85,18 +87,16 @@ class LanguageModel:
         return lambda: eval_windows(stream, feed.context, rows, feed.rank, feed.size)
 
     def loss(self, model: nn.Module, batch: Batch) -> LossSum:
-        hidden = model(batch.tokens, positions_BT=batch.positions, segments_BT=batch.segments)
-        logits = model.logits(hidden)
-        total = F.cross_entropy(
-            logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=IGNORE, reduction="sum"
-        )
-        return LossSum(total, batch.target_tokens)
+        terms = LossTerms(self._options.label_smoothing, self._options.z_loss, IGNORE)
+        return LossSum(self._cross_entropy(model, batch, terms), batch.target_tokens)
 
     def measure(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        loss = self.loss(model, batch)
-        return torch.stack(
-            [loss.total.double(), torch.tensor(loss.weight, dtype=torch.float64, device=loss.total.device)]
-        )
+        total = self._cross_entropy(model, batch, LossTerms(ignore=IGNORE))
+        return torch.stack([total.double(), total.new_tensor(batch.target_tokens, dtype=torch.float64)])
+
+    def _cross_entropy(self, model: nn.Module, batch: Batch, terms: LossTerms) -> torch.Tensor:
+        hidden = model(batch.tokens, positions_BT=batch.positions, segments_BT=batch.segments)
+        return linear_cross_entropy(hidden.flatten(0, 1), model.head.weight, batch.targets.flatten(), terms)
 
     def scores(self, sums: list[float]) -> dict[str, float]:
         loss = sums[0] / sums[1]

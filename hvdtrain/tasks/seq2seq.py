@@ -14,6 +14,7 @@ from hvdtrain.data.loader import Feed
 from hvdtrain.data.records import Records
 from hvdtrain.data.shards import Manifest
 from hvdtrain.errors import ConfigError, DataError
+from hvdtrain.models.losses import LossTerms, linear_cross_entropy
 from hvdtrain.models.seq2seq import Seq2Seq
 from hvdtrain.models.transformer import TransformerOptions
 from hvdtrain.options import Options, option
@@ -22,6 +23,7 @@ from hvdtrain.tasks.task import Evaluation, LossSum, Training, check_kind, check
 
 class Seq2SeqOptions(Options):
     label_smoothing: float = option(0.1, "share of the target's probability spread over all tokens", ge=0, lt=1)
+    z_loss: float = option(0.0, "weight of (log Z)^2 in the training loss", ge=0)
 
 
 class SequenceToSequence:
@@ -53,12 +55,14 @@ class SequenceToSequence:
         return records, lambda records, rows: pair_batch(records, rows, begin, feed.context)
 
     def loss(self, model: nn.Module, batch: PairBatch) -> LossSum:
-        total = self._cross_entropy(self._logits(model, batch), batch, self._options.label_smoothing)
+        hidden = model(batch.source, batch.source_lengths, batch.tokens).flatten(0, 1)
+        terms = LossTerms(self._options.label_smoothing, self._options.z_loss, IGNORE)
+        total = linear_cross_entropy(hidden, model.head.weight, batch.targets.flatten(), terms)
         return LossSum(total, batch.target_tokens)
 
     def measure(self, model: nn.Module, batch: PairBatch) -> torch.Tensor:
-        logits = self._logits(model, batch)
-        loss = self._cross_entropy(logits, batch, 0.0)
+        logits = model.logits(model(batch.source, batch.source_lengths, batch.tokens)).float()
+        loss = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE, reduction="sum")
         counted = (batch.targets != IGNORE).sum()
         correct = (logits.argmax(-1) == batch.targets).sum()  # IGNORE is nobody's guess
         return torch.stack([loss.double(), counted.double(), correct.double()])
@@ -71,18 +75,6 @@ class SequenceToSequence:
             "token_accuracy": sums[2] / sums[1],
             "target_tokens": int(sums[1]),
         }
-
-    def _logits(self, model: nn.Module, batch: PairBatch) -> torch.Tensor:
-        return model.logits(model(batch.source, batch.source_lengths, batch.tokens)).float()
-
-    def _cross_entropy(self, logits: torch.Tensor, batch: PairBatch, smoothing: float) -> torch.Tensor:
-        return F.cross_entropy(
-            logits.flatten(0, 1),
-            batch.targets.flatten(),
-            ignore_index=IGNORE,
-            reduction="sum",
-            label_smoothing=smoothing,
-        )
 
 
 def check_one_folder(corpora: Corpora, task_name: str, kind: str) -> None:

@@ -1,0 +1,107 @@
+"""Cross-entropy over a vocabulary without keeping the logits.
+
+The logits of N targets over V words are the largest tensor of a training step, and their gradient is another. Here
+a few rows at a time are multiplied, scored and, while they are still in the cache, turned into their share of both
+gradients; then they are dropped. The matrix products are the same three as always: nothing is computed twice, and
+N x V numbers need not be kept. Gradients in the forward pass are those of Hsu et al. 2024, "Liger Kernel", 3.2.
+torch's own `linear_cross_entropy` sums bf16 losses in bf16, which is too coarse to compare runs by.
+
+Shape letters:  N targets, D model width, V vocabulary (padded)
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+_CHUNK_ELEMENTS = {"cpu": 1 << 21}  # logits held at once: as many as a core's share of the last cache
+_CHUNK_ELEMENTS_GPU = 1 << 26  # enough to keep every multiprocessor at work
+_MIN_ROWS = 256  # fewer would make thin, slow matrix products
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """``label_smoothing``: Szegedy et al. 2016, spread over all V. ``z_loss``: weight of (log Z)^2, Chowdhery et al.
+    2022, "PaLM", 5; keeps the logits from drifting. ``ignore``: target that does not count.
+    """
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    ignore: int = -100
+
+
+def linear_cross_entropy(
+    hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, terms: LossTerms, chunk_rows: int = 0
+) -> torch.Tensor:
+    """SUM over the targets of -log softmax(hidden @ weight.T)[target] plus ``terms``: fp32 scalar, in nats.
+
+    Products are made in the type of ``hidden`` (autocast's where that is on), everything else in fp32.
+    chunk_rows: targets scored at once; 0: chosen by the device. It changes the order of sums, nothing else.
+    """
+    device = hidden_ND.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden_ND, weight_VD = hidden_ND.to(dtype), weight_VD.to(dtype)
+    rows = chunk_rows or max(_MIN_ROWS, _CHUNK_ELEMENTS.get(device, _CHUNK_ELEMENTS_GPU) // len(weight_VD))
+    with torch.autocast(device, enabled=False):
+        return _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, terms, rows)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, terms: LossTerms, rows: int
+    ) -> torch.Tensor:
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_weight = None
+        for start in range(0, len(targets), rows):
+            part = slice(start, start + rows)
+            loss, grad_logits = _score(hidden[part] @ weight.T, targets[part], terms, need_hidden or need_weight)
+            total += loss
+            if need_hidden:
+                torch.mm(grad_logits, weight, out=grad_hidden[part])
+            if need_weight:
+                product = grad_logits.T @ hidden[part]
+                if grad_weight is None:  # more than one chunk is added up in fp32
+                    grad_weight = product.float() if rows < len(targets) else product
+                else:
+                    grad_weight += product
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        found = ctx.saved_tensors
+        if grad.device.type == "cpu" and grad.item() == 1.0:  # elsewhere looking would wait for the device
+            return *found, None, None, None
+        return *(None if g is None else g.mul_(grad) for g in found), None, None, None
+
+
+def _score(
+    logits: torch.Tensor, targets: torch.Tensor, terms: LossTerms, with_grad: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Sum of the losses of some rows, fp32; and d loss / d logits in the logits' type, if asked for."""
+    counts = targets != terms.ignore
+    targets = targets.where(counts, 0)
+    log_p = F.log_softmax(logits, dim=-1, dtype=torch.float32)
+    picked = log_p.gather(1, targets[:, None]).squeeze(1)
+    smoothing, vocabulary = terms.label_smoothing, log_p.shape[1]
+    losses = -picked
+    if smoothing:
+        losses = (1 - smoothing) * losses - smoothing * log_p.mean(dim=1)
+    slope = counts.float()  # d loss / d log Z
+    if terms.z_loss:
+        log_z = logits[:, 0].float() - log_p[:, 0]
+        losses = losses + terms.z_loss * log_z.square()
+        slope = slope * (1 + 2 * terms.z_loss * log_z)
+    total = (losses * counts).sum()
+    if not with_grad:
+        return total, None
+    grad = log_p.exp_().mul_(slope[:, None])
+    if smoothing:
+        grad -= (counts * (smoothing / vocabulary))[:, None]
+    grad.scatter_add_(1, targets[:, None], (counts * (smoothing - 1.0))[:, None])
+    return total, grad.to(logits.dtype)
