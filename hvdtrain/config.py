@@ -47,7 +47,11 @@ class EvalOptions(Options):
 
 class RunConfig(Options):
     seed: int = option(1, "of weights, data order and dropout", ge=0, lt=1 << 63)
-    precision: Literal["fp32", "bf16"] = option("fp32", "of matrix products (bf16: autocast; weights stay fp32)")
+    precision: Literal["fp32", "bf16", "bf16-weights", "fp16"] = option(
+        "fp32", "of matrix products; bf16, fp16: autocast; bf16-weights: a bf16 copy of the fp32 weights computes"
+    )
+    tf32: bool = option(False, "let fp32 products on NVIDIA GPUs round their inputs to TF32")
+    compile: Literal["none", "blocks", "model"] = option("none", "torch.compile, each block by itself or all at once")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: a GPU per rank where there is one")
     data: DataOptions = DataOptions()
     train: TrainOptions = TrainOptions()
@@ -65,7 +69,9 @@ class RunConfig(Options):
         microbatch, how often to log, where the data lies) are left out; the data's digest is added by the loop.
         """
         whole = flatten(self.model_dump())
-        may_change = re.compile(r"data\..*|device|train\.(steps|microbatch)|(eval|checkpoint|metrics|sync)\..*")
+        may_change = re.compile(
+            r"device|tf32|compile|train\.(steps|microbatch)|(data|eval|checkpoint|metrics|sync|recompute)\..*"
+        )
         return {key: value for key, value in whole.items() if not may_change.fullmatch(key)}
 
     def feed(self, rank: int, size: int, pin: bool = False) -> Feed:

@@ -28,7 +28,9 @@ from hvdtrain.metrics import Metrics, StepTimes, git_state, versions, write_summ
 from hvdtrain.models.cpu import use_fast_fp32
 from hvdtrain.optim.optimizer import make_optimizer
 from hvdtrain.optim.schedules import learning_rate
+from hvdtrain.parallel.compiling import check_compiler
 from hvdtrain.parallel.plan import Plan
+from hvdtrain.parallel.precision import use_tf32
 from hvdtrain.tasks import make_task
 from hvdtrain.tasks.task import Evaluation, Training
 
@@ -66,6 +68,8 @@ class _Run:
         self.device, self.fallbacks = group.together(lambda: pick_device(config.device, world, group))
         self.data = self._open_data()
         self.fallbacks += group.together(lambda: read_through_note(self.data.train.source.read_through))
+        group.together(lambda: check_compiler(config.compile, self.device))
+        use_tf32(config.tf32)
         self.matmul = use_fast_fp32() if self.device.type == "cpu" else "cuBLAS"
         self.identity = {**config.identity(), **self.data.corpora.identity()}
         self.progress, self.resumed_from = self._find_progress(resume)
@@ -84,7 +88,7 @@ class _Run:
         optimizer = make_optimizer(model, config.optim)
         if self.resumed_from:
             self.group.together(lambda: checkpoint.load(self.resumed_from, model, optimizer))
-        plan = Plan(model, self.group, config.sync, config.precision, config.seed)
+        plan = Plan(model, self.group, config.sync, config.precision, config.seed, config.compile)
         loader = TrainLoader(self.data.train.source, self.device)
         loader.rows_consumed = progress.rows_consumed
         closing = contextlib.closing
@@ -109,7 +113,7 @@ class _Run:
             sums = plan.finish(config.optim.clip_norm)
             clock.lap("sync")
             lr = learning_rate(config.schedule, config.optim.lr, steps, step - 1)
-            plan.sync.step(optimizer, lr)
+            plan.step(optimizer, lr)
             clock.lap("compute")
             metrics.add(step, loader.epoch, sums, lr, clock.stop())
             startup_s = startup_s or _seconds_since_process_start()
@@ -286,8 +290,11 @@ def _due(step: int, every: int, last: int) -> bool:
 
 
 def _check_identity(folder: Path, progress: Progress, identity: dict[str, Any]) -> None:
-    """Errors: ConfigError that lists what differs between the run in ``folder`` and this one."""
-    saved = dict(progress.identity or {})
+    """Errors: ConfigError that lists what differs between the run in ``folder`` and this one.
+
+    A setting that the run did not know yet, because this hvdtrain is newer, had its default.
+    """
+    saved = {**RunConfig().identity(), **(progress.identity or {})}
     differing = [
         f"{key} was {saved.get(key)!r} and is now {identity.get(key)!r}"
         for key in sorted({*saved, *identity})

@@ -27,7 +27,7 @@ def train(model: Decoder, steps: Iterator[list[Batch]], count: int, peak: float)
     for step in range(count):
         plan.forward_backward(next(steps), LanguageModel(), step)
         losses.append(plan.finish(max_norm=1.0).loss.item())
-        plan.sync.step(optimizer, learning_rate(schedule, peak, count, step))
+        plan.step(optimizer, learning_rate(schedule, peak, count, step))
     assert losses[0] == pytest.approx(math.log(model.vocab_size), abs=0.1)
     return sum(losses[-10:]) / 10
 

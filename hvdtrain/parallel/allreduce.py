@@ -32,6 +32,7 @@ class StepSums:
     loss: torch.Tensor  # mean over the global batch's targets
     weight: torch.Tensor  # number of targets in the global batch
     grad_norm: torch.Tensor  # of the global mean gradient, before clipping
+    loss_scale: torch.Tensor | None = None  # what the loss was multiplied by; an overflow is then no divergence
 
 
 class _Bucket:
@@ -60,18 +61,18 @@ class AllReduceSync:
     some ranks used gets the sum of theirs.
     """
 
-    def __init__(self, model: nn.Module, group: Group, options: AllReduceOptions):
+    def __init__(self, model: nn.Module, group: Group, options: AllReduceOptions, compute: nn.Module | None = None):
         self._group = group
         self._parameters = [p for p in model.parameters() if p.requires_grad]
+        computing = [p for p in (compute or model).parameters() if p.requires_grad]
+        self._is_copy = computing[0] is not self._parameters[0]
         self._buckets = _fill_buckets(self._parameters, int(options.bucket_mib * (1 << 20)))
         self._bucket_of = {number: bucket for bucket in self._buckets for number, _ in bucket.members}
         self._device = self._parameters[0].device
         self._used = torch.zeros(len(self._parameters), dtype=torch.bool)
         self._sent: set[int] = set()
         self._is_last = False
-        self._hooks = [
-            p.register_post_accumulate_grad_hook(self._hook(number)) for number, p in enumerate(self._parameters)
-        ]
+        self._hooks = [p.register_post_accumulate_grad_hook(self._hook(number)) for number, p in enumerate(computing)]
 
     def start(self) -> None:
         """Empty the gradients for a new step (local)."""
@@ -88,10 +89,13 @@ class AllReduceSync:
         """From now on gradients are complete as they come: the next backward sends them (local)."""
         self._is_last = True
 
-    def finish(self, loss_sum: torch.Tensor, weight: int, max_norm: float) -> StepSums:
+    def finish(
+        self, loss_sum: torch.Tensor, weight: int, max_norm: float, loss_scale: torch.Tensor | None = None
+    ) -> StepSums:
         """Wait for the sums; leave in each ``grad`` the global mean gradient, clipped to ``max_norm`` (0: not).
 
         loss_sum: scalar, this rank's sum of losses over its microbatches; weight: its number of targets.
+        loss_scale: scalar that the gradients, not ``loss_sum``, were multiplied by.
         """
         for bucket in self._buckets:  # those that backward did not fill: somebody else may have
             if bucket.pending is None:
@@ -104,8 +108,9 @@ class AllReduceSync:
             bucket.pending.wait()
         self._drop_unused(sums[2:])
         norms = torch._foreach_norm([bucket.flat for bucket in self._buckets])
-        grad_norm = torch.linalg.vector_norm(torch.stack(norms).double()) / sums[1]
-        scale = 1.0 / sums[1]
+        divisor = sums[1] if loss_scale is None else sums[1] * loss_scale
+        grad_norm = torch.linalg.vector_norm(torch.stack(norms).double()) / divisor
+        scale = 1.0 / divisor
         if max_norm > 0:
             scale = scale * torch.clamp(max_norm / (grad_norm + 1e-6), max=1.0)
         torch._foreach_mul_([bucket.flat for bucket in self._buckets], scale.to(self._buckets[0].flat.dtype))
@@ -123,9 +128,13 @@ class AllReduceSync:
 
     def _hook(self, number: int) -> Callable[[torch.Tensor], None]:
         bucket = self._bucket_of[number]
+        view = next(view for (n, _), view in zip(bucket.members, bucket.views, strict=True) if n == number)
 
         def gradient_is_there(parameter: torch.Tensor) -> None:
             self._used[number] = True
+            if self._is_copy:  # its gradient is in few bits: added up in fp32
+                view.add_(parameter.grad)
+                parameter.grad = None
             if self._is_last:
                 if number in self._sent:  # what comes now would be lost: the sum may be under way
                     raise RuntimeError(

@@ -4,6 +4,8 @@ Two independent questions. A cut or a sync is one file and one line in its table
 """
 
 import contextlib
+import copy
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -15,13 +17,13 @@ from hvdtrain.data.sampler import derive
 from hvdtrain.errors import DivergedError
 from hvdtrain.options import Options, option
 from hvdtrain.parallel.allreduce import AllReduceOptions, AllReduceSync, StepSums
+from hvdtrain.parallel.compiling import compile_model
+from hvdtrain.parallel.precision import PRECISIONS, LossScale
 from hvdtrain.tasks.task import Task
 
 SYNCS = {
     "allreduce": AllReduceSync,
 }
-
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
 
 
 class SyncOptions(Options):
@@ -32,17 +34,23 @@ class SyncOptions(Options):
 class Plan:
     """One replica per rank, kept equal by ``sync``. Making it copies rank 0's parameters to all (collective).
 
-    ``replicas`` and ``replica``: how many share the data, and which of them this rank belongs to.
+    ``model``: the fp32 weights, which optimizer and checkpoints know. ``compute``: what computes; the same, or a copy
+    of it in another type. ``replicas`` and ``replica``: how many share the data, and which of them this rank is in.
     """
 
-    def __init__(self, model: nn.Module, group: Group, options: SyncOptions, precision: str, seed: int):
+    def __init__(
+        self, model: nn.Module, group: Group, options: SyncOptions, precision: str, seed: int, compile: str = "none"
+    ):
         self.model, self.group = model, group
         self.replicas, self.replica = group.size, group.rank
         self.device = next(model.parameters()).device
-        self._precision, self._seed = PRECISIONS[precision], seed
+        self.precision, self._seed = PRECISIONS[precision], seed
         for number, parameter in enumerate(model.parameters()):
             group.broadcast(parameter.data, 0, f"hvdtrain.start.{number}")
-        self.sync = SYNCS[options.name](model, group, getattr(options, options.name))
+        self.compute = copy.deepcopy(model).to(self.precision.weights) if self.precision.weights else model
+        self.loss_scale = LossScale(self.device) if self.precision.scaled else None
+        self.sync = SYNCS[options.name](model, group, getattr(options, options.name), self.compute)
+        compile_model(self.compute, compile)
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self._weight = 0
 
@@ -58,16 +66,35 @@ class Plan:
         self._weight = 0
         for number, batch in enumerate(microbatches):
             with self.autocast():
-                loss = task.loss(self.model, batch)
+                loss = task.loss(self.compute, batch)
             if number == len(microbatches) - 1:
                 self.sync.last()
-            loss.total.backward()
+            (loss.total if self.loss_scale is None else loss.total * self.loss_scale.scale).backward()
             self._loss_sum += loss.total.detach()
             self._weight += loss.weight
 
     def finish(self, max_norm: float) -> StepSums:
         """Global loss and gradient norm of the step; gradients summed, divided by the global weight, clipped."""
-        return self.sync.finish(self._loss_sum, self._weight, max_norm)
+        scale = None if self.loss_scale is None else self.loss_scale.scale
+        sums = self.sync.finish(self._loss_sum, self._weight, max_norm, scale)
+        if self.loss_scale is not None:
+            sums = replace(sums, loss_scale=self.loss_scale.scale.clone())
+            self._overflowed = ~sums.grad_norm.isfinite()
+            self.loss_scale.update(self._overflowed)
+        return sums
+
+    def step(self, optimizer: torch.optim.Optimizer, lr: float) -> None:
+        """Update the weights; with a scaled loss, not where the gradient overflowed (local: all ranks do the same)."""
+        if self.loss_scale is not None:
+            optimizer.found_inf = self._overflowed.float()  # torch's fused optimizers then leave everything as it is
+        self.sync.step(optimizer, lr)
+        self.publish()
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Hand the weights on to the copy that computes; also after they were changed from outside (local)."""
+        if self.compute is not self.model:
+            torch._foreach_copy_(list(self.compute.parameters()), list(self.model.parameters()))
 
     def check_finite(self, step: int) -> None:
         """Before parameters are saved: are they numbers? Errors: DivergedError, on all ranks alike (local)."""
@@ -79,20 +106,21 @@ class Plan:
             )
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        if self._precision is None:
+        if self.precision.autocast is None:
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self._precision)
+        return torch.autocast(self.device.type, dtype=self.precision.autocast)
 
     @torch.no_grad()
     def evaluate(self, batches, task: Task) -> dict[str, float]:
         """Scores of a split whose batches are shared by the ranks: exact for any number of them (collective)."""
         sums = None
-        self.model.eval()
-        for batch in batches:
-            with self.autocast():
-                measured = task.measure(self.model, batch.to(self.device))
-            sums = measured if sums is None else sums + measured
-        self.model.train()
+        self.compute.eval()
+        with torch.compiler.set_stance("force_eager"):  # other shapes than in training would be compiled anew
+            for batch in batches:
+                with self.autocast():
+                    measured = task.measure(self.compute, batch.to(self.device))
+                sums = measured if sums is None else sums + measured
+        self.compute.train()
         if self.group.size > 1:
             # A rank may have had no batch at all: it learns from the others how many sums there are.
             lengths = self.group.all_gather_object(0 if sums is None else len(sums))

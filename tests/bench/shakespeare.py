@@ -41,7 +41,7 @@ def main() -> None:
         run([*module, "data_prep", "text", *source, "--tokenizer", tokenizer, *split, "--out", data])
         train = [*module, "hvdtrain", "train", "shakespeare-char", f"data.dir={data}", f"train.steps={STEPS}"]
         mpirun = ["mpirun", "-np", "2", "--bind-to", "none"]
-        plain = [*python, str(Path(__file__).with_name("plain_gpt.py")), str(SOURCE), str(STEPS)]
+        plain = [*python, str(Path(__file__).parent / "ways/plain_gpt.py"), str(SOURCE), str(STEPS)]
         seconds: dict[str, list[float]] = {}
         losses: dict[str, float] = {}
         for number in range(int(os.environ.get("ROUNDS", "2"))):

@@ -47,7 +47,7 @@ def test_gradients_equal_one_process(group: HorovodGroup, passes: int, bucket_mi
         assert sums.loss.item() == pytest.approx(loss, rel=TOLERANCE)
         assert sums.grad_norm.item() == pytest.approx(norm(list(expected.values())), rel=TOLERANCE)
         assert distance(gradients(model), expected) < TOLERANCE
-        plan.sync.step(optimizer, lr=0.01)
+        plan.step(optimizer, lr=0.01)
 
 
 def test_the_ranks_weights_differ_so_that_a_mean_of_means_would_be_seen(group: HorovodGroup):
@@ -126,7 +126,7 @@ def test_parameters_that_some_or_no_ranks_use(group: HorovodGroup, bucket_mib: f
         torch.testing.assert_close(model.common.grad, torch.ones(2, 2))
         torch.testing.assert_close(model.rare.grad, passes * 2 * rare / batch.target_tokens)
         assert model.never.grad is None
-        plan.sync.step(optimizer, lr=0.01)
+        plan.step(optimizer, lr=0.01)
         assert torch.equal(model.never, torch.full((2, 2), 3.0))
         assert not torch.equal(model.rare, rare)
     assert len(set(group.all_gather_object(_digest(model)))) == 1
@@ -143,7 +143,7 @@ def test_replicas_are_bit_equal_after_50_steps(group: HorovodGroup, bucket_mib: 
     for step in range(1, 51):
         plan.forward_backward(share(global_batch(step), group, passes=1), TASK, step)
         plan.finish(max_norm=1.0)
-        plan.sync.step(optimizer, lr=0.01)
+        plan.step(optimizer, lr=0.01)
     assert len(set(group.all_gather_object(_digest(model)))) == 1
     assert _digest(model) != _digest(before)
 

@@ -80,7 +80,7 @@ class Run:
     def steps(self, first: int, last: int) -> "Run":
         for step in range(first, last + 1):
             self.gradient(step)
-            self.plan.sync.step(self.optimizer, LR)
+            self.plan.step(self.optimizer, LR)
         return self
 
     def parameters(self) -> dict[str, torch.Tensor]:

@@ -27,6 +27,8 @@ class Says(nn.Module):
     def __init__(self, probabilities: list, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.answer = torch.tensor(probabilities).log().to(dtype)
+        self.head = nn.Linear(4, 4, bias=False, dtype=dtype)
+        nn.init.eye_(self.head.weight)
 
     def forward(self, *inputs: Any, **named: Any) -> torch.Tensor:
         return self.answer
@@ -163,6 +165,7 @@ def test_sums_are_exact_where_the_logits_are_bf16(name: str):
     model = Says(probabilities, torch.bfloat16)
     exact = Says(probabilities)
     exact.answer = model.answer.double()
+    exact.head.double()
     loss, expected = (task.loss(m, BATCHES[name]).total for m in (model, exact))
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)

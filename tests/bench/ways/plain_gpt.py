@@ -3,7 +3,7 @@
 Windows at random offsets of a memory map, eager fp32, mean loss, `clip_grad_norm_`, AdamW, losses estimated on 20
 random batches of both splits every 250 steps. Same model, batch and number of steps as the recipe `shakespeare-char`.
 
-    python tests/bench/plain_gpt.py TEXT_FILE STEPS
+    python tests/bench/ways/plain_gpt.py TEXT_FILE STEPS
 """
 
 import math
@@ -19,31 +19,35 @@ WIDTH, HEADS, LAYERS, CONTEXT, BATCH = 128, 4, 4, 64, 12
 
 
 class PlainBlock(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(WIDTH, bias=False), nn.LayerNorm(WIDTH, bias=False)
-        self.attend, self.project = nn.Linear(WIDTH, 3 * WIDTH, bias=False), nn.Linear(WIDTH, WIDTH, bias=False)
-        self.expand, self.contract = nn.Linear(WIDTH, 4 * WIDTH, bias=False), nn.Linear(4 * WIDTH, WIDTH, bias=False)
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width, bias=False), nn.LayerNorm(width, bias=False)
+        self.attend, self.project = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
+        self.expand, self.contract = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows, positions, _ = x.shape
-        heads = [t.view(rows, positions, HEADS, -1).transpose(1, 2) for t in self.attend(self.norm1(x)).split(WIDTH, 2)]
+        rows, positions, width = x.shape
+        split = self.attend(self.norm1(x)).split(width, 2)
+        heads = [t.view(rows, positions, self.heads, -1).transpose(1, 2) for t in split]
         mixed = F.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2).reshape(x.shape)
         x = x + self.project(mixed)
         return x + self.contract(F.gelu(self.expand(self.norm2(x))))
 
 
 class PlainGPT(nn.Module):
-    def __init__(self, vocabulary: int) -> None:
+    def __init__(
+        self, vocabulary: int, layers: int = LAYERS, width: int = WIDTH, heads: int = HEADS, context: int = CONTEXT
+    ) -> None:
         super().__init__()
-        self.tokens, self.places = nn.Embedding(vocabulary, WIDTH), nn.Embedding(CONTEXT, WIDTH)
-        self.blocks = nn.Sequential(*(PlainBlock() for _ in range(LAYERS)))
-        self.norm, self.head = nn.LayerNorm(WIDTH, bias=False), nn.Linear(WIDTH, vocabulary, bias=False)
+        self.tokens, self.places = nn.Embedding(vocabulary, width), nn.Embedding(context, width)
+        self.blocks = nn.Sequential(*(PlainBlock(width, heads) for _ in range(layers)))
+        self.norm, self.head = nn.LayerNorm(width, bias=False), nn.Linear(width, vocabulary, bias=False)
         self.head.weight = self.tokens.weight
         for name, p in self.named_parameters():
             if p.dim() > 1:
                 last = name.endswith(("project.weight", "contract.weight"))
-                nn.init.normal_(p, 0.0, 0.02 / math.sqrt(2 * LAYERS) if last else 0.02)
+                nn.init.normal_(p, 0.0, 0.02 / math.sqrt(2 * layers) if last else 0.02)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         hidden = self.blocks(self.tokens(x) + self.places(torch.arange(x.shape[1])))
