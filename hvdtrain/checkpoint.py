@@ -5,7 +5,8 @@
                                       manifest.json                      step, rows consumed, digests; written last
 
 Everything happens in ``.step-00000200.partial`` and is renamed when it is whole. Tensors are named after parameters
-(``model.NAME``, ``optimizer.KEY.NAME``), whole and without any trace of the ranks, so that any number of them may read.
+(``model.NAME``, ``optimizer.KEY.NAME``, ``ema.NAME``), whole and without any trace of the ranks, so that any number of
+them may read. Where weights are averaged, ``ema_began`` (int64 scalar) is the step that the average began with.
 """
 
 import hashlib
@@ -16,7 +17,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import ConfigDict, TypeAdapter
@@ -27,10 +28,14 @@ from torch import nn
 from hvdtrain.comm.group import Group
 from hvdtrain.data.shards import file_sha256, sync_folder, write_json
 from hvdtrain.errors import CheckpointError, OutputError
+from hvdtrain.optim.ema import Ema
 from hvdtrain.options import Options, option
 
 FORMAT_VERSION = 1
+Weights = Literal["raw", "ema"]  # of the last step; averaged over the last steps
 _NAME = re.compile(r"step-(\d{8,})")
+# Fields that came later: in a manifest only where they say something, so that those of runs without them stay the same.
+_WHERE_SET = {"averaged_from", "loss_scale"}
 
 
 class CheckpointOptions(Options):
@@ -40,7 +45,12 @@ class CheckpointOptions(Options):
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands, apart from its tensors. ``identity``: the settings that a resumed run must share."""
+    """Where a run stands, apart from its tensors. ``identity``: the settings that a resumed run must share.
+
+    ``loss_scale``: see LossScale.state, of fp16 runs.
+    ``averaged_from``: the steps whose weights were averaged (``hvdtrain average``); nothing can go on from there.
+    A field that an older manifest lacks has its default.
+    """
 
     step: int = 0
     rows_consumed: int = 0
@@ -50,6 +60,8 @@ class Progress:
     identity: Mapping[str, Any] | None = None
     world_size: int = 1
     versions: Mapping[str, str] | None = None
+    averaged_from: tuple[int, ...] | None = None
+    loss_scale: tuple[float, int] | None = None
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -74,8 +86,19 @@ def save(
     progress: Progress,
     group: Group,
     options: CheckpointOptions,
+    ema: Ema | None = None,
 ) -> Path:
     """Write one checkpoint (collective: every rank writes its share) and drop those that are too old.
+
+    Without ``ema`` the bytes are those of a run that knows nothing of averages. Errors: see ``save_tensors``.
+    """
+    return save_tensors(run_dir, _named_tensors(model, optimizer, ema), progress, group, options)
+
+
+def save_tensors(
+    run_dir: Path, tensors: Mapping[str, torch.Tensor], progress: Progress, group: Group, options: CheckpointOptions
+) -> Path:
+    """Write a checkpoint of ``tensors``, the same on all ranks (collective), and drop those that are too old.
 
     Errors: on all ranks, exit 74 where any of them could not write; what was saved before is untouched.
     """
@@ -88,7 +111,7 @@ def save(
             _writing(final, lambda: (shutil.rmtree(partial, ignore_errors=True), partial.mkdir(parents=True)))
 
     def write_part() -> dict[str, Any]:
-        return _writing(final, lambda: _write_part(partial / part, _share(model, optimizer, group)))
+        return _writing(final, lambda: _write_part(partial / part, _share(tensors, group)))
 
     def finish() -> None:
         if group.rank == 0:
@@ -98,7 +121,8 @@ def save(
                     f"{partial / missing[0]} was written but rank 0 does not see it: "
                     "the run folder must be on a file system that all nodes share"
                 )
-            fields = {"format": FORMAT_VERSION, **asdict(progress), "parts": parts}
+            saved = {k: v for k, v in asdict(progress).items() if v is not None or k not in _WHERE_SET}
+            fields = {"format": FORMAT_VERSION, **saved, "parts": parts}
             fields["fingerprint"] = f"{progress.fingerprint:016x}"
             write_json(partial / "manifest.json", {**fields, "manifest_sha256": _digest(fields)})
             _writing(final, lambda: _publish(partial, final))
@@ -165,7 +189,9 @@ def _drop_old(run_dir: Path, keep_last: int) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _named_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, torch.Tensor]:
+def _named_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None, ema: Ema | None = None
+) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint under its name; a tied parameter once."""
     tensors = {}
     for name, parameter in model.named_parameters():
@@ -173,12 +199,14 @@ def _named_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) ->
         if optimizer is not None:
             for key, value in optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer.{key}.{name}"] = value
+    if ema is not None:
+        tensors |= {f"ema.{name}": average for name, average in ema.named_averages().items()}
+        tensors["ema_began"] = torch.tensor(ema.began)
     return tensors
 
 
-def _share(model: nn.Module, optimizer: torch.optim.Optimizer, group: Group) -> dict[str, torch.Tensor]:
+def _share(tensors: Mapping[str, torch.Tensor], group: Group) -> dict[str, torch.Tensor]:
     """This rank's tensors: the largest first, each to the rank that has least so far."""
-    tensors = _named_tensors(model, optimizer)
     load = [0] * group.size
     mine = {}
     for name in sorted(tensors, key=lambda name: (-tensors[name].numel(), name)):
@@ -241,28 +269,81 @@ def newest_valid(run_dir: Path, group: Group) -> tuple[Path, Progress, list[str]
     return None
 
 
-def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Copy a checkpoint's tensors into ``model`` and, if given, ``optimizer`` (local; the files were checked before).
+def load(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    ema: Ema | None = None,
+    weights: Weights = "raw",
+) -> None:
+    """Copy a checkpoint's tensors into ``model`` and, if given, ``optimizer`` and ``ema`` (local; files were checked).
 
-    Errors: CheckpointError where a parameter is missing or has another shape.
+    ema: its average, warm-up and all; where the checkpoint has none, the average begins with the weights loaded here.
+    Averages that nobody asks for are left in the file: a run goes on without them.
+    weights: ``ema`` puts the averages into ``model``; a parameter without one was not trained, and is as it was.
+
+    Errors: CheckpointError where a parameter is missing or has another shape, or averages are asked for and missing; or
+    where ``optimizer`` is to go on from ``hvdtrain average``.
     """
+    if optimizer is not None:
+        check_resumable(folder)
+    asked = {"model.": True, "optimizer.": optimizer is not None, "ema": ema is not None or weights == "ema"}
+    tensors = read_tensors(folder, tuple(prefix for prefix, is_asked in asked.items() if is_asked))
+    if weights == "ema":
+        if "ema_began" not in tensors:
+            raise CheckpointError(f"{folder} has no averaged weights")
+        averages = {name: tensor for name, tensor in tensors.items() if name.startswith("ema.")}
+        tensors |= {f"model.{name.removeprefix('ema.')}": average for name, average in averages.items()}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            _copy(folder, name, tensors.get(f"model.{name}"), parameter)
+            if optimizer is not None:
+                _load_state(optimizer, parameter, name, tensors)
+        if ema is not None:
+            ema.restart(int(_NAME.fullmatch(folder.name)[1]))
+            if "ema_began" in tensors:
+                ema.began = int(tensors["ema_began"])
+                for name, average in ema.named_averages().items():
+                    if f"ema.{name}" in tensors:
+                        _copy(folder, name, tensors[f"ema.{name}"], average)
+
+
+def read_tensors(folder: Path, prefixes: str | tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """A checkpoint's tensors whose names begin so, on the CPU (local; the files were checked before)."""
     tensors: dict[str, torch.Tensor] = {}
     try:
         for path in sorted(folder.glob("part-*.safetensors")):
             with safe_open(path, framework="pt", device="cpu") as file:
-                names = [name for name in file.keys() if optimizer is not None or name.startswith("model.")]  # noqa: SIM118
+                names = [name for name in file.keys() if name.startswith(prefixes)]  # noqa: SIM118
                 tensors.update({name: file.get_tensor(name) for name in names})
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot read {folder}: {error}") from None
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            tensor = tensors.get(f"model.{name}")
-            if tensor is None or tensor.shape != parameter.shape:
-                found = "no such tensor" if tensor is None else f"shape {tuple(tensor.shape)}"
-                raise CheckpointError(f"{folder}: {name} needs shape {tuple(parameter.shape)}, found {found}")
-            parameter.copy_(tensor)
-            if optimizer is not None:
-                _load_state(optimizer, parameter, name, tensors)
+    return tensors
+
+
+def has_ema(folder: Path) -> bool:
+    """Does a checkpoint hold averaged weights beside those of its step?"""
+    return "ema_began" in read_tensors(folder, "ema_began")
+
+
+def check_resumable(folder: Path) -> None:
+    """Errors: CheckpointError where the checkpoint is an average of others, which has no optimizer state."""
+    try:
+        steps = json.loads((folder / "manifest.json").read_text(encoding="utf-8")).get("averaged_from")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {folder / 'manifest.json'}: {error}") from None
+    if steps is not None:
+        raise CheckpointError(
+            f"{folder} is the average of steps {', '.join(map(str, steps))}, without optimizer state: "
+            "evaluate and generate take it, training goes on from the run that it was made of"
+        )
+
+
+def _copy(folder: Path, name: str, tensor: torch.Tensor | None, target: torch.Tensor) -> None:
+    if tensor is None or tensor.shape != target.shape:
+        found = "no such tensor" if tensor is None else f"shape {tuple(tensor.shape)}"
+        raise CheckpointError(f"{folder}: {name} needs shape {tuple(target.shape)}, found {found}")
+    target.copy_(tensor)
 
 
 def _load_state(

@@ -56,6 +56,7 @@ def make_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     evaluate.add_argument("--data", type=Path, metavar="DIR", help="other shards than the run's own")
     evaluate.add_argument("--split", default="val", choices=["train", "val", "test"], help="default: val")
+    _add_weights(evaluate)
 
     generate = commands.add_parser("generate", help="text from a trained run")
     generate.add_argument("run_dir", type=Path, metavar="RUN_DIR")
@@ -65,6 +66,12 @@ def make_parser() -> argparse.ArgumentParser:
     generate.add_argument("--top-k", type=int, default=0, metavar="K", help="0: all tokens (default)")
     generate.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus; 1: all tokens (default)")
     generate.add_argument("--seed", type=int, default=1, metavar="N", help="default: 1")
+    _add_weights(generate)
+
+    average = commands.add_parser("average", help="one checkpoint with the mean weights of a run's newest ones")
+    average.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    average.add_argument("--last", type=int, required=True, metavar="K", help="how many whole checkpoints")
+    average.add_argument("--out", type=Path, metavar="DIR", help="new run folder (default: RUN_DIR/average-K)")
 
     report = commands.add_parser("report", help="table and loss.png of one or several runs")
     report.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR")
@@ -72,6 +79,13 @@ def make_parser() -> argparse.ArgumentParser:
 
     commands.add_parser("doctor", help="what is installed, and a real two-rank all-reduce")
     return parser
+
+
+def _add_weights(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--weights", choices=["raw", "ema"],
+        help="of the last step (raw) or averaged in training (ema); default: ema where the checkpoint has it",
+    )  # fmt: skip
 
 
 def run(argv: Sequence[str], world: World) -> int:
@@ -100,7 +114,7 @@ def _train(words: argparse.Namespace, world: World) -> int:
 def _evaluate(words: argparse.Namespace, world: World) -> int:
     from hvdtrain.evaluate import evaluate
 
-    scores = evaluate(words.run_dir, words.data, words.split, world)
+    scores = evaluate(words.run_dir, words.data, words.split, world, words.weights)
     if world.is_main:
         print(json.dumps(scores))
     return EXIT_OK
@@ -118,7 +132,14 @@ def _generate(words: argparse.Namespace, world: World) -> int:
         problem = error.errors()[0]
         flag = str(problem["loc"][0]).replace("_", "-")
         raise ConfigError(f"--{flag} {problem['input']}: {problem['msg'].lower()}") from None
-    print(generate(words.run_dir, words.prompt, options, world))
+    print(generate(words.run_dir, words.prompt, options, world, words.weights))
+    return EXIT_OK
+
+
+def _average(words: argparse.Namespace, world: World) -> int:
+    from hvdtrain.averaging import average
+
+    print(average(words.run_dir, words.last, words.out, world))
     return EXIT_OK
 
 
@@ -137,4 +158,11 @@ def _doctor(words: argparse.Namespace, world: World) -> int:
     return EXIT_OK if healthy else EXIT_CRASH
 
 
-_COMMANDS = {"train": _train, "evaluate": _evaluate, "generate": _generate, "report": _report, "doctor": _doctor}
+_COMMANDS = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "generate": _generate,
+    "average": _average,
+    "report": _report,
+    "doctor": _doctor,
+}

@@ -23,7 +23,9 @@ from hvdtrain.data.corpora import DataOptions
 from hvdtrain.data.loader import Feed
 from hvdtrain.errors import ConfigError
 from hvdtrain.metrics import MetricsOptions
+from hvdtrain.models.recompute import RecomputeOptions
 from hvdtrain.models.transformer import TransformerOptions
+from hvdtrain.optim.ema import EmaOptions
 from hvdtrain.optim.optimizer import OptimOptions
 from hvdtrain.optim.schedules import ScheduleOptions, check_schedule
 from hvdtrain.options import Options, option
@@ -59,9 +61,11 @@ class RunConfig(Options):
     checkpoint: CheckpointOptions = CheckpointOptions()
     metrics: MetricsOptions = MetricsOptions()
     model: TransformerOptions = TransformerOptions()
+    recompute: RecomputeOptions = RecomputeOptions()
     task: TaskOptions = TaskOptions()
     optim: OptimOptions = OptimOptions()
     schedule: ScheduleOptions = ScheduleOptions()
+    ema: EmaOptions = EmaOptions()
     sync: SyncOptions = SyncOptions()
 
     def identity(self) -> dict[str, Any]:
@@ -70,7 +74,7 @@ class RunConfig(Options):
         """
         whole = flatten(self.model_dump())
         may_change = re.compile(
-            r"device|tf32|compile|train\.(steps|microbatch)|(data|eval|checkpoint|metrics|sync|recompute)\..*"
+            r"device|tf32|compile|train\.(steps|microbatch)|(data|eval|checkpoint|metrics|sync|recompute|ema)\..*"
         )
         return {key: value for key, value in whole.items() if not may_change.fullmatch(key)}
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from hvdtrain.checkpoint import Weights
 from hvdtrain.comm.session import open_group, threads_of_rank
 from hvdtrain.comm.world import World
 from hvdtrain.models.cpu import use_fast_fp32
@@ -14,11 +15,16 @@ from hvdtrain.tasks import make_task
 from hvdtrain.tasks.task import Evaluation
 
 
-def evaluate(run_dir: Path, data_dir: Path | None, split: str, world: World) -> dict[str, Any]:
-    """Scores of the run's newest whole checkpoint: ``{"step", "split", "val_loss", ...}``. Every rank calls this."""
+def evaluate(
+    run_dir: Path, data_dir: Path | None, split: str, world: World, weights: Weights | None = None
+) -> dict[str, Any]:
+    """Scores of the run's newest whole checkpoint: ``{"step", "split", "weights", "val_loss", ...}`` (collective).
+
+    weights: see ``open_run``.
+    """
     with open_group(world) as group:
         torch.set_num_threads(threads_of_rank(group))
-        run = open_run(run_dir, world, group, data_dir)
+        run = open_run(run_dir, world, group, data_dir, weights)
         config = run.config
         if run.device.type == "cpu":
             use_fast_fp32()
@@ -30,4 +36,5 @@ def evaluate(run_dir: Path, data_dir: Path | None, split: str, world: World) -> 
 
         batches = group.together(open_split)
         plan = Plan(run.model, group, config.sync, config.precision, config.seed)
-        return {"run": str(run_dir), "step": run.step, "split": split, **plan.evaluate(batches(), task)}
+        about = {"run": str(run_dir), "step": run.step, "split": split, "weights": run.weights}
+        return {**about, **plan.evaluate(batches(), task)}

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import torch
 
+from hvdtrain.checkpoint import Weights
 from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.comm.world import World
-from hvdtrain.errors import ConfigError
+from hvdtrain.errors import ConfigError, say
 from hvdtrain.models.decoder import Decoder
 from hvdtrain.options import Options, option
 from hvdtrain.run_folder import open_run
@@ -63,8 +64,10 @@ def sample(
             cache, fresh = model.new_cache(1), ids
 
 
-def generate(run_dir: Path, prompt: str, options: SamplingOptions, world: World) -> str:
+def generate(run_dir: Path, prompt: str, options: SamplingOptions, world: World, weights: Weights | None = None) -> str:
     """The prompt and what the run's newest whole checkpoint makes of it. One process.
+
+    weights: see ``open_run``; where they are averaged, standard error says so.
 
     Errors: ConfigError under a launcher with several ranks, or where the prompt has no known token.
     """
@@ -72,7 +75,7 @@ def generate(run_dir: Path, prompt: str, options: SamplingOptions, world: World)
         raise ConfigError(f"generate works on one process; {world.launcher} started {world.size}")
     from tokenizers import Tokenizer
 
-    run = open_run(run_dir, world, LocalGroup())
+    run = open_run(run_dir, world, LocalGroup(), weights=weights)
     if not isinstance(run.model, Decoder):
         raise ConfigError(f"generate goes on with a text; {run_dir} was trained for task.name={run.config.task.name}")
     tokenizer = Tokenizer.from_file(str(run.corpora.entries[0][0] / "tokenizer.json"))
@@ -80,5 +83,7 @@ def generate(run_dir: Path, prompt: str, options: SamplingOptions, world: World)
     ids = tokenizer.encode(prompt, add_special_tokens=False).ids or ([stop] if stop is not None else [])
     if not ids:
         raise ConfigError("the prompt is empty; give --prompt TEXT")
+    if run.weights == "ema":
+        say(f"step {run.step}, averaged weights (ema)")
     new = list(sample(run.model, ids, options, run.device, stop))
     return prompt + tokenizer.decode(new)

@@ -9,44 +9,69 @@ import math
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections import deque
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
+
+import torch
+from pydantic import field_validator
 
 from hvdtrain.data.shards import write_json
 from hvdtrain.errors import DivergedError, OutputError
+from hvdtrain.meter import Laps, StepTimes, memory_peak_mib
 from hvdtrain.options import Options, option
 from hvdtrain.parallel.allreduce import StepSums
+from hvdtrain.profiler import parse_steps
+
+# Of a sum over thousands of targets; fairseq gives up at 1e-4, of a mean (--min-loss-scale).
+_LEAST_LOSS_SCALE = 2.0**-24
 
 
 class MetricsOptions(Options):
     every: int = option(10, "steps between logged lines", ge=1)
     tensorboard: bool = option(True, "write RUN_DIR/tensorboard")
+    mfu: Literal["auto", "measure", "off"] = option(
+        "auto",
+        "share of the device's peak; auto: of a GPU's data sheet, of a CPU's measured at the end of a run of over a "
+        "minute; measure: of a CPU's measured at the start (0.3 s), so that it is in every line",
+    )
+    profile: str = option("", "steps to write a trace of to RUN_DIR/profile, like 10-12 (both included); empty: none")
 
-
-@dataclass
-class StepTimes:
-    """Seconds of one step on the host's clock."""
-
-    data: float = 0.0
-    compute: float = 0.0
-    sync: float = 0.0
-    total: float = 0.0
+    @field_validator("profile")
+    @classmethod
+    def _steps_can_be_read(cls, spec: str) -> str:
+        parse_steps(spec)
+        return spec
 
 
 class Metrics:
     """Collects a run's numbers. All ranks make one and call ``add``; only rank 0 (``is_main``) writes.
 
-    ``tokens``: non-padding target tokens since step 0, of all ranks.
+    ``tokens``: non-padding target tokens since step 0, of all ranks. Times, FLOPs and memory are this rank's.
+    ``peak``: FLOP/s that this rank's device could reach (see peaks.py), None: not known; may be set at any time.
     """
 
-    def __init__(self, run_dir: Path, options: MetricsOptions, steps: int, is_main: bool, start_step: int, tokens: int):
+    def __init__(
+        self,
+        run_dir: Path,
+        options: MetricsOptions,
+        steps: int,
+        is_main: bool,
+        start_step: int,
+        tokens: int,
+        device: torch.device | None = None,
+        peak: float | None = None,
+    ):
         self._options, self._steps, self._is_main, self._run_dir = options, steps, is_main, run_dir
+        self._device, self.peak = device or torch.device("cpu"), peak
         self.tokens: Any = tokens
         self._started = time.perf_counter()
+        self._unread: deque[StepTimes | Laps] = deque()
         self._since = StepTimes()
         self._start_step, self._steps_since, self._tokens_at_log = start_step, 0, tokens
-        self._rate_tokens, self._rate_s = 0, 0.0  # of all intervals but the first, which holds the start-up
+        self._flops_since = 0
+        # Of all intervals but the first, which holds the start-up.
+        self._rate_tokens, self._rate_flops, self._rate_s = 0, 0, 0.0
         self._intervals = 0
         self._file: TextIO | None = None
         self._board: _Board | None = None
@@ -65,36 +90,59 @@ class Metrics:
         return self._rate_tokens / self._rate_s if self._rate_s else 0.0
 
     @property
+    def flops_per_s(self) -> float:
+        """Model FLOPs of this rank, at the rate and over the intervals of ``tokens_per_s``."""
+        return self._rate_flops / self._rate_s if self._rate_s else 0.0
+
+    @property
+    def mfu(self) -> float | None:
+        """``flops_per_s`` as a share of ``peak``; None where either is not known."""
+        return self.flops_per_s / self.peak if self.peak and self.flops_per_s else None
+
+    @property
     def wall_s(self) -> float:
         return time.perf_counter() - self._started
 
-    def add(self, step: int, epoch: int, sums: StepSums, lr: float, times: StepTimes) -> None:
+    def add(
+        self, step: int, epoch: int, sums: StepSums, lr: float, times: StepTimes | Laps, flops: int | float = 0
+    ) -> None:
         """Note one finished step; every ``metrics.every`` steps read it, check it and write it.
 
+        flops: this rank's model FLOPs of the step (see models/flops.py); 0: not counted.
         Errors: DivergedError, on all ranks alike, where the loss or the gradient is not finite.
         """
         self.tokens = self.tokens + sums.weight
-        for name, value in vars(times).items():
-            setattr(self._since, name, getattr(self._since, name) + value)
+        self._flops_since += flops
+        self._unread.append(times)
+        self._read_times(only_ready=True)  # so that few wait, however seldom a line is written
         self._steps_since += 1
         if self._bar is not None:
             self._bar.update()
         if step % self._options.every == 0 or step in (self._start_step + 1, self._steps):
             self._log(step, epoch, sums, lr)
 
+    def _read_times(self, only_ready: bool) -> None:
+        while self._unread and (not only_ready or self._unread[0].is_ready()):
+            self._since.add(self._unread.popleft().read())
+
     def _log(self, step: int, epoch: int, sums: StepSums, lr: float) -> None:
         loss, grad_norm = sums.loss.item(), sums.grad_norm.item()
+        loss_scale = None if sums.loss_scale is None else sums.loss_scale.item()
         self.tokens = int(self.tokens)
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        # A scaled loss may overflow now and then: the step is left out and the scale lowered. Not for ever.
+        overflowed = loss_scale is not None and loss_scale >= _LEAST_LOSS_SCALE and not math.isfinite(grad_norm)
+        if not (math.isfinite(loss) and (math.isfinite(grad_norm) or overflowed)):
             raise DivergedError(
                 f"step {step}: loss {loss}, gradient norm {grad_norm}; lower optim.lr or lengthen "
                 "schedule.warmup_steps; the last checkpoint is from before"
             )
         self.last_loss = loss
+        self._read_times(only_ready=False)  # the device has come past them: it has just told the loss
         tokens, seconds, steps = self.tokens - self._tokens_at_log, self._since.total, self._steps_since
         rate = tokens / seconds if seconds else 0.0
         if self._intervals > 0:
             self._rate_tokens += tokens
+            self._rate_flops += self._flops_since
             self._rate_s += seconds
         line = {
             "kind": "train",
@@ -103,16 +151,29 @@ class Metrics:
             "tokens": self.tokens,
             "loss": loss,
             "lr": lr,
-            "grad_norm": grad_norm,
+            "grad_norm": None if overflowed else grad_norm,  # JSON knows no infinity
             "tokens_per_s": round(rate, 1),
             "time_data_s": round(self._since.data / steps, 6),
             "time_compute_s": round(self._since.compute / steps, 6),
             "time_sync_s": round(self._since.sync / steps, 6),
+            "time_optimizer_s": round(self._since.optimizer / steps, 6),
+            "time_other_s": round(self._since.other / steps, 6),
+            "memory_peak_mib": round(memory_peak_mib(self._device), 1),
             "wall_s": round(self.wall_s, 3),
         }
+        if loss_scale is not None:
+            line["loss_scale"] = loss_scale
+        grad = "overflow" if overflowed else f"{grad_norm:.2f}"
+        text = f"loss {loss:.4f}  lr {lr:.2e}  grad {grad}  {rate:,.0f} tokens/s"
+        if self._flops_since and seconds:
+            flops_per_s = self._flops_since / seconds
+            line["model_tflops_per_s"] = round(flops_per_s / 1e12, 6)
+            if self.peak:
+                line["mfu"] = round(flops_per_s / self.peak, 4)
+                text += f"  {flops_per_s / self.peak:.0%} MFU"
         self._intervals += 1
-        self._tokens_at_log, self._steps_since, self._since = self.tokens, 0, StepTimes()
-        self._write(line, f"loss {loss:.4f}  lr {lr:.2e}  grad {grad_norm:.2f}  {rate:,.0f} tokens/s")
+        self._tokens_at_log, self._steps_since, self._since, self._flops_since = self.tokens, 0, StepTimes(), 0
+        self._write(line, text)
 
     def add_evaluation(self, step: int, scores: dict[str, float]) -> None:
         """Note the scores of the validation split. Errors: DivergedError, on all ranks alike."""

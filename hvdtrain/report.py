@@ -42,12 +42,13 @@ def _read(run_dir: Path) -> dict[str, Any]:
 
 
 def _table(runs: list[dict[str, Any]]) -> str:
-    head = ["run", "status", "step", "tokens", "val loss", "best", "tokens/s", "ranks", "sample digest"]
+    head = ["run", "status", "step", "tokens", "val loss", "best", "tokens/s", "MFU", "ranks", "sample digest"]
     rows = [head]
     for run in runs:
         summary = run["summary"]
         last = (run["train"] or [{}])[-1]
         val = (run["eval"] or [{}])[-1].get("val_loss")
+        mfu = summary.get("mfu", last.get("mfu"))
         best = min((line["val_loss"] for line in run["eval"]), default=None)
         rows.append(
             [
@@ -58,6 +59,7 @@ def _table(runs: list[dict[str, Any]]) -> str:
                 "-" if val is None else f"{val:.4f}",
                 "-" if best is None else f"{best:.4f}",
                 f"{summary.get('tokens_per_s', last.get('tokens_per_s', 0)):,.0f}",
+                "-" if mfu is None else f"{mfu:.1%}",
                 str(summary.get("world_size", "-")),
                 str(summary.get("sample_digest", "-")),
             ]

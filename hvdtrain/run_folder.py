@@ -25,6 +25,7 @@ class TrainedRun:
     model: nn.Module
     device: torch.device
     step: int
+    weights: checkpoint.Weights  # which of the checkpoint's
     corpora: Corpora
 
 
@@ -42,10 +43,19 @@ def read_config(run_dir: Path) -> RunConfig:
         raise CheckpointError(f"the run's configuration is damaged: {error}") from None
 
 
-def open_run(run_dir: Path, world: World, group: Group, data_dir: Path | None = None) -> TrainedRun:
+def open_run(
+    run_dir: Path,
+    world: World,
+    group: Group,
+    data_dir: Path | None = None,
+    weights: checkpoint.Weights | None = None,
+) -> TrainedRun:
     """Load a run's newest whole checkpoint (collective).
 
-    Errors: on all ranks; CheckpointError where there is no checkpoint, DataError where the data does not fit it.
+    weights: those of the last step (``raw``) or their average (``ema``); None: the average where there is one.
+
+    Errors: on all ranks; CheckpointError where there is no checkpoint, DataError where the data does not fit it,
+    ConfigError where an average is asked for and there is none.
     """
     config = group.together(lambda: read_config(run_dir))
     found = checkpoint.newest_valid(run_dir, group)
@@ -54,6 +64,10 @@ def open_run(run_dir: Path, world: World, group: Group, data_dir: Path | None = 
         if found is None:
             raise CheckpointError(f"{run_dir} has no whole checkpoint yet; run `python -m hvdtrain train` to its end")
         folder, progress, _ = found
+        has_ema = checkpoint.has_ema(folder)
+        if weights == "ema" and not has_ema:
+            raise ConfigError(f"{folder} has no averaged weights (ema.decay was 0); take --weights raw")
+        kind: checkpoint.Weights = weights or ("ema" if has_ema else "raw")
         data = config.data if data_dir is None else DataOptions(dir=str(data_dir))
         corpora = open_corpora(data)
         task = make_task(config.task)
@@ -68,7 +82,7 @@ def open_run(run_dir: Path, world: World, group: Group, data_dir: Path | None = 
                 )
         device, _ = pick_device(config.device, world, group)
         model = task.make_model(config.model, corpora.manifest).to(device)
-        checkpoint.load(folder, model)
-        return TrainedRun(config, model.eval(), device, progress.step, corpora)
+        checkpoint.load(folder, model, weights=kind)
+        return TrainedRun(config, model.eval(), device, progress.step, kind, corpora)
 
     return group.together(prepare)

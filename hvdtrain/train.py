@@ -4,8 +4,7 @@ import contextlib
 import json
 import math
 import os
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,13 +23,18 @@ from hvdtrain.data.loader import TrainLoader
 from hvdtrain.data.shards import writing
 from hvdtrain.data.stream import read_through_note
 from hvdtrain.errors import CheckpointError, ConfigError, OutputError
-from hvdtrain.metrics import Metrics, StepTimes, git_state, versions, write_summary
+from hvdtrain.meter import Laps, StepClock, memory_peak_mib
+from hvdtrain.metrics import Metrics, git_state, versions, write_summary
 from hvdtrain.models.cpu import use_fast_fp32
+from hvdtrain.models.recompute import use_recompute
+from hvdtrain.optim.ema import make_ema
 from hvdtrain.optim.optimizer import make_optimizer
 from hvdtrain.optim.schedules import learning_rate
-from hvdtrain.parallel.compiling import check_compiler
+from hvdtrain.parallel.compiling import CompileClock, check_compiler
 from hvdtrain.parallel.plan import Plan
 from hvdtrain.parallel.precision import use_tf32
+from hvdtrain.peaks import find_peak, worth_measuring
+from hvdtrain.profiler import Profiler, parse_steps
 from hvdtrain.tasks import make_task
 from hvdtrain.tasks.task import Evaluation, Training
 
@@ -84,20 +88,27 @@ class _Run:
 
         model = self.task.make_model(config.model, self.data.corpora.manifest)
         model.initialise(config.seed)
+        use_recompute(model, config.recompute)
         model.to(self.device).train()
         optimizer = make_optimizer(model, config.optim)
+        self.ema = make_ema(model, config.ema)
         if self.resumed_from:
-            self.group.together(lambda: checkpoint.load(self.resumed_from, model, optimizer))
+            self.group.together(lambda: checkpoint.load(self.resumed_from, model, optimizer, self.ema))
+            if self.ema is not None and not checkpoint.has_ema(self.resumed_from):
+                self.fallbacks.append(f"{self.resumed_from} has no averaged weights: the average begins there")
+        self.compiling = CompileClock().start()
         plan = Plan(model, self.group, config.sync, config.precision, config.seed, config.compile)
+        if plan.loss_scale is not None and progress.loss_scale is not None:
+            plan.loss_scale.load(progress.loss_scale)
         loader = TrainLoader(self.data.train.source, self.device)
         loader.rows_consumed = progress.rows_consumed
         closing = contextlib.closing
-        with closing(loader), closing(plan.sync), closing(self._open_metrics()) as metrics:
+        with closing(loader), closing(plan.sync), closing(self._open_metrics()) as metrics, self._phases() as phases:
             self._announce(metrics, model)
-            return self._walk(loader, plan, optimizer, metrics)
+            return self._walk(loader, plan, optimizer, metrics, phases)
 
     def _walk(
-        self, loader: TrainLoader, plan: Plan, optimizer: torch.optim.Optimizer, metrics: Metrics
+        self, loader: TrainLoader, plan: Plan, optimizer: torch.optim.Optimizer, metrics: Metrics, phases: "_Phases"
     ) -> dict[str, Any]:
         config, progress, steps = self.config, self.progress, self.config.train.steps
         task = self.task
@@ -105,39 +116,66 @@ class _Run:
 
         for step in range(progress.step + 1, steps + 1):
             save_is_due, eval_is_due = _due(step, config.checkpoint.every, steps), _due(step, config.eval.every, steps)
-            clock = _Clock()
-            microbatches = loader.next_step()
-            clock.lap("data")
-            plan.forward_backward(microbatches, task, step)
-            clock.lap("compute")
-            sums = plan.finish(config.optim.clip_norm)
-            clock.lap("sync")
-            lr = learning_rate(config.schedule, config.optim.lr, steps, step - 1)
-            plan.step(optimizer, lr)
-            clock.lap("compute")
-            metrics.add(step, loader.epoch, sums, lr, clock.stop())
-            startup_s = startup_s or _seconds_since_process_start()
+            if phases.begin(step):
+                metrics.say(f"step {step}: wrote {self.run_dir}/profile")
+            with phases("data"):
+                microbatches = loader.next_step()
+            with phases("compute"):
+                plan.forward_backward(microbatches, task, step)
+            with phases("sync"):
+                sums = plan.finish(config.optim.clip_norm)
+            with phases("optimizer"):
+                lr = learning_rate(config.schedule, config.optim.lr, steps, step - 1)
+                plan.step(optimizer, lr)
+                if self.ema is not None:
+                    self.ema.update(step)
+            metrics.add(step, loader.epoch, sums, lr, phases.end(), plan.flops)
+            if startup_s is None:
+                startup_s = _seconds_since_process_start()
+                if config.compile != "none":
+                    metrics.say(f"hvdtrain: compiled in {self.compiling.seconds:.1f} s")
 
             if eval_is_due:
-                scores = plan.evaluate(self.data.val(), task)
+                scores = self._evaluate(plan)
                 best = scores["val_loss"] if best is None else min(best, scores["val_loss"])
                 metrics.add_evaluation(step, scores)
             if save_is_due:
                 plan.check_finite(step)
-                progress = self._progress(step, loader, int(metrics.tokens), best)
-                checkpoint.save(self.run_dir, plan.model, optimizer, progress, self.group, config.checkpoint)
+                progress = self._progress(step, loader, plan, int(metrics.tokens), best)
+                checkpoint.save(self.run_dir, plan.model, optimizer, progress, self.group, config.checkpoint, self.ema)
                 metrics.say(f"step {step}: saved {checkpoint.folder_of(self.run_dir, step)}")
 
         if not scores:  # resumed after the last step, but before its summary was written
-            scores = plan.evaluate(self.data.val(), task)
+            scores = self._evaluate(plan)
             best = scores["val_loss"] if best is None else min(best, scores["val_loss"])
+        self._measure_peak(metrics)
         summary = self._summary(progress, scores, best, metrics, startup_s)
         self.group.together(lambda: write_summary(self.run_dir, summary) if self.is_main else None)
         return summary
 
+    def _evaluate(self, plan: Plan) -> dict[str, float]:
+        """Scores of the validation split; of the averaged weights, where there are any."""
+        with self.ema.swapped(plan.publish) if self.ema is not None else contextlib.nullcontext():
+            return plan.evaluate(self.data.val(), self.task)
+
     def _open_metrics(self) -> Metrics:
         progress, steps = self.progress, self.config.train.steps
-        return Metrics(self.run_dir, self.config.metrics, steps, self.is_main, progress.step, progress.tokens)
+        options = self.config.metrics
+        self.group.barrier()  # ranks of a node measure at the same time: each finds its share of the machine
+        self.peak = find_peak(options.mfu, self.device, self.config.precision, self.config.tf32)
+        peak = self.peak.flops_per_s
+        return Metrics(self.run_dir, options, steps, self.is_main, progress.step, progress.tokens, self.device, peak)
+
+    def _phases(self) -> "_Phases":
+        steps = parse_steps(self.config.metrics.profile)
+        return _Phases(StepClock(self.device), Profiler(steps, self.run_dir, self.group.rank, self.device))
+
+    def _measure_peak(self, metrics: Metrics) -> None:
+        """After a long run on CPUs: what could they have done? (collective)"""
+        seconds = max(self.group.all_gather_object(metrics.wall_s))
+        if worth_measuring(self.config.metrics.mfu, self.device, seconds):
+            self.group.barrier()
+            metrics.peak = find_peak("measure", self.device, self.config.precision).flops_per_s
 
     def _open_data(self) -> _Data:
         """Find out what is wrong with the data now, on all ranks, and open what is right (collective)."""
@@ -173,6 +211,7 @@ class _Run:
             self.group.together(lambda: _check_nothing_is_lost(source, explicit=source != self.run_dir))
             return Progress(), None
         folder, progress, damaged = found
+        self.group.together(lambda: checkpoint.check_resumable(folder))
         self.group.together(lambda: _check_identity(folder, progress, self.identity))
         self.fallbacks += [f"damaged checkpoint skipped: {problem}" for problem in damaged]
         own_step = progress.step if folder.parent.parent == self.run_dir else -1
@@ -214,10 +253,12 @@ class _Run:
         metrics.say(f"hvdtrain: {parameters:,} parameters; {self.data.train.about}")
         if self.resumed_from:
             metrics.say(f"hvdtrain: resumed from {self.resumed_from}")
+        if self.peak.about:
+            metrics.say(f"hvdtrain: {self.peak.about}")
         for fallback in self.fallbacks:
             metrics.say(f"hvdtrain: note: {fallback}")
 
-    def _progress(self, step: int, loader: TrainLoader, tokens: int, best: float | None) -> Progress:
+    def _progress(self, step: int, loader: TrainLoader, plan: Plan, tokens: int, best: float | None) -> Progress:
         own = sum(self.group.all_gather_object(loader.fingerprint))
         return replace(
             self.progress,
@@ -227,6 +268,7 @@ class _Run:
             fingerprint=(self.progress.fingerprint + own) % (1 << 64),
             best_val_loss=best,
             identity=self.identity,
+            loss_scale=plan.loss_scale and plan.loss_scale.state(),
             world_size=self.group.size,
             versions=versions(),
         )
@@ -239,14 +281,20 @@ class _Run:
         metrics: Metrics,
         startup_s: float | None,
     ) -> dict[str, Any]:
+        config = self.config
         return {
             "status": "finished",
             "step": progress.step,
             "tokens": progress.tokens,
             **scores,
+            "weights": "raw" if self.ema is None else "ema",
             "best_val_loss": best,
             "train_loss": None if math.isnan(metrics.last_loss) else metrics.last_loss,
             "tokens_per_s": round(metrics.tokens_per_s, 1),
+            "model_tflops_per_s": metrics.flops_per_s and round(metrics.flops_per_s / 1e12, 6),
+            "mfu": metrics.mfu and round(metrics.mfu, 4),
+            "memory_peak_mib": round(max(self.group.all_gather_object(memory_peak_mib(self.device))), 1),
+            "compile_s": round(self.compiling.seconds, 3) if config.compile != "none" else None,
             "wall_s": round(metrics.wall_s, 3),
             "startup_s": startup_s and round(startup_s, 3),
             "world_size": self.group.size,
@@ -264,21 +312,29 @@ class _Run:
         }
 
 
-class _Clock:
-    """Laps of one step, in seconds."""
+class _Phases(contextlib.AbstractContextManager):
+    """The parts of a step: timed, and named in the profiler's trace where there is one."""
 
-    def __init__(self) -> None:
-        self._times = StepTimes()
-        self._started = self._last = time.perf_counter()
+    def __init__(self, clock: StepClock, profiler: Profiler):
+        self._clock, self._profiler = clock, profiler
 
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        setattr(self._times, name, getattr(self._times, name) + now - self._last)
-        self._last = now
+    def begin(self, step: int) -> bool:
+        """Returns whether a trace has just been written."""
+        written = self._profiler.step(step)
+        self._clock.start()
+        return written
 
-    def stop(self) -> StepTimes:
-        self._times.total = time.perf_counter() - self._started
-        return self._times
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        with self._profiler.range(name):
+            yield
+        self._clock.lap(name)
+
+    def end(self) -> Laps:
+        return self._clock.stop()
+
+    def __exit__(self, *_: object) -> None:
+        self._profiler.close()
 
 
 def _count(number: int, what: str) -> str:

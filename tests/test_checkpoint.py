@@ -1,6 +1,7 @@
 """Checkpoints: what is saved is loaded to the bit, and a run that was cut in two is the run that was not."""
 
 import json
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from hvdtrain.data.sampler import WindowSampler
 from hvdtrain.data.stream import TokenStream
 from hvdtrain.data.windows import WindowSource
 from hvdtrain.errors import CheckpointError
+from hvdtrain.optim.ema import Ema, EmaOptions
 from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
 from hvdtrain.parallel.plan import Plan, SyncOptions
 from hvdtrain.tasks.lm import LanguageModel
@@ -40,7 +42,7 @@ class Training:
         for self.step in range(self.step + 1, self.step + steps + 1):  # noqa: B020
             self.plan.forward_backward(self.loader.next_step(), LanguageModel(), self.step)
             self.plan.finish(1.0)
-            self.plan.sync.step(self.optimizer, 0.01)
+            self.plan.step(self.optimizer, 0.01)
         return self
 
     def save(self, run_dir: Path, options: CheckpointOptions = KEEP_ALL) -> Path:
@@ -110,6 +112,25 @@ def test_progress_survives(tmp_path: Path):
     assert folder == folder_of(tmp_path, 7) == tmp_path / "checkpoints" / "step-00000007"
     assert read_progress(folder) == progress
     assert newest_valid(tmp_path, GROUP) == (folder, progress, [])
+    averaged = replace(progress, averaged_from=(7, 6, 5))
+    checkpoint.save_tensors(tmp_path / "other", {"model.x": torch.ones(1)}, averaged, GROUP, KEEP_ALL)
+    assert read_progress(folder_of(tmp_path / "other", 7)) == averaged
+
+
+def rewrite_manifest(folder: Path, keep: set[str]) -> None:
+    """As a version of hvdtrain would have written it that knew only the fields ``keep`` of Progress."""
+    path = folder / "manifest.json"
+    unknown = {field.name for field in fields(Progress)} - keep
+    found = {k: v for k, v in json.loads(path.read_text()).items() if k not in unknown and k != "manifest_sha256"}
+    path.write_text(json.dumps({**found, "manifest_sha256": checkpoint._digest(found)}))
+
+
+def test_what_an_older_manifest_lacks_has_its_default(tmp_path: Path):
+    model = tiny_decoder()
+    progress = Progress(3, 12, 96, 5, 1.5, {"seed": 1}, 4, {"torch": "2"})
+    folder = checkpoint.save(tmp_path, model, make_optimizer(model, OptimOptions()), progress, GROUP, KEEP_ALL)
+    rewrite_manifest(folder, {"step", "rows_consumed", "fingerprint"})
+    assert read_progress(folder) == Progress(step=3, rows_consumed=12, fingerprint=5)
 
 
 def test_names_know_nothing_of_ranks_and_tied_weights_are_once(tmp_path: Path, stream: TokenStream):
@@ -170,7 +191,7 @@ def test_the_share_of_each_rank():
         for rank in range(size):
             group = LocalGroup()
             group.rank, group.size = rank, size
-            shares.append(checkpoint._share(model, optimizer, group))
+            shares.append(checkpoint._share(whole, group))
         assert sorted(name for share in shares for name in share) == sorted(whole)
         loads = [sum(tensor.numel() * 4 for tensor in share.values()) for share in shares]
         assert max(loads) - min(loads) <= max(tensor.numel() * 4 for tensor in whole.values())
@@ -205,6 +226,137 @@ def test_steps_are_numbers_not_names(tmp_path: Path):
 
 
 def test_the_manifest_is_plain_json(tmp_path: Path, stream: TokenStream):
-    fields = json.loads((Training(stream).run(2).save(tmp_path) / "manifest.json").read_text())
-    assert (fields["step"], fields["rows_consumed"], fields["format"]) == (2, 8, 1)
-    assert len(fields["fingerprint"]) == 16
+    found = json.loads((Training(stream).run(2).save(tmp_path) / "manifest.json").read_text())
+    assert (found["step"], found["rows_consumed"], found["format"]) == (2, 8, 1)
+    assert len(found["fingerprint"]) == 16
+
+
+# --- averaged weights --------------------------------------------------------------------------------------------
+
+EMA = EmaOptions(decay=0.9)
+
+
+class Averaging(Training):
+    """The same with an average at its side."""
+
+    def __init__(self, stream: TokenStream, seed: int = 0, options: EmaOptions = EMA, **more):
+        super().__init__(stream, seed, **more)
+        self.ema = Ema(self.model, options)
+
+    def run(self, steps: int) -> "Averaging":
+        for _ in range(steps):
+            super().run(1)
+            self.ema.update(self.step)
+        return self
+
+    def save(self, run_dir: Path, options: CheckpointOptions = KEEP_ALL) -> Path:
+        progress = Progress(self.step, self.loader.rows_consumed)
+        return checkpoint.save(run_dir, self.model, self.optimizer, progress, GROUP, options, ema=self.ema)
+
+    def resume(self, folder: Path) -> "Averaging":
+        progress = read_progress(folder)
+        checkpoint.load(folder, self.model, self.optimizer, self.ema)
+        self.step, self.loader.rows_consumed = progress.step, progress.rows_consumed
+        return self
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        averages = {f"ema.{name}": t.clone() for name, t in self.ema.named_averages().items()}
+        return {**super().tensors(), **averages}
+
+
+def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
+    return checkpoint.read_tensors(folder, "")
+
+
+def test_an_average_is_saved_beside_the_weights_and_only_then(tmp_path: Path, stream: TokenStream):
+    training = Averaging(stream).run(3)
+    found, plain = tensors_in(training.save(tmp_path / "ema")), tensors_in(Training(stream).run(3).save(tmp_path))
+    names = [name for name, _ in training.model.named_parameters()]
+    assert found.keys() - plain.keys() == {"ema_began", *(f"ema.{name}" for name in names)}
+    assert plain.keys() <= found.keys()
+    assert_equal(plain, {name: found[name] for name in plain})  # an average changes nothing else
+    assert all(torch.equal(found[f"ema.{n}"], average) for n, average in training.ema.named_averages().items())
+    assert not torch.equal(found["ema.embedding.weight"], found["model.embedding.weight"])
+    manifests = [json.loads((folder_of(run, 3) / "manifest.json").read_text()) for run in (tmp_path, tmp_path / "ema")]
+    before = {field.name for field in fields(Progress)} - checkpoint._WHERE_SET | {"format", "parts", "manifest_sha256"}
+    assert [manifest.keys() == before for manifest in manifests] == [True, True]
+
+
+@pytest.mark.parametrize("cut", [1, 4, 5])
+@pytest.mark.parametrize("options", [EMA, EmaOptions(decay=0.5, every=2, warmup=False)])
+def test_an_average_cut_in_two_is_the_one_that_was_not(tmp_path: Path, stream: TokenStream, cut: int, options):
+    unbroken = Averaging(stream, options=options).run(8)
+    folder = Averaging(stream, options=options).run(cut).save(tmp_path)
+    assert_equal(Averaging(stream, 7, options).resume(folder).run(8 - cut).tensors(), unbroken.tensors())
+
+
+def test_a_run_that_takes_up_averaging_begins_with_the_weights_it_loads(tmp_path: Path, stream: TokenStream):
+    """And its warm-up with them, also when it is cut once more afterwards."""
+    folder = Training(stream).run(6).save(tmp_path / "plain")
+    begun = Averaging(stream, seed=3).resume(folder)
+    assert begun.ema.began == 6
+    assert_equal(dict(begun.model.named_parameters()), dict(begun.ema.named_averages()))
+    again = Averaging(stream, seed=4).resume(begun.run(1).save(tmp_path / "begun"))
+    assert again.ema.began == 6
+    begun.run(2)
+    assert_equal(again.run(2).tensors(), begun.tensors())
+    by_hand = Averaging(stream, seed=5).resume(folder)
+    average = by_hand.model.norm.weight.detach().clone()
+    for t in (1, 2, 3):
+        by_hand.run(1)
+        average.lerp_(by_hand.model.norm.weight.detach(), 1 - (1 + t) / (10 + t))
+    assert torch.equal(average, begun.ema.named_averages()["norm.weight"])
+
+
+def test_a_run_without_averaging_goes_on_from_one_with(tmp_path: Path, stream: TokenStream):
+    folder = Averaging(stream).run(3).save(tmp_path)
+    resumed, plain = Training(stream, seed=9), Training(stream).run(3)
+    checkpoint.load(folder, resumed.model, resumed.optimizer)
+    assert_equal(resumed.tensors(), plain.tensors())
+    assert not any(name.startswith("ema") for name in tensors_in(resumed.save(tmp_path / "next")))
+
+
+def test_a_parameter_that_was_frozen_has_its_own_value_as_average(tmp_path: Path):
+    frozen, thawed = tiny_decoder(0), tiny_decoder(1)
+    frozen.position.weight.requires_grad_(False)
+    optimizer, ema = make_optimizer(frozen, OptimOptions()), Ema(frozen, EMA)
+    nn.init.normal_(frozen.norm.weight)
+    folder = checkpoint.save(tmp_path, frozen, optimizer, Progress(step=1), GROUP, KEEP_ALL, ema)
+    other = Ema(thawed, EMA)
+    checkpoint.load(folder, thawed, ema=other)
+    assert torch.equal(other.named_averages()["position.weight"], frozen.position.weight)
+    assert torch.equal(other.named_averages()["norm.weight"], ema.named_averages()["norm.weight"])
+    checkpoint.load(folder, thawed, weights="ema")
+    assert torch.equal(thawed.position.weight, frozen.position.weight)
+    assert torch.equal(thawed.norm.weight, ema.named_averages()["norm.weight"])
+    checkpoint.load(folder, thawed)
+    assert torch.equal(thawed.norm.weight, frozen.norm.weight)
+
+
+def test_weights_to_look_at(tmp_path: Path, stream: TokenStream):
+    with_ema, without = Averaging(stream).run(3), Training(stream).run(3)
+    folder, plain = with_ema.save(tmp_path / "ema"), without.save(tmp_path / "plain")
+    assert [checkpoint.has_ema(folder), checkpoint.has_ema(plain)] == [True, False]
+    looked = tiny_decoder(9)
+    checkpoint.load(folder, looked, weights="ema")
+    assert_equal(dict(looked.named_parameters()), dict(with_ema.ema.named_averages()))
+    with pytest.raises(CheckpointError, match="step-00000003 has no averaged weights"):
+        checkpoint.load(plain, looked, weights="ema")
+
+
+def test_training_does_not_go_on_from_an_average_of_checkpoints(tmp_path: Path):
+    model = tiny_decoder()
+    tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    progress = Progress(step=6, averaged_from=(6, 4))
+    folder = checkpoint.save_tensors(tmp_path, tensors, progress, GROUP, KEEP_ALL)
+    other = tiny_decoder(5)
+    checkpoint.load(folder, other)
+    assert_equal(dict(model.named_parameters()), dict(other.named_parameters()))
+    for refuse in (
+        checkpoint.check_resumable,
+        lambda f: checkpoint.load(f, other, make_optimizer(other, OptimOptions())),
+    ):
+        with pytest.raises(
+            CheckpointError, match=r"is the average of steps 6, 4, without optimizer state: evaluate and"
+        ):
+            refuse(folder)

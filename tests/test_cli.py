@@ -2,12 +2,18 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from launch import TRACE, Done, Prepared, launch, launch_rows, snapshot, succeed, summary
 
+from hvdtrain import checkpoint
+from hvdtrain.checkpoint import CheckpointOptions, folder_of, read_progress, read_tensors
+from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.config import describe_options, recipe_names
+from hvdtrain.metrics import read_log
 
 PROMPT = "def żółw_日本("
 GENERATED = {
@@ -32,6 +38,18 @@ WRONG = {
     "generate {trained} --prompt x --max-tokens 0": (2, "--max-tokens 0: input should be greater"),
     "generate {trained} --prompt x --temperature hot": (2, "--temperature: invalid float value: 'hot'"),
     "generate {trained}": (2, "the following arguments are required: --prompt"),
+    "evaluate {trained} --weights ema": (2, "step-00000012 has no averaged weights (ema.decay was 0); take --weights"),
+    "generate {trained} --prompt x --weights ema": (2, "step-00000012 has no averaged weights"),
+    "evaluate {trained} --weights best": (2, "argument --weights: invalid choice: 'best'"),
+    "average {empty} --last 2": (65, "is not a run folder: it has no config.yaml"),
+    "average {trained}": (2, "the following arguments are required: --last"),
+    "average {trained} --last 0": (2, "--last 0: give the number of checkpoints to average, 1 or more"),
+    "average {trained} --last 2 --out {empty}": (2, "is there already; remove it, or give another --out DIR"),
+    "average {trained} --last 3": (
+        2,
+        "has 2 whole checkpoints (step 12, 6), not --last 3; the run keeps no more than checkpoint.keep_last=2: "
+        "set it to 3 or 0 (all) for the next; or give --last 2",
+    ),
 }
 
 
@@ -99,6 +117,89 @@ def test_evaluate_other_splits_and_other_data(prepared: Prepared, trained: Path)
     assert train["val_loss"] != val["val_loss"] == summary(trained)["val_loss"]
 
 
+@pytest.fixture(scope="module")
+def with_ema(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run, as if the average of its weights at step 12 were those of step 6: scores and text of both are known."""
+    run_dir = tmp_path_factory.mktemp("with_ema") / "run"
+    shutil.copytree(trained, run_dir)
+    older = {
+        f"ema.{name.removeprefix('model.')}": t for name, t in read_tensors(folder_of(run_dir, 6), "model.").items()
+    }
+    last = folder_of(run_dir, 12)
+    tensors, progress = {**read_tensors(last, ""), **older, "ema_began": torch.tensor(0)}, read_progress(last)
+    shutil.rmtree(last)
+    checkpoint.save_tensors(run_dir, tensors, progress, LocalGroup(), CheckpointOptions(keep_last=1))
+    return run_dir
+
+
+def test_averaged_weights_are_taken_where_they_are(with_ema: Path, trained: Path, tmp_path: Path):
+    shutil.copytree(trained, tmp_path / "older")
+    shutil.rmtree(folder_of(tmp_path / "older", 12))
+    prompt = ("--prompt", PROMPT, "--temperature", 0)
+    choices: dict[str, tuple] = {"": (), "ema": ("--weights", "ema"), "raw": ("--weights", "raw")}
+    scores = launch_rows(("evaluate", with_ema, *words) for words in choices.values())
+    texts = launch_rows(
+        [
+            *(("generate", with_ema, *prompt, *words) for words in choices.values()),
+            ("generate", tmp_path / "older", *prompt),
+            ("generate", trained, *prompt, "--weights", "raw"),
+        ]
+    )
+    assert {done.exit_code for done in (*scores, *texts)} == {0}
+    logged = {line["step"]: line["val_loss"] for line in read_log(trained / "metrics.jsonl") if line["kind"] == "eval"}
+    found = [json.loads(done.stdout) for done in scores]
+    assert [line["weights"] for line in found] == ["ema", "ema", "raw"]
+    assert [line["val_loss"] for line in found] == [logged[6], logged[6], logged[12]]
+    assert logged[6] != logged[12]
+    by_default, ema, raw, at_6, at_12 = texts
+    assert by_default.stdout == ema.stdout == at_6.stdout
+    assert raw.stdout == at_12.stdout
+    assert by_default.messages == ema.messages == ["hvdtrain: step 12, averaged weights (ema)"]
+    assert raw.stderr == at_12.stderr == ""
+
+
+def test_evaluate_averaged_weights_on_two_ranks(with_ema: Path):
+    alone = json.loads(succeed("evaluate", with_ema).stdout)
+    on_two = json.loads(succeed("evaluate", with_ema, how="mpirun", ranks=2).stdout)
+    for key in ("val_loss", "perplexity"):  # fp32 sums of other batches
+        assert on_two.pop(key) == pytest.approx(alone.pop(key), rel=1e-6)
+    assert on_two == alone
+
+
+def test_average(prepared: Prepared, trained: Path, tmp_path: Path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(trained, run_dir)
+    made = run_dir / "average-2"
+    average, again, evaluate, generate, train = launch_rows(
+        [
+            ("average", run_dir, "--last", 2),
+            ("average", run_dir, "--last", 2),
+            ("evaluate", made),
+            ("generate", made, "--prompt", PROMPT),
+            ("train", prepared.recipe, "train.steps=20", "--run-dir", made),
+        ]
+    )
+    assert (average.exit_code, average.stderr) == (0, "")
+    assert average.stdout == f"averaged the weights of steps 12, 6 into {made}\n"
+    assert (again.exit_code, len(again.messages)) == (2, 1)
+    assert f"{made} is there already" in again.messages[0]
+    scores = json.loads(evaluate.stdout)
+    assert (scores["step"], scores["weights"], scores["run"]) == (12, "raw", str(made))
+    logged = [line["val_loss"] for line in read_log(trained / "metrics.jsonl") if line["kind"] == "eval"]
+    assert min(logged) - 0.1 < scores["val_loss"] < max(logged)
+    assert scores["val_loss"] not in logged
+    assert generate.stdout.startswith(PROMPT)
+    assert (train.exit_code, len(train.messages), TRACE in train.text) == (65, 1, False), train
+    assert "is the average of steps 12, 6, without optimizer state" in train.messages[0]
+
+
+def test_average_is_for_one_process(trained: Path, tmp_path: Path):
+    done = launch("average", trained, "--last", 2, "--out", tmp_path / "out", how="mpirun", ranks=2)
+    assert (done.exit_code, len(done.messages)) == (2, 1), done
+    assert "average works on one process; mpirun started 2" in done.messages[0]
+    assert not (tmp_path / "out").exists()
+
+
 def test_report(trained: Path, tmp_path: Path):
     picture = tmp_path / "pictures" / "loss.png"
     done = succeed("report", trained, trained, "--out", picture)
@@ -117,7 +218,7 @@ def test_report(trained: Path, tmp_path: Path):
 
 def test_help():
     done = succeed("--help")
-    for name in ("train", "evaluate", "generate", "report", "doctor"):
+    for name in ("train", "evaluate", "generate", "average", "report", "doctor"):
         assert re.search(rf"^ +{name} +\S", done.stdout, re.MULTILINE)
     assert re.fullmatch(r"\d+\.\d+\.\d+\n", succeed("--version").stdout)
 

@@ -256,7 +256,7 @@ def test_every_option_is_described():
     assert [row.key for row in rows] == list(flatten(RunConfig().model_dump()))
     assert all(row.meaning and row.default and row.type for row in rows)
     types = {row.key: (row.type, row.default) for row in rows}
-    assert types["precision"] == ("fp32|bf16", "fp32")
+    assert types["precision"] == ("fp32|bf16|bf16-weights|fp16", "fp32")
     assert types["train.steps"] == ("int", "1000")
     assert types["model.bias"] == ("bool", "true")
 

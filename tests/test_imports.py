@@ -17,10 +17,11 @@ TABLE = [
     {"data", "models", "optim"},
     {"tasks"},
     {"parallel"},
+    {"meter", "peaks", "profiler"},
     {"checkpoint", "metrics"},
     {"config"},
     {"run_folder"},
-    {"train", "evaluate", "generate", "report", "doctor"},
+    {"train", "evaluate", "generate", "averaging", "report", "doctor"},
     {"cli"},
     {"__main__"},
 ]

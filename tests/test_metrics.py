@@ -6,10 +6,12 @@ import json
 import math
 import os
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from hvdtrain.errors import EXIT_DIVERGED, DivergedError, OutputError
 from hvdtrain.metrics import Metrics, MetricsOptions, StepTimes, git_state, read_log, versions, write_summary
@@ -18,7 +20,7 @@ from hvdtrain.parallel.allreduce import StepSums
 TIMES = StepTimes(data=0.1, compute=0.2, sync=0.3, total=0.6)
 KEYS = [
     "kind", "step", "epoch", "tokens", "loss", "lr", "grad_norm", "tokens_per_s",
-    "time_data_s", "time_compute_s", "time_sync_s", "wall_s",
+    "time_data_s", "time_compute_s", "time_sync_s", "time_optimizer_s", "time_other_s", "memory_peak_mib", "wall_s",
 ]  # fmt: skip
 
 
@@ -72,6 +74,100 @@ def test_times_are_means_over_the_interval_and_the_rate_leaves_out_the_start(tmp
     assert (second["time_compute_s"], second["time_sync_s"]) == (pytest.approx(0.2), pytest.approx(0.3))
     assert [line["tokens_per_s"] for line in (first, second, third)] == [1.0, 100.0, 100.0]
     assert metrics.tokens_per_s == pytest.approx(100.0)
+
+
+def test_what_no_lap_names_is_other(tmp_path: Path):
+    metrics = metrics_of(tmp_path, steps=10)
+    for step in range(1, 11):
+        metrics.add(step, 0, sums(2.0), 0.1, StepTimes(data=0.1, compute=0.4, sync=0.2, optimizer=0.2, total=1.0))
+    metrics.close()
+    for line in lines_of(tmp_path):
+        assert (line["time_optimizer_s"], line["time_other_s"]) == (pytest.approx(0.2), pytest.approx(0.1))
+        assert 1 < line["memory_peak_mib"] < 1e6
+
+
+def test_model_flops_and_their_share_of_the_peak(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """3e9 FLOPs in a step of 0.6 s are 5e9 a second; the peak becomes known in the middle of the run."""
+    metrics = metrics_of(tmp_path, steps=15)
+    assert (metrics.flops_per_s, metrics.mfu) == (0.0, None)
+    for step in range(1, 16):
+        metrics.peak = 2e10 if step > 5 else None
+        metrics.add(step, 0, sums(2.0), 0.1, TIMES, flops=3_000_000_000 if step > 1 else 0)
+    metrics.close()
+    first, second, third, last = lines_of(tmp_path)
+    assert not {"model_tflops_per_s", "mfu"} & set(first)
+    assert second["model_tflops_per_s"] == pytest.approx(0.005)
+    assert "mfu" not in second
+    assert (third["mfu"], last["mfu"]) == (0.25, 0.25)
+    assert (metrics.flops_per_s, metrics.mfu) == (pytest.approx(5e9), pytest.approx(0.25))
+    metrics.peak = None
+    assert metrics.mfu is None
+    texts = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
+    assert [text.endswith("  25% MFU") for text in texts] == [False, False, True, True]
+
+
+class Slow:
+    """A step's times on a device that is behind: ready when the test says so."""
+
+    def __init__(self, device: list[int], number: int):
+        self.device, self.number = device, number
+
+    def is_ready(self) -> bool:
+        return self.number <= self.device[0]
+
+    def read(self) -> StepTimes:
+        if not self.is_ready():
+            self.device[1] += 1  # this waited
+        return StepTimes(data=self.number, total=self.number)
+
+
+def test_times_of_a_device_are_read_when_they_are_there(tmp_path: Path):
+    """In order, without waiting between the lines, and all of them at a line."""
+    metrics = metrics_of(tmp_path, steps=12, every=10)
+    device = [1, 0]
+    metrics.add(1, 0, sums(2.0), 0.1, Slow(device, 1))
+    for step in range(2, 11):
+        device[0] = step - 3
+        metrics.add(step, 0, sums(2.0), 0.1, Slow(device, step))
+        assert len(metrics._unread) == (0 if step == 10 else min(3, step - 1))
+        assert device[1] == (3 if step == 10 else 0)
+    metrics.close()
+    first, second = lines_of(tmp_path)
+    assert first["time_data_s"] == 1.0
+    assert second["time_data_s"] == pytest.approx(sum(range(2, 11)) / 9)
+
+
+@pytest.mark.parametrize("spec", ["x", "0", "0-3", "5-3", "1-", "-2", "1-2-3", "1 - 2", "1,2", "\u0663"])
+def test_steps_to_profile_that_are_none(spec: str):
+    with pytest.raises(ValidationError, match="FIRST-LAST, steps counted from 1"):
+        MetricsOptions(profile=spec)
+
+
+def test_steps_to_profile():
+    assert (MetricsOptions().mfu, MetricsOptions().profile) == ("auto", "")
+    assert [MetricsOptions(profile=spec).profile for spec in ("7", "10-12")] == ["7", "10-12"]
+
+
+def scaled(scale: float, loss: float = 2.0, grad_norm: float = 1.5) -> StepSums:
+    return replace(sums(loss, grad_norm=grad_norm), loss_scale=torch.tensor(scale))
+
+
+def test_an_overflow_of_a_scaled_loss_is_no_divergence(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Until the scale has been lowered so often that it cannot be the scale's fault."""
+    metrics = metrics_of(tmp_path, every=1)
+    metrics.add(1, 0, scaled(16.0), 0.1, TIMES)
+    metrics.add(2, 0, scaled(16.0, grad_norm=math.inf), 0.1, TIMES)
+    metrics.add(3, 0, scaled(8.0, grad_norm=math.nan), 0.1, TIMES)
+    for sums_of_step in (scaled(2.0**-25, grad_norm=math.inf), scaled(16.0, loss=math.nan)):
+        with pytest.raises(DivergedError):
+            metrics.add(4, 0, sums_of_step, 0.1, TIMES)
+    metrics.close()
+    assert [(line["grad_norm"], line["loss_scale"]) for line in lines_of(tmp_path)] == [
+        (1.5, 16),
+        (None, 16),
+        (None, 8),
+    ]
+    assert ["grad overflow" in line for line in capsys.readouterr().out.splitlines()] == [False, True, True]
 
 
 def test_evaluations_are_lines_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -163,15 +259,19 @@ def test_tensorboard_reads_what_was_written(tmp_path: Path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     metrics = metrics_of(tmp_path, board=True)
-    train(metrics, 1, 20)
+    metrics.peak = 1e9
+    for step in range(1, 21):
+        metrics.add(step, 0, sums(loss=1 / step), 1e-3, TIMES, flops=300_000_000)
     metrics.add_evaluation(20, {"val_loss": 2.5})
     metrics.close()
     board = EventAccumulator(str(tmp_path / "tensorboard"))
     board.Reload()
     numbers = {f"train/{key}" for key in KEYS if key not in ("kind", "step")}
+    numbers |= {"train/model_tflops_per_s", "train/mfu"}
     assert set(board.Tags()["scalars"]) == numbers | {"eval/val_loss"}
     loss = [(event.step, event.value) for event in board.Scalars("train/loss")]
     assert loss == [(step, pytest.approx(1 / step)) for step in (1, 5, 10, 15, 20)]
+    assert [event.value for event in board.Scalars("train/mfu")] == [0.5] * 5
     assert [event.value for event in board.Scalars("eval/val_loss")] == [2.5]
 
 

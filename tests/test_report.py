@@ -18,7 +18,7 @@ def write_run(folder: Path, finished: bool = True, losses=(4.0, 3.0, 2.5), evals
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if finished:
         summary = {"status": "finished", "step": 3, "tokens": 3000, "tokens_per_s": 12345.6}
-        summary |= {"world_size": 4, "sample_digest": "ab12"}
+        summary |= {"world_size": 4, "sample_digest": "ab12", "mfu": 0.4561}
         (folder / "summary.json").write_text(json.dumps(summary))
     return folder
 
@@ -32,7 +32,7 @@ def test_a_finished_run(tmp_path: Path):
     (run / "checkpoints" / "step-00000003").mkdir(parents=True)
     (run / "tensorboard").mkdir()
     lines = report([run], None).splitlines()
-    assert cells(lines[1]) == [str(run), "finished", "3", "3,000", "2.7500", "2.5000", "12,346", "4", "ab12"]
+    assert cells(lines[1]) == [str(run), "finished", "3", "3,000", "2.7500", "2.5000", "12,346", "45.6%", "4", "ab12"]
     assert len(cells(lines[0])) == len(cells(lines[1]))
     assert (run / "loss.png").read_bytes().startswith(PNG)
     for path in (run / "loss.png", run / "tensorboard", run / "checkpoints" / "step-00000003"):
@@ -44,6 +44,10 @@ def test_an_unfinished_run_shows_how_far_it_came(tmp_path: Path):
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"kind": "train", "st')
     assert cells(report([run], None).splitlines()[1])[1:6] == ["unfinished", "3", "3,000", "2.7500", "2.7500"]
+    assert cells(report([run], None).splitlines()[1])[7] == "-"
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('ep\n{"kind": "train", "step": 4, "loss": 2.25, "mfu": 0.305}\n')
+    assert cells(report([run], None).splitlines()[1])[2:8:5] == ["4", "30.5%"]
 
 
 def test_several_runs_share_a_picture(tmp_path: Path):

@@ -1,7 +1,7 @@
 """What a microbatch is: the tensors that a task's loss reads."""
 
 from dataclasses import dataclass, fields
-from typing import Self
+from typing import ClassVar, Self
 
 import numpy as np
 import torch
@@ -13,13 +13,17 @@ IGNORE = -100  # a target that does not count; torch's cross-entropy skips it
 class AnyBatch:
     """``target_tokens``: how many targets count; known on the host, so that no one has to ask the device."""
 
-    def _each(self, change) -> Self:
-        values = (getattr(self, field.name) for field in fields(self))
-        return type(self)(*(change(value) if isinstance(value, torch.Tensor) else value for value in values))
+    _on_host: ClassVar[tuple[str, ...]] = ()  # tensors that no device needs
+
+    def _each(self, change, but: tuple[str, ...] = ()) -> Self:
+        values = ((field.name not in but, getattr(self, field.name)) for field in fields(self))
+        return type(self)(*(change(v) if mine and isinstance(v, torch.Tensor) else v for mine, v in values))
 
     def to(self, device: torch.device) -> Self:
         """The same on ``device``; the copy may still be under way."""
-        return self if device.type == "cpu" else self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        if device.type == "cpu":
+            return self
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True), but=self._on_host)
 
     def pinned(self) -> Self:
         """The same in page-locked memory, from where a GPU fetches by itself."""
@@ -31,8 +35,11 @@ class Batch(AnyBatch):
     """``tokens`` and ``targets``: int64 [B, T]; ``targets[b, t]`` is what follows ``tokens[b, t]``, or IGNORE.
 
     Packed rows also have ``positions``, int64 [B, T]: places within a document, and ``segments``, int64 [B, T]: which
-    document of the row a token belongs to, -1 for padding.
+    document of the row a token belongs to, -1 for padding. ``segments`` stay on the host, where attention asks them
+    for the documents' ends without waiting for a device.
     """
+
+    _on_host: ClassVar[tuple[str, ...]] = ("segments",)
 
     tokens: torch.Tensor
     targets: torch.Tensor

@@ -5,8 +5,9 @@ Shape letters:  B rows, T positions, D model width, V vocabulary
 
 import torch
 
+from hvdtrain.models.attention import Runs, document_runs, row_runs, runs_fit
 from hvdtrain.models.layers import Block, KVCache, make_norm
-from hvdtrain.models.masks import packed_mask
+from hvdtrain.models.masks import packed_mask, window_mask
 from hvdtrain.models.transformer import Transformer, TransformerOptions
 
 
@@ -15,7 +16,7 @@ class Decoder(Transformer):
 
     def __init__(self, options: TransformerOptions, vocab_size: int):
         super().__init__(options, vocab_size)
-        self.blocks = self.make_blocks(Block, options.layers)
+        self.blocks = self.make_blocks(Block, options.layers, window=options.window)
         self.norm = make_norm(options.norm, options.width, options.bias)
         self.head = self.make_head()
 
@@ -35,13 +36,29 @@ class Decoder(Transformer):
         Rows packed with several documents, int64 each, without a cache:
         positions_BT: each token's position in its own document, below the context; any on padding.
         segments_BT: each token's document, numbered within the row, -1 on padding; no document sees another.
+            It may stay on the host: a GPU then need not be waited for.
         """
         assert cache is None or (positions_BT is None and segments_BT is None), "packed rows have no cache"
         x_BTD, rotary = self.embed(tokens_BT, cache[0].length if cache else 0, positions_BT)
-        mask = packed_mask(segments_BT) if segments_BT is not None else None
+        mask = self._sight(tokens_BT, segments_BT) if cache is None else None
         for number, block in enumerate(self.blocks):
             x_BTD = block(x_BTD, rotary, cache[number] if cache else None, mask)
         return self.norm(x_BTD)
+
+    def _sight(self, tokens_BT: torch.Tensor, segments_BT: torch.Tensor | None) -> torch.Tensor | Runs | None:
+        """Who sees whom, for all layers; None: as the blocks were made, causal and with their window."""
+        o, weight = self.options, self.embedding.weight
+        device, positions = tokens_BT.device, tokens_BT.shape[1]
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else weight.dtype
+        fit = runs_fit(device, dtype, o.width // o.heads, o.dropout if self.training else 0.0)
+        if segments_BT is None:  # flash attention knows windows by itself
+            windowed = 0 < o.window < positions
+            return row_runs(tokens_BT) if windowed and fit and device.type == "cuda" else None
+        if fit:
+            return document_runs(segments_BT, device)
+        mask = packed_mask(segments_BT.to(device))
+        return mask & window_mask(positions, o.window, device) if o.window else mask
 
     def logits(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
         """[B, T, V padded] fp32 or autocast's type."""

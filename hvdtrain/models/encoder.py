@@ -6,6 +6,7 @@ Shape letters:  B rows, T positions, D model width, C classes
 import torch
 from torch import nn
 
+from hvdtrain.errors import ConfigError
 from hvdtrain.models.layers import Block, make_norm
 from hvdtrain.models.masks import padding_mask
 from hvdtrain.models.transformer import Transformer, TransformerOptions, initialise
@@ -15,6 +16,8 @@ class Encoder(Transformer):
     """``forward(tokens, lengths) -> hidden``: every position sees the whole row up to its length."""
 
     def __init__(self, options: TransformerOptions, vocab_size: int):
+        if options.window:
+            raise ConfigError(f"model.window={options.window}: an encoder's positions see the whole row; set it to 0")
         super().__init__(options, vocab_size)
         self.blocks = self.make_blocks(Block, options.layers, causal=False)
         self.norm = make_norm(options.norm, options.width, options.bias)

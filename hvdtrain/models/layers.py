@@ -1,6 +1,7 @@
 """The parts of a Transformer block.
 
 Shape letters:  B rows, T positions, S positions of an encoder's output (the memory), D model width, H heads,
+                G heads of keys and values (H, or fewer that each serve H / G heads of queries),
                 K width of a head (D / H), F feed-forward width
 """
 
@@ -8,11 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hvdtrain.models.attention import Runs, attend
+from hvdtrain.models.recompute import Recomputed
+
 
 class KVCache:
-    """Keys and values of the positions seen so far, for one layer: [B, H, T_max, K] each.
+    """Keys and values of the positions seen so far, for one layer: [B, G, T_max, K] each.
 
-    ``memory``: those of an encoder's output, [2, B, H, S, K], where there is one; made at the first step.
+    ``memory``: those of an encoder's output, [2, B, G, S, K], where there is one; made at the first step.
     """
 
     def __init__(self, rows: int, heads: int, positions: int, head_width: int, like: torch.Tensor):
@@ -22,11 +26,11 @@ class KVCache:
         self.length = 0
         self.memory: torch.Tensor | None = None
 
-    def append(self, keys_BHTK: torch.Tensor, values_BHTK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def append(self, keys_BGTK: torch.Tensor, values_BGTK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Store the new positions; returns all keys and values up to and including them."""
-        end = self.length + keys_BHTK.shape[2]
-        self.keys[:, :, self.length : end] = keys_BHTK
-        self.values[:, :, self.length : end] = values_BHTK
+        end = self.length + keys_BGTK.shape[2]
+        self.keys[:, :, self.length : end] = keys_BGTK
+        self.values[:, :, self.length : end] = values_BGTK
         self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
 
@@ -62,13 +66,27 @@ class Attention(nn.Module):
     """Multi-head self-attention (Vaswani et al. 2017) through torch's scaled_dot_product_attention.
 
     ``causal``: a position sees itself and earlier ones, else all. A ``mask`` says instead of it who sees whom: bool,
-    [B, 1, T, T] or what spreads to it, True where a query (third dim) may see a key (last dim).
+    [B, 1, T, T] or what spreads to it, True where a query (third dim) may see a key (last dim); or ``Runs``, the
+    documents of packed rows: causal in each.
+    ``kv_heads``: heads of keys and values, which divide ``heads`` (grouped-query attention); 0: as many.
+    ``window``: of causal attention, how many positions one sees, itself and those before; 0: all. Not for a mask.
     """
 
-    def __init__(self, width: int, heads: int, bias: bool, dropout: float, causal: bool = True):
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        bias: bool,
+        dropout: float,
+        causal: bool = True,
+        kv_heads: int = 0,
+        window: int = 0,
+    ):
         super().__init__()
-        self.heads, self.dropout, self.causal = heads, dropout, causal
-        self.qkv = nn.Linear(width, 3 * width, bias=bias)
+        assert causal or not window, "a window is for causal attention alone"
+        self.heads, self.kv_heads, self.dropout = heads, kv_heads or heads, dropout
+        self.causal, self.window = causal, window
+        self.qkv = nn.Linear(width, width + 2 * self.kv_heads * (width // heads), bias=bias)
         self.out = nn.Linear(width, width, bias=bias)
 
     def forward(
@@ -76,41 +94,45 @@ class Attention(nn.Module):
         x_BTD: torch.Tensor,
         rotary: torch.Tensor | None = None,
         cache: KVCache | None = None,
-        mask: torch.Tensor | None = None,
+        mask: torch.Tensor | Runs | None = None,
     ) -> torch.Tensor:
         assert cache is None or (self.causal and mask is None), "a cache is for causal attention alone"
         rows, positions, width = x_BTD.shape
-        q, k, v = self.qkv(x_BTD).view(rows, positions, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # each B H T K
+        heads = (self.heads, self.kv_heads, self.kv_heads)
+        qkv = self.qkv(x_BTD).view(rows, positions, sum(heads), -1).transpose(1, 2)
+        q, k, v = qkv.split(heads, dim=1)  # B H T K, B G T K, B G T K
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
         if cache is not None:
             k, v = cache.append(k, v)
         assert cache is None or cache.length == positions or positions == 1, "a filled cache takes one token at a time"
-        # With a cache the queries are either the whole prefix (causal) or one last position, which sees everything.
-        is_causal = self.causal and mask is None and positions > 1
-        out_BHTK = F.scaled_dot_product_attention(
-            q, k, v, mask, dropout_p=self.dropout if self.training else 0.0, is_causal=is_causal
-        )
+        # With a cache the queries are either the whole prefix (causal) or one last position, which sees everything,
+        # or the last keys of its window.
+        if positions == 1 and self.window:
+            k, v = k[:, :, -self.window :], v[:, :, -self.window :]
+        causal = self.causal and positions > 1
+        dropout = self.dropout if self.training else 0.0
+        out_BHTK = attend(q, k, v, mask, causal, self.window, dropout)
         return self.out(out_BHTK.transpose(1, 2).reshape(rows, positions, width))
 
 
 class CrossAttention(nn.Module):
     """Multi-head attention from a decoder's positions to an encoder's output (Vaswani et al. 2017, 3.2.3).
 
-    The two sides count their positions apart, so nothing is rotated here.
+    The two sides count their positions apart, so nothing is rotated here. ``kv_heads``: as in Attention.
     """
 
-    def __init__(self, width: int, heads: int, bias: bool, dropout: float):
+    def __init__(self, width: int, heads: int, bias: bool, dropout: float, kv_heads: int = 0):
         super().__init__()
-        self.heads, self.dropout = heads, dropout
+        self.heads, self.kv_heads, self.dropout = heads, kv_heads or heads, dropout
         self.q = nn.Linear(width, width, bias=bias)
-        self.kv = nn.Linear(width, 2 * width, bias=bias)
+        self.kv = nn.Linear(width, 2 * self.kv_heads * (width // heads), bias=bias)
         self.out = nn.Linear(width, width, bias=bias)
 
     def keys_values(self, memory_BSD: torch.Tensor) -> torch.Tensor:
-        """[2, B, H, S, K]: the same at every step of decoding."""
+        """[2, B, G, S, K]: the same at every step of decoding."""
         rows, positions, _ = memory_BSD.shape
-        return self.kv(memory_BSD).view(rows, positions, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+        return self.kv(memory_BSD).view(rows, positions, 2, self.kv_heads, -1).permute(2, 0, 3, 1, 4)
 
     def forward(
         self, x_BTD: torch.Tensor, keys_values: torch.Tensor, memory_mask: torch.Tensor | None = None
@@ -118,10 +140,8 @@ class CrossAttention(nn.Module):
         """``memory_mask``: bool [B, 1, 1, S], True on tokens, False on padding."""
         rows, positions, width = x_BTD.shape
         q_BHTK = self.q(x_BTD).view(rows, positions, self.heads, -1).transpose(1, 2)
-        k_BHSK, v_BHSK = keys_values
-        out_BHTK = F.scaled_dot_product_attention(
-            q_BHTK, k_BHSK, v_BHSK, memory_mask, dropout_p=self.dropout if self.training else 0.0
-        )
+        k_BGSK, v_BGSK = keys_values
+        out_BHTK = attend(q_BHTK, k_BGSK, v_BGSK, memory_mask, dropout=self.dropout if self.training else 0.0)
         return self.out(out_BHTK.transpose(1, 2).reshape(rows, positions, width))
 
 
@@ -145,7 +165,7 @@ class FeedForward(nn.Module):
         return self.out(F.gelu(hidden_BTF))
 
 
-class Block(nn.Module):
+class Block(Recomputed):
     """Pre-norm residual block:  x + attention(norm(x)),  then  x + feed_forward(norm(x))."""
 
     def __init__(
@@ -157,11 +177,13 @@ class Block(nn.Module):
         norm: str,
         bias: bool,
         dropout: float,
+        kv_heads: int = 0,
         causal: bool = True,
+        window: int = 0,
     ):
         super().__init__()
         self.attention_norm = make_norm(norm, width, bias)
-        self.attention = Attention(width, heads, bias, dropout, causal)
+        self.attention = Attention(width, heads, bias, dropout, causal, kv_heads, window)
         self.feed_forward_norm = make_norm(norm, width, bias)
         self.feed_forward = FeedForward(width, ratio, activation, bias)
         self.dropout = nn.Dropout(dropout)
@@ -171,26 +193,56 @@ class Block(nn.Module):
         x_BTD: torch.Tensor,
         rotary: torch.Tensor | None = None,
         cache: KVCache | None = None,
-        mask: torch.Tensor | None = None,
+        mask: torch.Tensor | Runs | None = None,
+    ) -> torch.Tensor:
+        return self.run(x_BTD, rotary, cache, mask)
+
+    def compute(
+        self,
+        x_BTD: torch.Tensor,
+        rotary: torch.Tensor | None,
+        cache: KVCache | None,
+        mask: torch.Tensor | Runs | None,
     ) -> torch.Tensor:
         x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), rotary, cache, mask))
         return x_BTD + self.dropout(self.feed_forward(self.feed_forward_norm(x_BTD)))
 
 
-class CrossBlock(nn.Module):
+class CrossBlock(Recomputed):
     """Pre-norm block of an encoder-decoder's decoder: causal attention, cross-attention, feed-forward, each added."""
 
-    def __init__(self, width: int, heads: int, ratio: float, activation: str, norm: str, bias: bool, dropout: float):
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        ratio: float,
+        activation: str,
+        norm: str,
+        bias: bool,
+        dropout: float,
+        kv_heads: int = 0,
+        window: int = 0,
+    ):
         super().__init__()
         self.attention_norm = make_norm(norm, width, bias)
-        self.attention = Attention(width, heads, bias, dropout)
+        self.attention = Attention(width, heads, bias, dropout, True, kv_heads, window)
         self.cross_attention_norm = make_norm(norm, width, bias)
-        self.cross_attention = CrossAttention(width, heads, bias, dropout)
+        self.cross_attention = CrossAttention(width, heads, bias, dropout, kv_heads)
         self.feed_forward_norm = make_norm(norm, width, bias)
         self.feed_forward = FeedForward(width, ratio, activation, bias)
         self.dropout = nn.Dropout(dropout)
 
     def forward(
+        self,
+        x_BTD: torch.Tensor,
+        rotary: torch.Tensor | None,
+        cache: KVCache | None,
+        memory_BSD: torch.Tensor,
+        memory_mask: torch.Tensor,
+    ) -> torch.Tensor:
+        return self.run(x_BTD, rotary, cache, memory_BSD, memory_mask)
+
+    def compute(
         self,
         x_BTD: torch.Tensor,
         rotary: torch.Tensor | None,

@@ -35,3 +35,13 @@ def packed_mask(segments_BT: torch.Tensor) -> torch.Tensor:
     #          1     . . . x x  .
     #         -1     . . . . .  x
     return (segments_BT[:, None, :, None] == segments_BT[:, None, None, :]).tril()
+
+
+def window_mask(positions: int, window: int, device: torch.device) -> torch.Tensor:
+    """Causal attention to the last ``window`` positions, its own included: bool [positions, positions]."""
+    # window 3   x . . . .
+    #            x x . . .
+    #            x x x . .
+    #            . x x x .
+    #            . . x x x
+    return torch.ones(positions, positions, dtype=torch.bool, device=device).tril().triu(1 - window)

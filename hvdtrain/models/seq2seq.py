@@ -22,7 +22,7 @@ class Seq2Seq(Transformer):
         super().__init__(options, vocab_size)
         self.encoder_blocks = self.make_blocks(Block, options.encoder_layers or options.layers, causal=False)
         self.encoder_norm = make_norm(options.norm, options.width, options.bias)
-        self.blocks = self.make_blocks(CrossBlock, options.layers)
+        self.blocks = self.make_blocks(CrossBlock, options.layers, window=options.window)
         self.norm = make_norm(options.norm, options.width, options.bias)
         self.head = self.make_head()
 

@@ -21,6 +21,12 @@ class TransformerOptions(Options):
         0, "Transformer blocks of the encoder in an encoder-decoder; 0: as many as layers", ge=0
     )
     heads: int = option(4, "attention heads; must divide width", ge=1)
+    kv_heads: int = option(
+        0, "heads of keys and values, shared by groups of heads; must divide heads; 0: as many", ge=0
+    )
+    window: int = option(
+        0, "positions that causal attention sees, its own and those before (tokens); 0: all; not for encoders", ge=0
+    )
     width: int = option(128, "model width (residual stream)", ge=1)
     context: int = option(256, "positions a model sees at once (tokens)", ge=1)
     ff_ratio: float = option(4.0, "feed-forward width / model width", gt=0)
@@ -36,6 +42,8 @@ class TransformerOptions(Options):
     def _sizes_fit(self) -> "TransformerOptions":
         if self.width % self.heads:
             raise ValueError(f"heads={self.heads} does not divide width={self.width}")
+        if self.kv_heads and self.heads % self.kv_heads:
+            raise ValueError(f"kv_heads={self.kv_heads} does not divide heads={self.heads}")
         if self.positions == "rotary" and self.width // self.heads % 2:
             raise ValueError(f"rotary positions need an even head width, not {self.width}/{self.heads}")
         return self
@@ -79,7 +87,7 @@ class Transformer(nn.Module):
 
     def make_blocks(self, kind: type[nn.Module], count: int, **more: Any) -> nn.ModuleList:
         o = self.options
-        sizes = (o.width, o.heads, o.ff_ratio, o.activation, o.norm, o.bias, o.dropout)
+        sizes = (o.width, o.heads, o.ff_ratio, o.activation, o.norm, o.bias, o.dropout, o.kv_heads)
         return nn.ModuleList(kind(*sizes, **more) for _ in range(count))
 
     def make_head(self) -> nn.Linear:
@@ -91,7 +99,8 @@ class Transformer(nn.Module):
 
     def make_cache(self, layers: int, rows: int) -> list[KVCache]:
         o = self.options
-        return [KVCache(rows, o.heads, o.context, o.width // o.heads, self.embedding.weight) for _ in range(layers)]
+        heads, head_width = o.kv_heads or o.heads, o.width // o.heads
+        return [KVCache(rows, heads, o.context, head_width, self.embedding.weight) for _ in range(layers)]
 
 
 @torch.no_grad()

@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from hvdtrain.comm.group import Group
-from hvdtrain.data.batch import Batch
+from hvdtrain.data.batch import AnyBatch, Batch
 from hvdtrain.data.sampler import derive
 from hvdtrain.errors import DivergedError
+from hvdtrain.models.flops import training_flops
 from hvdtrain.options import Options, option
 from hvdtrain.parallel.allreduce import AllReduceOptions, AllReduceSync, StepSums
 from hvdtrain.parallel.compiling import compile_model
@@ -53,6 +54,7 @@ class Plan:
         compile_model(self.compute, compile)
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self._weight = 0
+        self.flops = 0  # of this rank's last step, see models/flops.py
 
     def forward_backward(self, microbatches: list[Batch], task: Task, step: int) -> None:
         """Sums of loss and gradient over this rank's microbatches; gradients already travel while backward runs.
@@ -63,7 +65,7 @@ class Plan:
         torch.manual_seed(derive(self._seed, step, self.replica, 2))
         self.sync.start()
         self._loss_sum.zero_()
-        self._weight = 0
+        self._weight = self.flops = 0
         for number, batch in enumerate(microbatches):
             with self.autocast():
                 loss = task.loss(self.compute, batch)
@@ -72,6 +74,7 @@ class Plan:
             (loss.total if self.loss_scale is None else loss.total * self.loss_scale.scale).backward()
             self._loss_sum += loss.total.detach()
             self._weight += loss.weight
+            self.flops += _flops(self.model, batch)
 
     def finish(self, max_norm: float) -> StepSums:
         """Global loss and gradient norm of the step; gradients summed, divided by the global weight, clipped."""
@@ -127,3 +130,10 @@ class Plan:
             sums = torch.zeros(max(lengths), dtype=torch.float64, device=self.device) if sums is None else sums
         self.group.all_reduce_sum(sums, "hvdtrain.evaluation")
         return task.scores(sums.tolist())
+
+
+def _flops(model: nn.Module, batch: AnyBatch) -> int:
+    source = getattr(batch, "source", None)
+    return training_flops(
+        model, batch.tokens.shape, None if source is None else source.shape, getattr(batch, "segments", None)
+    )

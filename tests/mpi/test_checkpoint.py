@@ -15,6 +15,7 @@ from hvdtrain.comm.group import Group
 from hvdtrain.comm.horovod_group import HorovodGroup
 from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.errors import EXIT_IO, RankError
+from hvdtrain.optim.ema import Ema, EmaOptions
 from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
 from hvdtrain.tasks.lm import LanguageModel
 
@@ -31,7 +32,7 @@ class Trained:
         for step in (1, 2):
             plan.forward_backward(share(global_batch(step), group, passes=1), LanguageModel(), step)
             plan.finish(max_norm=1.0)
-            plan.sync.step(self.optimizer, lr=0.01)
+            plan.step(self.optimizer, lr=0.01)
         plan.sync.close()
 
     def progress(self, step: int) -> Progress:
@@ -134,3 +135,49 @@ def test_only_the_newest_are_kept(group: HorovodGroup, trained: Trained, folder:
     for step in (100, 200, 300):
         trained.save(folder, step)
     assert _left_over(folder) == ["step-00000200", "step-00000300"]
+
+
+# --- averaged weights --------------------------------------------------------------------------------------------
+
+
+class Averaging(Trained):
+    """The same with an average of the weights, which every rank keeps for itself."""
+
+    def __init__(self, group: Group):
+        super().__init__(group)
+        self.ema = Ema(self.model, EmaOptions(decay=0.9))
+        with torch.no_grad():
+            for number, parameter in enumerate(self.model.parameters()):
+                parameter.mul_(1.0 + number / 7)
+        self.ema.update(1)
+
+    def save(self, run_dir: Path, step: int) -> Path:
+        return checkpoint.save(
+            run_dir, self.model, self.optimizer, self.progress(step), self.group, OPTIONS, ema=self.ema
+        )
+
+
+def test_an_average_is_resumed_on_any_ranks(group: HorovodGroup, folder: Path):
+    """Saved by all and read by each; saved by one and read by all. Bit for bit, also after further updates."""
+    for saver, run_dir in ((group, folder / "all"), (LocalGroup(), folder / "one")):
+        saved = Averaging(saver)
+        if saver is group or group.rank == 0:
+            path = saved.save(run_dir, step=200)
+            sizes = [part.stat().st_size for part in path.glob("part-*")]
+            assert len(sizes) == saver.size
+            assert max(sizes) < 2 * min(sizes)
+        group.barrier()
+        found, _, _ = checkpoint.newest_valid(run_dir, group)
+        model = tiny_decoder(seed=99)
+        optimizer, ema = make_optimizer(model, OptimOptions()), Ema(model, EmaOptions(decay=0.9))
+        checkpoint.load(found, model, optimizer, ema)
+        _assert_equal(saved, model, optimizer)
+        for one in (saved.ema, ema):
+            one.update(201)
+        assert ema.began == 0
+        for name, average in saved.ema.named_averages().items():
+            assert torch.equal(average, ema.named_averages()[name]), name
+        with ema.swapped():
+            own = [average.detach().double().sum().item() for average in model.parameters()]
+        if saver is group:
+            group.agree(own, "the averaged weights")

@@ -1,0 +1,120 @@
+"""One checkpoint out of several: the mean of the weights of a run's newest ones.
+
+Source: Vaswani et al. 2017, 6.1 (the last 5 checkpoints, or 20, each 10 minutes after the other), and fairseq's
+scripts/average_checkpoints.py. What comes out is a run folder that ``evaluate`` and ``generate`` take like any other.
+It has no optimizer state, so ``train`` refuses to go on from it.
+
+    RUN_DIR/average-5/config.yaml                    the run's own
+                      checkpoints/step-00000200/     named after the newest of them; its manifest lists all of them
+"""
+
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from hvdtrain import checkpoint
+from hvdtrain.checkpoint import CheckpointOptions, Progress, folder_of
+from hvdtrain.comm.local_group import LocalGroup
+from hvdtrain.comm.world import World
+from hvdtrain.data.shards import sync_folder, writing
+from hvdtrain.errors import CheckpointError, ConfigError, OutputError, say
+from hvdtrain.metrics import versions
+from hvdtrain.run_folder import read_config
+
+
+def average(run_dir: Path, last: int, out: Path | None, world: World) -> str:
+    """Average the ``last`` newest whole checkpoints into ``out``, and return what was done. One process.
+
+    Only weights as they were after a step (``raw``) are averaged, never averages. A damaged checkpoint is named on
+    standard error and skipped. Memory: 12 bytes a parameter.
+
+    Errors: ConfigError under several ranks, where ``out`` is there already, or where fewer than ``last`` are whole
+    (as in fairseq: an average of 5 shall not be one of 2); CheckpointError where there is none or they differ in shape;
+    OutputError, and then ``out`` is not there.
+    """
+    if world.size > 1:
+        raise ConfigError(f"average works on one process; {world.launcher} started {world.size}")
+    if last < 1:
+        raise ConfigError(f"--last {last}: give the number of checkpoints to average, 1 or more")
+    out = run_dir / f"average-{last}" if out is None else out
+    config = read_config(run_dir)
+    if os.path.lexists(out):
+        raise ConfigError(f"{out} is there already; remove it, or give another --out DIR")
+    whole = _newest_whole(run_dir, last, config.checkpoint.keep_last)
+    folders = [folder_of(run_dir, progress.step) for progress in whole]
+    for folder in folders:
+        checkpoint.check_resumable(folder)  # a run's own, not made by this command
+    tensors = mean_tensors(folders)
+    steps = tuple(progress.step for progress in whole)
+    progress = replace(whole[0], averaged_from=steps, best_val_loss=None, world_size=1, versions=versions())
+    _write_run(run_dir, out, tensors, progress)
+    return f"averaged the weights of steps {_list(steps)} into {out}"
+
+
+def mean_tensors(folders: list[Path]) -> dict[str, torch.Tensor]:
+    """``model.NAME`` -> mean over the checkpoints, summed in fp64 and rounded once to the type it was saved in.
+
+    Errors: CheckpointError where one has other tensors than the first.
+    """
+    sums: dict[str, torch.Tensor] = {}
+    shapes: dict[str, tuple[torch.Size, torch.dtype]] = {}
+    for folder in folders:
+        tensors = checkpoint.read_tensors(folder, "model.")
+        found = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+        shapes = shapes or found
+        if found != shapes:
+            name = min(name for name in {**found, **shapes} if found.get(name) != shapes.get(name))
+            raise CheckpointError(f"{folder} is of another model than {folders[0]}: {name} is not the same in both")
+        for name in list(tensors):
+            tensor = tensors.pop(name).double()
+            sums[name] = sums[name].add_(tensor) if name in sums else tensor
+    return {name: sums.pop(name).div_(len(folders)).to(shapes[name][1]) for name in sorted(sums)}
+
+
+def _newest_whole(run_dir: Path, last: int, keep_last: int) -> list[Progress]:
+    whole: list[Progress] = []
+    damaged = 0
+    for step in checkpoint.steps_saved(run_dir):
+        if len(whole) == last:
+            break
+        try:
+            whole.append(checkpoint.read_progress(folder_of(run_dir, step)))
+        except CheckpointError as error:
+            damaged += 1
+            say(f"note: damaged checkpoint skipped: {error}")
+    if len(whole) == last:
+        return whole
+    if not whole:
+        raise CheckpointError(f"{run_dir} has no whole checkpoint to average")
+    count = f"{len(whole)} whole checkpoint{'s' if len(whole) > 1 else ''}"
+    steps = _list(progress.step for progress in whole)
+    why = f"; {damaged} more {'is' if damaged == 1 else 'are'} damaged" if damaged else ""
+    if 0 < keep_last < last:
+        why += (
+            f"; the run keeps no more than checkpoint.keep_last={keep_last}: set it to {last} or 0 (all) for the next"
+        )
+    raise ConfigError(f"{run_dir} has {count} (step {steps}), not --last {last}{why}; or give --last {len(whole)}")
+
+
+def _write_run(run_dir: Path, out: Path, tensors: dict[str, torch.Tensor], progress: Progress) -> None:
+    """Everything beside its final name, renamed when it is whole."""
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        with writing(partial / "config.yaml") as temporary:
+            shutil.copyfile(run_dir / "config.yaml", temporary)
+        checkpoint.save_tensors(partial, tensors, progress, LocalGroup(), CheckpointOptions(keep_last=0))
+        os.replace(partial, out)
+        sync_folder(out.parent)
+    except OSError as error:
+        raise OutputError(f"cannot write {out}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _list(steps) -> str:
+    return ", ".join(map(str, steps))

@@ -1,0 +1,154 @@
+"""How much arithmetic a training step is worth: model FLOPs, from a model's options and a batch's shapes.
+
+The convention is that of Megatron-LM (Narayanan et al. 2021, 2104.04473, appendix; its training.py has it as
+num_floating_point_operations) and of PaLM (Chowdhery et al. 2022, 2204.02311, appendix B; its quotient is MFU):
+
+- a product [m, k] @ [k, n] is 2 m k n FLOPs; matrix products alone are counted, forward once and backward twice (for
+  each factor's gradient); no lookups, norms, activations, softmax, biases, loss or optimizer;
+- what is computed a second time to save memory (activation checkpointing, flash attention's backward) does not count,
+  so that the quotient is MFU and not HFU, the hardware's utilisation;
+- padding does: the products are made over it. So does the padding of the vocabulary (Megatron: padded_vocab_size).
+
+In one point the sources differ: PaLM (and nanoGPT) count attention as if each query met every key, though a causal one
+meets half of them. Here a query's products are those with the keys that it may see, which is exact for sliding windows
+and packed documents too, and smaller than PaLM's: by 6 L D (T - 1) FLOPs a token for a decoder of L layers.
+
+Shape letters:  B rows, T positions, S source positions, D model width, H heads, K width of a head (D / H),
+                F feed-forward width, V vocabulary (padded)
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from hvdtrain.models.decoder import Decoder
+from hvdtrain.models.encoder import Classifier, Encoder
+from hvdtrain.models.seq2seq import Seq2Seq
+from hvdtrain.models.transformer import TransformerOptions
+
+PASSES = 3  # forward, and backward for both factors of a product
+
+
+def training_flops(
+    model: nn.Module,
+    tokens: Sequence[int],
+    source: Sequence[int] | None = None,
+    segments_BT: torch.Tensor | None = None,
+) -> int:
+    """Model FLOPs of forward and backward over one microbatch (local; no device is waited for).
+
+    tokens: (B, T) of what the model predicts on (a classifier's text); source: (B, S) for an encoder-decoder.
+    segments_BT: a packed batch's numbers of documents. Those on a GPU are not looked at: each row then counts as one
+    document, whose attention is more than is done.
+    Errors: TypeError for a model whose products nobody has counted.
+    """
+    model = getattr(model, "_orig_mod", model)  # of what torch.compile wraps
+    rows, positions = tokens
+    if isinstance(model, Decoder):
+        pairs = packed_pairs(segments_BT, model.options.window) if _is_on_host(segments_BT) else None
+        return decoder_flops(model.options, model.vocab_size, rows, positions, pairs)
+    if isinstance(model, Seq2Seq):
+        return seq2seq_flops(model.options, model.vocab_size, rows, source[1], positions)
+    if isinstance(model, Classifier):
+        return classifier_flops(model.options, model.classes, rows, positions)
+    if isinstance(model, Encoder):
+        return encoder_flops(model.options, rows, positions)
+    raise TypeError(f"no count of FLOPs for {type(model).__name__}; add it to models/flops.py")
+
+
+def decoder_flops(
+    options: TransformerOptions, vocab_size: int, rows: int, positions: int, pairs: int | None = None
+) -> int:
+    """Forward and backward, head included. ``pairs``: of query and key in the batch, where documents are packed."""
+    tokens = rows * positions
+    pairs = rows * visible_pairs(positions, options.window) if pairs is None else pairs
+    blocks = options.layers * (tokens * _block_of_token(options) + pairs * _pair(options))
+    return PASSES * (blocks + tokens * _head_of_token(options, vocab_size))
+
+
+def encoder_flops(options: TransformerOptions, rows: int, positions: int) -> int:
+    """Forward and backward of an encoder alone, as a part of what trains."""
+    return PASSES * options.layers * _encoder_block(options, rows, positions)
+
+
+def classifier_flops(options: TransformerOptions, classes: int, rows: int, positions: int) -> int:
+    """Forward and backward: the encoder over all positions, pooler and head over each row's first."""
+    pooler, head = 2 * options.width * options.width, 2 * options.width * classes
+    return encoder_flops(options, rows, positions) + PASSES * rows * (pooler + head)
+
+
+def seq2seq_flops(options: TransformerOptions, vocab_size: int, rows: int, source: int, positions: int) -> int:
+    """Forward and backward of encoder (over ``source`` positions), decoder and head."""
+    encoder = (options.encoder_layers or options.layers) * _encoder_block(options, rows, source)
+    tokens, memory = rows * positions, rows * source
+    pairs = rows * visible_pairs(positions, options.window) + tokens * source  # with its own side, and with the memory
+    cross = tokens * 2 * _square(options) + memory * _keys_values(options)
+    block = tokens * _block_of_token(options) + cross + pairs * _pair(options)
+    return PASSES * (encoder + options.layers * block + tokens * _head_of_token(options, vocab_size))
+
+
+def visible_pairs(positions: int, window: int = 0) -> int:
+    """(query, key) pairs of causal attention in one row. ``window``: keys a query sees, its own among them; 0: all."""
+    # window 3      query 0   x
+    #                     1   x x
+    #                     2   x x x
+    #                     3     x x x
+    #                     4       x x x
+    reach = min(window or positions, positions)
+    return reach * (reach + 1) // 2 + (positions - reach) * reach
+
+
+def packed_pairs(segments_BT: torch.Tensor, window: int = 0) -> int:
+    """(query, key) pairs of causal attention within documents: neighbours of one number in a row, padding too."""
+    begins_BT = torch.ones_like(segments_BT, dtype=torch.bool)
+    begins_BT[:, 1:] = segments_BT[:, 1:] != segments_BT[:, :-1]
+    begins = begins_BT.flatten().nonzero().flatten()
+    lengths = torch.diff(begins, append=begins.new_tensor([segments_BT.numel()]))
+    reach = lengths.clamp(max=window) if window else lengths
+    return int((reach * (reach + 1) // 2 + (lengths - reach) * reach).sum())
+
+
+def _is_on_host(segments_BT: torch.Tensor | None) -> bool:
+    return segments_BT is not None and segments_BT.device.type == "cpu"
+
+
+# --- forward FLOPs ------------------------------------------------------------------------------------------------
+
+
+def _encoder_block(options: TransformerOptions, rows: int, positions: int) -> int:
+    """Over whole rows; every position sees every other."""
+    return rows * (positions * _block_of_token(options) + positions * positions * _pair(options))
+
+
+def _block_of_token(options: TransformerOptions) -> int:
+    """The linear layers of self-attention (queries, keys and values, output) and of the feed-forward part."""
+    return 2 * _square(options) + _keys_values(options) + _feed_forward(options)
+
+
+def _square(options: TransformerOptions) -> int:
+    """A token through [D, D]: its query, or the output layer of attention."""
+    return 2 * options.width * options.width
+
+
+def _keys_values(options: TransformerOptions) -> int:
+    """A token's key and value, of fewer heads under grouped-query attention (``kv_heads``, 0: as many)."""
+    kv_heads = options.kv_heads or options.heads
+    return 2 * options.width * 2 * kv_heads * (options.width // options.heads)
+
+
+def _feed_forward(options: TransformerOptions) -> int:
+    """Two matrices, or SwiGLU's three (see layers.FeedForward for the width)."""
+    hidden = int(options.width * options.ff_ratio)
+    if options.activation == "swiglu":
+        return 3 * 2 * options.width * (-(-2 * hidden // 24) * 8)
+    return 2 * 2 * options.width * hidden
+
+
+def _pair(options: TransformerOptions) -> int:
+    """A query and a key, over all heads: the product of the two, and the value's share in the output."""
+    return 2 * 2 * options.width
+
+
+def _head_of_token(options: TransformerOptions, vocab_size: int) -> int:
+    return 2 * options.width * (-(-vocab_size // options.vocab_multiple) * options.vocab_multiple)

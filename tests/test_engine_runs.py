@@ -1,0 +1,83 @@
+"""The engine's options in whole runs: stopped and resumed bit for bit, on other ranks, and what the summary says."""
+
+import json
+from pathlib import Path
+
+import pytest
+from launch import Prepared, snapshot, succeed, summary
+
+LAST = Path("checkpoints/step-00000012")
+
+MODES = {
+    "bf16": ["precision=bf16"],
+    "bf16-weights": ["precision=bf16-weights"],
+    "fp16": ["precision=fp16"],
+    "ema": ["ema.decay=0.9", "precision=bf16-weights"],
+    "compiled": ["compile=blocks"],
+    "recomputed": ["recompute.name=full", "model.kv_heads=1", "model.window=5"],
+    "smoothed": ["task.lm.z_loss=1e-3", "task.lm.label_smoothing=0.1"],
+}
+
+
+def _tensors(run_dir: Path) -> dict[str, bytes]:
+    return {name: raw for name, raw in snapshot(run_dir / LAST).items() if name.endswith(".safetensors")}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_stopped_and_resumed_is_bit_equal(mode: str, prepared: Prepared, trained: Path, tmp_path: Path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    succeed("train", prepared.recipe, *MODES[mode], "--run-dir", whole, timeout_s=240)
+    for steps in (6, 12):
+        succeed("train", prepared.recipe, *MODES[mode], f"train.steps={steps}", "--run-dir", broken, timeout_s=240)
+    found, expected = summary(broken), summary(whole)
+    for key in ("sample_digest", "val_loss", "train_loss"):
+        assert found[key] == expected[key], key
+    assert _tensors(broken) == _tensors(whole)
+    assert _tensors(whole) != _tensors(trained)  # the option does something
+    assert expected["sample_digest"] == summary(trained)["sample_digest"]
+    assert abs(expected["val_loss"] - summary(trained)["val_loss"]) < 0.5
+    assert expected["weights"] == ("ema" if mode == "ema" else "raw")
+    assert (expected["compile_s"] is not None) == (mode == "compiled")
+    evaluated = json.loads(succeed("evaluate", whole).stdout.splitlines()[-1])
+    assert evaluated["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["bf16-weights", "fp16", "ema"])
+def test_two_ranks(mode: str, prepared: Prepared, tmp_path: Path):
+    for ranks in (1, 2):
+        how = "mpirun" if ranks > 1 else "none"
+        words = ("train", prepared.recipe, *MODES[mode], "--run-dir", tmp_path / str(ranks))
+        succeed(*words, how=how, ranks=ranks)
+    one, two = summary(tmp_path / "1"), summary(tmp_path / "2")
+    assert one["sample_digest"] == two["sample_digest"]
+    assert one["val_loss"] == pytest.approx(two["val_loss"], abs=5e-3)  # 16-bit products of other row counts
+
+
+def test_what_a_run_says_of_its_speed(prepared: Prepared, tmp_path: Path):
+    words = ("metrics.every=4", "metrics.mfu=measure", "metrics.profile=3-4")
+    done = succeed("train", prepared.recipe, *words, "--run-dir", tmp_path / "run")
+    assert "GFLOP/s, measured (" in done.text
+    assert "step 5: wrote" in done.text
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    last = [line for line in lines if line["kind"] == "train"][-1]
+    assert 0 < last["mfu"] < 2
+    assert last["model_tflops_per_s"] > 0
+    assert last["memory_peak_mib"] > 50
+    parts = sum(last[f"time_{name}_s"] for name in ("data", "compute", "sync", "optimizer", "other"))
+    assert parts > 0
+    assert summary(tmp_path / "run")["memory_peak_mib"] >= last["memory_peak_mib"] - 1
+    assert (tmp_path / "run/profile/rank-00000.json.gz").stat().st_size > 1000
+
+
+def test_an_older_run_goes_on_under_a_newer_version(prepared: Prepared, tmp_path: Path):
+    """A checkpoint whose identity lacks settings that came later was made with their defaults."""
+    from hvdtrain import checkpoint
+
+    run_dir = tmp_path / "run"
+    succeed("train", prepared.recipe, "train.steps=6", "--run-dir", run_dir)
+    path = run_dir / "checkpoints/step-00000006/manifest.json"
+    fields = json.loads(path.read_text())
+    fields.pop("manifest_sha256")
+    assert fields["identity"].pop("task.lm.z_loss") == 0.0
+    path.write_text(json.dumps({**fields, "manifest_sha256": checkpoint._digest(fields)}))
+    assert "resumed from" in succeed("train", prepared.recipe, "--run-dir", run_dir).text
