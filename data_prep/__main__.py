@@ -1,7 +1,6 @@
 """The commands of data preparation."""
 
 import argparse
-import ctypes
 import hashlib
 import os
 import sys
@@ -18,8 +17,8 @@ from hvdtrain.comm.session import open_ranks, threads_of_rank
 from hvdtrain.comm.world import detect_world
 from hvdtrain.data.shards import SPLITS, Manifest
 from hvdtrain.errors import EXIT_BAD_DATA, EXIT_CRASH, EXIT_INTERRUPTED, EXIT_OK, ConfigError, HvdtrainError, report
+from hvdtrain.malloc import keep_freed_memory
 
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 _LEFT_OUT = {
     "duplicates": "duplicates left out",
     "too_short": "below --min-tokens left out",
@@ -183,16 +182,6 @@ def _say_what_was_done(out: Path, manifest: Manifest, reused: bool, seconds: flo
         print(f"{out}: {megabytes:.1f} MB of text in {seconds:.1f} s ({megabytes / seconds:.1f} MB/s)")
 
 
-def _keep_freed_memory() -> None:
-    """Tell the C library to use freed memory again instead of handing it back: the kernel would have to clear every
-    page of every batch anew, which takes a third of the time.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:  # GNU's has it
-        for option, value in ((_M_MMAP_THRESHOLD, 1 << 30), (_M_TRIM_THRESHOLD, (1 << 31) - 1), (_M_TOP_PAD, 1 << 26)):
-            mallopt(option, value)
-
-
 def _verify(words: argparse.Namespace, ranks: Ranks) -> int:
     from data_prep.verify import verify
 
@@ -209,7 +198,7 @@ def main(argv: list[str] | None = None) -> int:
         is_main = world.is_main
         words = make_parser().parse_args(argv)
         with open_ranks(world) as ranks:
-            _keep_freed_memory()
+            keep_freed_memory()
             # The libraries that encode would each start a thread for every core of the node.
             os.environ.setdefault("RAYON_NUM_THREADS", str(threads_of_rank(ranks)))
             return _COMMANDS[words.command](words, ranks)

@@ -50,6 +50,9 @@ def make_parser() -> argparse.ArgumentParser:
         help="go on from the newest whole checkpoint in the run folder (auto, the default), "
         "refuse a folder that holds a run (never), or go on from another run (DIR)",
     )  # fmt: skip
+    train.add_argument(
+        "--timeline", type=Path, metavar="FILE", help="record every all-reduce there, for chrome://tracing"
+    )
     train.add_argument("-h", "--help", action=_TrainHelp)
 
     evaluate = commands.add_parser("evaluate", help="scores of a trained run on a whole split")
@@ -107,7 +110,7 @@ def _parse_train(argv: Sequence[str]) -> argparse.Namespace:
 def _train(words: argparse.Namespace, world: World) -> int:
     from hvdtrain.train import train
 
-    train(words.recipe, words.overrides, words.run_dir, words.resume, world)
+    train(words.recipe, words.overrides, words.run_dir, words.resume, world, words.timeline)
     return EXIT_OK
 
 

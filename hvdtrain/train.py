@@ -13,9 +13,10 @@ import torch
 
 from hvdtrain import checkpoint
 from hvdtrain.checkpoint import Progress
+from hvdtrain.comm.cores import take_cores
 from hvdtrain.comm.device import pick_device
 from hvdtrain.comm.group import Group
-from hvdtrain.comm.session import open_group, threads_of_rank
+from hvdtrain.comm.session import open_group
 from hvdtrain.comm.world import World
 from hvdtrain.config import RunConfig, dump_yaml, flatten, load_config
 from hvdtrain.data.corpora import Corpora, check_corpora, open_corpora, stage
@@ -23,6 +24,7 @@ from hvdtrain.data.loader import TrainLoader
 from hvdtrain.data.shards import writing
 from hvdtrain.data.stream import read_through_note
 from hvdtrain.errors import CheckpointError, ConfigError, OutputError
+from hvdtrain.malloc import keep_freed_memory
 from hvdtrain.meter import Laps, StepClock, memory_peak_mib
 from hvdtrain.metrics import Metrics, git_state, versions, write_summary
 from hvdtrain.models.cpu import use_fast_fp32
@@ -39,16 +41,27 @@ from hvdtrain.tasks import make_task
 from hvdtrain.tasks.task import Evaluation, Training
 
 
-def train(recipe: str, overrides: Sequence[str], run_dir: Path | None, resume: str, world: World) -> dict[str, Any]:
+def train(
+    recipe: str,
+    overrides: Sequence[str],
+    run_dir: Path | None,
+    resume: str,
+    world: World,
+    timeline: Path | None = None,
+) -> dict[str, Any]:
     """Train a recipe in ``run_dir`` (default ``runs/RECIPE``) and return its summary. Every rank calls this.
 
     resume: ``auto`` continues what is in ``run_dir``, ``never`` refuses to, a path continues that run in ``run_dir``.
+    timeline: file for a record of every collective; None: no record.
     """
-    with open_group(world) as group:
+    with open_group(world, timeline is not None) as group:
         config = group.together(lambda: load_config(recipe, overrides))
         group.agree(flatten(config.model_dump()), "the configuration")
         run_dir = run_dir or Path("runs") / Path(recipe).stem
-        return _Run(config, run_dir, resume, world, group).run()
+        run = _Run(config, run_dir, resume, world, group)
+        if timeline is not None:
+            run.fallbacks += group.together(lambda: group.start_timeline(timeline))
+        return run.run()
 
 
 @dataclass(frozen=True)
@@ -66,7 +79,8 @@ class _Run:
     def __init__(self, config: RunConfig, run_dir: Path, resume: str, world: World, group: Group):
         self.config, self.run_dir, self.world, self.group = config, run_dir, world, group
         self.is_main = group.rank == 0
-        torch.set_num_threads(threads_of_rank(group))
+        self.cores = take_cores(group)
+        torch.set_num_threads(self.cores.threads)
         # Everything that can be wrong with the input is found here, on all ranks, before the first collective.
         self.task = make_task(config.task)
         self.device, self.fallbacks = group.together(lambda: pick_device(config.device, world, group))
@@ -74,7 +88,10 @@ class _Run:
         self.fallbacks += group.together(lambda: read_through_note(self.data.train.source.read_through))
         group.together(lambda: check_compiler(config.compile, self.device))
         use_tf32(config.tf32)
-        self.matmul = use_fast_fp32() if self.device.type == "cpu" else "cuBLAS"
+        self.matmul = "cuBLAS"
+        if self.device.type == "cpu":
+            keep_freed_memory()
+            self.matmul = use_fast_fp32()
         self.identity = {**config.identity(), **self.data.corpora.identity()}
         self.progress, self.resumed_from = self._find_progress(resume)
 
@@ -96,7 +113,7 @@ class _Run:
             self.group.together(lambda: checkpoint.load(self.resumed_from, model, optimizer, self.ema))
             if self.ema is not None and not checkpoint.has_ema(self.resumed_from):
                 self.fallbacks.append(f"{self.resumed_from} has no averaged weights: the average begins there")
-        self.compiling = CompileClock().start()
+        self.compiling = CompileClock() if config.compile != "none" else None
         plan = Plan(model, self.group, config.sync, config.precision, config.seed, config.compile)
         if plan.loss_scale is not None and progress.loss_scale is not None:
             plan.loss_scale.load(progress.loss_scale)
@@ -132,7 +149,7 @@ class _Run:
             metrics.add(step, loader.epoch, sums, lr, phases.end(), plan.flops)
             if startup_s is None:
                 startup_s = _seconds_since_process_start()
-                if config.compile != "none":
+                if self.compiling is not None:
                     metrics.say(f"hvdtrain: compiled in {self.compiling.seconds:.1f} s")
 
             if eval_is_due:
@@ -248,7 +265,7 @@ class _Run:
         parameters = sum(p.numel() for p in model.parameters())
         metrics.say(
             f"hvdtrain: {ranks} ({world.launcher}, {self.group.backend}), {self.device.type}, "
-            f"{_count(torch.get_num_threads(), 'thread')} a rank, {self.config.precision} ({self.matmul})"
+            f"{self.cores.note}, {self.config.precision} ({self.matmul})"
         )
         metrics.say(f"hvdtrain: {parameters:,} parameters; {self.data.train.about}")
         if self.resumed_from:
@@ -281,7 +298,6 @@ class _Run:
         metrics: Metrics,
         startup_s: float | None,
     ) -> dict[str, Any]:
-        config = self.config
         return {
             "status": "finished",
             "step": progress.step,
@@ -294,7 +310,7 @@ class _Run:
             "model_tflops_per_s": metrics.flops_per_s and round(metrics.flops_per_s / 1e12, 6),
             "mfu": metrics.mfu and round(metrics.mfu, 4),
             "memory_peak_mib": round(max(self.group.all_gather_object(memory_peak_mib(self.device))), 1),
-            "compile_s": round(self.compiling.seconds, 3) if config.compile != "none" else None,
+            "compile_s": self.compiling and round(self.compiling.seconds, 3),
             "wall_s": round(metrics.wall_s, 3),
             "startup_s": startup_s and round(startup_s, 3),
             "world_size": self.group.size,

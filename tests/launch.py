@@ -140,10 +140,10 @@ for words in json.loads(sys.argv[1]):
 """
 
 
-def launch_rows(rows: Iterable[Iterable[Any]]) -> list[Done]:
+def launch_rows(rows: Iterable[Iterable[Any]], **how: Any) -> list[Done]:
     """Each row of words in turn, without a launcher, as if every one had a process of its own."""
     words = json.dumps([[str(word) for word in row] for row in rows])
-    done = succeed(words, program=(sys.executable, "-c", _ROWS))
+    done = succeed(words, program=(sys.executable, "-c", _ROWS), **how)
     return [Done("none", *json.loads(line)) for line in done.stdout.splitlines()]
 
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from launch import Prepared, snapshot, succeed, summary
+from launch import Prepared, launch_rows, snapshot, succeed, summary
 
 LAST = Path("checkpoints/step-00000012")
 
@@ -26,9 +26,10 @@ def _tensors(run_dir: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("mode", MODES)
 def test_stopped_and_resumed_is_bit_equal(mode: str, prepared: Prepared, trained: Path, tmp_path: Path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    succeed("train", prepared.recipe, *MODES[mode], "--run-dir", whole, timeout_s=240)
-    for steps in (6, 12):
-        succeed("train", prepared.recipe, *MODES[mode], f"train.steps={steps}", "--run-dir", broken, timeout_s=240)
+    train = ("train", prepared.recipe, *MODES[mode], "--run-dir")
+    rows = [(*train, whole), (*train, broken, "train.steps=6"), (*train, broken), ("evaluate", whole)]
+    done = launch_rows(rows, timeout_s=240)
+    assert [one.exit_code for one in done] == [0, 0, 0, 0], done
     found, expected = summary(broken), summary(whole)
     for key in ("sample_digest", "val_loss", "train_loss"):
         assert found[key] == expected[key], key
@@ -38,19 +39,25 @@ def test_stopped_and_resumed_is_bit_equal(mode: str, prepared: Prepared, trained
     assert abs(expected["val_loss"] - summary(trained)["val_loss"]) < 0.5
     assert expected["weights"] == ("ema" if mode == "ema" else "raw")
     assert (expected["compile_s"] is not None) == (mode == "compiled")
-    evaluated = json.loads(succeed("evaluate", whole).stdout.splitlines()[-1])
+    evaluated = json.loads(done[-1].stdout.splitlines()[-1])
     assert evaluated["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize("mode", ["bf16-weights", "fp16", "ema"])
-def test_two_ranks(mode: str, prepared: Prepared, tmp_path: Path):
-    for ranks in (1, 2):
-        how = "mpirun" if ranks > 1 else "none"
-        words = ("train", prepared.recipe, *MODES[mode], "--run-dir", tmp_path / str(ranks))
-        succeed(*words, how=how, ranks=ranks)
-    one, two = summary(tmp_path / "1"), summary(tmp_path / "2")
-    assert one["sample_digest"] == two["sample_digest"]
-    assert one["val_loss"] == pytest.approx(two["val_loss"], abs=5e-3)  # 16-bit products of other row counts
+@pytest.mark.parametrize("mode", ["bf16 wire", "fp16", "ema"])
+def test_two_ranks(mode: str, prepared: Prepared, trained: Path, tmp_path: Path):
+    words = {"bf16 wire": ["sync.allreduce.wire=bf16", "--timeline", tmp_path / "timeline.json"], **MODES}[mode]
+    train = ("train", prepared.recipe, *words, "--run-dir")
+    two = succeed(*train, tmp_path / "2", how="mpirun", ranks=2)
+    if mode == "bf16 wire":
+        assert f"hvdtrain: note: timeline in {tmp_path}/timeline.json" in two.text
+        assert "hvdtrain.gradients.0.parts" in (tmp_path / "timeline.json").read_text()
+        one = summary(trained)
+        assert summary(tmp_path / "2")["val_loss"] != one["val_loss"]  # rounded
+    else:
+        succeed(*train, tmp_path / "1")
+        one = summary(tmp_path / "1")
+    assert one["sample_digest"] == summary(tmp_path / "2")["sample_digest"]
+    assert summary(tmp_path / "2")["val_loss"] == pytest.approx(one["val_loss"], abs=5e-3)  # 16-bit numbers
 
 
 def test_what_a_run_says_of_its_speed(prepared: Prepared, tmp_path: Path):

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # From the bottom up. A room imports what lies below it, never a neighbour on its own line.
 TABLE = [
-    {"errors", "options", "version"},
+    {"errors", "malloc", "options", "version"},
     {"comm"},
     {"data", "models", "optim"},
     {"tasks"},
@@ -37,6 +37,7 @@ DATA_PREP_MAY = {
     "hvdtrain.comm.session",
     "hvdtrain.comm.world",
     "hvdtrain.errors",
+    "hvdtrain.malloc",
 }
 
 

@@ -1,6 +1,9 @@
 """All ranks, over Horovod: ring all-reduce of gradients by NCCL, MPI or Gloo."""
 
 import os
+import time
+from collections.abc import MutableMapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,23 +11,49 @@ import torch
 from hvdtrain.comm.group import Group, Pending
 from hvdtrain.comm.mpi import start_mpi
 from hvdtrain.comm.world import World, check_sizes
-from hvdtrain.errors import LaunchError, RankLostError
+from hvdtrain.errors import LaunchError, OutputError, RankLostError
 
-# One entry per tensor name; every gradient bucket and scalar has one. Horovod's default is 1024.
-_CACHE_CAPACITY = 4096
+# How Horovod shall work here. It reads these once, when it starts, which is before a recipe was read: ranks need it to
+# agree on one. So they are settings of the machine, in the environment; what the user has set there wins.
+KNOBS = {
+    # A name that it remembers need not be negotiated again. A bucket has one, or two on a two-byte wire, and there are
+    # fewer buckets than parameters. Its own default is 1024.
+    "HOROVOD_CACHE_CAPACITY": "4096",
+    # Bytes of tensors that it copies together into one buffer, sends, and copies back. Buckets are that buffer already:
+    # with its default of 128 MiB, six of 16 MiB took 2.5 to 3 times as long between two ranks in memory.
+    "HOROVOD_FUSION_THRESHOLD": "0",
+    # Milliseconds between two looks for tensors to send: what a bucket waits at most, and what the look costs, seldom.
+    "HOROVOD_CYCLE_TIME": "1",
+}
+
+# Between two looks whether a collective has ended. Horovod's own wait never sleeps: it takes a core from whoever works.
+_POLL_S = 5e-5
+
+
+def set_knobs(environment: MutableMapping[str, str]) -> None:
+    """Put into ``environment`` what the user has not set there (local; before Horovod starts)."""
+    for name, value in KNOBS.items():
+        environment.setdefault(name, value)
 
 
 class HorovodGroup(Group):
     """The group of all ranks. Making one is a collective; there is one per process.
 
+    timeline: whether ``start_timeline`` will be called. Only then, because the thread that waits for something to write
+    never sleeps.
+
     Errors: LaunchError where Horovod joins another world than the launcher announced.
     """
 
-    def __init__(self, world: World):
-        os.environ.setdefault("HOROVOD_CACHE_CAPACITY", str(_CACHE_CAPACITY))
+    def __init__(self, world: World, timeline: bool = False):
+        set_knobs(os.environ)
+        if timeline:
+            os.environ["HOROVOD_TIMELINE"] = "DYNAMIC"  # it can then be started
+        self._timeline: Path | None = None
         # Before hvd.init(), or Horovod's shutdown finalises MPI under mpi4py's feet.
         self._mpi = None if world.launcher.endswith("--gloo") else start_mpi(world)
         import horovod.torch as hvd
+        from horovod.torch import mpi_ops
 
         if self._mpi is not None and not hvd.mpi_built():
             raise LaunchError(
@@ -33,13 +62,23 @@ class HorovodGroup(Group):
             )
         hvd.init()
         check_sizes(world, hvd.size(), "Horovod")
-        self._hvd = hvd
+        self._hvd, self._ops = hvd, mpi_ops
         self.rank = hvd.rank()
         self.size = hvd.size()
         self.backend = _backend(hvd, gloo=self._mpi is None)
 
     def all_reduce_sum_async(self, tensor: torch.Tensor, name: str) -> Pending:
-        return _PendingAllReduce(self._hvd, self._hvd.allreduce_async_(tensor, op=self._hvd.Sum, name=name))
+        return _PendingCollective(self._hvd, self._hvd.allreduce_async_(tensor, op=self._hvd.Sum, name=name))
+
+    def all_to_all_async(self, rows: torch.Tensor, received: torch.Tensor, name: str) -> Pending:
+        # The functions below Horovod's public ones, which would make a new tensor every time. One of the right size
+        # stays where it is.
+        even, counts = torch.empty(0, dtype=torch.int32), torch.empty(self.size, dtype=torch.int32)
+        ours = self._hvd.global_process_set
+        return _PendingCollective(self._hvd, self._ops._alltoall_async(rows, even, received, counts, name, ours))
+
+    def all_gather_async(self, row: torch.Tensor, rows: torch.Tensor, name: str) -> Pending:
+        return _PendingCollective(self._hvd, self._ops._allgather_async(row, rows, name, self._hvd.global_process_set))
 
     def broadcast(self, tensor: torch.Tensor, root: int, name: str) -> None:
         with _ranks_lost():
@@ -50,7 +89,19 @@ class HorovodGroup(Group):
             # Named, because Horovod's own name is the value's type: ranks with None and a tuple would wait for ever.
             return self._hvd.allgather_object(value, name="hvdtrain.objects")
 
+    def start_timeline(self, path: Path) -> list[str]:
+        self.together(lambda: _check_writable(path) if self.rank == 0 else None)
+        self._hvd.start_timeline(str(path))
+        self._timeline = path
+        return [f"timeline in {path}: rank 0's writer never sleeps, so these are no speeds to report"]
+
+    def stop_timeline(self) -> None:
+        if self._timeline is not None:
+            self._hvd.stop_timeline()  # waits until all is written and the file closed
+            self._timeline = None
+
     def close(self) -> None:
+        self.stop_timeline()
         self._hvd.shutdown()
 
     def abort(self, exit_code: int) -> None:
@@ -62,13 +113,29 @@ class HorovodGroup(Group):
         os._exit(exit_code)
 
 
-class _PendingAllReduce:
+class _PendingCollective:
     def __init__(self, hvd: Any, handle: int):
         self._hvd, self._handle = hvd, handle
+        self._waited = False
+
+    def done(self) -> bool:
+        return self._waited or self._hvd.poll(self._handle)
 
     def wait(self) -> None:
+        while not self.done():
+            time.sleep(_POLL_S)
         with _ranks_lost():
             self._hvd.synchronize(self._handle)
+        self._waited = True
+
+
+def _check_writable(path: Path) -> None:
+    """Horovod would only note it in its own log."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("[]", encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"cannot write the timeline {path}: {error.strerror}") from None
 
 
 class _ranks_lost:

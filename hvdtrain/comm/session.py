@@ -4,7 +4,6 @@ all ranks fail at the same point     rank 0 says why; all close and exit with th
 one rank fails alone                 it says why, with its rank and host, and ends the whole job at once
 """
 
-import os
 import signal
 import socket
 import traceback
@@ -12,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
+from hvdtrain.comm.cores import take_cores
 from hvdtrain.comm.ranks import OneRank, Ranks
 from hvdtrain.comm.world import World
 from hvdtrain.errors import EXIT_CRASH, EXIT_INTERRUPTED, HvdtrainError, describe, report, say
@@ -23,12 +23,15 @@ AnyRanks = TypeVar("AnyRanks", bound=Ranks)
 
 
 @contextmanager
-def open_group(world: World) -> "Iterator[Group]":
-    """Yield the group of all ranks (collective). Horovod and MPI are loaded only where there is more than one."""
+def open_group(world: World, timeline: bool = False) -> "Iterator[Group]":
+    """Yield the group of all ranks (collective). Horovod and MPI are loaded only where there is more than one.
+
+    timeline: whether ``Group.start_timeline`` will be called.
+    """
     from hvdtrain.comm.horovod_group import HorovodGroup
     from hvdtrain.comm.local_group import LocalGroup
 
-    with _in_good_order(LocalGroup() if world.size == 1 else HorovodGroup(world), world) as group:
+    with _in_good_order(LocalGroup() if world.size == 1 else HorovodGroup(world, timeline), world) as group:
         yield group
 
 
@@ -69,14 +72,8 @@ def _in_good_order(group: AnyRanks, world: World) -> Iterator[AnyRanks]:
 
 
 def threads_of_rank(group: Ranks) -> int:
-    """Compute threads for this rank (collective): its share of the cores that it and its neighbours may run on.
+    """Compute threads for this rank (collective): its share of the physical cores open to it and its neighbours.
 
     OMP_NUM_THREADS, where set, is obeyed. A launcher that binds ranks to cores of their own is respected.
     """
-    mine = (socket.gethostname(), tuple(sorted(os.sched_getaffinity(0))))
-    everyone = group.all_gather_object(mine)
-    if os.environ.get("OMP_NUM_THREADS", "").isdigit():
-        return max(1, int(os.environ["OMP_NUM_THREADS"]))
-    neighbours = [set(cores) for host, cores in everyone if host == mine[0]]
-    share = sum(1 / sum(core in other for other in neighbours) for core in mine[1])
-    return max(1, int(share + 1e-9))
+    return take_cores(group, bind=False).threads

@@ -13,16 +13,21 @@ divided once, by the global weight, after the sum; the norm that clips it is tha
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
 
 from hvdtrain.comm.group import Group, Pending
 from hvdtrain.options import Options, option
+from hvdtrain.parallel.wire import make_wire
 
 
 class AllReduceOptions(Options):
     bucket_mib: float = option(16.0, "gradients sent as one all-reduce (MiB)", gt=0)
+    wire: Literal["fp32", "bf16", "fp16"] = option(
+        "fp32", "numbers in which gradients travel between ranks; the two-byte ones are for slow links"
+    )
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,7 @@ class AllReduceSync:
         self._group = group
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         computing = [p for p in (compute or model).parameters() if p.requires_grad]
+        self._wire = make_wire(options.wire, group)
         self._is_copy = computing[0] is not self._parameters[0]
         self._buckets = _fill_buckets(self._parameters, int(options.bucket_mib * (1 << 20)))
         self._bucket_of = {number: bucket for bucket in self._buckets for number, _ in bucket.members}
@@ -153,7 +159,7 @@ class AllReduceSync:
             if parameter.grad is not view:  # autograd put another tensor there
                 view.copy_(parameter.grad) if parameter.grad is not None else view.zero_()
                 parameter.grad = view
-        bucket.pending = self._group.all_reduce_sum_async(bucket.flat, bucket.name)
+        bucket.pending = self._wire.start(bucket.flat, bucket.name)
 
     def _drop_unused(self, users: torch.Tensor) -> None:
         if self._used.all():  # no need to ask the device: what this rank used, somebody used

@@ -18,7 +18,7 @@ from hvdtrain.errors import DivergedError
 from hvdtrain.models.flops import training_flops
 from hvdtrain.options import Options, option
 from hvdtrain.parallel.allreduce import AllReduceOptions, AllReduceSync, StepSums
-from hvdtrain.parallel.compiling import compile_model
+from hvdtrain.parallel.compiling import compile_model, uncompiled
 from hvdtrain.parallel.precision import PRECISIONS, LossScale
 from hvdtrain.tasks.task import Task
 
@@ -118,7 +118,7 @@ class Plan:
         """Scores of a split whose batches are shared by the ranks: exact for any number of them (collective)."""
         sums = None
         self.compute.eval()
-        with torch.compiler.set_stance("force_eager"):  # other shapes than in training would be compiled anew
+        with uncompiled():  # other shapes than in training would be compiled anew
             for batch in batches:
                 with self.autocast():
                     measured = task.measure(self.compute, batch.to(self.device))

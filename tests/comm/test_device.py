@@ -5,7 +5,6 @@ import torch
 
 from hvdtrain.comm.device import pick_device
 from hvdtrain.comm.local_group import LocalGroup
-from hvdtrain.comm.session import threads_of_rank
 from hvdtrain.comm.world import World
 from hvdtrain.errors import ConfigError
 
@@ -62,27 +61,3 @@ def test_more_ranks_than_gpus_is_an_error(gpus):
     gpus(2)
     with pytest.raises(ConfigError, match="4 ranks on a node with 2 GPUs"):
         pick_device("auto", World(2, 4, 2, 4, "mpirun"), Several("nccl"))
-
-
-@pytest.mark.parametrize(
-    ("everyone", "threads"),
-    [
-        ([("here", range(8))], 8),
-        ([("here", range(8))] * 4, 2),
-        ([("here", range(8))] * 3, 2),
-        ([("here", range(8))] * 16, 1),
-        ([("here", range(8)), ("there", range(8))], 8),
-        ([("here", range(8)), ("here", range(8, 16))], 8),  # bound to cores of their own
-    ],
-)
-def test_cores_are_shared_by_neighbours(monkeypatch: pytest.MonkeyPatch, everyone: list, threads: int):
-    class Node(LocalGroup):
-        def all_gather_object(self, value):
-            return [(host, tuple(cores)) for host, cores in everyone]
-
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr("socket.gethostname", lambda: "here")
-    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(everyone[0][1]))
-    assert threads_of_rank(Node()) == threads
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert threads_of_rank(Node()) == 3

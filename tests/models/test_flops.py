@@ -133,9 +133,8 @@ def test_gpt2_small_by_the_papers_formula():
     assert flops.decoder_flops(options, 50304, 2, 1024) == 2 * 1024 * per_token
 
 
-def test_a_compiled_model_is_looked_into_and_a_strange_one_refused():
+def test_a_compiled_model_is_looked_into_and_a_strange_one_not_counted():
     model = Decoder(options_of({}), VOCABULARY)
     compiled = torch.compile(model, backend="eager")  # which does nothing before the first call
     assert flops.training_flops(compiled, (2, 8)) == flops.training_flops(model, (2, 8))
-    with pytest.raises(TypeError, match=r"no count of FLOPs for Linear.*flops\.py"):
-        flops.training_flops(torch.nn.Linear(2, 2), (2, 8))
+    assert flops.training_flops(torch.nn.Linear(2, 2), (2, 8)) == 0

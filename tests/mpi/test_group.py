@@ -1,5 +1,6 @@
 """HorovodGroup keeps the contract of Group, for any number of ranks."""
 
+import os
 import random
 import socket
 import time
@@ -8,8 +9,10 @@ from itertools import permutations
 import pytest
 import torch
 
+from hvdtrain.comm import cores as comm_cores
 from hvdtrain.comm import session
-from hvdtrain.comm.horovod_group import HorovodGroup
+from hvdtrain.comm.cores import Topology, take_cores
+from hvdtrain.comm.horovod_group import KNOBS, HorovodGroup
 from hvdtrain.errors import EXIT_BAD_DATA, EXIT_CRASH, EXIT_USAGE, ConfigError, DataError, RankError
 
 
@@ -37,6 +40,52 @@ def test_sums_are_matched_by_name_not_by_order(group: HorovodGroup):
         pending[number].wait()
         expected = sum(number + rank for rank in range(group.size))
         assert tensors[number].tolist() == [expected] * (number + 1)
+
+
+@pytest.mark.parametrize("words", [1, 3, 1000])
+def test_all_to_all(group: HorovodGroup, words: int):
+    """Rank i's row j becomes rank j's row i; in the tensor that was given, every time."""
+    received = torch.zeros(group.size, words, dtype=torch.int32)
+    place = received.data_ptr()
+    for step in range(3):
+        rows = torch.arange(group.size, dtype=torch.int32)[:, None] + 100 * group.rank + 1000 * step
+        pending = group.all_to_all_async(rows.expand(-1, words).contiguous(), received, f"all_to_all.{words}")
+        pending.wait()
+        assert pending.done()
+        expected = 100 * torch.arange(group.size, dtype=torch.int32)[:, None] + group.rank + 1000 * step
+        assert torch.equal(received, expected.expand(-1, words))
+        assert received.data_ptr() == place
+
+
+@pytest.mark.parametrize("words", [1, 3, 1000])
+def test_all_gather(group: HorovodGroup, words: int):
+    rows = torch.zeros(group.size, words, dtype=torch.int32)
+    place = rows.data_ptr()
+    for step in range(3):
+        row = torch.full((1, words), group.rank + 10 * step, dtype=torch.int32)
+        group.all_gather_async(row, rows, f"all_gather.{words}").wait()
+        expected = torch.arange(group.size, dtype=torch.int32)[:, None] + 10 * step
+        assert torch.equal(rows, expected.expand(-1, words))
+        assert rows.data_ptr() == place
+
+
+def test_done_is_said_only_when_it_is(group: HorovodGroup):
+    tensor = torch.ones(3)
+    if group.rank == 0:
+        pending = group.all_reduce_sum_async(tensor, "done")
+        time.sleep(0.05)
+        assert pending.done() == (group.size == 1)
+    group.barrier()
+    if group.rank > 0:
+        pending = group.all_reduce_sum_async(tensor, "done")
+    pending.wait()
+    pending.wait()
+    assert pending.done()
+    assert tensor.tolist() == [group.size] * 3
+
+
+def test_knobs_are_in_the_environment(group: HorovodGroup):
+    assert {name: os.environ[name] for name in KNOBS} == KNOBS
 
 
 def test_broadcast_from_every_rank(group: HorovodGroup):
@@ -113,7 +162,8 @@ def cores_of(monkeypatch: pytest.MonkeyPatch):
 
     def believe(cores: set[int], host: str = "n0") -> None:
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-        monkeypatch.setattr(session.os, "sched_getaffinity", lambda pid: cores)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: cores)
+        monkeypatch.setattr(comm_cores, "read_topology", Topology)  # each hardware thread a core
         monkeypatch.setattr(socket, "gethostname", lambda: host)
 
     return believe
@@ -140,6 +190,22 @@ def test_omp_num_threads_is_obeyed(group: HorovodGroup, cores_of, monkeypatch: p
     cores_of(set(range(16)))
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert session.threads_of_rank(group) == 3
+
+
+def test_each_rank_is_bound_to_cores_of_its_own(group: HorovodGroup, cores_of, monkeypatch: pytest.MonkeyPatch):
+    """Two NUMA nodes of four cores; nobody really moves."""
+    moved: list[set[int]] = []
+    cores_of(set(range(8)))
+    monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cpus: moved.append(set(cpus)))
+    for name in ("HVDTRAIN_BIND", *comm_cores.PLACED_BY_USER):
+        monkeypatch.delenv(name, raising=False)
+    found = take_cores(group, topology=Topology(node_of={cpu: cpu // 4 for cpu in range(8)}))
+    if group.size == 1:
+        assert (found.threads, found.bound_to, moved) == (8, None, [])
+        return
+    share = 8 // group.size
+    own = set(range(share * group.rank, share * (group.rank + 1)))
+    assert (found.threads, found.bound_to, moved) == (share, own, [own])
 
 
 def test_every_order_of_arrival_ends(group: HorovodGroup):

@@ -42,7 +42,7 @@ def one_step(how: str) -> tuple[float, torch.Tensor, list[str]]:
 def test_compiled_is_eager():
     """Loss and gradient within 1e-5: the same sums in another order."""
     loss, gradient, sent = one_step("none")
-    clock = CompileClock().start()
+    clock = CompileClock()
     try:
         for how in ("blocks", "model"):
             compiled_loss, compiled_gradient, compiled_sent = one_step(how)
@@ -51,7 +51,7 @@ def test_compiled_is_eager():
             assert sorted(compiled_sent) == sorted(sent)  # all in the last backward
             assert clock.seconds > 0
     finally:
-        clock.stop()
+        clock.close()
 
 
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch):

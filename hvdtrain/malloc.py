@@ -1,0 +1,18 @@
+"""How the C library deals with freed memory: it keeps it.
+
+By itself it hands large blocks back to the kernel as soon as they are freed, and the kernel clears every page anew for
+the next one. A training step on a CPU, or a batch of text, frees and asks for the same hundreds of megabytes again and
+again: keeping them saves a tenth to a third of the time.
+"""
+
+import ctypes
+
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # malloc.h
+
+
+def keep_freed_memory() -> None:
+    """For this process, from now on (local). Other C libraries than GNU's stay as they are."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for option, value in ((_MMAP_THRESHOLD, 1 << 30), (_TRIM_THRESHOLD, (1 << 31) - 1), (_TOP_PAD, 1 << 26)):
+            mallopt(option, value)
