@@ -5,7 +5,7 @@
 
 VENV ?= .venv
 RANKS ?= 2
-BENCH ?= $(filter-out table,$(basename $(notdir $(wildcard tests/bench/*.py))))
+BENCH ?= $(filter-out link table,$(basename $(notdir $(wildcard tests/bench/*.py))))
 PYTHON := $(abspath $(VENV))/bin/python
 # horovodrun looks for mpirun on the PATH; mpirun refuses to work for root (as in a container) without being told to.
 export PATH := $(abspath $(VENV))/bin:$(PATH)

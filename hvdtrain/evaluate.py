@@ -8,7 +8,7 @@ import torch
 from hvdtrain.checkpoint import Weights
 from hvdtrain.comm.session import open_group, threads_of_rank
 from hvdtrain.comm.world import World
-from hvdtrain.models.cpu import use_fast_fp32
+from hvdtrain.models.cpu import use_fast_matmul
 from hvdtrain.parallel.plan import Plan
 from hvdtrain.run_folder import open_run
 from hvdtrain.tasks import make_task
@@ -27,7 +27,7 @@ def evaluate(
         run = open_run(run_dir, world, group, data_dir, weights)
         config = run.config
         if run.device.type == "cpu":
-            use_fast_fp32()
+            use_fast_matmul(config.precision)
 
         task = make_task(config.task)
 

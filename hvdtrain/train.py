@@ -27,7 +27,7 @@ from hvdtrain.errors import CheckpointError, ConfigError, OutputError
 from hvdtrain.malloc import keep_freed_memory
 from hvdtrain.meter import Laps, StepClock, memory_peak_mib
 from hvdtrain.metrics import Metrics, git_state, versions, write_summary
-from hvdtrain.models.cpu import use_fast_fp32
+from hvdtrain.models.cpu import use_fast_matmul
 from hvdtrain.models.recompute import use_recompute
 from hvdtrain.optim.ema import make_ema
 from hvdtrain.optim.optimizer import make_optimizer
@@ -91,7 +91,7 @@ class _Run:
         self.matmul = "cuBLAS"
         if self.device.type == "cpu":
             keep_freed_memory()
-            self.matmul = use_fast_fp32()
+            self.matmul = use_fast_matmul(config.precision)
         self.identity = {**config.identity(), **self.data.corpora.identity()}
         self.progress, self.resumed_from = self._find_progress(resume)
 

@@ -1,9 +1,11 @@
 """The engine against what a user would otherwise pick: same model, weights, rows, batch and threads, in one run.
 
-    make bench BENCH=engine            PARTS="one ranks scaling memory" chooses; STEPS=300
+    make bench BENCH=engine            PARTS="one ranks link hf scaling memory" chooses; STEPS=300
 
 one       a GPT of 6 x 384, vocabulary 8,192, context 256, 8 sequences on two threads: nanoGPT's way against ours
 ranks     the same on two ranks of one thread: torch's DDP over gloo against ours
+link      the same two ranks in two network namespaces with 1 Gbit/s between them (root): MPI and gloo over TCP
+hf        two ranks under Hugging Face's Trainer; HF_PYTHON: a Python with transformers, accelerate, hvdtrain
 scaling   one rank of one thread with 8 sequences, two with 16
 memory    vocabulary 50,304, context 1,024: peak memory of a whole process, nanoGPT's way against ours
 """
@@ -19,15 +21,21 @@ from pathlib import Path
 import numpy as np
 import table
 import yaml
+from link import ADDRESSES, PLACES, slow_link
 
 WAYS = Path(__file__).parent / "ways"
 STEPS = int(os.environ.get("STEPS", "300"))
-PARTS = os.environ.get("PARTS", "one ranks scaling memory").split()
+PARTS = os.environ.get("PARTS", "one ranks link hf scaling memory").split()
 SIZES = {"layers": 6, "heads": 6, "width": 384, "context": 256, "bias": False}
 LARGE = {"layers": 4, "heads": 6, "width": 384, "context": 1024, "bias": False}
-LR, WARMUP = 1e-3, min(50, STEPS // 2)
+LR = 1e-3
 MPIRUN = ["mpirun", "-np", "2", "--bind-to", "none"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"]
+HF_PYTHON = os.environ.get("HF_PYTHON", sys.executable)
+
+
+def warmup(steps: int) -> int:
+    return min(50, steps // 2)
 
 
 def run(command: list[str], threads: int) -> str:
@@ -77,13 +85,47 @@ def store_rows(folder: Path, name: str, sizes: dict, vocabulary: int, rows: int,
 
 def plain(folder: Path, threads: int, rows: int, steps: int, launcher: list[str] | None = None, **words) -> dict:
     """One run of `ways/plain_train.py`."""
-    settings = {"folder": str(folder), "threads": threads, "rows": rows, "steps": steps, "lr": LR, "warmup": WARMUP}
+    settings = {
+        "folder": str(folder),
+        "threads": threads,
+        "rows": rows,
+        "steps": steps,
+        "lr": LR,
+        "warmup": warmup(steps),
+    }
     command = [*(launcher or [sys.executable]), str(WAYS / "plain_train.py"), json.dumps({**settings, **words})]
     return json.loads(run(command, threads).strip().splitlines()[-1])
 
 
-def ours(folder: Path, number: list[int], threads: int, rows: int, steps: int, sizes: dict, two: bool, **more) -> dict:
-    """One run of `hvdtrain train`; its summary."""
+def ddp_over_link(folder: Path, rows: int, steps: int, **words) -> dict:
+    """`plain_train.py` as two ranks, each in its network namespace."""
+    settings = {"folder": str(folder), "threads": 1, "rows": rows, "steps": steps, "lr": LR, "warmup": warmup(steps)}
+    words = {**settings, "way": "ddp", **words}
+    ranks = []
+    for rank, place in enumerate(PLACES):
+        world = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": "29517"}
+        env = {**os.environ, **world, "GLOO_SOCKET_IFNAME": place, "OMP_NUM_THREADS": "1"}
+        command = ["ip", "netns", "exec", place, sys.executable, str(WAYS / "plain_train.py"), json.dumps(words)]
+        ranks.append(subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE))
+    try:
+        printed = [rank.communicate(timeout=3600)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return json.loads(printed[0].strip().splitlines()[-1])
+
+
+def ours(
+    folder: Path,
+    number: list[int],
+    threads: int,
+    rows: int,
+    steps: int,
+    sizes: dict,
+    launcher: list[str] | None,
+    **more,
+) -> dict:
+    """One run of `hvdtrain train`; its summary, and the share of the time that is in none of the step's parts."""
     number[0] += 1
     recipe = {
         "seed": 1,
@@ -92,16 +134,24 @@ def ours(folder: Path, number: list[int], threads: int, rows: int, steps: int, s
         "train": {"steps": steps, "global_batch": rows},
         "eval": {"every": 0, "rows": 8},
         "checkpoint": {"every": 0},
-        "metrics": {"every": 10, "tensorboard": False},
+        "metrics": {"every": min(10, steps // 2), "tensorboard": False, "mfu": "measure"},
         "optim": {"lr": LR},
-        "schedule": {"warmup_steps": WARMUP, "min_lr": LR / 10},
+        "schedule": {"warmup_steps": warmup(steps), "min_lr": LR / 10},
         **more,
     }
     path, run_dir = folder / f"{number[0]}.yaml", folder / f"run-{number[0]}"
     path.write_text(yaml.safe_dump(recipe))
     python = [sys.executable, "-m", "hvdtrain", "train", str(path), "--run-dir", str(run_dir)]
-    run([*(MPIRUN if two else []), *python], threads)
-    return json.loads((run_dir / "summary.json").read_text())
+    run([*(launcher or []), *python], threads)
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if line["kind"] == "train"][1:]
+    outside, inside = (
+        sum(line[f"time_{part}_s"] for line in lines for part in parts)
+        for parts in (("data", "other"), ("compute", "sync", "optimizer"))
+    )
+    summary = json.loads((run_dir / "summary.json").read_text())
+    share = outside / (outside + inside) if lines else None
+    return {**summary, "peak_mib": summary["memory_peak_mib"], "outside": share}
 
 
 def main() -> None:
@@ -115,56 +165,90 @@ def main() -> None:
             base = next(iter(results.values()))
             for way, result in results.items():
                 ratio = result[measure] / base[measure]
-                loss, peak = result.get("val_loss"), result.get("memory_peak_mib", result.get("peak_mib"))
-                mfu = result.get("mfu")
+                loss, peak = result.get("val_loss"), result.get("peak_mib")
+                mfu, outside = result.get("mfu"), result.get("outside")
                 rows.append([
                     part, way, f"{result['tokens_per_s']:,.0f}", f"{ratio:.2f}", f"{loss:.4f}" if loss else "",
-                    f"{mfu:.0%}" if mfu else "", f"{peak:,.0f}" if peak else "",
+                    f"{mfu:.0%}" if mfu else "", f"{outside:.1%}" if outside else "", f"{peak:,.0f}" if peak else "",
                 ])  # fmt: skip
                 print(rows[-1], flush=True)
 
+        short = min(STEPS, 60)
         if "one" in PARTS:
             data = store_rows(folder, "one", SIZES, 8192, 8, STEPS)
-            common = {"way": "nanogpt", "evaluate": True}
-            results = {"nanoGPT's way, fp32": plain(data, 2, 8, STEPS, **common)}
-            results["nanoGPT's way, fp32, compiled"] = plain(data, 2, 8, STEPS, compile=True, **common)
-            results["nanoGPT's way, bf16 autocast, compiled"] = plain(
-                data, 2, 8, STEPS, compile=True, bf16=True, **common
-            )
+            results = {"nanoGPT's way, fp32": plain(data, 2, 8, STEPS, way="nanogpt", evaluate=True)}
+            for words in ({}, {"bf16": True}):
+                name = "bf16 autocast" if words else "fp32"
+                results[f"nanoGPT's way, {name}, compiled, {short} steps"] = plain(
+                    data, 2, 8, short, way="nanogpt", compile=True, **words
+                )
             for precision in ("fp32", "bf16", "bf16-weights"):
-                results[f"hvdtrain, {precision}"] = ours(folder, number, 2, 8, STEPS, SIZES, False, precision=precision)
-            settings = {"precision": "bf16-weights", "compile": "blocks"}
-            results["hvdtrain, bf16-weights, compile=blocks"] = ours(
-                folder, number, 2, 8, STEPS, SIZES, False, **settings
-            )
+                results[f"hvdtrain, {precision}"] = ours(folder, number, 2, 8, STEPS, SIZES, None, precision=precision)
+            settings = {"precision": "bf16", "compile": "model"}
+            results["hvdtrain, bf16, compile=model"] = ours(folder, number, 2, 8, STEPS, SIZES, None, **settings)
             add("1 rank x 2 threads", results)
-        short = min(STEPS, 60)
         if "ranks" in PARTS:
             data = store_rows(folder, "ranks", SIZES, 8192, 8, short)
             results = {"torch DDP, gloo, same model code": plain(data, 1, 8, short, TORCHRUN, way="ddp")}
             results["torch DDP, gloo, same model and matrix library"] = plain(
                 data, 1, 8, short, TORCHRUN, way="ddp", own_matmul=True
             )
-            results["hvdtrain, fp32"] = ours(folder, number, 1, 8, short, SIZES, True)
-            results["hvdtrain, bf16-weights"] = ours(folder, number, 1, 8, short, SIZES, True, precision="bf16-weights")
+            results["hvdtrain, fp32"] = ours(folder, number, 1, 8, short, SIZES, MPIRUN)
+            results["hvdtrain, bf16"] = ours(folder, number, 1, 8, short, SIZES, MPIRUN, precision="bf16")
+            add("2 ranks x 1 thread", results)
+        if "link" in PARTS:
+            data = store_rows(folder, "link", SIZES, 8192, 8, STEPS)
+            with slow_link(folder) as mpirun:
+                over = [*mpirun, "-np", "2", "--bind-to", "none", "-x", "OMP_NUM_THREADS"]
+                results = {"torch DDP, gloo, same model code": ddp_over_link(data, 8, STEPS, evaluate=True)}
+                results["torch DDP, gloo, bf16 autocast, fp16 gradients"] = ddp_over_link(
+                    data, 8, short, bf16=True, fp16_gradients=True
+                )
+                for precision, wire, steps in (
+                    ("fp32", "fp32", short),
+                    ("fp32", "bf16", short),
+                    ("bf16", "bf16", STEPS),
+                ):
+                    settings = {"precision": precision, "sync": {"allreduce": {"wire": wire}}}
+                    results[f"hvdtrain, {precision}, wire {wire}, {steps} steps"] = ours(
+                        folder, number, 1, 8, steps, SIZES, over, **settings
+                    )
+            add("2 ranks x 1 thread, 1 Gbit/s", results)
+        if "hf" in PARTS and not subprocess.call([HF_PYTHON, "-c", "import transformers"], stderr=subprocess.DEVNULL):
+            data = store_rows(folder, "hf", SIZES, 8192, 8, short)
+            torchrun = [HF_PYTHON, *TORCHRUN[1:], str(WAYS / "hf_train.py")]
+            results = {}
+            for name, more in (("fp32", {}), ("bf16", {"bf16": True})):
+                words = {"folder": str(data), "rows": 8, "steps": short, "threads": 1, **more}
+                printed = run([*torchrun, json.dumps(words)], 1).splitlines()
+                last = next(line for line in reversed(printed) if line.startswith('{"tokens_per_s"'))
+                results[f"Hugging Face Trainer, gloo, {name}"] = json.loads(last)
+            for precision in ("fp32", "bf16"):
+                results[f"hvdtrain, {precision}"] = ours(
+                    folder, number, 1, 8, short, SIZES, MPIRUN, precision=precision
+                )
             add("2 ranks x 1 thread", results)
         if "scaling" in PARTS:
             results = {
-                f"hvdtrain, fp32, {count}": ours(folder, number, 1, batch, short, SIZES, count != "1 rank")
+                f"hvdtrain, fp32, {count}": ours(
+                    folder, number, 1, batch, short, SIZES, MPIRUN if count != "1 rank" else None
+                )
                 for count, batch in (("1 rank", 8), ("2 ranks", 16))
             }
             add("weak scaling, 1 thread a rank", results)
         if "memory" in PARTS:
-            data = store_rows(folder, "memory", LARGE, 50304, 4, 3)
-            results = {"nanoGPT's way, fp32": plain(data, 2, 4, 3, way="nanogpt")}
+            data = store_rows(folder, "memory", LARGE, 50304, 4, 10)
+            results = {"nanoGPT's way, fp32": plain(data, 2, 4, 10, way="nanogpt")}
             large = {**LARGE, "vocab_multiple": 50304}
-            results["hvdtrain, fp32"] = ours(folder, number, 2, 4, 3, large, False)
-            results["hvdtrain, bf16-weights"] = ours(folder, number, 2, 4, 3, large, False, precision="bf16-weights")
+            results["hvdtrain, fp32"] = ours(folder, number, 2, 4, 10, large, None)
+            results["hvdtrain, bf16-weights"] = ours(folder, number, 2, 4, 10, large, None, precision="bf16-weights")
             add("vocabulary 50,304, context 1,024", results, "peak_mib")
-    head = ["part", "way", "tokens/s", "ratio", "val loss", "share of ceiling", "peak MiB"]
+    head = ["part", "way", "tokens/s", "ratio", "val loss", "share of ceiling", "outside", "peak MiB"]
     note = (
         f"6 x 384, vocabulary 8,192, context 256, {STEPS} steps of 8 sequences where nothing else is said. Rows, first "
-        "weights and schedule are the same on both sides. tokens/s: median over intervals of 10 steps."
+        "weights and schedule are the same on both sides. tokens/s: of the others the median over intervals "
+        "of 10 steps, of hvdtrain the mean over all but the first. Share of the measured ceiling of matrix products in "
+        "the run's precision; outside: share of the time in neither forward, backward, sync nor optimizer."
     )
     print(table.write("engine", "The engine, side by side", "make bench BENCH=engine", head, rows, note))
 

@@ -5,19 +5,15 @@ The slow link is a pair of network namespaces on this machine, joined by a cable
 
 import json
 import os
-import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 BUCKETS, BUCKET_MIB = 4, 16
 ROUNDS, REPEATS = 3, 3
-PLACES = ("hvwire0", "hvwire1")
 
 
 def measure(forms: list[str]) -> None:
@@ -48,44 +44,6 @@ def measure(forms: list[str]) -> None:
             print(json.dumps(times), flush=True)
 
 
-@contextmanager
-def slow_link(folder: Path) -> Iterator[list[str]]:
-    """Two network namespaces and 1 Gbit/s between them; yields mpirun's words that put a rank into each."""
-    agent = folder / "agent"
-    agent.write_text(  # what mpirun calls instead of ssh: HOST COMMAND...
-        f'#!/bin/sh\nplace={PLACES[0][:-1]}$((${{1##*.}} - 1)); shift\nexec ip netns exec "$place" sh -c "$*"\n'
-    )
-    agent.chmod(0o755)
-    commands = [
-        *(f"ip netns add {place}" for place in PLACES),
-        f"ip link add {PLACES[0]} netns {PLACES[0]} type veth peer name {PLACES[1]} netns {PLACES[1]}",
-    ]
-    for number, place in enumerate(PLACES, 1):
-        commands += [
-            f"ip -n {place} addr add 10.77.0.{number}/24 dev {place}",
-            f"ip -n {place} link set {place} up",
-            f"ip -n {place} link set lo up",
-            f"ip netns exec {place} tc qdisc add dev {place} root tbf rate 1gbit burst 256kb latency 50ms",
-        ]
-    _remove_places()  # those of a run that was killed
-    try:
-        for command in commands:
-            subprocess.run(shlex.split(command), check=True)
-        link = "10.77.0.0/24"
-        yield [
-            *("ip", "netns", "exec", PLACES[0], "mpirun", "--host", "10.77.0.1:1,10.77.0.2:1"),
-            *("--mca", "plm_rsh_agent", str(agent), "--mca", "oob_tcp_if_include", link),
-            *("--mca", "pml", "ob1", "--mca", "btl", "tcp,self", "--mca", "btl_tcp_if_include", link),
-        ]
-    finally:
-        _remove_places()
-
-
-def _remove_places() -> None:
-    for place in PLACES:
-        subprocess.run(["ip", "netns", "del", place], check=False, stderr=subprocess.DEVNULL)
-
-
 def run(mpirun: list[str], forms: list[str], **knobs: str) -> dict[str, float]:
     """Median seconds of a step of each form."""
     words = [*mpirun, "-np", "2", "--bind-to", "none"]
@@ -105,6 +63,7 @@ def run(mpirun: list[str], forms: list[str], **knobs: str) -> dict[str, float]:
 
 
 def main() -> None:
+    from link import slow_link
     from table import write
 
     mib = BUCKETS * BUCKET_MIB

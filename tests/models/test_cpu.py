@@ -64,3 +64,10 @@ def test_the_check_knows_bf16_from_fp32(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", in_bf16)
     assert not cpu._is_fp32()
+
+
+def test_sixteen_bits_keep_flash_attention(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cpu, "use_fast_fp32", lambda: "called")
+    assert cpu.use_fast_matmul("fp32") == "called"
+    assert {cpu.use_fast_matmul(precision) for precision in ("bf16", "bf16-weights", "fp16")} == {"oneDNN"}
+    assert torch.backends.cuda.flash_sdp_enabled()

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from plain_gpt import PlainGPT
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 
 from hvdtrain.models.decoder import Decoder
 from hvdtrain.models.losses import LossTerms, linear_cross_entropy
@@ -80,6 +81,8 @@ def main(words: dict) -> None:
 
             use_fast_fp32()
         wrapped = nn.parallel.DistributedDataParallel(model)
+        if words.get("fp16_gradients"):
+            wrapped.register_comm_hook(None, fp16_compress_hook)
     else:
         wrapped = model = plain_model(setup["sizes"], setup["vocabulary"])
     step_model = torch.compile(wrapped) if words.get("compile") else wrapped
