@@ -30,8 +30,10 @@ class _TrainHelp(argparse.Action):
 
         parser.print_help()
         print(f"\nrecipes: {', '.join(recipe_names())}\n\nkeys of a recipe (type, default, meaning):")
-        for row in describe_options():
-            head = f"  {row.key:<26} {row.type:<22} {row.default:<11} "
+        rows = list(describe_options())
+        keys, types, defaults = (max(len(row[column]) for row in rows) for column in range(3))
+        for row in rows:
+            head = f"  {row.key:<{keys}}  {row.type:<{types}}  {row.default:<{defaults}}  "
             print(textwrap.fill(row.meaning, 120, initial_indent=head, subsequent_indent=" " * len(head)))
         parser.exit()
 
