@@ -1,6 +1,6 @@
 # make demo   builds the environment, prepares text, trains on two Horovod ranks, shows what came of it
 # make test   builds the environment, runs every test
-# make bench  measures speed side by side with other ways (minutes; BENCH=name runs one)
+# make bench  measures speed side by side with other ways (an hour or two; BENCH=name runs one)
 # TORCH=..., VENV=..., see make-env.sh
 
 VENV ?= .venv

@@ -35,7 +35,7 @@ FORMAT_VERSION = 1
 Weights = Literal["raw", "ema"]  # of the last step; averaged over the last steps
 _NAME = re.compile(r"step-(\d{8,})")
 # Fields that came later: in a manifest only where they say something, so that those of runs without them stay the same.
-_WHERE_SET = {"averaged_from", "loss_scale"}
+_WHERE_SET = {"averaged_from", "loss_scale", "noise", "guard"}
 
 
 class CheckpointOptions(Options):
@@ -48,6 +48,7 @@ class Progress:
     """Where a run stands, apart from its tensors. ``identity``: the settings that a resumed run must share.
 
     ``loss_scale``: see LossScale.state, of fp16 runs.
+    ``noise``, ``guard``: see NoiseScale.state and Guard.state.
     ``averaged_from``: the steps whose weights were averaged (``hvdtrain average``); nothing can go on from there.
     A field that an older manifest lacks has its default.
     """
@@ -62,6 +63,8 @@ class Progress:
     versions: Mapping[str, str] | None = None
     averaged_from: tuple[int, ...] | None = None
     loss_scale: tuple[float, int] | None = None
+    noise: tuple[float, float] | None = None
+    guard: tuple[float, ...] | None = None
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 

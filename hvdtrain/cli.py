@@ -19,6 +19,9 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}\n{self.format_usage().rstrip()}")
 
 
+_HELP_INDENT = 62  # where the meaning of a recipe's key begins
+
+
 class _TrainHelp(argparse.Action):
     """``train --help`` shows every option of a recipe; the recipes' room is loaded only then."""
 
@@ -30,11 +33,16 @@ class _TrainHelp(argparse.Action):
 
         parser.print_help()
         print(f"\nrecipes: {', '.join(recipe_names())}\n\nkeys of a recipe (type, default, meaning):")
-        rows = list(describe_options())
-        keys, types, defaults = (max(len(row[column]) for row in rows) for column in range(3))
-        for row in rows:
-            head = f"  {row.key:<{keys}}  {row.type:<{types}}  {row.default:<{defaults}}  "
-            print(textwrap.fill(row.meaning, 120, initial_indent=head, subsequent_indent=" " * len(head)))
+        for row in describe_options():
+            head = f"  {row.key:<27} {row.type:<22} {row.default:<8} "
+            if len(head) > _HELP_INDENT:  # a long list of values has a line of its own
+                print(head.rstrip())
+                head = " " * _HELP_INDENT
+            print(
+                textwrap.fill(
+                    row.meaning, 120, initial_indent=head, subsequent_indent=" " * _HELP_INDENT, break_on_hyphens=False
+                )
+            )
         parser.exit()
 
 
@@ -78,6 +86,25 @@ def make_parser() -> argparse.ArgumentParser:
     average.add_argument("--last", type=int, required=True, metavar="K", help="how many whole checkpoints")
     average.add_argument("--out", type=Path, metavar="DIR", help="new run folder (default: RUN_DIR/average-K)")
 
+    plan = commands.add_parser("plan", help="what a recipe will need on a number of ranks: batch, steps, memory")
+    plan.add_argument("recipe", metavar="RECIPE", help="name of a built-in recipe, or path of a .yaml file")
+    plan.add_argument("overrides", nargs="*", metavar="key=value", help="settings on top of the recipe")
+    plan.add_argument("--ranks", type=int, required=True, metavar="N")
+    plan.add_argument("--ranks-per-node", type=int, default=0, metavar="M", help="default: all on one node")
+    plan.add_argument("--vocab-size", type=int, default=0, metavar="V", help="of data that are not there yet")
+    plan.add_argument("--json", action="store_true", help="for programs")
+
+    sweep = commands.add_parser("sweep", help="train a recipe at several settings, in turn or as a Slurm array")
+    sweep.add_argument("recipe", metavar="RECIPE", help="name of a built-in recipe, or path of a .yaml file")
+    sweep.add_argument("overrides", nargs="*", metavar="key=value", help="settings of all runs")
+    sweep.add_argument(
+        "--vary", action="append", required=True, metavar="KEY=V1,V2...",
+        help="values that take turns; several: every combination, the first changes slowest",
+    )  # fmt: skip
+    sweep.add_argument("--out", type=Path, required=True, metavar="DIR", help="a run folder in it for each combination")
+    sweep.add_argument("--launcher", default="", metavar="WORDS", help='starts the ranks: "horovodrun -np 4"')
+    sweep.add_argument("--point", type=int, metavar="I", help="only the combination of this number, from 0")
+
     report = commands.add_parser("report", help="table and loss.png of one or several runs")
     report.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR")
     report.add_argument("--out", type=Path, metavar="FILE", help="default: loss.png in the first run folder")
@@ -95,11 +122,12 @@ def _add_weights(parser: argparse.ArgumentParser) -> None:
 
 def run(argv: Sequence[str], world: World) -> int:
     """Run one command; returns the exit code, raises HvdtrainError."""
-    words = _parse_train(argv) if argv[:1] == ["train"] else make_parser().parse_args(argv)
+    takes_settings = argv[:1] in (["train"], ["sweep"], ["plan"])
+    words = _parse_with_settings(argv) if takes_settings else make_parser().parse_args(argv)
     return _COMMANDS[words.command](words, world)
 
 
-def _parse_train(argv: Sequence[str]) -> argparse.Namespace:
+def _parse_with_settings(argv: Sequence[str]) -> argparse.Namespace:
     # Options may stand between overrides; argparse alone would then take the later overrides for strangers.
     words, rest = make_parser().parse_known_args(argv)
     strangers = [word for word in rest if word.startswith("-") or "=" not in word]
@@ -148,6 +176,19 @@ def _average(words: argparse.Namespace, world: World) -> int:
     return EXIT_OK
 
 
+def _plan(words: argparse.Namespace, world: World) -> int:
+    from hvdtrain.planner.plan import plan
+
+    print(plan(words.recipe, words.overrides, words.ranks, words.ranks_per_node, words.vocab_size, words.json))
+    return EXIT_OK
+
+
+def _sweep(words: argparse.Namespace, world: World) -> int:
+    from hvdtrain.sweep import sweep
+
+    return sweep(words.recipe, words.overrides, words.vary, words.out, words.launcher, words.point, world)
+
+
 def _report(words: argparse.Namespace, world: World) -> int:
     from hvdtrain.report import report
 
@@ -168,6 +209,8 @@ _COMMANDS = {
     "evaluate": _evaluate,
     "generate": _generate,
     "average": _average,
+    "plan": _plan,
+    "sweep": _sweep,
     "report": _report,
     "doctor": _doctor,
 }

@@ -27,14 +27,18 @@ from hvdtrain.models.recompute import RecomputeOptions
 from hvdtrain.models.transformer import TransformerOptions
 from hvdtrain.optim.ema import EmaOptions
 from hvdtrain.optim.optimizer import OptimOptions
-from hvdtrain.optim.schedules import ScheduleOptions, check_schedule
+from hvdtrain.optim.scaling import Scaled, ScalingOptions, scale, update_size
+from hvdtrain.optim.schedules import Length, ScheduleOptions, check_schedule
 from hvdtrain.options import Options, option
+from hvdtrain.parallel.guard import GuardOptions
 from hvdtrain.parallel.plan import SyncOptions
 from hvdtrain.tasks import TaskOptions
 
 
 class TrainOptions(Options):
     steps: int = option(1000, "optimizer updates of the whole run", ge=1)
+    tokens: int = option(0, "tokens of the whole run, padding counted, instead of steps; 0: not given", ge=0)
+    epochs: float = option(0.0, "epochs of the whole run instead of steps; 0: not given", ge=0)
     global_batch: int = option(32, "sequences of one update, over all ranks", ge=1)
     global_tokens: int = option(
         0, "tokens of one update, padding counted, instead of global_batch; 0: global_batch x model.context", ge=0
@@ -65,6 +69,8 @@ class RunConfig(Options):
     task: TaskOptions = TaskOptions()
     optim: OptimOptions = OptimOptions()
     schedule: ScheduleOptions = ScheduleOptions()
+    scaling: ScalingOptions = ScalingOptions()
+    guard: GuardOptions = GuardOptions()
     ema: EmaOptions = EmaOptions()
     sync: SyncOptions = SyncOptions()
 
@@ -74,9 +80,41 @@ class RunConfig(Options):
         """
         whole = flatten(self.model_dump())
         may_change = re.compile(
-            r"device|tf32|compile|train\.(steps|microbatch)|(data|eval|checkpoint|metrics|sync|recompute|ema)\..*"
+            r"device|tf32|compile|train\.(steps|tokens|epochs|microbatch)|(data|eval|checkpoint|metrics|sync|recompute|ema)\..*"
         )
         return {key: value for key, value in whole.items() if not may_change.fullmatch(key)}
+
+    def sized(self, ranks: int) -> "RunConfig":
+        """With the batch of ``ranks`` ranks (scaling.per_rank). Errors: ConfigError where that is no whole number."""
+        rows, tokens = update_size(self.scaling, self.train.global_batch, self.train.global_tokens, ranks)
+        train = self.train.model_copy(update={"global_batch": rows, "global_tokens": tokens})
+        return self.model_copy(update={"train": train})
+
+    def scale(self, ranks: int, epoch_tokens: int) -> Scaled:
+        """Batch, rates and lengths that ``ranks`` ranks use, of a recipe as it was given; see optim/scaling.py."""
+        train = self.train
+        return scale(
+            self.scaling,
+            self.optim,
+            self.schedule,
+            Length("train.", train.steps, train.tokens, train.epochs),
+            context=self.model.context,
+            global_batch=train.global_batch,
+            global_tokens=train.global_tokens,
+            ranks=ranks,
+            epoch_tokens=epoch_tokens,
+        )
+
+    def resolved(self, scaled: Scaled) -> "RunConfig":
+        """With what ``scale`` found, lengths in steps."""
+        train = {"steps": scaled.steps, "global_batch": scaled.global_batch, "global_tokens": scaled.global_tokens}
+        return self.model_copy(
+            update={
+                "train": self.train.model_copy(update={**train, "tokens": 0, "epochs": 0.0}),
+                "optim": scaled.optim(self.optim),
+                "schedule": scaled.schedule(self.schedule),
+            }
+        )
 
     def feed(self, rank: int, size: int, pin: bool = False) -> Feed:
         """How rank ``rank`` of ``size`` wants its batches.
@@ -171,8 +209,18 @@ def make_config(tree: dict[str, Any], origin: str) -> RunConfig:
     except ValidationError as error:
         problems = [_explain(problem) for problem in error.errors()]
         raise ConfigError(f"{origin}: " + "; ".join(problems)) from None
-    check_schedule(config.schedule, config.optim.lr, config.train.steps)
+    _check_lengths(config)
     return config
+
+
+def _check_lengths(config: RunConfig) -> None:
+    """Those that depend on neither corpus nor ranks now; the others once these are known."""
+    train, scaling = config.train, config.scaling
+    schedule = config.schedule
+    open_ends = (train.tokens, train.epochs, schedule.warmup_tokens, schedule.warmup_epochs)
+    is_scaled = scaling.base_batch or scaling.base_tokens or scaling.per_rank or scaling.rule != "none"
+    Length("train.", train.steps, train.tokens, train.epochs)
+    check_schedule(schedule, config.optim.lr, None if is_scaled or any(open_ends) else train.steps)
 
 
 def dump_yaml(config: RunConfig) -> str:

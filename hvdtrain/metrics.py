@@ -19,8 +19,10 @@ from pydantic import field_validator
 from hvdtrain.data.shards import write_json
 from hvdtrain.errors import DivergedError, OutputError
 from hvdtrain.meter import Laps, StepTimes, memory_peak_mib
+from hvdtrain.optim.noise_scale import NoiseScale
 from hvdtrain.options import Options, option
 from hvdtrain.parallel.allreduce import StepSums
+from hvdtrain.parallel.guard import Guard
 from hvdtrain.profiler import parse_steps
 
 # Of a sum over thousands of targets; fairseq gives up at 1e-4, of a mean (--min-loss-scale).
@@ -65,6 +67,7 @@ class Metrics:
         self._options, self._steps, self._is_main, self._run_dir = options, steps, is_main, run_dir
         self._device, self.peak = device or torch.device("cpu"), peak
         self.tokens: Any = tokens
+        self.noise = NoiseScale(self._device)
         self._started = time.perf_counter()
         self._unread: deque[StepTimes | Laps] = deque()
         self._since = StepTimes()
@@ -77,6 +80,7 @@ class Metrics:
         self._board: _Board | None = None
         self._bar: Any = None
         self.last_loss = math.nan
+        self.skipped = 0  # steps, by a guard
         if is_main:
             self._file = _continue_log(run_dir / "metrics.jsonl", start_step)
             if sys.stderr.isatty():
@@ -104,14 +108,24 @@ class Metrics:
         return time.perf_counter() - self._started
 
     def add(
-        self, step: int, epoch: int, sums: StepSums, lr: float, times: StepTimes | Laps, flops: int | float = 0
+        self,
+        step: int,
+        epoch: int,
+        sums: StepSums,
+        lr: float,
+        times: StepTimes | Laps,
+        flops: int | float = 0,
+        guard: Guard | None = None,
     ) -> None:
         """Note one finished step; every ``metrics.every`` steps read it, check it and write it.
 
         flops: this rank's model FLOPs of the step (see models/flops.py); 0: not counted.
-        Errors: DivergedError, on all ranks alike, where the loss or the gradient is not finite.
+        Errors: DivergedError, on all ranks alike, where the loss or the gradient is not finite; with a guard where it
+        says so.
         """
         self.tokens = self.tokens + sums.weight
+        if sums.part_square is not None:
+            self.noise.update(sums.part_square, sums.part_inverse, sums.grad_norm**2, sums.weight)
         self._flops_since += flops
         self._unread.append(times)
         self._read_times(only_ready=True)  # so that few wait, however seldom a line is written
@@ -119,24 +133,29 @@ class Metrics:
         if self._bar is not None:
             self._bar.update()
         if step % self._options.every == 0 or step in (self._start_step + 1, self._steps):
-            self._log(step, epoch, sums, lr)
+            self._log(step, epoch, sums, lr, guard)
 
     def _read_times(self, only_ready: bool) -> None:
         while self._unread and (not only_ready or self._unread[0].is_ready()):
             self._since.add(self._unread.popleft().read())
 
-    def _log(self, step: int, epoch: int, sums: StepSums, lr: float) -> None:
+    def _log(self, step: int, epoch: int, sums: StepSums, lr: float, guard: Guard | None) -> None:
         loss, grad_norm = sums.loss.item(), sums.grad_norm.item()
         loss_scale = None if sums.loss_scale is None else sums.loss_scale.item()
         self.tokens = int(self.tokens)
         # A scaled loss may overflow now and then: the step is left out and the scale lowered. Not for ever.
         overflowed = loss_scale is not None and loss_scale >= _LEAST_LOSS_SCALE and not math.isfinite(grad_norm)
-        if not (math.isfinite(loss) and (math.isfinite(grad_norm) or overflowed)):
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        if guard is not None:
+            self.skipped, factor = guard.check(step)
+            lr *= factor
+        elif not (finite or (math.isfinite(loss) and overflowed)):
             raise DivergedError(
                 f"step {step}: loss {loss}, gradient norm {grad_norm}; lower optim.lr or lengthen "
                 "schedule.warmup_steps; the last checkpoint is from before"
             )
-        self.last_loss = loss
+        if math.isfinite(loss):
+            self.last_loss = loss
         self._read_times(only_ready=False)  # the device has come past them: it has just told the loss
         tokens, seconds, steps = self.tokens - self._tokens_at_log, self._since.total, self._steps_since
         rate = tokens / seconds if seconds else 0.0
@@ -149,9 +168,9 @@ class Metrics:
             "step": step,
             "epoch": epoch,
             "tokens": self.tokens,
-            "loss": loss,
+            "loss": loss if math.isfinite(loss) else None,  # JSON knows no infinity
             "lr": lr,
-            "grad_norm": None if overflowed else grad_norm,  # JSON knows no infinity
+            "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
             "tokens_per_s": round(rate, 1),
             "time_data_s": round(self._since.data / steps, 6),
             "time_compute_s": round(self._since.compute / steps, 6),
@@ -163,7 +182,13 @@ class Metrics:
         }
         if loss_scale is not None:
             line["loss_scale"] = loss_scale
+        if guard is not None:
+            line["skipped_steps"] = self.skipped
+        if (noise := self.noise.value()) is not None:
+            line["noise_scale_tokens"] = round(noise, 1)
         grad = "overflow" if overflowed else f"{grad_norm:.2f}"
+        if guard is not None and self.skipped:
+            grad += f"  skipped {self.skipped}"
         text = f"loss {loss:.4f}  lr {lr:.2e}  grad {grad}  {rate:,.0f} tokens/s"
         if self._flops_since and seconds:
             flops_per_s = self._flops_since / seconds

@@ -7,6 +7,7 @@ from typing import Any
 from hvdtrain import checkpoint
 from hvdtrain.errors import CheckpointError, OutputError
 from hvdtrain.metrics import read_log
+from hvdtrain.optim.noise_scale import advice
 
 
 def report(run_dirs: list[Path], out: Path | None) -> str:
@@ -16,6 +17,7 @@ def report(run_dirs: list[Path], out: Path | None) -> str:
     _draw(runs, picture)
     lines = [_table(runs), "", f"loss curve   {picture}"]
     for run in runs:
+        lines += _advice(run)
         saved = checkpoint.steps_saved(run["dir"])
         board = run["dir"] / "tensorboard"
         lines += [f"tensorboard  {board}"] if board.exists() else []
@@ -35,7 +37,7 @@ def _read(run_dir: Path) -> dict[str, Any]:
         summary = None
     return {
         "dir": run_dir,
-        "train": [line for line in log if line.get("kind") == "train" and "loss" in line],
+        "train": [line for line in log if line.get("kind") == "train" and line.get("loss") is not None],
         "eval": [line for line in log if line.get("kind") == "eval" and "val_loss" in line],
         "summary": summary if isinstance(summary, dict) else {"status": "unfinished"},
     }
@@ -43,7 +45,8 @@ def _read(run_dir: Path) -> dict[str, Any]:
 
 def _table(runs: list[dict[str, Any]]) -> str:
     head = ["run", "status", "step", "tokens", "val loss", "best", "tokens/s", "MFU", "ranks", "sample digest"]
-    rows = [head]
+    rows = [[*head, "tokens/update", "lr"]]
+    winner = _best(runs)
     for run in runs:
         summary = run["summary"]
         last = (run["train"] or [{}])[-1]
@@ -56,48 +59,100 @@ def _table(runs: list[dict[str, Any]]) -> str:
                 str(summary.get("status")),
                 f"{summary.get('step', last.get('step', 0)):,}",
                 f"{summary.get('tokens', last.get('tokens', 0)):,}",
-                "-" if val is None else f"{val:.4f}",
+                "-" if val is None else f"{val:.4f}{' *' if run is winner else ''}",
                 "-" if best is None else f"{best:.4f}",
                 f"{summary.get('tokens_per_s', last.get('tokens_per_s', 0)):,.0f}",
                 "-" if mfu is None else f"{mfu:.1%}",
                 str(summary.get("world_size", "-")),
                 str(summary.get("sample_digest", "-")),
+                "-" if (batch := _tokens_per_update(run)) is None else f"{batch:,.0f}",
+                "-" if (lr := max((p.get("lr", 0.0) for p in run["train"]), default=0.0)) == 0 else f"{lr:.3g}",
             ]
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
+def _advice(run: dict[str, Any]) -> list[str]:
+    """What the noise of a run's gradients says of its batch."""
+    train, summary = run["train"], run["summary"]
+    noise = next((p["noise_scale_tokens"] for p in reversed(train) if "noise_scale_tokens" in p), None)
+    batch, ranks = _tokens_per_update(run), summary.get("world_size")
+    if noise is None or batch is None or not isinstance(ranks, int):
+        return []
+    return [f"batch        {run['dir'].name}: {advice(noise, batch, ranks)}"]
+
+
+def _tokens_per_update(run: dict[str, Any]) -> float | None:
+    last = (run["train"] or [{}])[-1]
+    return last["tokens"] / last["step"] if "tokens" in last else None
+
+
 def _draw(runs: list[dict[str, Any]], picture: Path) -> None:
+    """One run: loss against steps. Several: validation loss against tokens, steps and time, the best one marked."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    several = len(runs) > 1
+    figure = Figure(figsize=(14, 5) if several else (8, 5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for number, run in enumerate(runs):
-        color, name = f"C{number}", run["dir"].name
-        train, val = run["train"], run["eval"]
-        axes.plot(
-            [p["step"] for p in train],
-            [p["loss"] for p in train],
-            color=color,
-            alpha=0.45,
-            lw=1,
-            label=f"{name}: training",
-        )
-        if val:
-            axes.plot(
-                [p["step"] for p in val], [p["val_loss"] for p in val], color=color, marker="o", ms=4,
-                label=f"{name}: validation ({val[-1]['val_loss']:.3f})",
-            )  # fmt: skip
-    axes.set_xlabel("step (optimizer updates)")
-    axes.set_ylabel("loss (nats per token)")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
+    if several:
+        _draw_several(runs, figure.subplots(1, 3, sharey=True))
+    else:
+        _draw_one(runs[0], figure.add_subplot())
+    for axes in figure.axes:
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
     try:
         picture.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(picture)
     except OSError as error:
         raise OutputError(f"cannot write {picture}: {error.strerror or error}") from None
+
+
+def _draw_one(run: dict[str, Any], axes: Any) -> None:
+    name, train, val = run["dir"].name, run["train"], run["eval"]
+    steps, losses = [p["step"] for p in train], [p["loss"] for p in train]
+    axes.plot(steps, losses, color="C0", alpha=0.45, lw=1, label=f"{name}: training")
+    if val:
+        steps, losses = [p["step"] for p in val], [p["val_loss"] for p in val]
+        label = f"{name}: validation ({val[-1]['val_loss']:.3f})"
+        axes.plot(steps, losses, color="C0", marker="o", ms=4, label=label)
+    axes.set_xlabel("step (optimizer updates)")
+    axes.set_ylabel("loss (nats per token)")
+    axes.legend(frameon=False)
+
+
+def _draw_several(runs: list[dict[str, Any]], panels: Any) -> None:
+    best = _best(runs)
+    for axes, measure, label in zip(panels, ("tokens", "step", "wall_s"), _MEASURES, strict=True):
+        for number, run in enumerate(runs):
+            val, name = run["eval"], run["dir"].name
+            points = [(x, p["val_loss"]) for p in val if (x := _where(run, p["step"], measure)) is not None]
+            if not points:
+                continue
+            color, end = f"C{number % 10}", f" ({val[-1]['val_loss']:.3f})"
+            line = ("-", "--", ":")[number // 10 % 3]
+            axes.plot(*zip(*points, strict=True), line, color=color, marker="o", ms=3, lw=1.2, label=name + end)
+            if run is best:
+                axes.plot(*points[-1], marker="*", ms=14, color=color, label="best")
+        axes.set_xlabel(label)
+    panels[0].set_ylabel("validation loss (nats per token)")
+    panels[1].legend(frameon=False, fontsize=7 if len(runs) > 6 else 9)
+
+
+_MEASURES = ("tokens", "step (optimizer updates)", "time (s, this run's processes)")
+
+
+def _where(run: dict[str, Any], step: int, measure: str) -> float | None:
+    """What the log says of ``measure`` at ``step``: of its last line until then."""
+    if measure == "step":
+        return step
+    lines = [p for p in run["train"] if p["step"] <= step and measure in p]
+    return lines[-1][measure] if lines else None
+
+
+def _best(runs: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The run that ended with the lowest validation loss; None where fewer than two were evaluated."""
+    ended = [run for run in runs if run["eval"]]
+    return min(ended, key=lambda run: run["eval"][-1]["val_loss"]) if len(ended) > 1 else None

@@ -31,6 +31,7 @@ from hvdtrain.models.cpu import use_fast_matmul
 from hvdtrain.models.recompute import use_recompute
 from hvdtrain.optim.ema import make_ema
 from hvdtrain.optim.optimizer import make_optimizer
+from hvdtrain.optim.scaling import Scaled
 from hvdtrain.optim.schedules import learning_rate
 from hvdtrain.parallel.compiling import CompileClock, check_compiler
 from hvdtrain.parallel.plan import Plan
@@ -77,7 +78,8 @@ class _Run:
     """One run on one rank. ``run`` is the walk; the rest is what it needs before and after."""
 
     def __init__(self, config: RunConfig, run_dir: Path, resume: str, world: World, group: Group):
-        self.config, self.run_dir, self.world, self.group = config, run_dir, world, group
+        self.recipe, self.run_dir, self.world, self.group = config, run_dir, world, group
+        self.config = config = group.together(lambda: config.sized(group.size))
         self.is_main = group.rank == 0
         self.cores = take_cores(group)
         torch.set_num_threads(self.cores.threads)
@@ -86,6 +88,9 @@ class _Run:
         self.device, self.fallbacks = group.together(lambda: pick_device(config.device, world, group))
         self.data = self._open_data()
         self.fallbacks += group.together(lambda: read_through_note(self.data.train.source.read_through))
+        self.scaled = group.together(self._scale)
+        self.fallbacks += self.scaled.notes
+        self.config = config = self.recipe.resolved(self.scaled)
         group.together(lambda: check_compiler(config.compile, self.device))
         use_tf32(config.tf32)
         self.matmul = "cuBLAS"
@@ -114,9 +119,11 @@ class _Run:
             if self.ema is not None and not checkpoint.has_ema(self.resumed_from):
                 self.fallbacks.append(f"{self.resumed_from} has no averaged weights: the average begins there")
         self.compiling = CompileClock() if config.compile != "none" else None
-        plan = Plan(model, self.group, config.sync, config.precision, config.seed, config.compile)
+        plan = Plan(model, self.group, config.sync, config.precision, config.seed, config.compile, config.guard)
         if plan.loss_scale is not None and progress.loss_scale is not None:
             plan.loss_scale.load(progress.loss_scale)
+        if plan.guard is not None and progress.guard is not None:
+            plan.guard.load(progress.guard)
         loader = TrainLoader(self.data.train.source, self.device)
         loader.rows_consumed = progress.rows_consumed
         closing = contextlib.closing
@@ -146,7 +153,7 @@ class _Run:
                 plan.step(optimizer, lr)
                 if self.ema is not None:
                     self.ema.update(step)
-            metrics.add(step, loader.epoch, sums, lr, phases.end(), plan.flops)
+            metrics.add(step, loader.epoch, sums, lr, phases.end(), plan.flops, plan.guard)
             if startup_s is None:
                 startup_s = _seconds_since_process_start()
                 if self.compiling is not None:
@@ -158,7 +165,7 @@ class _Run:
                 metrics.add_evaluation(step, scores)
             if save_is_due:
                 plan.check_finite(step)
-                progress = self._progress(step, loader, plan, int(metrics.tokens), best)
+                progress = self._progress(step, loader, plan, metrics, best)
                 checkpoint.save(self.run_dir, plan.model, optimizer, progress, self.group, config.checkpoint, self.ema)
                 metrics.say(f"step {step}: saved {checkpoint.folder_of(self.run_dir, step)}")
 
@@ -181,7 +188,10 @@ class _Run:
         self.group.barrier()  # ranks of a node measure at the same time: each finds its share of the machine
         self.peak = find_peak(options.mfu, self.device, self.config.precision, self.config.tf32)
         peak = self.peak.flops_per_s
-        return Metrics(self.run_dir, options, steps, self.is_main, progress.step, progress.tokens, self.device, peak)
+        metrics = Metrics(self.run_dir, options, steps, self.is_main, progress.step, progress.tokens, self.device, peak)
+        if progress.noise is not None:
+            metrics.noise.load(progress.noise)
+        return metrics
 
     def _phases(self) -> "_Phases":
         steps = parse_steps(self.config.metrics.profile)
@@ -193,6 +203,12 @@ class _Run:
         if worth_measuring(self.config.metrics.mfu, self.device, seconds):
             self.group.barrier()
             metrics.peak = find_peak("measure", self.device, self.config.precision).flops_per_s
+
+    def _scale(self) -> Scaled:
+        """Batch, rates and lengths of this run, now that the ranks and the size of an epoch are known (local)."""
+        source, train = self.data.train.source, self.config.train
+        update_tokens = train.global_tokens or train.global_batch * self.config.model.context
+        return self.recipe.scale(self.group.size, source.rows_per_epoch * update_tokens // source.rows_per_step)
 
     def _open_data(self) -> _Data:
         """Find out what is wrong with the data now, on all ranks, and open what is right (collective)."""
@@ -258,7 +274,7 @@ class _Run:
         except OSError as error:
             raise OutputError(f"cannot make run folder {self.run_dir}: {error.strerror}") from None
         with writing(self.run_dir / "config.yaml") as temporary:
-            temporary.write_text(dump_yaml(self.config), encoding="utf-8")
+            temporary.write_text(dump_yaml(self.recipe), encoding="utf-8")
 
     def _announce(self, metrics: Metrics, model: torch.nn.Module) -> None:
         world, ranks = self.world, _count(self.group.size, "rank")
@@ -268,6 +284,8 @@ class _Run:
             f"{self.cores.note}, {self.config.precision} ({self.matmul})"
         )
         metrics.say(f"hvdtrain: {parameters:,} parameters; {self.data.train.about}")
+        if self.scaled.factor != 1:
+            metrics.say(f"hvdtrain: {self.scaled.about}")
         if self.resumed_from:
             metrics.say(f"hvdtrain: resumed from {self.resumed_from}")
         if self.peak.about:
@@ -275,17 +293,19 @@ class _Run:
         for fallback in self.fallbacks:
             metrics.say(f"hvdtrain: note: {fallback}")
 
-    def _progress(self, step: int, loader: TrainLoader, plan: Plan, tokens: int, best: float | None) -> Progress:
+    def _progress(self, step: int, loader: TrainLoader, plan: Plan, metrics: Metrics, best: float | None) -> Progress:
         own = sum(self.group.all_gather_object(loader.fingerprint))
         return replace(
             self.progress,
             step=step,
             rows_consumed=loader.rows_consumed,
-            tokens=tokens,
+            tokens=int(metrics.tokens),
             fingerprint=(self.progress.fingerprint + own) % (1 << 64),
             best_val_loss=best,
             identity=self.identity,
             loss_scale=plan.loss_scale and plan.loss_scale.state(),
+            noise=metrics.noise.state(),
+            guard=plan.guard and plan.guard.state(),
             world_size=self.group.size,
             versions=versions(),
         )
@@ -306,6 +326,9 @@ class _Run:
             "weights": "raw" if self.ema is None else "ema",
             "best_val_loss": best,
             "train_loss": None if math.isnan(metrics.last_loss) else metrics.last_loss,
+            "noise_scale_tokens": metrics.noise.value(),
+            "skipped_steps": metrics.skipped,
+            "scaling": self.scaled.about if self.scaled.factor != 1 else None,
             "tokens_per_s": round(metrics.tokens_per_s, 1),
             "model_tflops_per_s": metrics.flops_per_s and round(metrics.flops_per_s / 1e12, 6),
             "mfu": metrics.mfu and round(metrics.mfu, 4),

@@ -218,7 +218,7 @@ def test_report(trained: Path, tmp_path: Path):
 
 def test_help():
     done = succeed("--help")
-    for name in ("train", "evaluate", "generate", "average", "report", "doctor"):
+    for name in ("train", "evaluate", "generate", "average", "plan", "sweep", "report", "doctor"):
         assert re.search(rf"^ +{name} +\S", done.stdout, re.MULTILINE)
     assert re.fullmatch(r"\d+\.\d+\.\d+\n", succeed("--version").stdout)
 

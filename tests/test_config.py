@@ -144,7 +144,7 @@ def test_all_that_is_wrong_is_one_message(recipe):
         ("optim.lr=0", "optim.lr=0"),
         ("optim.beta2=1.0", "optim.beta2=1.0"),
         ("precision=fp8", "precision="),
-        ("optim.name=sgd", "optim.name="),
+        ("optim.name=adam", "optim.name="),
         ("model=3", "model=3"),
         ("train.steps.more=3", "train.steps.more"),
         ("seed=99999999999999999999999", "seed="),

@@ -12,6 +12,9 @@ MODES = {
     "bf16": ["precision=bf16"],
     "bf16-weights": ["precision=bf16-weights"],
     "fp16": ["precision=fp16"],
+    "lamb": ["optim.name=lamb", "optim.lr=0.01"],
+    "lars": ["optim.name=lars", "optim.lr=5.0"],
+    "sgd": ["optim.name=sgd", "optim.lr=0.03", "precision=bf16-weights"],
     "ema": ["ema.decay=0.9", "precision=bf16-weights"],
     "compiled": ["compile=blocks"],
     "recomputed": ["recompute.name=full", "model.kv_heads=1", "model.window=5"],
@@ -58,6 +61,22 @@ def test_two_ranks(mode: str, prepared: Prepared, trained: Path, tmp_path: Path)
         one = summary(tmp_path / "1")
     assert one["sample_digest"] == summary(tmp_path / "2")["sample_digest"]
     assert summary(tmp_path / "2")["val_loss"] == pytest.approx(one["val_loss"], abs=5e-3)  # 16-bit numbers
+
+
+def test_steps_that_the_guard_skips(prepared: Prepared, tmp_path: Path):
+    """After 20 steps a norm above a thousandth of the smoothed one is too much: nothing moves any more."""
+    words = ("train", prepared.recipe, "guard.policy=skip", "guard.spike_norm=1e-3", "train.steps=32", "--run-dir")
+    whole, broken, stopped = tmp_path / "whole", tmp_path / "broken", tmp_path / "stopped"
+    patient = "guard.stop_after=50"
+    rows = [(*words, whole, patient), (*words, broken, patient, "train.steps=23"), (*words, broken, patient)]
+    done = launch_rows([*rows, (*words, stopped)], timeout_s=240)
+    assert [one.exit_code for one in done] == [0, 0, 0, 76], done
+    assert summary(whole)["skipped_steps"] == summary(broken)["skipped_steps"] == 12
+    assert summary(whole)["val_loss"] == summary(broken)["val_loss"]
+    assert done[3].messages == [
+        "hvdtrain: DivergedError: step 30: 10 steps in a row were skipped, because loss or gradient was not finite or "
+        "out of all proportion; lower optim.lr or lengthen schedule.warmup_steps; the last checkpoint is from before"
+    ]
 
 
 def test_what_a_run_says_of_its_speed(prepared: Prepared, tmp_path: Path):

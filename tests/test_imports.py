@@ -21,7 +21,7 @@ TABLE = [
     {"checkpoint", "metrics"},
     {"config"},
     {"run_folder"},
-    {"train", "evaluate", "generate", "averaging", "report", "doctor"},
+    {"train", "evaluate", "generate", "averaging", "report", "doctor", "planner", "sweep"},
     {"cli"},
     {"__main__"},
 ]

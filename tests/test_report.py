@@ -32,7 +32,8 @@ def test_a_finished_run(tmp_path: Path):
     (run / "checkpoints" / "step-00000003").mkdir(parents=True)
     (run / "tensorboard").mkdir()
     lines = report([run], None).splitlines()
-    assert cells(lines[1]) == [str(run), "finished", "3", "3,000", "2.7500", "2.5000", "12,346", "45.6%", "4", "ab12"]
+    expected = [str(run), "finished", "3", "3,000", "2.7500", "2.5000", "12,346", "45.6%", "4", "ab12", "1,000", "-"]
+    assert cells(lines[1]) == expected
     assert len(cells(lines[0])) == len(cells(lines[1]))
     assert (run / "loss.png").read_bytes().startswith(PNG)
     for path in (run / "loss.png", run / "tensorboard", run / "checkpoints" / "step-00000003"):
@@ -75,3 +76,21 @@ def test_a_picture_that_cannot_be_written(tmp_path: Path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match=r"cannot write .*x\.png"):
         report([write_run(tmp_path / "run")], tmp_path / "file" / "x.png")
+
+
+def test_the_best_of_several_is_marked(tmp_path: Path):
+    ends = (2.75, 2.25, 2.5)
+    runs = [write_run(tmp_path / str(n), evals=((2, 2.0), (3, end))) for n, end in enumerate(ends)]
+    lines = report(runs, None).splitlines()
+    assert [cells(line)[4] for line in lines[1:4]] == ["2.7500", "2.2500 *", "2.5000"]
+
+
+def test_the_noise_becomes_a_sentence(tmp_path: Path):
+    run = write_run(tmp_path / "run")
+    line = {"kind": "train", "step": 4, "tokens": 4000, "loss": 2.4, "noise_scale_tokens": 5000.0}
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(line) + "\n")
+    assert (
+        "batch        run: critical batch about 5,000 tokens; at 1,000 tokens an update the run needs 20 % more "
+        "tokens than at a small one; beyond 20 ranks" in report([run], None)
+    )

@@ -1,35 +1,91 @@
 """The optimizer that a recipe names, with weight decay on matrices only."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from hvdtrain.optim.lamb import Lamb
+from hvdtrain.optim.lars import Lars, Norms, whole_norms
 from hvdtrain.options import Options, option
 
 
 class OptimOptions(Options):
-    name: Literal["adamw"] = option("adamw", "AdamW (Loshchilov and Hutter 2019), torch's fused one")
+    name: Literal["adamw", "lamb", "lars", "sgd"] = option(
+        "adamw",
+        "AdamW (Loshchilov and Hutter 2019) and SGD with momentum, torch's fused ones; LAMB (You et al. 2020) and "
+        "LARS (You et al. 2017) for large batches",
+    )
     lr: float = option(1e-3, "peak learning rate", gt=0)
-    beta1: float = option(0.9, "decay of the first moment", ge=0, lt=1)
-    beta2: float = option(0.95, "decay of the second moment", ge=0, lt=1)
-    eps: float = option(1e-8, "added to the root of the second moment", gt=0)
+    beta1: float = option(0.9, "decay of the first moment (adamw, lamb)", ge=0, lt=1)
+    beta2: float = option(0.95, "decay of the second moment (adamw, lamb)", ge=0, lt=1)
+    eps: float = option(1e-8, "added to the root of the second moment (adamw, lamb)", gt=0)
+    momentum: float = option(0.9, "share of the last step that goes on (lars, sgd)", ge=0, lt=1)
     weight_decay: float = option(0.1, "on matrices and embeddings; never on biases and norms", ge=0)
+    trust_coefficient: float = option(1e-3, "of lars: a tensor's step / its norm, at lr 1 and without decay", gt=0)
+    trust_clip: float = option(0.0, "largest trust ratio of a tensor (lamb, lars); 0: any", ge=0)
+    bias_correction: bool = option(True, "of lamb: divide moments by 1 - beta^step, as Adam does")
     clip_norm: float = option(1.0, "largest global gradient norm; 0: no clipping", ge=0)
 
 
-def make_optimizer(model: nn.Module, options: OptimOptions) -> torch.optim.Optimizer:
-    """AdamW over ``model``: matrices and embeddings decay, vectors (biases, norms) do not."""
+def make_optimizer(model: nn.Module, options: OptimOptions, norms: Norms = whole_norms) -> torch.optim.Optimizer:
+    """The optimizer over ``model``: matrices and embeddings decay and have trust ratios, vectors (biases, norms) not.
+
+    norms: of a model whose tensors are cut over ranks, see Norms in lars.py.
+    """
     matrices = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]
     groups = [
-        {"params": matrices, "weight_decay": options.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": options.weight_decay, "is_adapted": True},
+        {"params": vectors, "weight_decay": 0.0, "is_adapted": False},
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+    return _MAKERS[options.name]([group for group in groups if group["params"]], options, norms)
+
+
+def _adamw(groups: list[dict[str, Any]], options: OptimOptions, norms: Norms) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, lr=options.lr, betas=(options.beta1, options.beta2), eps=options.eps, fused=True)
+
+
+def _lamb(groups: list[dict[str, Any]], options: OptimOptions, norms: Norms) -> torch.optim.Optimizer:
+    return Lamb(
+        groups,
         lr=options.lr,
         betas=(options.beta1, options.beta2),
         eps=options.eps,
-        fused=True,
+        trust_clip=options.trust_clip,
+        bias_correction=options.bias_correction,
+        norms=norms,
     )
+
+
+def _lars(groups: list[dict[str, Any]], options: OptimOptions, norms: Norms) -> torch.optim.Optimizer:
+    return Lars(
+        groups,
+        lr=options.lr,
+        momentum=options.momentum,
+        trust_coefficient=options.trust_coefficient,
+        trust_clip=options.trust_clip,
+        norms=norms,
+    )
+
+
+def _sgd(groups: list[dict[str, Any]], options: OptimOptions, norms: Norms) -> torch.optim.Optimizer:
+    optimizer = torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum, fused=True)
+    if options.momentum:
+        optimizer.register_step_pre_hook(_begin_momenta)
+    return optimizer
+
+
+def _begin_momenta(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Momenta begin as zeros, which gives the same first step as torch's way, to set them in it.
+
+    That way leaves them as memory happened to be where the first step is skipped (``found_inf``), and fails where a
+    parameter has its first gradient later than others.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None and "momentum_buffer" not in optimizer.state[parameter]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+
+_MAKERS = {"adamw": _adamw, "lamb": _lamb, "lars": _lars, "sgd": _sgd}

@@ -38,6 +38,10 @@ class StepSums:
     weight: torch.Tensor  # number of targets in the global batch
     grad_norm: torch.Tensor  # of the global mean gradient, before clipping
     loss_scale: torch.Tensor | None = None  # what the loss was multiplied by; an overflow is then no divergence
+    # Of the gradients of parts of the batch (each a mean): means over the parts of |gradient|^2 and of 1 / targets. nan
+    # where there is one part. See optim/noise_scale.py.
+    part_square: torch.Tensor | None = None
+    part_inverse: torch.Tensor | None = None
 
 
 class _Bucket:
@@ -59,8 +63,9 @@ class _Bucket:
 class AllReduceSync:
     """Replicas are equal after every step: each applies the same global gradient.
 
-    One step:  ``start()``, then for each microbatch backward (``last()`` before the last one's), then
-    ``finish(loss_sum, weight, max_norm)``, then ``step(optimizer, lr)``. All ranks of ``group`` do the same.
+    One step:  ``start()``, then for each microbatch backward (``last()`` before the last one's; ``part(weight)`` after
+    the first, where there are more), then ``finish(loss_sum, weight, max_norm)``, then ``step(optimizer, lr)``.
+    All ranks of ``group`` do the same.
 
     A parameter that no rank used in the step ends with ``grad = None``, so that the optimizer leaves it alone; one that
     some ranks used gets the sum of theirs.
@@ -78,6 +83,9 @@ class AllReduceSync:
         self._used = torch.zeros(len(self._parameters), dtype=torch.bool)
         self._sent: set[int] = set()
         self._is_last = False
+        # |gradient|^2 of a part of the batch and its targets: of this rank's share, or alone, of its first microbatch.
+        self._part_square = torch.zeros((), dtype=torch.float64, device=self._device)
+        self._part_weight = 0
         self._hooks = [p.register_post_accumulate_grad_hook(self._hook(number)) for number, p in enumerate(computing)]
 
     def start(self) -> None:
@@ -90,6 +98,15 @@ class AllReduceSync:
         self._used.zero_()
         self._sent.clear()
         self._is_last = False
+        self._part_square.zero_()
+        self._part_weight = 0
+
+    def part(self, weight: int) -> None:
+        """The gradients so far are those of ``weight`` targets, and more will come (local)."""
+        if self._group.size == 1:  # otherwise the ranks' shares are the parts
+            self._part_weight = weight
+            for bucket in self._buckets:
+                self._part_square += torch.dot(bucket.flat, bucket.flat)
 
     def last(self) -> None:
         """From now on gradients are complete as they come: the next backward sends them (local)."""
@@ -106,13 +123,17 @@ class AllReduceSync:
         for bucket in self._buckets:  # those that backward did not fill: somebody else may have
             if bucket.pending is None:
                 self._send(bucket)
-        sums = torch.empty(2 + len(self._used), dtype=torch.float64, device=self._device)
+        sums = torch.zeros(5 + len(self._used), dtype=torch.float64, device=self._device)
         sums[0], sums[1] = loss_sum.double(), weight
-        sums[2:] = self._used
+        part_weight = weight if self._group.size > 1 else self._part_weight
+        if part_weight:
+            sums[2] = self._part_square / part_weight**2
+            sums[3], sums[4] = 1 / part_weight, 1
+        sums[5:] = self._used
         self._group.all_reduce_sum(sums, "hvdtrain.sums")
         for bucket in self._buckets:
             bucket.pending.wait()
-        self._drop_unused(sums[2:])
+        self._drop_unused(sums[5:])
         norms = torch._foreach_norm([bucket.flat for bucket in self._buckets])
         divisor = sums[1] if loss_scale is None else sums[1] * loss_scale
         grad_norm = torch.linalg.vector_norm(torch.stack(norms).double()) / divisor
@@ -120,9 +141,10 @@ class AllReduceSync:
         if max_norm > 0:
             scale = scale * torch.clamp(max_norm / (grad_norm + 1e-6), max=1.0)
         torch._foreach_mul_([bucket.flat for bucket in self._buckets], scale.to(self._buckets[0].flat.dtype))
-        return StepSums(sums[0] / sums[1], sums[1], grad_norm)
+        part_square = sums[2] / sums[4] if loss_scale is None else sums[2] / sums[4] / loss_scale.double() ** 2
+        return StepSums(sums[0] / sums[1], sums[1], grad_norm, part_square=part_square, part_inverse=sums[3] / sums[4])
 
-    def step(self, optimizer: torch.optim.Optimizer, lr: float) -> None:
+    def step(self, optimizer: torch.optim.Optimizer, lr: float | torch.Tensor) -> None:
         """Apply the gradient (local: every rank does the same)."""
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -159,6 +181,8 @@ class AllReduceSync:
             if parameter.grad is not view:  # autograd put another tensor there
                 view.copy_(parameter.grad) if parameter.grad is not None else view.zero_()
                 parameter.grad = view
+        if self._group.size > 1:
+            self._part_square += torch.dot(bucket.flat, bucket.flat)
         bucket.pending = self._wire.start(bucket.flat, bucket.name)
 
     def _drop_unused(self, users: torch.Tensor) -> None:

@@ -19,6 +19,7 @@ from hvdtrain.models.flops import training_flops
 from hvdtrain.options import Options, option
 from hvdtrain.parallel.allreduce import AllReduceOptions, AllReduceSync, StepSums
 from hvdtrain.parallel.compiling import compile_model, uncompiled
+from hvdtrain.parallel.guard import Guard, GuardOptions
 from hvdtrain.parallel.precision import PRECISIONS, LossScale
 from hvdtrain.tasks.task import Task
 
@@ -40,7 +41,14 @@ class Plan:
     """
 
     def __init__(
-        self, model: nn.Module, group: Group, options: SyncOptions, precision: str, seed: int, compile: str = "none"
+        self,
+        model: nn.Module,
+        group: Group,
+        options: SyncOptions,
+        precision: str,
+        seed: int,
+        compile: str = "none",
+        guard: GuardOptions | None = None,
     ):
         self.model, self.group = model, group
         self.replicas, self.replica = group.size, group.rank
@@ -50,6 +58,8 @@ class Plan:
             group.broadcast(parameter.data, 0, f"hvdtrain.start.{number}")
         self.compute = copy.deepcopy(model).to(self.precision.weights) if self.precision.weights else model
         self.loss_scale = LossScale(self.device) if self.precision.scaled else None
+        self.guard = Guard(guard, self.device) if guard is not None and guard.policy == "skip" else None
+        self._overflowed: torch.Tensor | None = None
         self.sync = SYNCS[options.name](model, group, getattr(options, options.name), self.compute)
         compile_model(self.compute, compile)
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -74,6 +84,8 @@ class Plan:
             (loss.total if self.loss_scale is None else loss.total * self.loss_scale.scale).backward()
             self._loss_sum += loss.total.detach()
             self._weight += loss.weight
+            if number == 0 and len(microbatches) > 1:
+                self.sync.part(self._weight)
             self.flops += _flops(self.model, batch)
 
     def finish(self, max_norm: float) -> StepSums:
@@ -84,13 +96,16 @@ class Plan:
             sums = replace(sums, loss_scale=self.loss_scale.scale.clone())
             self._overflowed = ~sums.grad_norm.isfinite()
             self.loss_scale.update(self._overflowed)
+        if self.guard is not None:
+            self.guard.judge(sums.loss, sums.grad_norm, self._overflowed)
         return sums
 
     def step(self, optimizer: torch.optim.Optimizer, lr: float) -> None:
-        """Update the weights; with a scaled loss, not where the gradient overflowed (local: all ranks do the same)."""
-        if self.loss_scale is not None:
-            optimizer.found_inf = self._overflowed.float()  # torch's fused optimizers then leave everything as it is
-        self.sync.step(optimizer, lr)
+        """Update the weights, where the gradient did not overflow and the guard lets it pass (local: alike on all)."""
+        refused = [flag for flag in (self._overflowed, self.guard and self.guard.skip) if flag is not None]
+        if refused:  # torch's fused optimizers then leave everything as it is
+            optimizer.found_inf = torch.stack(refused).any().float()
+        self.sync.step(optimizer, lr if self.guard is None else (lr * self.guard.factor).float())
         self.publish()
 
     @torch.no_grad()
@@ -101,6 +116,8 @@ class Plan:
 
     def check_finite(self, step: int) -> None:
         """Before parameters are saved: are they numbers? Errors: DivergedError, on all ranks alike (local)."""
+        if self.guard is not None:
+            self.guard.check(step)
         norms = torch.stack(torch._foreach_norm([p.detach() for p in self.model.parameters()]))
         if not bool(norms.isfinite().all()):
             raise DivergedError(

@@ -146,7 +146,7 @@ class SlurmCluster:
         fields = self._answer("scontrol", "--oneliner", "show", "job", str(job_id)).split()
         return dict(field.partition("=")[::2] for field in fields if "=" in field)
 
-    def wait(self, job_id: int, timeout_s: float) -> dict[str, str]:
+    def wait(self, job_id: int | str, timeout_s: float) -> dict[str, str]:
         """The fields of a job once it has ended, not merely been requeued. ExitCode reads "code:signal"."""
         deadline = time.monotonic() + timeout_s
         while ENDED.fullmatch((job := self.show(job_id))["JobState"]) is None:

@@ -6,6 +6,7 @@ Prints one JSON line on rank 0: tokens/s, the median over intervals of 10 steps 
 """
 
 import json
+import os
 import statistics
 import sys
 import time
@@ -50,7 +51,7 @@ def main(words: dict) -> None:
     ]
     if trainer.is_world_process_zero():
         print(json.dumps({"tokens_per_s": statistics.median(rates)}), flush=True)
-    torch.distributed.destroy_process_group()
+    os._exit(0)  # destroy_process_group sometimes never returns here
 
 
 if __name__ == "__main__":

@@ -1,0 +1,110 @@
+"""LAMB: AdamW in which a tensor moves by a share of its own size (You et al. 2020, 1904.00962, Algorithm 2).
+
+    m <- beta1 m + (1 - beta1) g            v <- beta2 v + (1 - beta2) g^2
+    r  = (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
+    w <- w - lr ratio (r + decay w)         ratio = |w| / |r + decay w|, norms over the whole tensor
+
+The paper's phi is the identity, as in Google's and NVIDIA's code; ``trust_clip`` bounds the ratio itself, not |w|.
+Biases and norms keep ratio 1, as in that code: they move as AdamW moves them.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvdtrain.optim.lars import Layerwise, Norms, trust_ratios, whole_norms
+
+_LATE = 2.0**40  # a step at which bias correction has gone
+
+
+class Lamb(Layerwise):
+    """LAMB. State of a parameter, as of torch's fused AdamW: ``exp_avg``, ``exp_avg_sq``, ``step`` (fp32 scalar).
+
+    trust_clip: largest ratio, 0: any; bias_correction: whether to divide by 1 - beta^t.
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[Any],
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        trust_clip: float = 0.0,
+        bias_correction: bool = True,
+        norms: Norms = whole_norms,
+    ):
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "trust_clip": trust_clip,
+            "bias_correction": bias_correction,
+        }
+        super().__init__(groups, defaults, norms)
+        self._late: dict[torch.device, Tensor] = {}
+
+    def _update(self, weights: list[Tensor], group: dict[str, Any]) -> None:
+        overflow = self._overflow(weights[0].device)
+        lr, decay = group["lr"], group["weight_decay"]
+        if not group["is_adapted"]:
+            self._adamw(weights, weights, group, lr, decay, overflow)
+            return
+        updates = self._room(weights)
+        torch._foreach_copy_(updates, weights)
+        # AdamW's w (1 - lr decay) - lr r is, at these two, decay w + r: one kernel in place of a dozen.
+        self._adamw(updates, weights, group, -1.0, decay - 1.0, overflow)
+        weight_norms, update_norms = self._norms([*weights, *updates]).chunk(2)
+        rates = trust_ratios(weight_norms, update_norms, group["trust_clip"]) * -lr
+        if overflow is not None:
+            rates = torch.where(overflow > 0, 0.0, rates)  # updates are the weights then: w + 0 w
+        torch._foreach_addcmul_(weights, updates, list(rates.unbind()))
+
+    def _adamw(
+        self,
+        moved: list[Tensor],
+        weights: list[Tensor],
+        group: dict[str, Any],
+        lr: float,
+        decay: float,
+        overflow: Tensor | None,
+    ) -> None:
+        """One step of AdamW on ``moved``, with gradients and moments of ``weights``."""
+        states = [self._state_of(weight) for weight in weights]
+        steps = [state["step"] for state in states]
+        torch._foreach_add_(steps, 1)
+        beta1, beta2 = group["betas"]
+        torch._fused_adamw_(
+            moved,
+            [weight.grad for weight in weights],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            steps if group["bias_correction"] else [self._late_step(weights[0].device)] * len(steps),
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=decay,
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=False,
+            found_inf=overflow,
+        )
+        if overflow is not None:
+            torch._foreach_sub_(steps, [overflow] * len(steps))
+
+    def _state_of(self, weight: Tensor) -> dict[str, Tensor]:
+        state = self.state[weight]
+        if not state:
+            state["step"] = torch.zeros((), device=weight.device)
+            state["exp_avg"] = torch.zeros_like(weight)
+            state["exp_avg_sq"] = torch.zeros_like(weight)
+        return state
+
+    def _late_step(self, device: torch.device) -> Tensor:
+        if device not in self._late:
+            self._late[device] = torch.full((), _LATE, device=device)
+        return self._late[device]

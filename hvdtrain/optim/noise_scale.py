@@ -1,0 +1,66 @@
+"""The gradient noise scale: from which batch on do more samples in it gain little?
+
+Source: McCandlish et al. 2018 (1812.06162), section 2 and appendix A.1. A gradient of b targets is the true one, G,
+plus noise of covariance S / b, so that E|g_b|^2 = |G|^2 + tr(S) / b. Two sizes of batch give both unknowns, and a step
+has two sizes at hand: what one rank (or one microbatch) has summed, and the sum of all.
+
+    tr(S) = (|g_small|^2 - |g_big|^2) / (1/b - 1/B)      |G|^2 = |g_big|^2 - tr(S) / B      noise scale = tr(S) / |G|^2
+
+A run at B targets an update needs 1 + B / noise times the targets of one at a tiny batch, and 1 + noise / B times the
+updates of one at an endless batch. Noise of neighbouring steps is averaged, both terms by themselves: the quotient of
+averages is what has little bias. The unit is target tokens (rows, for labels); tokens of a row are not independent, so
+it is the batch in rows times their length that counts, not the tokens as such.
+"""
+
+import math
+
+import torch
+
+_DECAY = 0.99  # of a step: an average over about 100
+
+
+class NoiseScale:
+    """Smoothed over steps; all on the device, which is asked only by ``value`` and ``state``."""
+
+    def __init__(self, device: torch.device):
+        self._moments = torch.zeros(2, dtype=torch.float64, device=device)  # tr(S), |G|^2
+
+    def update(
+        self, small_square: torch.Tensor, small_inverse: torch.Tensor, big_square: torch.Tensor, weight: torch.Tensor
+    ) -> None:
+        """Note one step: scalars, fp64. One that has a number that is not finite, or one size of batch, is left out.
+
+        small_square, small_inverse: means over the small batches of |gradient|^2 and of 1 / targets; big_square,
+        weight: |gradient|^2 and targets of the whole batch. Gradients are means over targets.
+        """
+        noise = (small_square - big_square) / (small_inverse - 1 / weight)
+        now = torch.stack([noise, big_square - noise / weight])
+        self._moments = torch.where(now.isfinite().all(), torch.lerp(now, self._moments, _DECAY), self._moments)
+
+    def value(self) -> float | None:
+        """Targets; None where nothing was measured, or noise hides the gradient altogether (|G|^2 not above 0)."""
+        noise, signal = self._moments.tolist()
+        return noise / signal if noise > 0 and signal > 0 else None
+
+    def state(self) -> tuple[float, float] | None:
+        """For a checkpoint: what ``load`` takes. None where nothing was measured."""
+        noise, signal = self._moments.tolist()
+        return (noise, signal) if noise or signal else None
+
+    def load(self, state: tuple[float, float]) -> None:
+        self._moments.copy_(torch.tensor(state, dtype=torch.float64))
+
+
+def advice(noise: float, batch: float, ranks: int) -> str:
+    """One sentence for users: what a run at ``batch`` targets an update, shared by ``ranks``, pays for its size."""
+    limit = max(1, math.floor(noise / (batch / ranks)))
+    return (
+        f"critical batch about {_round(noise):,} tokens; at {batch:,.0f} tokens an update the run needs "
+        f"{100 * batch / noise:.0f} % more tokens than at a small one; beyond {limit:,} rank{'s' if limit > 1 else ''} "
+        "with as much each, more of the allocation is wasted than gained"
+    )
+
+
+def _round(number: float) -> int:
+    """To two digits: more are not known."""
+    return int(float(f"{number:.1e}"))

@@ -1,0 +1,281 @@
+"""A recipe at another batch than the one it was made for: learning rate, warm-up and length by a stated rule.
+
+    what                     times, with k = batch / base batch           source
+    lr, min_lr               k (linear)                                   Goyal et al. 2017, section 2.1
+                             sqrt k (sqrt)                                You et al. 2020; Malladi et al. 2022
+    steps of warm-up, run    1 / k: the same tokens, hence epochs         Goyal et al. 2017, section 2.2
+    1 - beta1, 1 - beta2     k (with ``betas``)                           Malladi et al. 2022, square root rule
+    eps                      1 / sqrt k (with ``betas``)                  the same
+    weight decay             sqrt k (with ``betas``)                      lr x weight decay x steps stays
+
+All of it is arithmetic on what the recipe says; nothing is measured. Where the base batch is not stated, nothing moves.
+
+Sources: Goyal et al. 2017 (1706.02677), Hoffer et al. 2017 (1705.08741), You et al. 2020 (1904.00962), Malladi et al.
+2022 (2205.10287).
+"""
+
+import math
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Literal
+
+from hvdtrain.errors import ConfigError
+from hvdtrain.optim.optimizer import OptimOptions
+from hvdtrain.optim.schedules import Length, ScheduleOptions, check_schedule, warmup_length
+from hvdtrain.options import Options, option
+
+
+class ScalingOptions(Options):
+    rule: Literal["none", "linear", "sqrt"] = option(
+        "none", "how optim.lr and schedule.min_lr grow with the batch: linear for SGD and LARS, sqrt for Adam and LAMB"
+    )
+    base_batch: int = option(
+        0, "sequences of an update that lr, warm-up and length of the recipe were made for; 0: not stated", ge=0
+    )
+    base_tokens: int = option(0, "the same in tokens, padding counted, instead of base_batch; 0: not stated", ge=0)
+    warmup: Literal["tokens", "epochs", "steps", "none"] = option(
+        "tokens", "what of the warm-up stays the same at another batch (epochs: as tokens); none: no warm-up there"
+    )
+    length: Literal["tokens", "steps"] = option("tokens", "what of the run's length stays the same at another batch")
+    betas: bool = option(False, "with sqrt for adamw and lamb: scale betas, eps and weight decay too")
+    max_lr: float = option(0.0, "no scaled learning rate above this; 0: no limit", ge=0)
+    per_rank: bool = option(
+        False, "the recipe's batch is that of base_ranks ranks and grows with their number; else it is fixed"
+    )
+    base_ranks: int = option(1, "per_rank: ranks that the batch of the recipe is for", ge=1)
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """What a run uses. ``global_tokens`` as in the recipe: 0 where the batch is given in sequences (``global_batch``).
+
+    ``factor``: batch / base batch. ``about``: one line for rank 0 to print; empty where no base is stated.
+    ``notes``: one line each on what does not fit.
+    """
+
+    global_batch: int
+    global_tokens: int
+    factor: float
+    steps: int
+    warmup_steps: int
+    warmup_start: float
+    lr: float
+    min_lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    about: str
+    notes: tuple[str, ...]
+
+    def optim(self, options: OptimOptions) -> OptimOptions:
+        names = ("lr", "beta1", "beta2", "eps", "weight_decay")
+        return options.model_copy(update={name: getattr(self, name) for name in names})
+
+    def schedule(self, options: ScheduleOptions) -> ScheduleOptions:
+        """With the warm-up in steps."""
+        names = ("min_lr", "warmup_steps", "warmup_start")
+        resolved = {name: getattr(self, name) for name in names}
+        return options.model_copy(update={**resolved, "warmup_tokens": 0, "warmup_epochs": 0.0})
+
+
+_ADAM_LIKE = ("adamw", "lamb")
+_FITS = {"adamw": "sqrt", "lamb": "sqrt", "sgd": "linear", "lars": "linear"}
+_LARGEST_ADAM_RATE, _LARGEST_RATE = 10.0, 1000.0  # an update of Adam moves a weight by about the rate
+
+
+def update_size(options: ScalingOptions, global_batch: int, global_tokens: int = 0, ranks: int = 1) -> tuple[int, int]:
+    """(sequences, tokens) of an update on ``ranks`` ranks, from the recipe's; the tokens 0 where sequences count.
+
+    Needs no data, so that batches can be laid out before the corpus is open.
+    Errors: ConfigError where growing with the ranks gives no whole number.
+    """
+    if not options.per_rank or ranks == options.base_ranks:
+        return global_batch, global_tokens
+    key, size = ("train.global_tokens", global_tokens) if global_tokens else ("train.global_batch", global_batch)
+    if size * ranks % options.base_ranks:
+        raise ConfigError(
+            f"scaling.per_rank: {key}={size} for scaling.base_ranks={options.base_ranks} ranks is "
+            f"{size * ranks / options.base_ranks:.2f} for {ranks}, not a whole number; change one of the three"
+        )
+    grown = size * ranks // options.base_ranks
+    return (global_batch, grown) if global_tokens else (grown, 0)
+
+
+def scale(
+    options: ScalingOptions,
+    optim: OptimOptions,
+    schedule: ScheduleOptions,
+    length: Length,
+    *,
+    context: int,
+    global_batch: int,
+    global_tokens: int = 0,
+    ranks: int = 1,
+    epoch_tokens: int = 0,
+) -> Scaled:
+    """What the run uses at its batch: a pure function, the same on every rank.
+
+    length: of the run, as the recipe gives it. global_batch (sequences), global_tokens (0: sequences count): the
+    recipe's. context: tokens of a sequence. epoch_tokens: of the corpus, needed where a length is in epochs.
+    Errors: ConfigError where a rule has no base or two, the result is no learning rate that one would train with, or
+    the warm-up is longer than the run.
+    """
+    _check(options, optim)
+    check_schedule(schedule, optim.lr, None)
+    rows, tokens = update_size(options, global_batch, global_tokens, ranks)
+    new = tokens or rows * context
+    base = options.base_tokens or options.base_batch * context
+    if not base:  # not stated: with per_rank what the recipe says, else what is used
+        base = (global_tokens or global_batch * context) if options.per_rank else new
+    factor = Fraction(new, base)
+    is_scaled = bool(options.base_batch or options.base_tokens or options.per_rank)
+
+    steps = _steps(length, options.length, base, new, epoch_tokens)
+    warmup = _steps(warmup_length(schedule), options.warmup, base, new, epoch_tokens)
+    in_rows = not tokens and base % context == 0
+    sizes = f"{base // context} -> {rows} sequences" if in_rows else f"{base} -> {new} tokens"
+    batch = f"batch {sizes} ({float(factor):.4g}x)"
+    lr, min_lr = _rates(options, optim, schedule.min_lr, factor, batch)
+    beta1, beta2, eps, decay, beta_notes = _moments(options, optim, factor, batch)
+    start = schedule.warmup_start
+    if is_scaled and schedule.warmup == "constant" and not start:
+        start = min(1.0, optim.lr / lr)  # Goyal et al. 2017, "constant warmup": the base rate, which is lr / k
+    if is_scaled and warmup > steps:
+        raise ConfigError(
+            f"scaling: {batch}: the warm-up of {warmup} steps is longer than the run, then of {steps}; "
+            "set scaling.warmup=tokens, scaling.length=steps or a shorter warm-up"
+        )
+
+    scaled = Scaled(
+        global_batch=rows,
+        global_tokens=tokens,
+        factor=float(factor),
+        steps=steps,
+        warmup_steps=warmup,
+        warmup_start=start,
+        lr=lr,
+        min_lr=min_lr,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        weight_decay=decay,
+        about="",
+        notes=(*_fit_notes(options, optim), *beta_notes),
+    )
+    check_schedule(scaled.schedule(schedule), lr, steps)
+    if not is_scaled:
+        return scaled
+    base_lengths = (each.in_steps(base, epoch_tokens) for each in (warmup_length(schedule), length))
+    return replace(scaled, about=_about(options, optim, scaled, batch, *base_lengths))
+
+
+def _about(
+    options: ScalingOptions, optim: OptimOptions, scaled: Scaled, batch: str, base_warmup: int, base_steps: int
+) -> str:
+    source = {"none": "", "linear": ": Goyal et al. 2017", "sqrt": ": You et al. 2020"}[options.rule]
+    if options.max_lr and scaled.lr == options.max_lr != optim.lr:
+        source += ", at scaling.max_lr"
+    parts = [f"scaling: {batch}", f"lr {optim.lr:g} -> {scaled.lr:g} ({options.rule}{source})"]
+    if options.betas:
+        parts += [
+            f"betas {optim.beta1:g}, {optim.beta2:g} -> {scaled.beta1:g}, {scaled.beta2:g}",
+            f"eps {optim.eps:g} -> {scaled.eps:g} (Malladi et al. 2022)",
+            f"weight decay {optim.weight_decay:g} -> {scaled.weight_decay:g}",
+        ]
+    parts += [f"warm-up {base_warmup} -> {scaled.warmup_steps} steps", f"run {base_steps} -> {scaled.steps} steps"]
+    return ", ".join(parts)
+
+
+def _check(options: ScalingOptions, optim: OptimOptions) -> None:
+    if options.base_batch and options.base_tokens:
+        raise ConfigError(
+            f"scaling.base_batch={options.base_batch} and scaling.base_tokens={options.base_tokens} are both given; "
+            "set one of them to 0"
+        )
+    is_stated = options.base_batch or options.base_tokens or options.per_rank
+    if options.rule != "none" and not is_stated:
+        raise ConfigError(
+            f"scaling.rule={options.rule} needs the batch that optim.lr was made for: set scaling.base_batch "
+            "(sequences) or scaling.base_tokens"
+        )
+    if options.betas and (options.rule != "sqrt" or optim.name not in _ADAM_LIKE):
+        raise ConfigError(
+            f"scaling.betas goes with scaling.rule=sqrt and optim.name={' or '.join(_ADAM_LIKE)}, "
+            f"not with {options.rule} and {optim.name}"
+        )
+    if options.rule != "none" and 0 < options.max_lr < optim.lr:
+        raise ConfigError(f"scaling.max_lr={options.max_lr:g} is below optim.lr={optim.lr:g}, the base batch's rate")
+
+
+def _steps(length: Length, keep: str, base_tokens: int, new_tokens: int, epoch_tokens: int) -> int:
+    """Updates of ``new_tokens`` that a length made for updates of ``base_tokens`` takes. Tokens are kept or exceeded,
+    by less than one update's.
+    """
+    steps = length.in_steps(base_tokens, epoch_tokens)
+    if keep == "steps" or base_tokens == new_tokens:
+        return steps
+    if keep == "none":
+        return 0
+    return -(-steps * base_tokens // new_tokens) if length.is_in_steps else length.in_steps(new_tokens, epoch_tokens)
+
+
+def _rates(
+    options: ScalingOptions, optim: OptimOptions, min_lr: float, factor: Fraction, batch: str
+) -> tuple[float, float]:
+    """Peak and end of the schedule, scaled alike."""
+    gain = {"none": 1.0, "linear": float(factor), "sqrt": math.sqrt(factor)}[options.rule]
+    lr = optim.lr * gain
+    if gain > 1 and 0 < options.max_lr < lr:
+        lr, gain = options.max_lr, options.max_lr / optim.lr
+    largest = _LARGEST_ADAM_RATE if optim.name in _ADAM_LIKE else _LARGEST_RATE
+    if gain != 1 and not 0 < lr <= largest:
+        raise ConfigError(
+            f"scaling: {batch} takes lr from {optim.lr:g} to {lr:g} ({options.rule}); {optim.name} "
+            f"needs one above 0 and at most {largest:g}: set scaling.max_lr, another scaling.rule or a batch nearer to "
+            "the base"
+        )
+    return lr, min(lr, min_lr * gain)
+
+
+def _moments(
+    options: ScalingOptions, optim: OptimOptions, factor: Fraction, batch: str
+) -> tuple[float, float, float, float, list[str]]:
+    """(beta1, beta2, eps, weight decay, notes). Moments forget by the token as they did, and eps keeps its share of the
+    second moment's root, which is noise and shrinks with sqrt k (Malladi et al. 2022, square root scaling rule). They
+    say nothing of weight decay: lr x weight decay is what an update takes from a weight, so it must grow with k.
+    """
+    kept = optim.beta1, optim.beta2, optim.eps, optim.weight_decay
+    if not options.betas or factor == 1:
+        return *kept, []
+    k, root = float(factor), math.sqrt(factor)
+    beta1, beta2 = (1 - k * (1 - beta) for beta in (optim.beta1, optim.beta2))
+    if beta2 <= 0:
+        raise ConfigError(
+            f"scaling.betas: {batch} takes beta2 from {optim.beta2:g} to {beta2:g}; the rule holds below "
+            f"{1 / (1 - optim.beta2):.4g}x: set scaling.betas=false, a larger optim.beta2 or a smaller batch"
+        )
+    notes = []
+    if optim.beta1 == 0:
+        beta1 = 0.0  # none asked for
+    if beta1 < 0:
+        notes.append(f"scaling.betas: beta1 of {optim.beta1:g} would be {beta1:.4g} at {k:.4g}x the batch; 0 is used")
+        beta1 = 0.0
+    return beta1, beta2, optim.eps / root, optim.weight_decay * root, notes
+
+
+def _fit_notes(options: ScalingOptions, optim: OptimOptions) -> list[str]:
+    notes = []
+    if options.rule == "linear" and _FITS.get(optim.name) == "sqrt":
+        notes.append(
+            f"scaling.rule=linear is for SGD; with {optim.name} the rate goes with the square root of the batch "
+            "(Malladi et al. 2022): scaling.rule=sqrt"
+        )
+    if options.rule == "sqrt" and _FITS.get(optim.name) == "linear":
+        notes.append(
+            f"scaling.rule=sqrt is for Adam and LAMB; with {optim.name} the rate goes with the batch "
+            "(Goyal et al. 2017): scaling.rule=linear"
+        )
+    if options.betas and optim.name == "lamb":
+        notes.append("scaling.betas was derived for Adam (Malladi et al. 2022); with lamb it is carried over")
+    return notes

@@ -1,0 +1,170 @@
+"""``hvdtrain plan``: what a recipe will need on a number of ranks, printed before anything is started."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from hvdtrain.config import RunConfig, load_config
+from hvdtrain.data.corpora import open_corpora
+from hvdtrain.data.records import Records
+from hvdtrain.errors import ConfigError
+from hvdtrain.models.cpu import use_fast_matmul
+from hvdtrain.planner.memory import CorpusFacts, Memory, Workload, check_ranks, memory, workload
+from hvdtrain.tasks import make_task
+
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """``notes``: what the reader has to know about it."""
+
+    config: RunConfig
+    load: Workload
+    memory: Memory
+    notes: list[str]
+
+
+def plan(
+    recipe: str,
+    overrides: Sequence[str],
+    ranks: int,
+    ranks_per_node: int = 0,
+    vocab_size: int = 0,
+    as_json: bool = False,
+) -> str:
+    """What ``hvdtrain plan`` prints: a table, or JSON. One process; nothing is trained, no model allocated.
+
+    ranks_per_node: 0: all on one node. vocab_size: of data that are not there yet; 0: the data say it.
+
+    Errors: ConfigError for settings that cannot be, or a vocabulary that nobody has told; DataError for data that are
+    damaged or that the task does not read.
+    """
+    found = estimate(load_config(recipe, overrides), ranks, ranks_per_node, vocab_size)
+    return as_text(recipe, found) if not as_json else json.dumps(as_tree(recipe, found), indent=1)
+
+
+def estimate(config: RunConfig, ranks: int, ranks_per_node: int = 0, vocab_size: int = 0) -> Estimate:
+    """``plan`` of settings, as numbers. On a CPU it sets this process's matrix library as a run would (local)."""
+    check_ranks(ranks, ranks_per_node)
+    recipe, config = config, config.sized(ranks)
+    facts, epoch_tokens, notes = read_facts(config, ranks, vocab_size)
+    scaled = recipe.scale(ranks, epoch_tokens)
+    config = recipe.resolved(scaled)
+    notes += [scaled.about, *scaled.notes] if scaled.factor != 1 else scaled.notes
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cpu":
+            notes.append("no GPU here, so the plan is a CPU's; device=cuda plans for a GPU")
+    load = workload(config, facts, ranks, ranks_per_node)
+    fast_fp32 = device == "cpu" and config.precision == "fp32" and use_fast_matmul("fp32") == "oneDNN"
+    found = memory(config, facts, load, device, math_attention=fast_fp32)
+    notes += found.assumptions
+    if fast_fp32:
+        notes.append("attention: keeps T x T scores, as on this AMD processor in fp32 (models/cpu.py)")
+    return Estimate(config, load, found, notes)
+
+
+def read_facts(config: RunConfig, ranks: int, vocab_size: int = 0) -> tuple[CorpusFacts, int, list[str]]:
+    """What the run's data say, how many tokens an epoch has (0: not known), and notes. Errors: see ``plan``.
+
+    config: with the batch of these ranks.
+    """
+    names = list(config.data.mixture) or [config.data.dir]
+    missing = [name for name in names if not (Path(name) / "manifest.json").exists()]
+    if missing:
+        if vocab_size < 1:
+            raise ConfigError(
+                f"no shards in {missing[0]}, so the vocabulary is not known; give --vocab-size N, or data.dir=DIR"
+            )
+        classes = " and 2 labels" if config.task.name == "classify" else ""
+        note = f"no shards in {missing[0]}: planned for a vocabulary of {vocab_size:,}{classes}, without its files"
+        return CorpusFacts(vocab_size), 0, [note]
+    corpora = open_corpora(config.data)
+    task, feed = make_task(config.task), config.feed(0, ranks)
+    task.check(corpora, feed)
+    manifest = corpora.manifest
+    if vocab_size and vocab_size != manifest.vocab_size:
+        raise ConfigError(
+            f"--vocab-size {vocab_size}, but {corpora.names} has a vocabulary of {manifest.vocab_size}; leave it out"
+        )
+    train = [info for _, one in corpora.entries for info in one.split("train")]
+    facts = CorpusFacts(
+        manifest.vocab_size,
+        max(1, len(manifest.label_names)),
+        train_tokens=sum(info.tokens for info in train) if config.task.name == "lm" else 0,
+        shard_bytes=sum(info.file_bytes for _, one in corpora.entries for info in one.shards),
+    )
+    source, train = task.open_training(corpora, feed).source, config.train  # opens files, reads no token
+    update_tokens = train.global_tokens or train.global_batch * config.model.context
+    epoch_tokens = source.rows_per_epoch * update_tokens // source.rows_per_step
+    if config.task.name == "lm":
+        return facts, epoch_tokens, []
+    lengths = Records(*corpora.entries[0], "train").lengths.max(axis=1)
+    longest = int(lengths[lengths <= config.model.context].max(initial=1))
+    documents = sum(info.documents for info in manifest.shards)
+    known = {**asdict(facts), "longest": longest, "documents": documents}
+    return CorpusFacts(**known), epoch_tokens, [f"rows: as long as the longest that is trained on, {longest} tokens"]
+
+
+# --- printing -----------------------------------------------------------------------------------------------------
+
+
+def as_tree(recipe: str, found: Estimate) -> dict:
+    """For machines: sizes in bytes, everything else as its name says."""
+    return {
+        "recipe": recipe,
+        "precision": found.config.precision,
+        "device": found.memory.device,
+        "workload": asdict(found.load),
+        "memory_bytes": {**found.memory.parts, "of a layer": found.memory.of_layer, "total": found.memory.total},
+        "memory_peak_mib": round(found.memory.total / _MIB, 1),
+        "notes": found.notes,
+    }
+
+
+def as_text(recipe: str, found: Estimate) -> str:
+    load, held, config = found.load, found.memory, found.config
+    ranks = _count(load.ranks, "rank")
+    where = f"{ranks} on {_count(load.nodes, 'node')}" if load.nodes > 1 else ranks
+    length = f"{load.positions:,}"
+    end = f", at the end {load.min_lr:g}" if config.schedule.name != "constant" else ""
+    epochs = f", {load.epochs:.2f} epochs" if load.epochs is not None else ""
+    fixed = config.task.name == "lm" and config.task.lm.rows == "windows"
+    rows = [
+        ("global batch", f"{load.global_batch:,} x {length}", f"tokens, {load.global_tokens:,} in all"),
+        ("a rank's share", f"{load.rows_of_rank:,} x {length}", "" if fixed else "at most"),
+        ("microbatches", f"{load.microbatches:,}", f"of {load.microbatch:,} x {length}"),
+        ("learning rate", f"{load.lr:g}", f"{config.schedule.name}{end}"),
+        ("warm-up", f"{load.warmup_steps:,}", "steps"),
+        ("steps", f"{load.steps:,}", ""),
+        ("tokens", f"{load.tokens:,}", f"{'' if fixed else 'at most'}{epochs}".removeprefix(", ")),
+        ("parameters", f"{load.parameters:,}", ""),
+        ("model FLOPs", f"{load.flops_of_step / 1e9:,.1f}", "GFLOP a step and rank"),
+        ("sent", f"{load.sent_bytes / _MIB:,.1f}", f"MiB a step and rank ({config.sync.allreduce.wire})"),
+    ]
+    more = {"activations": f"{held.of_layer / _MIB:,.1f} a layer"}
+    parts = [(name, f"{size / _MIB:,.1f}", more.get(name, "")) for name, size in held.parts.items() if size]
+    total = f"{held.total / _MIB:,.1f}"
+    on_node = f"{held.total * load.ranks_per_node / _MIB:,.1f} on a node" if load.ranks_per_node > 1 else ""
+    lines = [
+        f"plan: {recipe}, {where}, {held.device}, {config.precision}",
+        *_table(rows),
+        "",
+        "memory of a rank at its peak, MiB",
+        *_table([*parts, ("total", total, on_node)]),
+    ]
+    return "\n".join([*lines, "", *(f"note: {note}" for note in found.notes)])
+
+
+def _table(rows: Sequence[tuple[str, str, str]]) -> list[str]:
+    names, values = (max(len(row[column]) for row in rows) for column in (0, 1))
+    return [f"  {name:<{names}}  {value:>{values}}  {more}".rstrip() for name, value, more in rows]
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' if number != 1 else ''}"

@@ -1,0 +1,93 @@
+"""The same recipe at several settings: every combination is a run of its own, in turn here or as a Slurm array's task.
+
+    hvdtrain sweep demo --vary train.global_batch=16,32,64 --vary scaling.rule=none,sqrt --out runs/batches
+
+    runs/batches/global_batch-16_rule-none/     an ordinary run folder each; given again, the sweep goes on
+                 global_batch-16_rule-sqrt/     where it stopped, as every run does
+                 ...
+
+The first ``--vary`` changes slowest. ``hvdtrain report runs/batches/*`` gathers what there is.
+"""
+
+import itertools
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hvdtrain.comm.world import World
+from hvdtrain.config import load_config
+from hvdtrain.errors import EXIT_DIVERGED, EXIT_OK, ConfigError, LaunchError, say
+
+
+@dataclass(frozen=True)
+class Point:
+    """One combination: ``name`` of its run folder, and the settings that make it."""
+
+    name: str
+    settings: tuple[str, ...]
+
+
+def points_of(vary: Sequence[str]) -> list[Point]:
+    """Every combination of ``KEY=VALUE,VALUE...``. Errors: ConfigError for none, or the same twice."""
+    axes: list[tuple[str, list[str]]] = []
+    for words in vary:
+        key, _, values = words.partition("=")
+        if not key or not values or "" in values.split(","):
+            raise ConfigError(f"--vary {words}: expected KEY=VALUE,VALUE..., like train.global_batch=16,32")
+        axes.append((key, values.split(",")))
+    keys = [key for key, _ in axes]
+    if len(set(keys)) < len(keys):
+        raise ConfigError(f"--vary: a key is given twice: {', '.join(keys)}")
+    short = [key.rpartition(".")[2] for key in keys]
+    names = [part if short.count(part) == 1 else key for key, part in zip(keys, short, strict=True)]
+    points = []
+    for values in itertools.product(*(values for _, values in axes)):
+        name = "_".join(f"{name}-{value.replace('/', '-')}" for name, value in zip(names, values, strict=True))
+        points.append(Point(name, tuple(f"{key}={value}" for key, value in zip(keys, values, strict=True))))
+    if len({point.name for point in points}) < len(points):
+        raise ConfigError("--vary: a value is given twice")
+    return points
+
+
+def sweep(
+    recipe: str,
+    overrides: Sequence[str],
+    vary: Sequence[str],
+    out: Path,
+    launcher: str,
+    only: int | None,
+    world: World,
+) -> int:
+    """Train every point (``only``: that one, counted from 0) and return the exit code: the first that is none of
+    finished and diverged, for a run that diverges is a result here.
+
+    launcher: words before ``python -m hvdtrain train``, such as "horovodrun -np 4"; empty: one process.
+    Errors: ConfigError for settings that some point cannot have, before any is begun; LaunchError under a launcher.
+    """
+    if world.size > 1:
+        raise LaunchError(f"sweep starts the ranks itself (--launcher); {world.launcher} started {world.size} of it")
+    points = points_of(vary)
+    if only is not None and not 0 <= only < len(points):
+        raise ConfigError(f"--point {only}: there are {len(points)} points, 0 to {len(points) - 1}")
+    for point in points:
+        load_config(recipe, [*overrides, *point.settings])
+    codes = []
+    for number, point in enumerate(points):
+        if only in (None, number):
+            print(f"hvdtrain: point {number} of {len(points)}: {' '.join(point.settings)}", flush=True)
+            codes.append(_train(recipe, [*overrides, *point.settings], out / point.name, launcher))
+    return next((code for code in codes if code not in (EXIT_OK, EXIT_DIVERGED)), EXIT_OK)
+
+
+def _train(recipe: str, settings: Sequence[str], run_dir: Path, launcher: str) -> int:
+    words = [*shlex.split(launcher), sys.executable, "-m", "hvdtrain", "train", recipe, *settings]
+    try:
+        code = subprocess.run([*words, "--run-dir", str(run_dir)]).returncode
+    except OSError as error:
+        raise LaunchError(f"--launcher: cannot start {words[0]}: {error.strerror}") from None
+    if code:
+        say(f"{run_dir} ended with exit code {code}")
+    return code

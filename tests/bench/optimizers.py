@@ -1,0 +1,76 @@
+"""What a step of each optimizer costs against torch's fused AdamW: a GPT of 30 M parameters, the optimizers in turn.
+
+make bench BENCH=optimizers            ROUNDS=30; on a GPU where there is one
+"""
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from table import write
+
+from hvdtrain.models.decoder import Decoder
+from hvdtrain.models.transformer import TransformerOptions
+from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
+
+NAMES = ("adamw", "sgd", "lars", "lamb")
+ROUNDS = int(os.environ.get("ROUNDS", "30"))
+SIZES = {"layers": 8, "heads": 8, "width": 512, "context": 256, "bias": False}
+VOCABULARY = 8192
+
+
+def make_step(name: str, device: torch.device) -> tuple[Callable[[], None], int]:
+    """One step of a model of its own, with gradients as small as training's; and its parameters' number."""
+    torch.manual_seed(1)
+    model = Decoder(TransformerOptions(**SIZES), VOCABULARY)
+    model.initialise(1)
+    model.to(device)
+    optimizer = make_optimizer(model, OptimOptions(name=name, lr=1e-6))
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter) * 1e-3
+
+    def step() -> None:
+        optimizer.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return step, sum(p.numel() for p in model.parameters())
+
+
+def main() -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    steps = {name: make_step(name, device) for name in NAMES}
+    times: dict[str, list[float]] = {name: [] for name in NAMES}
+    for number in range(3 + ROUNDS):  # the first ones make states and room
+        for name, (step, _) in steps.items():
+            started = time.perf_counter()
+            step()
+            if number >= 3:
+                times[name].append(time.perf_counter() - started)
+    millions = steps["adamw"][1] / 1e6
+    rows = []
+    for name in NAMES:
+        ratios = sorted(mine / adamw for mine, adamw in zip(times[name], times["adamw"], strict=True))
+        quarter = len(ratios) // 4
+        rows.append(
+            [
+                name,
+                f"{1e3 * statistics.median(times[name]) / millions:.3f}",
+                f"{statistics.median(ratios):.2f}",
+                f"{ratios[quarter]:.2f} - {ratios[-1 - quarter]:.2f}",
+            ]
+        )
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    note = (
+        f"GPT of {millions:.1f} M parameters ({SIZES['layers']} layers of {SIZES['width']}, vocabulary {VOCABULARY:,}) "
+        f"on {where}. {ROUNDS} rounds, each optimizer once in a round; ratios within a round: median and middle half. "
+        "Gradients are there already; nothing else is computed."
+    )
+    head = ["optimizer", "ms per million parameters", "time / adamw", "middle half"]
+    print(write("optimizers", "A step of each optimizer", "make bench BENCH=optimizers", head, rows, note))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""``hvdtrain sweep``: which points there are, what becomes of each, and what stops it before it begins."""
+
+from pathlib import Path
+
+import pytest
+from launch import Prepared, launch, succeed, summary
+
+from hvdtrain.errors import ConfigError
+from hvdtrain.report import report
+from hvdtrain.sweep import points_of
+
+
+def test_points_are_every_combination():
+    points = points_of(["train.global_batch=12,24", "scaling.rule=none,sqrt"])
+    names = [f"global_batch-{batch}_rule-{rule}" for batch in (12, 24) for rule in ("none", "sqrt")]
+    assert [point.name for point in points] == names
+    assert points[1].settings == ("train.global_batch=12", "scaling.rule=sqrt")
+
+
+def test_keys_with_the_same_last_word_keep_the_whole():
+    names = [point.name for point in points_of(["optim.name=lamb", "schedule.name=linear", "data.dir=a/b"])]
+    assert names == ["optim.name-lamb_schedule.name-linear_dir-a-b"]
+
+
+@pytest.mark.parametrize("vary", [["seed"], ["seed="], ["=1"], ["seed=1,,2"], ["seed=1", "seed=2"], ["seed=1,1"]])
+def test_points_that_cannot_be(vary: list[str]):
+    with pytest.raises(ConfigError, match="--vary"):
+        points_of(vary)
+
+
+def test_a_sweep(prepared: Prepared, tmp_path: Path):
+    """Two batches on two ranks; one diverges, which is a result; then a single point again, which is finished."""
+    out = tmp_path / "sweep"
+    words = ("sweep", prepared.recipe, "scaling.base_batch=12", "--vary", "train.global_batch=12,24", "--out", out)
+    succeed(*words, "--launcher", "mpirun -np 2 --oversubscribe --bind-to none")
+    small, large = out / "global_batch-12", out / "global_batch-24"
+    assert (summary(small)["step"], summary(large)["step"]) == (12, 6)
+    assert summary(large)["world_size"] == 2
+    done = succeed(*words, "--point", 1)
+    assert "point 1 of 2: train.global_batch=24" in done.text
+    assert "is finished (6 steps)" in done.text
+    assert "point 0" not in done.text
+    lines = report([small, large], None).splitlines()
+    assert sum(" * " in line for line in lines) == 1
+    assert "192" in lines[1].split()
+    assert "384" in lines[2].split()
+    assert (small / "loss.png").stat().st_size > 10_000
+
+
+def test_a_point_that_diverges_is_a_result_and_others_are_not(prepared: Prepared, tmp_path: Path):
+    words = ("sweep", prepared.recipe, "optim.name=sgd", "optim.clip_norm=0", "--out", tmp_path / "a")
+    done = launch(*words, "--vary", "optim.lr=1e30,0.1")
+    assert done.exit_code == 0, done
+    assert f"hvdtrain: {tmp_path}/a/lr-1e30 ended with exit code 76" in done.messages
+    assert summary(tmp_path / "a" / "lr-0.1")["status"] == "finished"
+    (tmp_path / "b").write_text("in the way")
+    done = launch(*words[:-1], tmp_path / "b", "--vary", "optim.lr=0.1")
+    assert done.exit_code == 74
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--vary", "optim.rate=1"], "unknown key 'optim.rate'"),
+        (["--vary", "seed=1,2", "--point", 2], "--point 2: there are 2 points, 0 to 1"),
+        (["--vary", "seed=1", "--launcher", "nowhere/mpirun -np 2"], "cannot start nowhere/mpirun"),
+    ],
+)
+def test_refused_before_it_begins(words: list[str], message: str, prepared: Prepared, tmp_path: Path):
+    done = launch("sweep", prepared.recipe, "--out", tmp_path / "out", *words)
+    assert done.exit_code == 2
+    assert message in done.messages[-1]
+    assert not (tmp_path / "out").exists()
