@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from hvdtrain.comm.world import World
-from hvdtrain.errors import EXIT_CRASH, EXIT_OK, ConfigError
+from hvdtrain.errors import EXIT_CRASH, EXIT_OK, EXIT_STOPPED_EARLY, ConfigError
 from hvdtrain.version import __version__
 
 
@@ -138,10 +138,13 @@ def _parse_with_settings(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _train(words: argparse.Namespace, world: World) -> int:
-    from hvdtrain.train import train
+    from hvdtrain.stopping import StopSignals
 
-    train(words.recipe, words.overrides, words.run_dir, words.resume, world, words.timeline)
-    return EXIT_OK
+    with StopSignals() as signals:
+        from hvdtrain.train import train  # which loads torch, for seconds
+
+        result = train(words.recipe, words.overrides, words.run_dir, words.resume, world, words.timeline, signals)
+    return EXIT_OK if result["status"] == "finished" else EXIT_STOPPED_EARLY
 
 
 def _evaluate(words: argparse.Namespace, world: World) -> int:

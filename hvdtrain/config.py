@@ -21,6 +21,7 @@ from pydantic_core import PydanticUndefined
 from hvdtrain.checkpoint import CheckpointOptions
 from hvdtrain.data.corpora import DataOptions
 from hvdtrain.data.loader import Feed
+from hvdtrain.data.ramp import Ramp
 from hvdtrain.errors import ConfigError
 from hvdtrain.metrics import MetricsOptions
 from hvdtrain.models.recompute import RecomputeOptions
@@ -32,6 +33,7 @@ from hvdtrain.optim.schedules import Length, ScheduleOptions, check_schedule
 from hvdtrain.options import Options, option
 from hvdtrain.parallel.guard import GuardOptions
 from hvdtrain.parallel.plan import SyncOptions
+from hvdtrain.stopping import StopOptions
 from hvdtrain.tasks import TaskOptions
 
 
@@ -44,6 +46,9 @@ class TrainOptions(Options):
         0, "tokens of one update, padding counted, instead of global_batch; 0: global_batch x model.context", ge=0
     )
     microbatch: int = option(0, "sequences of one forward pass on a rank; 0: all of the rank's", ge=0)
+    ramp_start: int = option(0, "sequences of the first updates, of a batch that grows within the run; 0: fixed", ge=0)
+    ramp_increment: int = option(0, "sequences by which it grows, until it is the whole batch", ge=0)
+    ramp_tokens: int = option(0, "tokens over which it grows", ge=0)
 
 
 class EvalOptions(Options):
@@ -73,6 +78,7 @@ class RunConfig(Options):
     guard: GuardOptions = GuardOptions()
     ema: EmaOptions = EmaOptions()
     sync: SyncOptions = SyncOptions()
+    stop: StopOptions = StopOptions()
 
     def identity(self) -> dict[str, Any]:
         """The settings that make a run what it is: a resumed run must share them. Those that may change (length,
@@ -80,7 +86,7 @@ class RunConfig(Options):
         """
         whole = flatten(self.model_dump())
         may_change = re.compile(
-            r"device|tf32|compile|train\.(steps|tokens|epochs|microbatch)|(data|eval|checkpoint|metrics|sync|recompute|ema)\..*"
+            r"device|tf32|compile|train\.(steps|tokens|epochs|microbatch)|(data|eval|checkpoint|metrics|sync|recompute|ema|stop)\..*"
         )
         return {key: value for key, value in whole.items() if not may_change.fullmatch(key)}
 
@@ -92,7 +98,7 @@ class RunConfig(Options):
 
     def scale(self, ranks: int, epoch_tokens: int) -> Scaled:
         """Batch, rates and lengths that ``ranks`` ranks use, of a recipe as it was given; see optim/scaling.py."""
-        train = self.train
+        train, ramp = self.train, self.sized(ranks).ramp()
         return scale(
             self.scaling,
             self.optim,
@@ -103,7 +109,20 @@ class RunConfig(Options):
             global_tokens=train.global_tokens,
             ranks=ranks,
             epoch_tokens=epoch_tokens,
+            lengthened=ramp and (lambda steps: ramp.steps_to(steps * ramp.full)),
         )
+
+    def ramp(self) -> Ramp | None:
+        """How the batch of this recipe, once it is ``sized``, grows; None: it does not. Errors: see Ramp."""
+        train, context = self.train, self.model.context
+        if not train.ramp_start:
+            if train.ramp_increment or train.ramp_tokens:
+                raise ConfigError("train.ramp_increment and train.ramp_tokens need train.ramp_start")
+            return None
+        if self.task.name != "lm":
+            raise ConfigError(f"train.ramp_start is for task.name=lm, whose rows are alike; not for {self.task.name}")
+        full = train.global_tokens // context if train.global_tokens else train.global_batch
+        return Ramp(train.ramp_start, train.ramp_increment, train.ramp_tokens // context, full)
 
     def resolved(self, scaled: Scaled) -> "RunConfig":
         """With what ``scale`` found, lengths in steps."""
@@ -129,7 +148,9 @@ class RunConfig(Options):
                     f"set it to {max(1, tokens // context) * context}"
                 )
             rows = tokens // context
-        return Feed(context, self.seed, rows, self.train.microbatch, rank, size, tokens, pin)
+        feed = Feed(context, self.seed, rows, self.train.microbatch, rank, size, tokens, pin, self.ramp())
+        feed.check_ramp()
+        return feed
 
 
 # --- reading -----------------------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ from hvdtrain.parallel.plan import Plan
 from hvdtrain.parallel.precision import use_tf32
 from hvdtrain.peaks import find_peak, worth_measuring
 from hvdtrain.profiler import Profiler, parse_steps
+from hvdtrain.stopping import Stopping, StopSignals
 from hvdtrain.tasks import make_task
 from hvdtrain.tasks.task import Evaluation, Training
 
@@ -49,8 +50,11 @@ def train(
     resume: str,
     world: World,
     timeline: Path | None = None,
+    signals: StopSignals | None = None,
 ) -> dict[str, Any]:
     """Train a recipe in ``run_dir`` (default ``runs/RECIPE``) and return its summary. Every rank calls this.
+
+    A run that was asked to stop (``signals``, see stopping.py) returns the status "stopped", the step and the reason.
 
     resume: ``auto`` continues what is in ``run_dir``, ``never`` refuses to, a path continues that run in ``run_dir``.
     timeline: file for a record of every collective; None: no record.
@@ -59,7 +63,7 @@ def train(
         config = group.together(lambda: load_config(recipe, overrides))
         group.agree(flatten(config.model_dump()), "the configuration")
         run_dir = run_dir or Path("runs") / Path(recipe).stem
-        run = _Run(config, run_dir, resume, world, group)
+        run = _Run(config, run_dir, resume, world, group, signals)
         if timeline is not None:
             run.fallbacks += group.together(lambda: group.start_timeline(timeline))
         return run.run()
@@ -77,10 +81,19 @@ class _Data:
 class _Run:
     """One run on one rank. ``run`` is the walk; the rest is what it needs before and after."""
 
-    def __init__(self, config: RunConfig, run_dir: Path, resume: str, world: World, group: Group):
+    def __init__(
+        self,
+        config: RunConfig,
+        run_dir: Path,
+        resume: str,
+        world: World,
+        group: Group,
+        signals: StopSignals | None = None,
+    ):
         self.recipe, self.run_dir, self.world, self.group = config, run_dir, world, group
         self.config = config = group.together(lambda: config.sized(group.size))
         self.is_main = group.rank == 0
+        self.stopping = group.together(lambda: Stopping(run_dir, config.stop, self.is_main, signals))
         self.cores = take_cores(group)
         torch.set_num_threads(self.cores.threads)
         # Everything that can be wrong with the input is found here, on all ranks, before the first collective.
@@ -106,6 +119,7 @@ class _Run:
             if self.is_main:
                 print(f"hvdtrain: {self.run_dir} is finished ({progress.step} steps); to train on, raise train.steps")
             return done
+        self.group.together(self.stopping.check_start)
         self.group.together(self._prepare_folder)
 
         model = self.task.make_model(config.model, self.data.corpora.manifest)
@@ -136,6 +150,7 @@ class _Run:
     ) -> dict[str, Any]:
         config, progress, steps = self.config, self.progress, self.config.train.steps
         task = self.task
+        stopping = self.stopping
         best, scores, startup_s = progress.best_val_loss, {}, None
 
         for step in range(progress.step + 1, steps + 1):
@@ -147,7 +162,7 @@ class _Run:
             with phases("compute"):
                 plan.forward_backward(microbatches, task, step)
             with phases("sync"):
-                sums = plan.finish(config.optim.clip_norm)
+                sums = plan.finish(config.optim.clip_norm, stopping.asked())
             with phases("optimizer"):
                 lr = learning_rate(config.schedule, config.optim.lr, steps, step - 1)
                 plan.step(optimizer, lr)
@@ -159,15 +174,23 @@ class _Run:
                 if self.compiling is not None:
                     metrics.say(f"hvdtrain: compiled in {self.compiling.seconds:.1f} s")
 
+            stop_reason = stopping.agreed(sums.flags) if step < steps else None
             if eval_is_due:
-                scores = self._evaluate(plan)
+                with stopping.measured("evaluation"):
+                    scores = self._evaluate(plan)
                 best = scores["val_loss"] if best is None else min(best, scores["val_loss"])
                 metrics.add_evaluation(step, scores)
-            if save_is_due:
+            if save_is_due or stop_reason:
                 plan.check_finite(step)
                 progress = self._progress(step, loader, plan, metrics, best)
-                checkpoint.save(self.run_dir, plan.model, optimizer, progress, self.group, config.checkpoint, self.ema)
+                model, options = plan.model, config.checkpoint
+                with stopping.measured("saving"):
+                    checkpoint.save(self.run_dir, model, optimizer, progress, self.group, options, self.ema)
                 metrics.say(f"step {step}: saved {checkpoint.folder_of(self.run_dir, step)}")
+
+            if stop_reason:
+                metrics.say(f"hvdtrain: stopped at step {step} ({stop_reason}); the same command goes on")
+                return {"status": "stopped", "step": step, "reason": stop_reason}
 
         if not scores:  # resumed after the last step, but before its summary was written
             scores = self._evaluate(plan)

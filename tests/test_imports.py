@@ -17,7 +17,7 @@ TABLE = [
     {"data", "models", "optim"},
     {"tasks"},
     {"parallel"},
-    {"meter", "peaks", "profiler"},
+    {"meter", "peaks", "profiler", "stopping"},
     {"checkpoint", "metrics"},
     {"config"},
     {"run_folder"},

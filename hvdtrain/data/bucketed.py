@@ -53,7 +53,7 @@ class BucketSource:
         total = int(mix(content ^ turns, 3).sum(dtype=np.uint64))
         if feed.pin:
             batches = [batch.pinned() for batch in batches]
-        return Step(batches, total)
+        return Step(batches, total, rows=1)
 
     def _content(self, batch: AnyBatch) -> np.ndarray:
         """Of each row's tokens, however wide its batch is padded: uint64 [rows]."""

@@ -13,7 +13,9 @@ from typing import Any, Protocol
 import torch
 
 from hvdtrain.data.batch import AnyBatch
+from hvdtrain.data.ramp import Ramp
 from hvdtrain.data.sampler import Share, share_of
+from hvdtrain.errors import ConfigError
 
 _MASK = (1 << 64) - 1
 
@@ -23,6 +25,7 @@ class Feed:
     """How a run wants its batches: the sizes of a step, and which rank of how many asks.
 
     ``global_tokens``: padded tokens of a step, for rows of different lengths; 0: ``global_batch * context``.
+    ``ramp``: of the batch's size, up to ``global_batch``.
     ``pin``: put the batches into page-locked memory.
     """
 
@@ -34,22 +37,49 @@ class Feed:
     size: int = 1
     global_tokens: int = 0
     pin: bool = False
+    ramp: Ramp | None = None
 
     @property
     def share(self) -> Share:
         return share_of(self.global_batch, self.microbatch, self.rank, self.size)
 
+    def check_ramp(self) -> None:
+        """Errors: ConfigError where the ranks cannot share one of the ramp's batches evenly."""
+        for rows in range(self.ramp.start, self.ramp.full, self.ramp.increment) if self.ramp else ():
+            try:
+                share_of(rows, self.microbatch, self.rank, self.size)
+            except ConfigError:
+                raise ConfigError(
+                    f"a batch of {rows} sequences on the way from train.ramp_start={self.ramp.start} to "
+                    f"{self.ramp.full} cannot be shared by {self.size} ranks in microbatches of "
+                    f"train.microbatch={self.microbatch}; make train.ramp_start and train.ramp_increment multiples of "
+                    f"{self.size * max(1, self.microbatch)}"
+                ) from None
+
+    def run_at(self, row: int, steps: int) -> tuple[int, Share, int]:
+        """(rows of a step, this rank's share of it, steps) for the steps of one size, ``steps`` of them at most, that
+        begin with row number ``row``.
+        """
+        if self.ramp is None:
+            return self.global_batch, self.share, steps
+        rows = self.ramp.size_at(row)
+        return rows, share_of(rows, self.microbatch, self.rank, self.size), self.ramp.steps_alike(row, steps)
+
 
 @dataclass(frozen=True)
 class Step:
-    """What the source makes this rank's microbatches of one step from, and the sum of its rows' fingerprints."""
+    """What the source makes this rank's microbatches of one step from, the sum of its rows' fingerprints, and how many
+    rows of the training the step takes, over all ranks.
+    """
 
     content: Any
     fingerprint: int
+    rows: int
 
 
 class Source(Protocol):
-    """Makes steps. ``rows_per_step`` and ``rows_per_epoch`` count all ranks' rows (or batches, where those are drawn).
+    """Makes steps. ``rows_per_step`` and ``rows_per_epoch`` count all ranks' rows (or batches, where those are drawn);
+    while a batch grows, its steps have fewer.
 
     ``steps_per_block``: how many are best made at once.
     """
@@ -63,7 +93,8 @@ class Source(Protocol):
         """The shards known by now to be read through HDF5, because they cannot be mapped."""
 
     def block(self, first_row: int, steps: int, number: int) -> list[Step]:
-        """The ``steps`` from row ``first_row`` since the beginning of training on: a function of these alone.
+        """The ``steps`` (or fewer, but one at least) from row ``first_row`` since the beginning of training on: a
+        function of these alone.
 
         Called by the thread, in the order of ``number``. What block ``number`` returned may be overwritten when block
         ``number + BUFFERS`` is made.
@@ -103,7 +134,7 @@ class TrainLoader:
         if not self._ready:
             self._ready.extend(self._next_block())
         step = self._ready.popleft()
-        self.rows_consumed += self._source.rows_per_step
+        self.rows_consumed += step.rows
         self.fingerprint = (self.fingerprint + step.fingerprint) & _MASK
         return self._source.batches(step.content, self._device)
 
@@ -161,8 +192,9 @@ class _Thread(threading.Thread):
                 # still be fetching from it.
                 if event := self._copied.pop(number - 2, None):
                     event.synchronize()
-                self._put(self._source.block(self._row, steps, number))
-                self._row += steps * self._source.rows_per_step
+                block = self._source.block(self._row, steps, number)
+                self._put(block)
+                self._row += sum(step.rows for step in block)
                 steps = min(2 * steps, self._source.steps_per_block)
                 number += 1
         except BaseException as error:  # told to the loop, which is waiting

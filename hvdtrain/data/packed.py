@@ -16,7 +16,7 @@ from hvdtrain.data.batch import IGNORE, Batch
 from hvdtrain.data.corpora import Corpora
 from hvdtrain.data.loader import Feed, Step
 from hvdtrain.data.packing import PackSampler
-from hvdtrain.data.sampler import mix
+from hvdtrain.data.sampler import Share, mix
 from hvdtrain.data.shards import map_shard
 from hvdtrain.data.stream import TokenStream
 from hvdtrain.data.windows import Fingerprints
@@ -39,7 +39,7 @@ class PackedSource:
     steps_per_block = 1
 
     def __init__(self, stream: TokenStream, sampler: PackSampler, feed: Feed, end_of_text: int):
-        self._stream, self._sampler, self._feed, self._share = stream, sampler, feed, feed.share
+        self._stream, self._sampler, self._feed = stream, sampler, feed
         self._end_of_text = end_of_text
         self.rows_per_step = feed.global_batch
         self.rows_per_epoch = sampler.rows_per_epoch
@@ -50,13 +50,14 @@ class PackedSource:
         return self._stream.read_through
 
     def block(self, first_row: int, steps: int, number: int) -> list[Step]:
-        return [self._step(first_row + step * self.rows_per_step) for step in range(steps)]
+        rows_per_step, share, steps = self._feed.run_at(first_row, steps)
+        return [self._step(first_row + step * rows_per_step, share, rows_per_step) for step in range(steps)]
 
     def batches(self, content: list, device: torch.device) -> list:
         return [batch.to(device) for batch in content]
 
-    def _step(self, first_row: int) -> Step:
-        share, context = self._share, self._feed.context
+    def _step(self, first_row: int, share: Share, rows: int) -> Step:
+        context = self._feed.context
         first = first_row + share.first
         pieces = self._sampler.rows(first, share.count)
         tokens = np.zeros((share.count, context), np.int64)
@@ -88,4 +89,4 @@ class PackedSource:
             x, y, p, s = (values[cut : cut + share.microbatch] for values in whole)
             batch = Batch(x, y, int((y != IGNORE).sum()), p, s)
             batches.append(batch.pinned() if self._feed.pin else batch)
-        return Step(batches, int(total))
+        return Step(batches, int(total), rows)

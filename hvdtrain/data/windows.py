@@ -58,36 +58,38 @@ class WindowSource:
     """
 
     def __init__(self, stream: TokenStream, sampler: RowSampler, feed: Feed):
-        self._stream, self._sampler, self._feed, self._share = stream, sampler, feed, feed.share
+        self._stream, self._sampler, self._feed = stream, sampler, feed
+        rows_of_rank = feed.share.count
         self.rows_per_step = feed.global_batch
         self.rows_per_epoch = sampler.rows_per_epoch
         self._width = sampler.context + 1
         # Of a short text no more than an epoch, since each has a price of its own.
         steps_per_epoch = sampler.rows_per_epoch // feed.global_batch
-        self.steps_per_block = max(1, min(_BLOCK_TOKENS // (self._share.count * self._width), steps_per_epoch))
+        self.steps_per_block = max(1, min(_BLOCK_TOKENS // (rows_of_rank * self._width), steps_per_epoch))
         self._fingerprints = Fingerprints(self._width)
         self._pinned: dict[int, torch.Tensor] = {}
-        ids = torch.empty(self._share.count, self._width, dtype=torch.int64)
-        self._wide, self._wide_batches = ids.numpy(), self._cut(ids)
+        self._wide = torch.empty(rows_of_rank, self._width, dtype=torch.int64)
+        self._wide_batches = self._cut(self._wide)
 
     @property
     def read_through(self) -> list[Path]:
         return self._stream.read_through
 
     def block(self, first_row: int, steps: int, number: int) -> list[Step]:
-        share = self._share
-        firsts = first_row + share.first + np.arange(steps) * self.rows_per_step
+        rows_per_step, share, steps = self._feed.run_at(first_row, steps)
+        firsts = first_row + share.first + np.arange(steps) * rows_per_step
         rows = (firsts[:, None] + np.arange(share.count)).reshape(-1)
         windows = self._stream.windows(self._sampler.starts_of(rows), self._width)
         sums = self._fingerprints.of_rows(windows, rows).reshape(steps, -1).sum(axis=1, dtype=np.uint64).tolist()
         by_step = windows.reshape(steps, share.count, self._width)
         content = self._pin(by_step, number) if self._feed.pin else by_step
-        return [Step(narrow, total) for narrow, total in zip(content, sums, strict=True)]
+        return [Step(narrow, total, rows_per_step) for narrow, total in zip(content, sums, strict=True)]
 
     def batches(self, content: np.ndarray | torch.Tensor, device: torch.device) -> Sequence[Batch]:
         if isinstance(content, np.ndarray):
-            self._wide[...] = content
-            return self._wide_batches
+            ids = self._wide[: len(content)]
+            ids.numpy()[...] = content
+            return self._wide_batches if len(ids) == len(self._wide) else self._cut(ids)
         ids = content.to(device, non_blocking=True).long()
         return self._cut(
             ids.bitwise_and_((1 << 8 * self._stream.dtype.itemsize) - 1)
@@ -103,7 +105,7 @@ class WindowSource:
 
     def _cut(self, ids: torch.Tensor) -> list[Batch]:
         """The microbatches of a step, as views: ids int64 [rows, T + 1]."""
-        parts = ids.split(self._share.microbatch)
+        parts = ids.split(self._feed.microbatch or len(ids))
         return [Batch(part[:, :-1], part[:, 1:], part.shape[0] * (self._width - 1)) for part in parts]
 
 

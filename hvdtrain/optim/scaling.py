@@ -15,6 +15,7 @@ Sources: Goyal et al. 2017 (1706.02677), Hoffer et al. 2017 (1705.08741), You et
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Literal
@@ -113,11 +114,14 @@ def scale(
     global_tokens: int = 0,
     ranks: int = 1,
     epoch_tokens: int = 0,
+    lengthened: Callable[[int], int] | None = None,
 ) -> Scaled:
     """What the run uses at its batch: a pure function, the same on every rank.
 
     length: of the run, as the recipe gives it. global_batch (sequences), global_tokens (0: sequences count): the
     recipe's. context: tokens of a sequence. epoch_tokens: of the corpus, needed where a length is in epochs.
+    lengthened: for a batch that grows within the run, the steps in which it takes as many rows as in that number of
+    steps with the whole batch; lengths that are given in steps, for this batch, stay what they are.
     Errors: ConfigError where a rule has no base or two, the result is no learning rate that one would train with, or
     the warm-up is longer than the run.
     """
@@ -131,8 +135,8 @@ def scale(
     factor = Fraction(new, base)
     is_scaled = bool(options.base_batch or options.base_tokens or options.per_rank)
 
-    steps = _steps(length, options.length, base, new, epoch_tokens)
-    warmup = _steps(warmup_length(schedule), options.warmup, base, new, epoch_tokens)
+    steps = _steps(length, options.length, base, new, epoch_tokens, lengthened)
+    warmup = _steps(warmup_length(schedule), options.warmup, base, new, epoch_tokens, lengthened)
     in_rows = not tokens and base % context == 0
     sizes = f"{base // context} -> {rows} sequences" if in_rows else f"{base} -> {new} tokens"
     batch = f"batch {sizes} ({float(factor):.4g}x)"
@@ -208,16 +212,24 @@ def _check(options: ScalingOptions, optim: OptimOptions) -> None:
         raise ConfigError(f"scaling.max_lr={options.max_lr:g} is below optim.lr={optim.lr:g}, the base batch's rate")
 
 
-def _steps(length: Length, keep: str, base_tokens: int, new_tokens: int, epoch_tokens: int) -> int:
+def _steps(
+    length: Length,
+    keep: str,
+    base_tokens: int,
+    new_tokens: int,
+    epoch_tokens: int,
+    lengthened: Callable[[int], int] | None,
+) -> int:
     """Updates of ``new_tokens`` that a length made for updates of ``base_tokens`` takes. Tokens are kept or exceeded,
     by less than one update's.
     """
     steps = length.in_steps(base_tokens, epoch_tokens)
-    if keep == "steps" or base_tokens == new_tokens:
-        return steps
-    if keep == "none":
+    if keep == "none" and base_tokens != new_tokens:
         return 0
-    return -(-steps * base_tokens // new_tokens) if length.is_in_steps else length.in_steps(new_tokens, epoch_tokens)
+    if keep == "steps" or (base_tokens == new_tokens and (length.is_in_steps or lengthened is None)):
+        return steps
+    steps = -(-steps * base_tokens // new_tokens) if length.is_in_steps else length.in_steps(new_tokens, epoch_tokens)
+    return lengthened(steps) if lengthened else steps
 
 
 def _rates(

@@ -42,6 +42,7 @@ class StepSums:
     # where there is one part. See optim/noise_scale.py.
     part_square: torch.Tensor | None = None
     part_inverse: torch.Tensor | None = None
+    flags: torch.Tensor | None = None  # the sum of what the ranks had to tell one another, see stopping.py
 
 
 class _Bucket:
@@ -113,27 +114,32 @@ class AllReduceSync:
         self._is_last = True
 
     def finish(
-        self, loss_sum: torch.Tensor, weight: int, max_norm: float, loss_scale: torch.Tensor | None = None
+        self,
+        loss_sum: torch.Tensor,
+        weight: int,
+        max_norm: float,
+        loss_scale: torch.Tensor | None = None,
+        flags: int = 0,
     ) -> StepSums:
         """Wait for the sums; leave in each ``grad`` the global mean gradient, clipped to ``max_norm`` (0: not).
 
         loss_sum: scalar, this rank's sum of losses over its microbatches; weight: its number of targets.
-        loss_scale: scalar that the gradients, not ``loss_sum``, were multiplied by.
+        loss_scale: scalar that the gradients, not ``loss_sum``, were multiplied by. flags: see StepSums.
         """
         for bucket in self._buckets:  # those that backward did not fill: somebody else may have
             if bucket.pending is None:
                 self._send(bucket)
-        sums = torch.zeros(5 + len(self._used), dtype=torch.float64, device=self._device)
-        sums[0], sums[1] = loss_sum.double(), weight
+        sums = torch.zeros(6 + len(self._used), dtype=torch.float64, device=self._device)
+        sums[0], sums[1], sums[5] = loss_sum.double(), weight, flags
         part_weight = weight if self._group.size > 1 else self._part_weight
         if part_weight:
             sums[2] = self._part_square / part_weight**2
             sums[3], sums[4] = 1 / part_weight, 1
-        sums[5:] = self._used
+        sums[6:] = self._used
         self._group.all_reduce_sum(sums, "hvdtrain.sums")
         for bucket in self._buckets:
             bucket.pending.wait()
-        self._drop_unused(sums[5:])
+        self._drop_unused(sums[6:])
         norms = torch._foreach_norm([bucket.flat for bucket in self._buckets])
         divisor = sums[1] if loss_scale is None else sums[1] * loss_scale
         grad_norm = torch.linalg.vector_norm(torch.stack(norms).double()) / divisor
@@ -142,7 +148,8 @@ class AllReduceSync:
             scale = scale * torch.clamp(max_norm / (grad_norm + 1e-6), max=1.0)
         torch._foreach_mul_([bucket.flat for bucket in self._buckets], scale.to(self._buckets[0].flat.dtype))
         part_square = sums[2] / sums[4] if loss_scale is None else sums[2] / sums[4] / loss_scale.double() ** 2
-        return StepSums(sums[0] / sums[1], sums[1], grad_norm, part_square=part_square, part_inverse=sums[3] / sums[4])
+        part_inverse = sums[3] / sums[4]
+        return StepSums(sums[0] / sums[1], sums[1], grad_norm, None, part_square, part_inverse, sums[5])
 
     def step(self, optimizer: torch.optim.Optimizer, lr: float | torch.Tensor) -> None:
         """Apply the gradient (local: every rank does the same)."""

@@ -88,10 +88,13 @@ class Plan:
                 self.sync.part(self._weight)
             self.flops += _flops(self.model, batch)
 
-    def finish(self, max_norm: float) -> StepSums:
-        """Global loss and gradient norm of the step; gradients summed, divided by the global weight, clipped."""
+    def finish(self, max_norm: float, flags: int = 0) -> StepSums:
+        """Global loss and gradient norm of the step; gradients summed, divided by the global weight, clipped.
+
+        flags: what this rank adds to the sum of flags, see StepSums.
+        """
         scale = None if self.loss_scale is None else self.loss_scale.scale
-        sums = self.sync.finish(self._loss_sum, self._weight, max_norm, scale)
+        sums = self.sync.finish(self._loss_sum, self._weight, max_norm, scale, flags)
         if self.loss_scale is not None:
             sums = replace(sums, loss_scale=self.loss_scale.scale.clone())
             self._overflowed = ~sums.grad_norm.isfinite()

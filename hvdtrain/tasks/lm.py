@@ -52,6 +52,8 @@ class LanguageModel:
     def open_training(self, corpora: Corpora, feed: Feed) -> Training:
         stream = TokenStream(corpora.entries, "train")
         step = f"a step is {feed.global_batch} x {feed.context} tokens"
+        if feed.ramp is not None:
+            step += f", from {feed.ramp.start} x {feed.context} up over {feed.ramp.rows * feed.context:,} tokens"
         if self._options.rows == "packed":
             end = corpora.manifest.special_tokens.get("eos", 0)
             sampler = PackSampler(document_lengths(corpora), feed.context, feed.seed)

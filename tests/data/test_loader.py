@@ -209,7 +209,7 @@ class Ring:
             buffer[step] = first_row + step * self.rows_per_step
             time.sleep(self._pause_s())
         self.made += 1
-        return [Step((buffer, step), 1) for step in range(steps)]
+        return [Step((buffer, step), 1, self.rows_per_step) for step in range(steps)]
 
     def batches(self, content: Any, device: torch.device) -> Any:
         return content
@@ -291,7 +291,7 @@ def test_a_buffer_waits_for_the_device_that_fetches_from_it(monkeypatch: pytest.
     class Fetched(Ring):
         def block(self, first_row: int, steps: int, number: int) -> list[Step]:
             assert set(range(number - BUFFERS + 1)) <= set(arrived)
-            return [Step(number, 0) for _ in super().block(first_row, steps, number)]
+            return [Step(number, 0, self.rows_per_step) for _ in super().block(first_row, steps, number)]
 
         def batches(self, content: int, device: torch.device) -> int:
             ordered.append(content)
