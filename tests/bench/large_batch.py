@@ -26,7 +26,7 @@ RULES = {
     "unscaled": ["scaling.rule=none"],
     "linear": ["scaling.rule=linear"],
     "sqrt": ["scaling.rule=sqrt"],
-    "LAMB, sqrt": ["scaling.rule=sqrt", "optim.name=lamb", "optim.lr=5e-3", "schedule.min_lr=5e-4"],
+    "LAMB, sqrt": ["scaling.rule=sqrt", "optim.name=lamb", "optim.lr=1e-2", "schedule.min_lr=1e-3"],
 }
 WARMUPS = {"gradual": [], "constant": ["schedule.warmup=constant"], "none": ["schedule.warmup_steps=0"]}
 COMMON = [f"scaling.base_batch={BASE}", "eval.every=0", "eval.rows=192", "checkpoint.every=0", "metrics.every=25"]
@@ -72,6 +72,8 @@ def main() -> None:
         for warmup, how in WARMUPS.items():
             for batch in BATCHES:
                 for rule, settings in RULES.items():
+                    if rule == "unscaled" and warmup == "constant":
+                        continue  # at the base rate: that is its rate, and the same as none
                     name = f"{rule}-{warmup}-{batch}".replace(", ", "-")
                     measured[rule, warmup, batch] = train(folder, name, batch, [*settings, *how])
                     print(name, sorted(f"{one['val_loss']:.4f}" for one in measured[rule, warmup, batch].values()))
@@ -111,7 +113,7 @@ def draw(measured: dict[tuple[str, str, int], dict[int, dict[str, Any]]], refere
     for axes, warmup in zip(figure.subplots(1, 3, sharey=True), WARMUPS, strict=True):
         for rule in RULES:
             points = {BASE: base} if "LAMB" not in rule else {}
-            points |= {n: [one["val_loss"] for one in measured[rule, warmup, n].values()] for n in BATCHES}
+            points |= {n: [one["val_loss"] for one in measured.get((rule, warmup, n), {}).values()] for n in BATCHES}
             points = {batch: losses for batch, losses in points.items() if losses}
             means = [statistics.mean(losses) for losses in points.values()]
             below = [mean - min(losses) for mean, losses in zip(means, points.values(), strict=True)]
