@@ -2,13 +2,24 @@
 
 import os
 import signal
+import socket
 import sys
 import time
 import traceback
 
 from hvdtrain import cli
 from hvdtrain.comm.world import World, detect_world
-from hvdtrain.errors import EXIT_CRASH, EXIT_INTERRUPTED, EXIT_IO, HvdtrainError, LaunchError, report
+from hvdtrain.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_IO,
+    HvdtrainError,
+    LaunchError,
+    crash_code,
+    describe_crash,
+    is_out_of_memory,
+    report,
+    say,
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,9 +41,13 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its exit
         return EXIT_IO
-    except Exception:
-        traceback.print_exc()
-        return EXIT_CRASH
+    except Exception as error:
+        if not is_out_of_memory(error):
+            traceback.print_exc()
+        if is_out_of_memory(error) or world.size > 1:
+            where = f"[rank {world.rank} on {socket.gethostname()}] " if world.size > 1 else ""
+            say(f"{where}{describe_crash(error)}")
+        return crash_code(error)
 
 
 if __name__ == "__main__":

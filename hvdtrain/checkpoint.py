@@ -9,18 +9,14 @@ Everything happens in ``.step-00000200.partial`` and is renamed when it is whole
 them may read. Where weights are averaged, ``ema_began`` (int64 scalar) is the step that the average began with.
 """
 
-import hashlib
-import json
+import math
 import os
 import re
-import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from pydantic import ConfigDict, TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -28,55 +24,47 @@ from torch import nn
 from hvdtrain.comm.group import Group
 from hvdtrain.data.shards import file_sha256, sync_folder, write_json
 from hvdtrain.errors import CheckpointError, OutputError
+from hvdtrain.manifest import Part, Progress, check_is_file, fields_of, part_name, read_manifest
+from hvdtrain.manifest import digest as _digest
 from hvdtrain.optim.ema import Ema
 from hvdtrain.options import Options, option
+from hvdtrain.retention import (
+    drop_old,
+    folder_of,
+    free_name,
+    mark_best,
+    partial_of,
+    read_best,
+    remove,
+    remove_left_over,
+    step_of,
+    steps_saved,
+)
+from hvdtrain.retention import set_aside as set_aside  # callers know checkpoints by this module alone
 
-FORMAT_VERSION = 1
 Weights = Literal["raw", "ema"]  # of the last step; averaged over the last steps
-_NAME = re.compile(r"step-(\d{8,})")
-# Fields that came later: in a manifest only where they say something, so that those of runs without them stay the same.
-_WHERE_SET = {"averaged_from", "loss_scale", "noise", "guard"}
+_OS_ERROR = re.compile(r"os error ([0-9]+)")  # in the text of an error of safetensors
 
 
 class CheckpointOptions(Options):
     every: int = option(500, "steps between checkpoints; 0: only at the end", ge=0)
     keep_last: int = option(2, "newest checkpoints that are kept; 0: all", ge=0)
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stands, apart from its tensors. ``identity``: the settings that a resumed run must share.
-
-    ``loss_scale``: see LossScale.state, of fp16 runs.
-    ``noise``, ``guard``: see NoiseScale.state and Guard.state.
-    ``averaged_from``: the steps whose weights were averaged (``hvdtrain average``); nothing can go on from there.
-    A field that an older manifest lacks has its default.
-    """
-
-    step: int = 0
-    rows_consumed: int = 0
-    tokens: int = 0
-    fingerprint: int = 0
-    best_val_loss: float | None = None
-    identity: Mapping[str, Any] | None = None
-    world_size: int = 1
-    versions: Mapping[str, str] | None = None
-    averaged_from: tuple[int, ...] | None = None
-    loss_scale: tuple[float, int] | None = None
-    noise: tuple[float, float] | None = None
-    guard: tuple[float, ...] | None = None
-
-    __pydantic_config__ = ConfigDict(extra="forbid")
-
-
-def folder_of(run_dir: Path, step: int) -> Path:
-    return run_dir / "checkpoints" / f"step-{step:08d}"
-
-
-def steps_saved(run_dir: Path) -> list[int]:
-    """Steps of the checkpoints under ``run_dir``, newest first, valid or not."""
-    names = [_NAME.fullmatch(path.name) for path in (run_dir / "checkpoints").glob("step-*")]
-    return sorted((int(match[1]) for match in names if match), reverse=True)
+    keep_every: int = option(0, "checkpoints of every so many steps are kept for ever; 0: none", ge=0)
+    keep_best: bool = option(
+        False, "an evaluation better than all before saves, and that checkpoint is kept until there is a better one"
+    )
+    asynchronous: bool = option(
+        False, "write while training goes on, from a copy in the host's memory as large as the rank's part"
+    )
+    on_error: Literal["stop", "continue"] = option(
+        "stop", "where a checkpoint cannot be written: stop with exit 74, or go on; the run's last one must be written"
+    )
+    mtbf_hours: float = option(
+        0.0,
+        "hours between failures of the job that are to be expected; checkpoints are then as far apart as loses least "
+        "time (Daly 2006), `every` is the first interval; 0: not known",
+        ge=0,
+    )
 
 
 # --- saving ------------------------------------------------------------------------------------------------------
@@ -90,106 +78,123 @@ def save(
     group: Group,
     options: CheckpointOptions,
     ema: Ema | None = None,
+    val_loss: float | None = None,
 ) -> Path:
     """Write one checkpoint (collective: every rank writes its share) and drop those that are too old.
 
-    Without ``ema`` the bytes are those of a run that knows nothing of averages. Errors: see ``save_tensors``.
+    Without ``ema`` the bytes are those of a run that knows nothing of averages. ``val_loss``, errors: see ``finish``,
+    ``save_tensors``.
     """
-    return save_tensors(run_dir, _named_tensors(model, optimizer, ema), progress, group, options)
+    return save_tensors(run_dir, _named_tensors(model, optimizer, ema), progress, group, options, val_loss)
+
+
+def share(model: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None, group: Group) -> dict[str, torch.Tensor]:
+    """The tensors that this rank writes, under their names; themselves, not copies (local)."""
+    return _share(_named_tensors(model, optimizer, ema), group)
 
 
 def save_tensors(
-    run_dir: Path, tensors: Mapping[str, torch.Tensor], progress: Progress, group: Group, options: CheckpointOptions
+    run_dir: Path,
+    tensors: Mapping[str, torch.Tensor],
+    progress: Progress,
+    group: Group,
+    options: CheckpointOptions,
+    val_loss: float | None = None,
 ) -> Path:
     """Write a checkpoint of ``tensors``, the same on all ranks (collective), and drop those that are too old.
 
     Errors: on all ranks, exit 74 where any of them could not write; what was saved before is untouched.
     """
-    final = folder_of(run_dir, progress.step)
-    partial = final.with_name(f".{final.name}.partial")
-    part = f"part-{group.rank:05d}-of-{group.size:05d}.safetensors"
-
-    def make_folder() -> None:
-        if group.rank == 0:
-            _writing(final, lambda: (shutil.rmtree(partial, ignore_errors=True), partial.mkdir(parents=True)))
-
-    def write_part() -> dict[str, Any]:
-        return _writing(final, lambda: _write_part(partial / part, _share(tensors, group)))
-
-    def finish() -> None:
-        if group.rank == 0:
-            missing = [entry["file"] for entry in parts if not (partial / entry["file"]).exists()]
-            if missing:
-                raise OutputError(
-                    f"{partial / missing[0]} was written but rank 0 does not see it: "
-                    "the run folder must be on a file system that all nodes share"
-                )
-            saved = {k: v for k, v in asdict(progress).items() if v is not None or k not in _WHERE_SET}
-            fields = {"format": FORMAT_VERSION, **saved, "parts": parts}
-            fields["fingerprint"] = f"{progress.fingerprint:016x}"
-            write_json(partial / "manifest.json", {**fields, "manifest_sha256": _digest(fields)})
-            _writing(final, lambda: _publish(partial, final))
-            _writing(run_dir, lambda: _drop_old(run_dir, options.keep_last))
-
+    step, is_main = progress.step, group.rank == 0
     try:
-        group.together(make_folder)
-        entry = group.together(write_part)
-        parts = group.all_gather_object(entry)
-        group.together(finish)
+        group.together(lambda: begin(run_dir, step) if is_main else None)
+        part = group.together(lambda: write_part(run_dir, step, _share(tensors, group), group.rank, group.size))
+        parts = group.all_gather_object(part)
+        group.together(lambda: finish(run_dir, progress, parts, options, val_loss) if is_main else None)
     except Exception:
-        if group.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
+        if is_main:
+            remove(partial_of(run_dir, step))
         raise
-    return final
+    return folder_of(run_dir, step)
 
 
-def _writing(path: Path, work: Any) -> Any:
+def begin(run_dir: Path, step: int) -> None:
+    """Make the folder to write into (rank 0, before any part), where killed runs left nothing. Errors: OutputError."""
     try:
-        return work()
+        remove_left_over(run_dir)
+        partial_of(run_dir, step).mkdir(parents=True)
+    except OSError as error:
+        raise _cannot_save(run_dir, step, error) from error
+
+
+def write_part(run_dir: Path, step: int, tensors: Mapping[str, torch.Tensor], rank: int, size: int) -> Part:
+    """Write this rank's share, flush it to disk and return what the manifest shall say of it (local).
+
+    Errors: OutputError.
+    """
+    path = partial_of(run_dir, step) / part_name(rank, size)
+    try:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
+        return Part(path.name, path.stat().st_size, file_sha256(path))
     except (OSError, SafetensorError) as error:
-        raise OutputError(f"cannot save {path}: {getattr(error, 'strerror', None) or error}") from error
+        raise _cannot_save(run_dir, step, error) from error
 
 
-def _write_part(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    save_file(tensors, path)
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
-    return {"file": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
+def finish(
+    run_dir: Path,
+    progress: Progress,
+    parts: list[Part],
+    options: CheckpointOptions,
+    val_loss: float | None = None,
+) -> None:
+    """When all ``parts`` are on disk (rank 0): the manifest, the final name; then drop what is too old.
+
+    val_loss: of the validation of this very step, for ``keep_best``; None: not known.
+    Errors: OutputError; up to the final name, nothing else was changed.
+    """
+    partial, final = partial_of(run_dir, progress.step), folder_of(run_dir, progress.step)
+    missing = [part.file for part in parts if not (partial / part.file).exists()]
+    if missing:
+        raise OutputError(
+            f"{partial / missing[0]} was written but rank 0 does not see it: "
+            "the run folder must be on a file system that all nodes share"
+        )
+    fields = fields_of(progress, parts)
+    write_json(partial / "manifest.json", {**fields, "manifest_sha256": _digest(fields)})
+    try:
+        _publish(partial, final)
+    except OSError as error:
+        raise _cannot_save(run_dir, progress.step, error) from error
+    if options.keep_best and is_better(val_loss, best_of(run_dir)):
+        mark_best(run_dir, progress.step, val_loss)
+    drop_old(run_dir, options.keep_last, options.keep_every, options.keep_best)
+
+
+def is_better(val_loss: float | None, best: float | None) -> bool:
+    """Is a validation loss lower than the best one so far (None: there is none)? What is no finite number never is."""
+    return val_loss is not None and math.isfinite(val_loss) and (best is None or val_loss < best)
+
+
+def best_of(run_dir: Path) -> float | None:
+    """The validation loss of the checkpoint that is kept as the best one."""
+    best = read_best(run_dir)
+    return None if best is None else best[1]
+
+
+def _cannot_save(run_dir: Path, step: int, error: OSError | SafetensorError) -> OutputError:
+    number = _OS_ERROR.search(str(error)) if isinstance(error, SafetensorError) else None
+    reason = os.strerror(int(number[1])) if number else getattr(error, "strerror", None) or error
+    return OutputError(f"cannot save {folder_of(run_dir, step)}: {reason}")
 
 
 def _publish(partial: Path, final: Path) -> None:
     sync_folder(partial)
-    if final.exists():  # an unfinished or damaged one of the same step: keep it, out of the way
-        os.replace(final, _free_name(final))
+    if os.path.lexists(final):  # an unfinished or damaged one of the same step: keep it, out of the way
+        os.replace(final, free_name(final))
     os.replace(partial, final)
     sync_folder(final.parent)
-
-
-def _digest(fields: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
-
-
-def set_aside(run_dir: Path, step: int) -> None:
-    """Rename what lies beyond ``step``, the newest whole checkpoint: it is damaged, and kept (rank 0)."""
-    for newer in (s for s in steps_saved(run_dir) if s > step):
-        folder = folder_of(run_dir, newer)
-        _writing(folder, lambda folder=folder: os.replace(folder, _free_name(folder)))
-
-
-def _free_name(path: Path) -> Path:
-    number = 0
-    while (name := path.with_name(f"damaged-{path.name}-{number}")).exists():
-        number += 1
-    return name
-
-
-def _drop_old(run_dir: Path, keep_last: int) -> None:
-    for step in steps_saved(run_dir)[keep_last:] if keep_last else []:
-        folder = folder_of(run_dir, step)
-        doomed = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(doomed, ignore_errors=True)
-        os.replace(folder, doomed)  # it is either whole under its name or gone from it
-        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _named_tensors(
@@ -209,14 +214,14 @@ def _named_tensors(
 
 
 def _share(tensors: Mapping[str, torch.Tensor], group: Group) -> dict[str, torch.Tensor]:
-    """This rank's tensors: the largest first, each to the rank that has least so far."""
+    """This rank's tensors, where they lie: the largest first, each to the rank that has least so far."""
     load = [0] * group.size
     mine = {}
     for name in sorted(tensors, key=lambda name: (-tensors[name].numel(), name)):
         rank = load.index(min(load))
         load[rank] += tensors[name].numel() * tensors[name].element_size()
         if rank == group.rank:
-            mine[name] = tensors[name].cpu().contiguous()
+            mine[name] = tensors[name]
     return mine
 
 
@@ -228,30 +233,24 @@ def read_progress(folder: Path, rank: int = 0, size: int = 1) -> Progress:
 
     Errors: CheckpointError that names the file.
     """
-    path = folder / "manifest.json"
+    progress, parts = read_manifest(folder)
+    if folder_of(folder.parent.parent, progress.step).name != folder.name:
+        raise CheckpointError(f"{folder / 'manifest.json'} is that of step {progress.step}")
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        if fields.pop("format") != FORMAT_VERSION:
-            raise CheckpointError(f"{path} was written by another version of hvdtrain")
-        if fields.pop("manifest_sha256") != _digest({"format": FORMAT_VERSION, **fields}):
-            raise CheckpointError(f"{path} is damaged (it does not match its own digest)")
-        parts = fields.pop("parts")
-        fields["fingerprint"] = int(fields["fingerprint"], 16)
-        progress = TypeAdapter(Progress).validate_json(json.dumps(fields), strict=True)
-        if folder_of(folder.parent.parent, progress.step).name != folder.name:
-            raise CheckpointError(f"{path} is that of step {progress.step}")
         for number, part in enumerate(parts):
-            file = folder / Path(part["file"]).name
-            if not file.exists():
-                raise CheckpointError(f"{file} is missing")
-            if file.stat().st_size != part["bytes"]:
-                raise CheckpointError(f"{file} has {file.stat().st_size} bytes instead of {part['bytes']}")
-            if number % size == rank and file_sha256(file) != part["sha256"]:
-                raise CheckpointError(f"{file} does not match its digest")
+            path = folder / part.file
+            if not os.path.lexists(path):
+                raise CheckpointError(f"{path} is missing")
+            found_bytes = check_is_file(path)
+            if found_bytes != part.bytes:
+                raise CheckpointError(f"{path} has {found_bytes} bytes instead of {part.bytes}")
+            if number % size == rank and file_sha256(path) != part.sha256:
+                raise CheckpointError(f"{path} does not match its digest")
+        strangers = {path.name for path in folder.glob("part-*.safetensors")} - {part.file for part in parts}
     except OSError as error:
-        raise CheckpointError(f"cannot read {error.filename or path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error})") from None
+        raise CheckpointError(f"cannot read {error.filename or folder}: {error.strerror}") from None
+    if strangers:
+        raise CheckpointError(f"{folder / min(strangers)} is not in the manifest: it belongs to another checkpoint")
     return progress
 
 
@@ -285,8 +284,8 @@ def load(
     Averages that nobody asks for are left in the file: a run goes on without them.
     weights: ``ema`` puts the averages into ``model``; a parameter without one was not trained, and is as it was.
 
-    Errors: CheckpointError where a parameter is missing or has another shape, or averages are asked for and missing; or
-    where ``optimizer`` is to go on from ``hvdtrain average``.
+    Errors: CheckpointError where a parameter is missing or has another shape or type, a state is missing or has a shape
+    that cannot be, or averages are asked for and missing; or where ``optimizer`` is to go on from ``hvdtrain average``.
     """
     if optimizer is not None:
         check_resumable(folder)
@@ -297,15 +296,18 @@ def load(
             raise CheckpointError(f"{folder} has no averaged weights")
         averages = {name: tensor for name, tensor in tensors.items() if name.startswith("ema.")}
         tensors |= {f"model.{name.removeprefix('ema.')}": average for name, average in averages.items()}
+    states: dict[str, set[str]] = {}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             _copy(folder, name, tensors.get(f"model.{name}"), parameter)
             if optimizer is not None:
-                _load_state(optimizer, parameter, name, tensors)
+                states[name] = _load_state(folder, optimizer, parameter, name, tensors)
+        if optimizer is not None:
+            _check_states(folder, states)
         if ema is not None:
-            ema.restart(int(_NAME.fullmatch(folder.name)[1]))
+            ema.restart(step_of(folder))
             if "ema_began" in tensors:
-                ema.began = int(tensors["ema_began"])
+                ema.began = _began(folder, tensors["ema_began"])
                 for name, average in ema.named_averages().items():
                     if f"ema.{name}" in tensors:
                         _copy(folder, name, tensors[f"ema.{name}"], average)
@@ -318,6 +320,8 @@ def read_tensors(folder: Path, prefixes: str | tuple[str, ...]) -> dict[str, tor
         for path in sorted(folder.glob("part-*.safetensors")):
             with safe_open(path, framework="pt", device="cpu") as file:
                 names = [name for name in file.keys() if name.startswith(prefixes)]  # noqa: SIM118
+                if twice := tensors.keys() & set(names):
+                    raise CheckpointError(f"{path} holds {min(twice)}, which another part holds too")
                 tensors.update({name: file.get_tensor(name) for name in names})
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot read {folder}: {error}") from None
@@ -331,10 +335,7 @@ def has_ema(folder: Path) -> bool:
 
 def check_resumable(folder: Path) -> None:
     """Errors: CheckpointError where the checkpoint is an average of others, which has no optimizer state."""
-    try:
-        steps = json.loads((folder / "manifest.json").read_text(encoding="utf-8")).get("averaged_from")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {folder / 'manifest.json'}: {error}") from None
+    steps = read_manifest(folder)[0].averaged_from
     if steps is not None:
         raise CheckpointError(
             f"{folder} is the average of steps {', '.join(map(str, steps))}, without optimizer state: "
@@ -346,16 +347,41 @@ def _copy(folder: Path, name: str, tensor: torch.Tensor | None, target: torch.Te
     if tensor is None or tensor.shape != target.shape:
         found = "no such tensor" if tensor is None else f"shape {tuple(tensor.shape)}"
         raise CheckpointError(f"{folder}: {name} needs shape {tuple(target.shape)}, found {found}")
+    if tensor.dtype != target.dtype:
+        raise CheckpointError(f"{folder}: {name} needs {target.dtype}, found {tensor.dtype}")
     target.copy_(tensor)
 
 
+def _began(folder: Path, tensor: torch.Tensor) -> int:
+    if tensor.shape != () or tensor.dtype != torch.int64:
+        raise CheckpointError(f"{folder}: ema_began needs one int64, found {tensor.dtype} {tuple(tensor.shape)}")
+    return int(tensor)
+
+
 def _load_state(
-    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, name: str, tensors: dict[str, torch.Tensor]
-) -> None:
+    folder: Path, optimizer: torch.optim.Optimizer, parameter: nn.Parameter, name: str, tensors: dict[str, torch.Tensor]
+) -> set[str]:
+    """Returns the names of what there is of this parameter."""
+    found = set()
     suffix = f".{name}"
     for full_name, tensor in tensors.items():
         if full_name.startswith("optimizer.") and full_name.endswith(suffix):
             key = full_name[len("optimizer.") : -len(suffix)]
             if "." not in key:  # else it is the state of a longer name that ends alike
+                if tensor.shape not in (parameter.shape, ()) or not tensor.is_floating_point():
+                    raise CheckpointError(
+                        f"{folder}: {full_name} needs shape {tuple(parameter.shape)} or one number, "
+                        f"found {tensor.dtype} {tuple(tensor.shape)}"
+                    )
                 # A scalar is the fused optimizer's step count; it lives beside the parameter, as torch makes it.
                 optimizer.state[parameter][key] = tensor.to(parameter.device)
+                found.add(key)
+    return found
+
+
+def _check_states(folder: Path, states: dict[str, set[str]]) -> None:
+    """An optimizer keeps the same things of every parameter that it has moved."""
+    every = set().union(*states.values())
+    for name, keys in states.items():
+        if keys and keys != every:
+            raise CheckpointError(f"{folder}: the optimizer's {min(every - keys)} of {name} is missing")

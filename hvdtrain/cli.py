@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import os
+import signal
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -105,11 +107,46 @@ def make_parser() -> argparse.ArgumentParser:
     sweep.add_argument("--launcher", default="", metavar="WORDS", help='starts the ranks: "horovodrun -np 4"')
     sweep.add_argument("--point", type=int, metavar="I", help="only the combination of this number, from 0")
 
+    submit = commands.add_parser("submit", help="train a recipe as a Slurm job")
+    submit.add_argument("recipe", metavar="RECIPE", help="name of a built-in recipe, or path of a .yaml file")
+    submit.add_argument("overrides", nargs="*", metavar="key=value", help="settings on top of the recipe")
+    submit.add_argument("--nodes", type=int, required=True, metavar="N")
+    submit.add_argument("--ranks-per-node", type=int, metavar="M", help="default: that of slurm/train.sbatch")
+    submit.add_argument("--time", default="", metavar="T", help="limit: minutes, H:MM:SS, D-HH:MM:SS")
+    submit.add_argument("--partition", default="", metavar="P")
+    submit.add_argument("--account", default="", metavar="A")
+    submit.add_argument("--site", default="", metavar="NAME", help="a file of slurm/sites, or a path")
+    submit.add_argument("--run-dir", type=Path, metavar="DIR", help="where the run is kept (default: runs/RECIPE)")
+    submit.add_argument("--chain", action="store_true", help="go on in new jobs, where requeueing is not wanted")
+    submit.add_argument(
+        "--slurm", action="append", default=[], metavar="OPTION", help="one more of sbatch: gpus-per-node=4, exclusive"
+    )
+    submit.add_argument("--dry-run", action="store_true", help="print the script; submit and write nothing")
+
+    status = commands.add_parser("status", help="where runs stand: state, step, loss, time left, restarts")
+    status.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR")
+    status.add_argument("--json", action="store_true", help="for programs")
+
     report = commands.add_parser("report", help="table and loss.png of one or several runs")
     report.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR")
     report.add_argument("--out", type=Path, metavar="FILE", help="default: loss.png in the first run folder")
 
-    commands.add_parser("doctor", help="what is installed, and a real two-rank all-reduce")
+    doctor = commands.add_parser("doctor", help="what is installed, and a real two-rank all-reduce; or a job's nodes")
+    doctor.add_argument("--job", action="store_true", help="look at all nodes of this job (start it with the launcher)")
+    of_job = doctor.add_argument_group("with --job")
+    of_job.add_argument("--run-dir", type=Path, metavar="DIR", help="can every node write there, and see the others?")
+    of_job.add_argument("--data", type=Path, nargs="+", default=[], metavar="DIR", help="shards every node must see")
+    of_job.add_argument("--stage", type=Path, metavar="DIR", help="on each node: is there room for the shards?")
+    of_job.add_argument("--ranks-per-node", type=int, metavar="N", help="of the training; default: those started here")
+    of_job.add_argument("--max-clock-skew", type=float, metavar="S", help="seconds; default: 1")
+    of_job.add_argument(
+        "--slow-factor", type=float, metavar="F",
+        help="a node slower than the median by more is bad; default: HVDTRAIN_SLOW_FACTOR, or 2",
+    )  # fmt: skip
+    of_job.add_argument("--json", type=Path, metavar="FILE", help="what was found, for programs")
+    of_job.add_argument(
+        "recipe", nargs="*", metavar="RECIPE key=value", help="what it will train: its shards are --data"
+    )
     return parser
 
 
@@ -122,7 +159,7 @@ def _add_weights(parser: argparse.ArgumentParser) -> None:
 
 def run(argv: Sequence[str], world: World) -> int:
     """Run one command; returns the exit code, raises HvdtrainError."""
-    takes_settings = argv[:1] in (["train"], ["sweep"], ["plan"])
+    takes_settings = argv[:1] in (["train"], ["sweep"], ["plan"], ["submit"])
     words = _parse_with_settings(argv) if takes_settings else make_parser().parse_args(argv)
     return _COMMANDS[words.command](words, world)
 
@@ -144,6 +181,9 @@ def _train(words: argparse.Namespace, world: World) -> int:
         from hvdtrain.train import train  # which loads torch, for seconds
 
         result = train(words.recipe, words.overrides, words.run_dir, words.resume, world, words.timeline, signals)
+        # The launcher ends the others as soon as the first has left; let each leave with its own exit code.
+        for number in (signal.SIGTERM, signal.SIGUSR2) if world.size > 1 else ():
+            signal.signal(number, signal.SIG_IGN)
     return EXIT_OK if result["status"] == "finished" else EXIT_STOPPED_EARLY
 
 
@@ -192,6 +232,23 @@ def _sweep(words: argparse.Namespace, world: World) -> int:
     return sweep(words.recipe, words.overrides, words.vary, words.out, words.launcher, words.point, world)
 
 
+def _submit(words: argparse.Namespace, world: World) -> int:
+    from hvdtrain.slurm import make_job, submit
+
+    names = ("ranks_per_node", "time", "partition", "account", "site", "chain")
+    rest = {name: getattr(words, name) for name in names}
+    job = make_job(words.recipe, words.overrides, words.run_dir, words.nodes, options=tuple(words.slurm), **rest)
+    print(submit(job, words.dry_run, world))
+    return EXIT_OK
+
+
+def _status(words: argparse.Namespace, world: World) -> int:
+    from hvdtrain.status import status
+
+    print(status(words.run_dirs, words.json))
+    return EXIT_OK
+
+
 def _report(words: argparse.Namespace, world: World) -> int:
     from hvdtrain.report import report
 
@@ -200,11 +257,42 @@ def _report(words: argparse.Namespace, world: World) -> int:
 
 
 def _doctor(words: argparse.Namespace, world: World) -> int:
+    if words.job:
+        return _preflight(words, world)
+    if given := [name for name in _OF_JOB if getattr(words, name)]:
+        flag = "a recipe" if given[0] == "recipe" else f"--{given[0].replace('_', '-')}"
+        raise ConfigError(f"{flag} goes with --job")
     from hvdtrain.doctor import doctor
 
     table, healthy = doctor()
     print(table)
     return EXIT_OK if healthy else EXIT_CRASH
+
+
+_OF_JOB = ("recipe", "run_dir", "data", "stage", "ranks_per_node", "max_clock_skew", "slow_factor", "json")
+
+
+def _preflight(words: argparse.Namespace, world: World) -> int:
+    from hvdtrain.preflight import MAX_CLOCK_SKEW_S, Job, preflight, slow_factor_of
+
+    data, stage = words.data, words.stage
+    if words.recipe:
+        from hvdtrain.config import load_config
+
+        options = load_config(words.recipe[0], words.recipe[1:]).data
+        data = data or [Path(folder) for folder in (options.mixture or [options.dir])]
+        stage = stage or (Path(options.stage) if options.stage else None)
+    job = Job(
+        run_dir=words.run_dir,
+        data=tuple(data),
+        stage=stage,
+        max_clock_skew_s=MAX_CLOCK_SKEW_S if words.max_clock_skew is None else words.max_clock_skew,
+        slow_factor=slow_factor_of(os.environ) if words.slow_factor is None else words.slow_factor,
+        ranks_per_node=words.ranks_per_node,
+        json=words.json,
+    )
+    preflight(job, world)
+    return EXIT_OK
 
 
 _COMMANDS = {
@@ -214,6 +302,8 @@ _COMMANDS = {
     "average": _average,
     "plan": _plan,
     "sweep": _sweep,
+    "submit": _submit,
+    "status": _status,
     "report": _report,
     "doctor": _doctor,
 }

@@ -35,6 +35,7 @@ from hvdtrain.parallel.guard import GuardOptions
 from hvdtrain.parallel.plan import SyncOptions
 from hvdtrain.stopping import StopOptions
 from hvdtrain.tasks import TaskOptions
+from hvdtrain.watchdog import WatchdogOptions
 
 
 class TrainOptions(Options):
@@ -79,6 +80,7 @@ class RunConfig(Options):
     ema: EmaOptions = EmaOptions()
     sync: SyncOptions = SyncOptions()
     stop: StopOptions = StopOptions()
+    watchdog: WatchdogOptions = WatchdogOptions()
 
     def identity(self) -> dict[str, Any]:
         """The settings that make a run what it is: a resumed run must share them. Those that may change (length,
@@ -86,7 +88,7 @@ class RunConfig(Options):
         """
         whole = flatten(self.model_dump())
         may_change = re.compile(
-            r"device|tf32|compile|train\.(steps|tokens|epochs|microbatch)|(data|eval|checkpoint|metrics|sync|recompute|ema|stop)\..*"
+            r"device|tf32|compile|train\.(steps|tokens|epochs|microbatch)|(data|eval|checkpoint|metrics|sync|recompute|ema|stop|watchdog)\..*"
         )
         return {key: value for key, value in whole.items() if not may_change.fullmatch(key)}
 

@@ -4,12 +4,14 @@ An error of this family is printed as one message without a traceback, by one ra
 code. Anything else that escapes is a crash: exit code 70 and a traceback.
 """
 
+import errno
 import sys
 
 EXIT_OK = 0
 EXIT_USAGE = 2
 EXIT_BAD_DATA = 65
 EXIT_CRASH = 70
+EXIT_OUT_OF_MEMORY = 71  # the same settings on the same nodes will not fit another time either
 EXIT_IO = 74
 EXIT_STOPPED_EARLY = 75
 EXIT_DIVERGED = 76
@@ -67,6 +69,18 @@ class RankLostError(HvdtrainError):
     """A collective broke: another rank died or left."""
 
 
+class ReplicaError(HvdtrainError):
+    """Replicas that must be equal bit by bit are not; the message names the ranks and the first tensor."""
+
+    on_all_ranks = True
+
+
+class MemoryLimitError(HvdtrainError):
+    """The host or the GPU has no more memory. Trying again does not help; the message says what to lower."""
+
+    exit_code = EXIT_OUT_OF_MEMORY
+
+
 class RankError(HvdtrainError):
     """Some rank failed, and all agreed on it: carries the lowest such rank's message and exit code to every rank."""
 
@@ -75,6 +89,28 @@ class RankError(HvdtrainError):
     def __init__(self, message: str, exit_code: int):
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Python's, numpy's, torch's and CUDA's ways to say so; torch need not be loaded."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    words = ("DefaultCPUAllocator: can't allocate memory", "out of memory", "_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
+def crash_code(error: BaseException) -> int:
+    """The exit code of an error that is not of this family."""
+    return EXIT_OUT_OF_MEMORY if is_out_of_memory(error) else EXIT_CRASH
+
+
+def describe_crash(error: BaseException) -> str:
+    """An error that is not of our own making, in one line."""
+    first, *_ = str(error).strip().splitlines() or [""]
+    kind = "out of memory: " if is_out_of_memory(error) else ""
+    return f"{kind}{type(error).__name__}" + (f": {first}" if first else "")
 
 
 def describe(error: HvdtrainError) -> str:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import deque
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -71,6 +72,7 @@ class Metrics:
         self._started = time.perf_counter()
         self._unread: deque[StepTimes | Laps] = deque()
         self._since = StepTimes()
+        self.spent = StepTimes()  # of all steps of this process that could be read
         self._start_step, self._steps_since, self._tokens_at_log = start_step, 0, tokens
         self._flops_since = 0
         # Of all intervals but the first, which holds the start-up.
@@ -137,7 +139,9 @@ class Metrics:
 
     def _read_times(self, only_ready: bool) -> None:
         while self._unread and (not only_ready or self._unread[0].is_ready()):
-            self._since.add(self._unread.popleft().read())
+            times = self._unread.popleft().read()
+            self._since.add(times)
+            self.spent.add(times)
 
     def _log(self, step: int, epoch: int, sums: StepSums, lr: float, guard: Guard | None) -> None:
         loss, grad_norm = sums.loss.item(), sums.grad_norm.item()
@@ -216,6 +220,10 @@ class Metrics:
         elif self._is_main:
             sys.stdout.write(f"{message}\n")  # in one write, or launchers cut it where they add the rank
             sys.stdout.flush()
+
+    def say_all(self, messages: Iterable[str]) -> None:
+        for message in messages:
+            self.say(message)
 
     def _write(self, line: dict[str, Any], text: str) -> None:
         if not self._is_main:

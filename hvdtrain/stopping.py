@@ -95,10 +95,14 @@ class Stopping:
 
     @contextmanager
     def measured(self, what: str) -> Iterator[None]:
-        """Around saving and evaluating: how long they took last is kept free before the job's end."""
+        """Around evaluating: ``keep_free`` of what it takes."""
         started = time.monotonic()
         yield
-        self._needed_s[what] = time.monotonic() - started
+        self.keep_free(what, time.monotonic() - started)
+
+    def keep_free(self, what: str, seconds: float) -> None:
+        """``what`` took so long, and twice of it is kept free before the job's end (local)."""
+        self._needed_s[what] = seconds
 
     def asked(self) -> int:
         """What this rank adds to the sum of flags (local); 0: nobody asks."""

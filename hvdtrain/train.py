@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,9 +24,9 @@ from hvdtrain.data.corpora import Corpora, check_corpora, open_corpora, stage
 from hvdtrain.data.loader import TrainLoader
 from hvdtrain.data.shards import writing
 from hvdtrain.data.stream import read_through_note
-from hvdtrain.errors import CheckpointError, ConfigError, OutputError
+from hvdtrain.errors import EXIT_OK, EXIT_STOPPED_EARLY, OutputError, crash_code, say
 from hvdtrain.malloc import keep_freed_memory
-from hvdtrain.meter import Laps, StepClock, memory_peak_mib
+from hvdtrain.meter import StepClock, memory_peak_mib
 from hvdtrain.metrics import Metrics, git_state, versions, write_summary
 from hvdtrain.models.cpu import use_fast_matmul
 from hvdtrain.models.recompute import use_recompute
@@ -36,11 +37,19 @@ from hvdtrain.optim.schedules import learning_rate
 from hvdtrain.parallel.compiling import CompileClock, check_compiler
 from hvdtrain.parallel.plan import Plan
 from hvdtrain.parallel.precision import use_tf32
+from hvdtrain.parallel.replicas import ReplicaCheck, tensors_of
 from hvdtrain.peaks import find_peak, worth_measuring
+from hvdtrain.phases import Phases
+from hvdtrain.planner.shortage import memory_explained
 from hvdtrain.profiler import Profiler, parse_steps
+from hvdtrain.records import close_job, record_job
+from hvdtrain.resuming import find_start
+from hvdtrain.saving import Saver
 from hvdtrain.stopping import Stopping, StopSignals
+from hvdtrain.stragglers import Stragglers, own_seconds
 from hvdtrain.tasks import make_task
 from hvdtrain.tasks.task import Evaluation, Training
+from hvdtrain.watchdog import Watchdog
 
 
 def train(
@@ -63,10 +72,26 @@ def train(
         config = group.together(lambda: load_config(recipe, overrides))
         group.agree(flatten(config.model_dump()), "the configuration")
         run_dir = run_dir or Path("runs") / Path(recipe).stem
-        run = _Run(config, run_dir, resume, world, group, signals)
-        if timeline is not None:
-            run.fallbacks += group.together(lambda: group.start_timeline(timeline))
-        return run.run()
+        words = [recipe, *overrides]
+        with memory_explained(config, group.size, world.local_size), Watchdog(config.watchdog, run_dir, group) as dog:
+            return _run(words, config, run_dir, resume, world, group, timeline, signals, dog)
+
+
+def _run(
+    words: list[str],
+    config: RunConfig,
+    run_dir: Path,
+    resume: str,
+    world: World,
+    group: Group,
+    timeline: Path | None,
+    signals: StopSignals | None,
+    watchdog: Watchdog,
+) -> dict[str, Any]:
+    run = _Run(words, config, run_dir, resume, world, group, signals, watchdog)
+    if timeline is not None:
+        run.fallbacks += group.together(lambda: group.start_timeline(timeline))
+    return run.run()
 
 
 @dataclass(frozen=True)
@@ -83,13 +108,16 @@ class _Run:
 
     def __init__(
         self,
+        words: list[str],
         config: RunConfig,
         run_dir: Path,
         resume: str,
         world: World,
         group: Group,
-        signals: StopSignals | None = None,
+        signals: StopSignals | None,
+        watchdog: Watchdog,
     ):
+        self.words, self.watchdog = words, watchdog
         self.recipe, self.run_dir, self.world, self.group = config, run_dir, world, group
         self.config = config = group.together(lambda: config.sized(group.size))
         self.is_main = group.rank == 0
@@ -111,7 +139,8 @@ class _Run:
             keep_freed_memory()
             self.matmul = use_fast_matmul(config.precision)
         self.identity = {**config.identity(), **self.data.corpora.identity()}
-        self.progress, self.resumed_from = self._find_progress(resume)
+        self.progress, self.resumed_from, notes = find_start(run_dir, resume, self.identity, group)
+        self.fallbacks += notes
 
     def run(self) -> dict[str, Any]:
         config, progress = self.config, self.progress
@@ -121,7 +150,11 @@ class _Run:
             return done
         self.group.together(self.stopping.check_start)
         self.group.together(self._prepare_folder)
+        with self._recorded():
+            return self._train()
 
+    def _train(self) -> dict[str, Any]:
+        config, progress = self.config, self.progress
         model = self.task.make_model(config.model, self.data.corpora.manifest)
         model.initialise(config.seed)
         use_recompute(model, config.recompute)
@@ -141,20 +174,33 @@ class _Run:
         loader = TrainLoader(self.data.train.source, self.device)
         loader.rows_consumed = progress.rows_consumed
         closing = contextlib.closing
-        with closing(loader), closing(plan.sync), closing(self._open_metrics()) as metrics, self._phases() as phases:
+        with (
+            closing(loader),
+            closing(plan.sync),
+            closing(self._open_metrics()) as metrics,
+            self._phases() as phases,
+            Saver(self.run_dir, self.group, config.checkpoint, progress.step) as saver,
+        ):
             self._announce(metrics, model)
-            return self._walk(loader, plan, optimizer, metrics, phases)
+            return self._walk(loader, plan, optimizer, metrics, phases, saver)
 
     def _walk(
-        self, loader: TrainLoader, plan: Plan, optimizer: torch.optim.Optimizer, metrics: Metrics, phases: "_Phases"
+        self,
+        loader: TrainLoader,
+        plan: Plan,
+        optimizer: torch.optim.Optimizer,
+        metrics: Metrics,
+        phases: Phases,
+        saver: Saver,
     ) -> dict[str, Any]:
         config, progress, steps = self.config, self.progress, self.config.train.steps
-        task = self.task
-        stopping = self.stopping
+        task, stopping = self.task, self.stopping
+        replicas, stragglers = ReplicaCheck(self.group), self._stragglers()
         best, scores, startup_s = progress.best_val_loss, {}, None
 
         for step in range(progress.step + 1, steps + 1):
-            save_is_due, eval_is_due = _due(step, config.checkpoint.every, steps), _due(step, config.eval.every, steps)
+            self.step, is_last = step, step == steps
+            save_is_due, eval_is_due = saver.is_due(step) or is_last, _due(step, config.eval.every, steps)
             if phases.begin(step):
                 metrics.say(f"step {step}: wrote {self.run_dir}/profile")
             with phases("data"):
@@ -169,32 +215,45 @@ class _Run:
                 if self.ema is not None:
                     self.ema.update(step)
             metrics.add(step, loader.epoch, sums, lr, phases.end(), plan.flops, plan.guard)
+            if stragglers is not None and _due(step, config.watchdog.stragglers_every, last=0):
+                self._tell(metrics, stragglers.compare(self.group.all_gather_object(own_seconds(metrics.spent)), step))
             if startup_s is None:
                 startup_s = _seconds_since_process_start()
                 if self.compiling is not None:
                     metrics.say(f"hvdtrain: compiled in {self.compiling.seconds:.1f} s")
 
-            stop_reason = stopping.agreed(sums.flags) if step < steps else None
+            stop_reason = None if is_last else stopping.agreed(sums.flags)
+            phases.after("checkpoint")
+            metrics.say_all(saver.poll())
+            val_loss = None
             if eval_is_due:
+                phases.after("evaluation")
                 with stopping.measured("evaluation"):
                     scores = self._evaluate(plan)
-                best = scores["val_loss"] if best is None else min(best, scores["val_loss"])
+                val_loss = scores["val_loss"]
+                best = val_loss if best is None else min(best, val_loss)
                 metrics.add_evaluation(step, scores)
-            if save_is_due or stop_reason:
+                save_is_due |= saver.is_best(val_loss)
+            phases.after("checkpoint")
+            save_is_due |= bool(stop_reason)
+            if save_is_due or _due(step, config.watchdog.check_replicas_every, last=0):
+                replicas.check(tensors_of(plan.model), step)
+            if save_is_due:
                 plan.check_finite(step)
                 progress = self._progress(step, loader, plan, metrics, best)
-                model, options = plan.model, config.checkpoint
-                with stopping.measured("saving"):
-                    checkpoint.save(self.run_dir, model, optimizer, progress, self.group, options, self.ema)
-                metrics.say(f"step {step}: saved {checkpoint.folder_of(self.run_dir, step)}")
-
+                ends = is_last or bool(stop_reason)
+                metrics.say_all(saver.save(plan.model, optimizer, progress, self.ema, val_loss, last=ends))
+                stopping.keep_free("saving", saver.save_s)
             if stop_reason:
                 metrics.say(f"hvdtrain: stopped at step {step} ({stop_reason}); the same command goes on")
+                self.end = EXIT_STOPPED_EARLY, stop_reason
                 return {"status": "stopped", "step": step, "reason": stop_reason}
 
         if not scores:  # resumed after the last step, but before its summary was written
+            phases.after("evaluation")
             scores = self._evaluate(plan)
             best = scores["val_loss"] if best is None else min(best, scores["val_loss"])
+        self.fallbacks += saver.failures
         self._measure_peak(metrics)
         summary = self._summary(progress, scores, best, metrics, startup_s)
         self.group.together(lambda: write_summary(self.run_dir, summary) if self.is_main else None)
@@ -203,7 +262,7 @@ class _Run:
     def _evaluate(self, plan: Plan) -> dict[str, float]:
         """Scores of the validation split; of the averaged weights, where there are any."""
         with self.ema.swapped(plan.publish) if self.ema is not None else contextlib.nullcontext():
-            return plan.evaluate(self.data.val(), self.task)
+            return plan.evaluate(self.watchdog.each(self.data.val()), self.task)
 
     def _open_metrics(self) -> Metrics:
         progress, steps = self.progress, self.config.train.steps
@@ -216,9 +275,42 @@ class _Run:
             metrics.noise.load(progress.noise)
         return metrics
 
-    def _phases(self) -> "_Phases":
+    def _phases(self) -> Phases:
         steps = parse_steps(self.config.metrics.profile)
-        return _Phases(StepClock(self.device), Profiler(steps, self.run_dir, self.group.rank, self.device))
+        profiler = Profiler(steps, self.run_dir, self.group.rank, self.device)
+        return Phases(StepClock(self.device), profiler, self.watchdog)
+
+    def _stragglers(self) -> Stragglers | None:
+        options = self.config.watchdog
+        if self.group.size == 1 or not options.stragglers_every:
+            return None
+        hosts = self.group.all_gather_object(socket.gethostname())
+        return Stragglers(options.straggler_factor, hosts, self.progress.step)
+
+    def _tell(self, metrics: Metrics, notes: list[str]) -> None:
+        self.fallbacks += notes
+        metrics.say_all(f"hvdtrain: note: {note}" for note in notes)
+
+    @contextlib.contextmanager
+    def _recorded(self) -> Iterator[None]:
+        """The job's record in the run folder, from now on to whatever end it takes (collective at its beginning)."""
+        self.step = self.progress.step
+        folders = {str(folder): manifest.data_digest for folder, manifest in self.data.corpora.entries}
+        data = {**self.data.corpora.identity(), "folders": folders}
+        config, group = self.config, self.group
+        folder, notes = record_job(
+            self.run_dir, self.words, group, self.world, config, data, self.step, config.train.steps
+        )
+        self.fallbacks += notes
+        self.end = EXIT_OK, "finished"
+        try:
+            yield
+        except BaseException as error:
+            self.end = getattr(error, "exit_code", crash_code(error)), str(error)
+            raise
+        finally:
+            for note in close_job(folder, *self.end, self.step) if self.is_main else ():
+                say(f"note: {note}")
 
     def _measure_peak(self, metrics: Metrics) -> None:
         """After a long run on CPUs: what could they have done? (collective)"""
@@ -252,33 +344,6 @@ class _Run:
             return _Data(corpora, train, self.task.open_evaluation(corpora, "val", feed, config.eval.rows))
 
         return group.together(open_splits)
-
-    def _find_progress(self, resume: str) -> tuple[Progress, Path | None]:
-        """Where to begin: at a checkpoint, or at step 0."""
-        if resume == "never":
-            self.group.together(self._refuse_to_overwrite)
-            return Progress(), None
-        # With --resume DIR, what this run has saved by itself since then is newer.
-        source = self.run_dir if resume == "auto" else Path(resume)
-        found = checkpoint.newest_valid(self.run_dir, self.group)
-        if found is None and source != self.run_dir:
-            found = checkpoint.newest_valid(source, self.group)
-        if found is None:
-            self.group.together(lambda: _check_nothing_is_lost(source, explicit=source != self.run_dir))
-            return Progress(), None
-        folder, progress, damaged = found
-        self.group.together(lambda: checkpoint.check_resumable(folder))
-        self.group.together(lambda: _check_identity(folder, progress, self.identity))
-        self.fallbacks += [f"damaged checkpoint skipped: {problem}" for problem in damaged]
-        own_step = progress.step if folder.parent.parent == self.run_dir else -1
-        self.group.together(lambda: checkpoint.set_aside(self.run_dir, own_step) if self.is_main else None)
-        return progress, folder
-
-    def _refuse_to_overwrite(self) -> None:
-        if self.is_main and (checkpoint.steps_saved(self.run_dir) or (self.run_dir / "summary.json").exists()):
-            raise ConfigError(
-                f"{self.run_dir} already holds a run; use --resume auto to go on with it, or another --run-dir"
-            )
 
     def _finished_summary(self) -> dict[str, Any] | None:
         """The summary of a run that has nothing left to do, or None where it was not written yet."""
@@ -374,66 +439,12 @@ class _Run:
         }
 
 
-class _Phases(contextlib.AbstractContextManager):
-    """The parts of a step: timed, and named in the profiler's trace where there is one."""
-
-    def __init__(self, clock: StepClock, profiler: Profiler):
-        self._clock, self._profiler = clock, profiler
-
-    def begin(self, step: int) -> bool:
-        """Returns whether a trace has just been written."""
-        written = self._profiler.step(step)
-        self._clock.start()
-        return written
-
-    @contextlib.contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        with self._profiler.range(name):
-            yield
-        self._clock.lap(name)
-
-    def end(self) -> Laps:
-        return self._clock.stop()
-
-    def __exit__(self, *_: object) -> None:
-        self._profiler.close()
-
-
 def _count(number: int, what: str) -> str:
     return f"{number} {what}{'s' if number != 1 else ''}"
 
 
 def _due(step: int, every: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)
-
-
-def _check_identity(folder: Path, progress: Progress, identity: dict[str, Any]) -> None:
-    """Errors: ConfigError that lists what differs between the run in ``folder`` and this one.
-
-    A setting that the run did not know yet, because this hvdtrain is newer, had its default.
-    """
-    saved = {**RunConfig().identity(), **(progress.identity or {})}
-    differing = [
-        f"{key} was {saved.get(key)!r} and is now {identity.get(key)!r}"
-        for key in sorted({*saved, *identity})
-        if saved.get(key) != identity.get(key)
-    ]
-    if differing:
-        raise ConfigError(
-            f"{folder.parent.parent} is the run of another recipe: {'; '.join(differing)}; "
-            "give another --run-dir, or the settings of that run"
-        )
-
-
-def _check_nothing_is_lost(source: Path, explicit: bool) -> None:
-    """No checkpoint is whole: starting anew is right only where there never was one."""
-    if steps := checkpoint.steps_saved(source):
-        raise CheckpointError(
-            f"{source} has {len(steps)} checkpoints and none is whole (newest: step {steps[0]}); "
-            "restore one, or give another --run-dir to start anew"
-        )
-    if explicit:
-        raise CheckpointError(f"--resume {source}: there is no checkpoint")
 
 
 def _seconds_since_process_start() -> float:

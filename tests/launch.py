@@ -54,9 +54,8 @@ class Done:
     @property
     def rank_exit_code(self) -> int:
         """``horovodrun`` ends with 1 and a traceback of its own, whatever the ranks ended with; but it names that."""
-        if self.exit_code and self.how in ("gloo", "horovodrun"):
-            return int(re.search(r"Exit code:\s*(\d+)", self.stderr)[1])
-        return self.exit_code
+        named = re.search(r"Exit code:\s*(\d+)", self.stderr) if self.how in ("gloo", "horovodrun") else None
+        return int(named[1]) if named else self.exit_code
 
     def _of_ranks(self, output: str) -> list[str]:
         if self.how not in ("gloo", "horovodrun"):

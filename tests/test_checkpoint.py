@@ -1,6 +1,7 @@
 """Checkpoints: what is saved is loaded to the bit, and a run that was cut in two is the run that was not."""
 
 import json
+import math
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from hvdtrain.data.sampler import WindowSampler
 from hvdtrain.data.stream import TokenStream
 from hvdtrain.data.windows import WindowSource
 from hvdtrain.errors import CheckpointError
+from hvdtrain.manifest import _WHERE_SET
 from hvdtrain.optim.ema import Ema, EmaOptions
 from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
 from hvdtrain.parallel.plan import Plan, SyncOptions
@@ -117,6 +119,14 @@ def test_progress_survives(tmp_path: Path):
     assert read_progress(folder_of(tmp_path / "other", 7)) == averaged
 
 
+def test_a_loss_that_is_no_number_is_no_best(tmp_path: Path):
+    for step, loss in enumerate((math.nan, math.inf), start=1):
+        folder = checkpoint.save_tensors(
+            tmp_path, {"model.x": torch.ones(1)}, Progress(step=step, best_val_loss=loss), GROUP, KEEP_ALL
+        )
+        assert read_progress(folder) == Progress(step=step)
+
+
 def rewrite_manifest(folder: Path, keep: set[str]) -> None:
     """As a version of hvdtrain would have written it that knew only the fields ``keep`` of Progress."""
     path = folder / "manifest.json"
@@ -160,7 +170,7 @@ def test_names_that_end_alike():
     optimizer.step()
     tensors = checkpoint._named_tensors(model, optimizer)
     for name, parameter in fresh.named_parameters():
-        checkpoint._load_state(other, parameter, name, tensors)
+        checkpoint._load_state(Path(), other, parameter, name, tensors)
     assert torch.equal(other.state[fresh.weight]["exp_avg"], optimizer.state[model.weight]["exp_avg"])
     assert torch.equal(other.state[fresh.inner.weight]["exp_avg"], optimizer.state[model.inner.weight]["exp_avg"])
     assert set(other.state[fresh.weight]) == {"step", "exp_avg", "exp_avg_sq"}
@@ -216,6 +226,56 @@ def test_only_the_newest_are_kept(tmp_path: Path, stream: TokenStream):
     for _ in range(3):
         training.run(1).save(tmp_path, KEEP_ALL)
     assert steps_saved(tmp_path) == [8, 7, 6, 5, 4]
+
+
+def test_some_are_kept_for_ever(tmp_path: Path):
+    options = CheckpointOptions(keep_last=1, keep_every=3)
+    for step in range(1, 9):
+        save_step(tmp_path, step, options)
+    assert steps_saved(tmp_path) == [8, 6, 3]
+
+
+def save_step(run_dir: Path, step: int, options: CheckpointOptions, val_loss: float | None = None) -> None:
+    tensors = {"model.x": torch.full((1,), float(step))}
+    checkpoint.save_tensors(run_dir, tensors, Progress(step=step), GROUP, options, val_loss)
+
+
+def test_the_best_is_kept_beside_the_newest(tmp_path: Path):
+    options = CheckpointOptions(keep_last=1, keep_best=True)
+    kept = []
+    for step, val_loss in enumerate((4.0, 3.0, None, math.nan, 3.5, 2.0, math.inf, 2.0, 7.0), start=1):
+        save_step(tmp_path, step, options, val_loss)
+        kept.append(steps_saved(tmp_path))
+    assert kept == [[1], [2], [3, 2], [4, 2], [5, 2], [6], [7, 6], [8, 6], [9, 6]]
+    pointer = tmp_path / "checkpoints" / "best.json"
+    assert json.loads(pointer.read_text()) == {"step": 6, "val_loss": 2.0}
+    assert {path.name for path in pointer.parent.iterdir()} == {"step-00000006", "step-00000009", "best.json"}
+    save_step(tmp_path, 10, CheckpointOptions(keep_last=1), 1.0)
+    assert steps_saved(tmp_path) == [10]  # nobody asks for it any more
+    assert json.loads(pointer.read_text())["step"] == 6
+
+
+NOWHERE = [
+    "",
+    "[1]",
+    "{}",
+    "[" * 10_000,
+    '{"step": 9, "val_loss": 1.0}',
+    '{"step": 5, "val_loss": NaN}',
+    '{"step": true, "val_loss": 1.0}',
+    '{"step": "../5", "val_loss": 1.0}',
+    '{"step": -1, "val_loss": 1.0}',
+]
+
+
+@pytest.mark.parametrize("text", NOWHERE)
+def test_a_pointer_that_leads_nowhere_is_none(tmp_path: Path, text: str):
+    options = CheckpointOptions(keep_last=1, keep_best=True)
+    save_step(tmp_path, 5, options, 3.0)
+    (tmp_path / "checkpoints" / "best.json").write_text(text)
+    assert checkpoint.best_of(tmp_path) is None
+    save_step(tmp_path, 6, options, 4.0)
+    assert (steps_saved(tmp_path), checkpoint.best_of(tmp_path)) == ([6], 4.0)
 
 
 def test_steps_are_numbers_not_names(tmp_path: Path):
@@ -278,7 +338,7 @@ def test_an_average_is_saved_beside_the_weights_and_only_then(tmp_path: Path, st
     assert all(torch.equal(found[f"ema.{n}"], average) for n, average in training.ema.named_averages().items())
     assert not torch.equal(found["ema.embedding.weight"], found["model.embedding.weight"])
     manifests = [json.loads((folder_of(run, 3) / "manifest.json").read_text()) for run in (tmp_path, tmp_path / "ema")]
-    before = {field.name for field in fields(Progress)} - checkpoint._WHERE_SET | {"format", "parts", "manifest_sha256"}
+    before = {field.name for field in fields(Progress)} - _WHERE_SET | {"format", "parts", "manifest_sha256"}
     assert [manifest.keys() == before for manifest in manifests] == [True, True]
 
 

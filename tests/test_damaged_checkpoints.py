@@ -3,8 +3,12 @@
 import errno
 import json
 import os
+import resource
 import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +19,9 @@ from torch import nn
 from hvdtrain import checkpoint
 from hvdtrain.checkpoint import CheckpointOptions, Progress, folder_of, newest_valid, read_progress, steps_saved
 from hvdtrain.comm.local_group import LocalGroup
-from hvdtrain.errors import EXIT_IO, CheckpointError, RankError
+from hvdtrain.errors import EXIT_IO, CheckpointError, OutputError, RankError
+from hvdtrain.manifest import digest
+from hvdtrain.optim.ema import Ema, EmaOptions
 from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
 
 GROUP = LocalGroup()
@@ -50,8 +56,54 @@ def edit(path: Path, **changes) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def forge(folder: Path, text: str | None = None, **changes: Any) -> None:
+    """A manifest that is not what hvdtrain wrote, but has the digest that belongs to it."""
+    path = folder / "manifest.json"
+    fields = json.loads(text if text is not None else path.read_text())
+    fields.pop("manifest_sha256", None)
+    fields |= changes
+    try:
+        seal = digest(fields)
+    except RecursionError:
+        seal = ""
+    path.write_text(json.dumps({**fields, "manifest_sha256": seal}))
+
+
+def rename_part(folder: Path, name: str) -> None:
+    """The manifest finds its part under another name, where it really is."""
+    (part,) = json.loads((folder / "manifest.json").read_text())["parts"]
+    target = folder / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.move(folder / PART, target)
+    forge(folder, parts=[{**part, "file": name}])
+
+
+def link(path: Path, target: Path) -> None:
+    shutil.move(path, target)
+    path.symlink_to(target)
+
+
+def nested(depth: int) -> str:
+    return "[" * depth + "]" * depth
+
+
 def without(path: Path, key: str) -> None:
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != key}))
+
+
+def parts_of(folder: Path) -> list[dict[str, Any]]:
+    return json.loads((folder / "manifest.json").read_text())["parts"]
+
+
+def replace_text(folder: Path, old: str, new: str) -> None:
+    path = folder / "manifest.json"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    fields = json.loads(path.read_text())
+    fields.pop("manifest_sha256")
+    found = f'"manifest_sha256": "{json.loads(text)["manifest_sha256"]}"'
+    path.write_text(path.read_text().replace(found, f'"manifest_sha256": "{digest(fields)}"'))
 
 
 DAMAGE = {
@@ -69,6 +121,45 @@ DAMAGE = {
     "strange field": (lambda f: edit(f / "manifest.json", colour="red"), "manifest.json is damaged"),
     "word for step": (lambda f: edit(f / "manifest.json", step="two"), "manifest.json"),
     "other step": (lambda f: edit(f / "manifest.json", step=1), "manifest.json"),
+    "part elsewhere": (lambda f: rename_part(f, f"../{PART}"), f"names a part outside its folder: '../{PART}'"),
+    "absolute part": (lambda f: rename_part(f, str(f.parent / "x")), "names a part outside its folder: '/"),
+    "strange name": (lambda f: rename_part(f, "weights.safetensors"), "does not name one part of each rank"),
+    "name twice": (lambda f: forge(f, parts=2 * parts_of(f)), "does not name one part of each rank"),
+    "empty parts": (lambda f: forge(f, parts=[]), "does not name one part of each rank"),
+    "no name": (lambda f: forge(f, parts=[{"bytes": 1, "sha256": "0" * 64}]), "manifest.json is damaged"),
+    "negative bytes": (lambda f: forge(f, parts=[{**parts_of(f)[0], "bytes": -1}]), "manifest.json is damaged"),
+    "linked part": (lambda f: link(f / PART, f.parent / "x"), f"{PART} is not a regular file of its own"),
+    "linked manifest": (lambda f: link(f / "manifest.json", f / "x"), "manifest.json is not a regular file of its own"),
+    "dangling part": (
+        lambda f: ((f / PART).unlink(), (f / PART).symlink_to("nowhere")),
+        f"{PART} is not a regular file of its own",
+    ),
+    "pipe": (
+        lambda f: ((f / "manifest.json").unlink(), os.mkfifo(f / "manifest.json")),
+        "manifest.json is not a regular file of its own",
+    ),
+    "folder": (lambda f: ((f / PART).unlink(), (f / PART).mkdir()), f"{PART} is not a regular file of its own"),
+    "a part too many": (
+        lambda f: shutil.copy(f / PART, f / "part-00001-of-00002.safetensors"),
+        "part-00001-of-00002.safetensors is not in the manifest",
+    ),
+    "deep": (lambda f: (f / "manifest.json").write_text(nested(100_000)), "manifest.json is damaged (RecursionError"),
+    "deep inside": (
+        lambda f: (f / "manifest.json").write_text('{"format": 1, "identity": ' + nested(5000) + "}"),
+        "manifest.json is damaged",
+    ),
+    "deep and sealed": (lambda f: forge(f, identity=json.loads(nested(400))), "manifest.json is damaged"),
+    "long number": (lambda f: (f / "manifest.json").write_text('{"format": ' + "9" * 5000 + "}"), "is damaged"),
+    "huge rows": (lambda f: forge(f, rows_consumed=10**30), "manifest.json is damaged"),
+    "negative rows": (lambda f: forge(f, rows_consumed=-1), "manifest.json is damaged"),
+    "true rows": (lambda f: forge(f, rows_consumed=True), "manifest.json is damaged"),
+    "no ranks": (lambda f: forge(f, world_size=0), "manifest.json is damaged"),
+    "nan": (lambda f: forge(f, best_val_loss=float("nan")), "NaN is no number"),
+    "infinite": (lambda f: replace_text(f, '"best_val_loss": null', '"best_val_loss": 1e999'), "is damaged"),
+    "negative scale": (lambda f: forge(f, loss_scale=[-1.0, 1]), "manifest.json is damaged"),
+    "short guard": (lambda f: forge(f, guard=[1.0]), "manifest.json is damaged"),
+    "strange fingerprint": (lambda f: forge(f, fingerprint="-1"), "manifest.json is damaged"),
+    "not UTF-8 inside": (lambda f: replace_text(f, '"identity": null', '"identity": {"a": "\\ud800"}'), "is damaged"),
     "empty folder": (lambda f: [path.unlink() for path in f.iterdir()], "manifest.json: No such file"),
 }
 
@@ -197,3 +288,155 @@ def test_what_a_killed_save_left_is_replaced(run_dir: Path):
     checkpoint.load(folder_of(run_dir, 3), other)
     assert torch.equal(model.embedding.weight, other.embedding.weight)
     assert not partial.exists()
+
+
+def test_what_killed_runs_left_is_removed(run_dir: Path, tmp_path_factory: pytest.TempPathFactory):
+    """Of any step; and a link goes, not what it leads to."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "precious").touch()
+    folder = run_dir / "checkpoints"
+    for name in (".step-00000001.partial", ".step-00000099.partial", ".step-00000000.old"):
+        (folder / name).mkdir()
+        (folder / name / PART).write_bytes(b"stale")
+    (folder / ".step-00000098.partial").symlink_to(elsewhere)
+    (folder / ".step-00000003.partial").write_bytes(b"a file")
+    (folder / ".best.json.123.tmp").touch()
+    (folder / "damaged-step-00000007-0").mkdir()
+    save(run_dir, 3)
+    assert names(run_dir) == {f"step-0000000{n}" for n in (1, 2, 3)} | {"damaged-step-00000007-0"}
+    assert (elsewhere / "precious").exists()
+
+
+def test_nothing_is_named_before_it_is_on_disk(run_dir: Path, monkeypatch: pytest.MonkeyPatch):
+    """The order that a power cut respects: parts, manifest, the folder they lie in, its name; deletions last."""
+    events, fsync, replace = [], os.fsync, os.replace
+
+    def note_fsync(handle: int) -> None:
+        events.append(("on disk", Path(os.readlink(f"/proc/self/fd/{handle}")).name))
+        fsync(handle)
+
+    def note_replace(source: Path, target: Path) -> None:
+        events.append(("named", Path(target).name))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "replace", note_replace)
+    save(run_dir, 3, keep_last=2)
+    partial, manifest = ".step-00000003.partial", f".manifest.json.{os.getpid()}.tmp"
+    assert events == [
+        ("on disk", PART),
+        ("on disk", manifest),
+        ("named", "manifest.json"),
+        ("on disk", partial),
+        ("on disk", partial),
+        ("named", "step-00000003"),
+        ("on disk", "checkpoints"),
+        ("named", ".step-00000001.old"),
+    ]
+
+
+# --- real limits -------------------------------------------------------------------------------------------------
+
+
+def assert_save_fails(run_dir: Path, step: int, reason: str) -> None:
+    """With one message and exit 74; what was there is there, nothing else is."""
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    with pytest.raises(RankError) as caught:
+        save(run_dir, step, keep_last=1)
+    assert str(caught.value) == f"OutputError: cannot save {folder_of(run_dir, step)}: {reason}"
+    assert caught.value.exit_code == EXIT_IO
+    assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
+    assert newest_valid(run_dir, GROUP)[1].step == 2
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 128 KiB: room for two checkpoints of 24 KiB and a bit."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", folder], capture_output=True, text=True)
+    if made.returncode:
+        reason = f"no small file system to fill, it takes root and CAP_SYS_ADMIN: {made.stderr.strip()}"
+        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_full_disk(small_disk: Path):
+    save(small_disk, 1)
+    save(small_disk, 2)
+    left = os.statvfs(small_disk)
+    (small_disk / "other").write_bytes(bytes(left.f_bavail * left.f_frsize - 16384))
+    assert_save_fails(small_disk, 3, "No space left on device")
+    (small_disk / "other").unlink()
+    save(small_disk, 3)
+    assert newest_valid(small_disk, GROUP)[1].step == 3
+
+
+def test_a_disk_that_became_read_only(small_disk: Path):
+    """As file systems do after an error of the device."""
+    save(small_disk, 1)
+    save(small_disk, 2)
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    assert_save_fails(small_disk, 3, "Read-only file system")
+    with pytest.raises(OutputError, match=r"cannot set aside the damaged .*Read-only file system"):
+        checkpoint.set_aside(small_disk, 1)
+
+
+def test_a_limit_on_the_size_of_files(run_dir: Path):
+    """As with a quota."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        assert_save_fails(run_dir, 3, "File too large")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    save(run_dir, 3)
+
+
+# --- tensors that do not fit -------------------------------------------------------------------------------------
+
+
+def bend(folder: Path, **changes: torch.Tensor | None) -> None:
+    """Other tensors in a checkpoint that is whole otherwise; None: without."""
+    tensors = checkpoint.read_tensors(folder, "") | changes
+    progress = read_progress(folder)
+    shutil.rmtree(folder)
+    kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    checkpoint.save_tensors(folder.parent.parent, kept, progress, GROUP, CheckpointOptions(keep_last=0))
+
+
+BENT = {
+    "type": ({"model.norm.weight": torch.zeros(16).half()}, "norm.weight needs torch.float32, found torch.float16"),
+    "state": ({"optimizer.exp_avg.norm.weight": torch.zeros(3)}, r"exp_avg.norm.weight needs shape \(16,\) or one"),
+    "state's type": ({"optimizer.step.norm.weight": torch.zeros((), dtype=torch.bool)}, "found torch.bool"),
+    "no state": ({"optimizer.exp_avg_sq.norm.weight": None}, "optimizer's exp_avg_sq of norm.weight is missing"),
+    "average": ({"ema.norm.weight": torch.zeros(2)}, r"norm.weight needs shape \(16,\), found shape \(2,\)"),
+    "beginning": ({"ema_began": torch.zeros(4)}, "ema_began needs one int64"),
+}
+
+
+@pytest.mark.parametrize("what", BENT)
+def test_tensors_that_do_not_fit_are_refused(tmp_path: Path, what: str):
+    """Before torch meets them in the middle of a step."""
+    changes, message = BENT[what]
+    model = tiny_decoder()
+    optimizer, ema = make_optimizer(model, OptimOptions()), Ema(model, EmaOptions(decay=0.9))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    folder = checkpoint.save(tmp_path, model, optimizer, Progress(step=1), GROUP, CheckpointOptions(), ema)
+    bend(folder)
+    checkpoint.load(folder, model, optimizer, ema)
+    bend(folder, **changes)
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.load(folder, model, optimizer, ema)
+
+
+def test_a_tensor_in_two_parts_is_refused(run_dir: Path):
+    folder = folder_of(run_dir, 2)
+    shutil.copy(folder / PART, folder / "part-00001-of-00002.safetensors")
+    with pytest.raises(CheckpointError, match="which another part holds too"):
+        checkpoint.read_tensors(folder, "model.")

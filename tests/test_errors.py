@@ -19,6 +19,8 @@ def test_exit_codes_are_what_batch_scripts_read():
         "OutputError": 74,
         "DivergedError": 76,
         "RankLostError": 70,
+        "ReplicaError": 70,
+        "MemoryLimitError": 71,
     }
     assert (EXIT_OK, errors.EXIT_STOPPED_EARLY) == (0, 75)
 

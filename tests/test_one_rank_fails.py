@@ -63,7 +63,7 @@ KILL = "os.kill(os.getpid(), signal.SIGKILL)"
         ("mpirun", "raise OutputError('disk full')", 74, "hvdtrain: [rank 1 on {host}] OutputError: disk full"),
         ("mpirun", "[][5]", 70, "hvdtrain: [rank 1 on {host}] IndexError: list index out of range"),
         ("mpirun", KILL, 128 + 9, None),  # mpirun itself says which rank it was
-        ("gloo", KILL, 1, "hvdtrain: [rank 0 on {host}] RankLostError: lost contact with another rank"),
+        ("gloo", KILL, 1, None),
     ],
     ids=["error", "crash", "kill", "kill-gloo"],
 )

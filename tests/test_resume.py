@@ -62,9 +62,11 @@ sys.exit(__main__.main())
 """
 
 
-def test_killed_while_saving_and_run_again(prepared: Prepared, trained: Path, tmp_path: Path):
+@pytest.mark.parametrize("asynchronous", ["false", "true"])  # ``trained`` saved in the first way
+def test_killed_while_saving_and_run_again(prepared: Prepared, trained: Path, tmp_path: Path, asynchronous: str):
     run_dir = tmp_path / "run"
-    words = ("train", prepared.recipe, "checkpoint.every=3", "--run-dir", run_dir)
+    settings = ("checkpoint.every=3", f"checkpoint.asynchronous={asynchronous}")
+    words = ("train", prepared.recipe, *settings, "--run-dir", run_dir)
     killed = launch(*words, program=(sys.executable, "-c", _DIES))
     assert killed.exit_code == -signal.SIGKILL
     folders = {path.name for path in (run_dir / "checkpoints").iterdir()}

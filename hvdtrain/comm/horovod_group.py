@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from hvdtrain.comm.abort import end_all_ranks
 from hvdtrain.comm.group import Group, Pending
 from hvdtrain.comm.mpi import start_mpi
 from hvdtrain.comm.world import World, check_sizes
@@ -24,6 +25,8 @@ KNOBS = {
     "HOROVOD_FUSION_THRESHOLD": "0",
     # Milliseconds between two looks for tensors to send: what a bucket waits at most, and what the look costs, seldom.
     "HOROVOD_CYCLE_TIME": "1",
+    # Until it ends a job of which a rank does not come. Above the longest wait of the watchdog, which names that rank.
+    "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "7260",
 }
 
 # Between two looks whether a collective has ended. Horovod's own wait never sleeps: it takes a core from whoever works.
@@ -109,7 +112,7 @@ class HorovodGroup(Group):
         sees this process's exit code.
         """
         if self._mpi is not None:
-            self._mpi.COMM_WORLD.Abort(exit_code)
+            end_all_ranks(self._mpi, exit_code)
         os._exit(exit_code)
 
 

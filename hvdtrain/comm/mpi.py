@@ -6,6 +6,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from hvdtrain.comm.abort import end_all_ranks
 from hvdtrain.comm.ranks import Ranks
 from hvdtrain.comm.world import World, check_sizes
 from hvdtrain.errors import LaunchError
@@ -40,7 +41,8 @@ class MpiRanks(Ranks):
     def __init__(self, world: World):
         if world.launcher.endswith("--gloo"):
             raise LaunchError(f"{world.launcher} brings no MPI; start with mpirun or srun --mpi=pmix", world.rank)
-        self._comm = start_mpi(world).COMM_WORLD.Dup()
+        self._mpi = start_mpi(world)
+        self._comm = self._mpi.COMM_WORLD.Dup()
         self.rank, self.size = world.rank, world.size
 
     def all_gather_object(self, value: Any) -> list[Any]:
@@ -50,4 +52,4 @@ class MpiRanks(Ranks):
         self._comm.Free()
 
     def abort(self, exit_code: int) -> None:
-        self._comm.Abort(exit_code)
+        end_all_ranks(self._mpi, exit_code)

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from hvdtrain.errors import EXIT_CRASH, EXIT_USAGE, HvdtrainError, RankError
+from hvdtrain.errors import EXIT_USAGE, HvdtrainError, RankError, crash_code, describe_crash, is_out_of_memory
 
 T = TypeVar("T")
 
@@ -49,8 +49,9 @@ class Ranks(ABC):
         except HvdtrainError as error:
             failure = (f"{type(error).__name__}: {error}", error.exit_code)
         except Exception as error:
-            traceback.print_exc(file=sys.stderr)
-            failure = (f"{type(error).__name__}: {error}", EXIT_CRASH)
+            if not is_out_of_memory(error):
+                traceback.print_exc(file=sys.stderr)
+            failure = (describe_crash(error), crash_code(error))
         for rank, other in enumerate(self.all_gather_object(failure)):
             if other is not None:
                 message, exit_code = other

@@ -2,10 +2,19 @@
 
 all ranks fail at the same point     rank 0 says why; all close and exit with the error's code
 one rank fails alone                 it says why, with its rank and host, and ends the whole job at once
+a rank loses another one             it lets that one's message be the last, and speaks only if nothing ends it
+a rank does not come, or not leave   the others wait for it only so long
 """
 
+import atexit
+import contextlib
+import faulthandler
+import os
 import signal
 import socket
+import sys
+import threading
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,12 +23,27 @@ from typing import TYPE_CHECKING, TypeVar
 from hvdtrain.comm.cores import take_cores
 from hvdtrain.comm.ranks import OneRank, Ranks
 from hvdtrain.comm.world import World
-from hvdtrain.errors import EXIT_CRASH, EXIT_INTERRUPTED, HvdtrainError, describe, report, say
+from hvdtrain.errors import (
+    EXIT_CRASH,
+    EXIT_INTERRUPTED,
+    HvdtrainError,
+    RankLostError,
+    crash_code,
+    describe,
+    describe_crash,
+    is_out_of_memory,
+    report,
+    say,
+)
 
 if TYPE_CHECKING:
     from hvdtrain.comm.group import Group
 
 AnyRanks = TypeVar("AnyRanks", bound=Ranks)
+
+_JOIN_S = 1800.0  # for all ranks to start; thousands of them read the same libraries
+_LEAVE_S = 120.0
+_LOST_S = 5.0  # in which the launcher ends a rank that has lost another one
 
 
 @contextmanager
@@ -31,7 +55,12 @@ def open_group(world: World, timeline: bool = False) -> "Iterator[Group]":
     from hvdtrain.comm.horovod_group import HorovodGroup
     from hvdtrain.comm.local_group import LocalGroup
 
-    with _in_good_order(LocalGroup() if world.size == 1 else HorovodGroup(world, timeline), world) as group:
+    if world.size == 1:
+        group: Group = LocalGroup()
+    else:
+        with _within(_JOIN_S, world, "not all ranks have started"):
+            group = HorovodGroup(world, timeline)
+    with _in_good_order(group, world):
         yield group
 
 
@@ -40,15 +69,22 @@ def open_ranks(world: World) -> Iterator[Ranks]:
     """Like ``open_group`` for work without tensors: over MPI alone, without torch and Horovod (collective)."""
     from hvdtrain.comm.mpi import MpiRanks
 
-    with _in_good_order(OneRank() if world.size == 1 else MpiRanks(world), world) as ranks:
+    if world.size == 1:
+        ranks: Ranks = OneRank()
+    else:
+        with _within(_JOIN_S, world, "not all ranks have started"):
+            ranks = MpiRanks(world)
+    with _in_good_order(ranks, world):
         yield ranks
 
 
 @contextmanager
 def _in_good_order(group: AnyRanks, world: World) -> Iterator[AnyRanks]:
+    _show_stacks_of_crashes()
     if group.size == 1:
         yield group
         return
+    atexit.register(_limit_the_farewell)
     try:
         yield group
     except HvdtrainError as error:
@@ -56,19 +92,81 @@ def _in_good_order(group: AnyRanks, world: World) -> Iterator[AnyRanks]:
             # The launcher ends the others as soon as the first has left; let each leave with its own exit code.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             report(error, world.is_main)
-            group.barrier()  # none leaves before rank 0 has spoken
-            group.close()
+            with _within(_LEAVE_S, world, "not all ranks leave", error.exit_code), contextlib.suppress(RankLostError):
+                group.barrier()  # none leaves before rank 0 has spoken
+                if world.launcher == "mpirun":
+                    _leave_without_banner(group, world, error.exit_code)
+                group.close()
             raise
-        say(f"[rank {world.rank} on {socket.gethostname()}] {describe(error)}")
+        if isinstance(error, RankLostError):
+            _let_the_other_speak()
+        _fail_alone(world, describe(error))
         group.abort(error.exit_code)
     except KeyboardInterrupt:
         group.abort(EXIT_INTERRUPTED)
     except BaseException as error:
-        traceback.print_exc()
-        say(f"[rank {world.rank} on {socket.gethostname()}] {type(error).__name__}: {error}")
-        group.abort(EXIT_CRASH)
+        if not is_out_of_memory(error):
+            traceback.print_exc()
+        _fail_alone(world, describe_crash(error))
+        group.abort(crash_code(error))
     else:
-        group.close()
+        with _within(_LEAVE_S, world, "not all ranks leave"):
+            group.close()
+
+
+def _leave_without_banner(group: Ranks, world: World, exit_code: int) -> None:
+    """End all ranks from rank 0: where they leave by themselves, mpirun writes ten lines below what rank 0 has said."""
+    sys.stdout.flush()
+    group.barrier()
+    if world.is_main:
+        group.abort(exit_code)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(exit_code))
+    time.sleep(_LEAVE_S)
+
+
+def _fail_alone(world: World, message: str) -> None:
+    say(f"[rank {world.rank} on {socket.gethostname()}] {message}")
+
+
+def _let_the_other_speak() -> None:
+    """It has, or was killed, and then the launcher names it. The launcher's signal shall end this rank in silence; by
+    the signal itself, a shell would say "Terminated".
+    """
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(EXIT_CRASH))
+    time.sleep(_LOST_S)
+
+
+@contextmanager
+def _within(seconds: float, world: World, trouble: str, exit_code: int = EXIT_CRASH) -> Iterator[None]:
+    """What waits for other ranks, and would for ever, if one of them was stopped or hangs."""
+
+    def give_up() -> None:
+        # Not through sys.stderr: whoever is stuck may hold its lock.
+        text = f"hvdtrain: [rank {world.rank} on {socket.gethostname()}] {trouble} within {seconds:g} s\n"
+        with contextlib.suppress(OSError):
+            os.write(2, text.encode())
+        os._exit(exit_code)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _limit_the_farewell() -> None:
+    """MPI ends after Python's threads have: the kernel's alarm ends a process that waits there for a stopped rank."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(int(_LEAVE_S))
+
+
+def _show_stacks_of_crashes() -> None:
+    """Python's stacks on standard error where C code crashes. After MPI started, which would complain about it."""
+    if not faulthandler.is_enabled():
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # there may be no standard error
+            faulthandler.enable(sys.__stderr__)
 
 
 def threads_of_rank(group: Ranks) -> int:

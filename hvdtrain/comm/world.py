@@ -3,6 +3,7 @@
 Every launcher leaves its own marks; the first line of this table that fits decides:
 
     launcher             marks
+    srun --gloo          the next line's, and HVDTRAIN_RENDEZVOUS             (comm/rendezvous.py)
     horovodrun --gloo    HOROVOD_RANK, HOROVOD_SIZE, HOROVOD_GLOO_RENDEZVOUS_ADDR
     mpirun, horovodrun   OMPI_COMM_WORLD_RANK, OMPI_COMM_WORLD_SIZE       (Open MPI)
     mpiexec              PMI_RANK, PMI_SIZE, no Slurm step                (MPICH and its family)
@@ -10,6 +11,9 @@ Every launcher leaves its own marks; the first line of this table that fits deci
     none                 nothing: one process, no MPI started
 
 A process in an ``sbatch`` script that no ``srun`` started has SLURM_PROCID but no SLURM_STEP_ID: it is alone.
+
+A job script that knows how many ranks there must be says so in HVDTRAIN_RANKS: ranks that were started, but do not know
+of one another, are then refused instead of training the same thing side by side.
 """
 
 import os
@@ -49,16 +53,29 @@ def detect_world(env: Mapping[str, str] | None = None) -> World:
     """Read the launcher's marks from ``env`` (default: the process's environment).
 
     Errors: LaunchError where ``srun`` started several tasks without telling them of one another (no PMI), so that each
-    would train alone and write over the others.
+    would train alone and write over the others; or where the size is not HVDTRAIN_RANKS.
     """
     env = os.environ if env is None else env
+    world = _marked_world(env)
+    wanted = _int(env, "HVDTRAIN_RANKS", world.size)
+    if world.size != wanted:
+        started = "no launcher" if world.launcher == "none" else world.launcher
+        raise LaunchError(
+            f"the job has {wanted} tasks (HVDTRAIN_RANKS), but this process sees a world of {world.size} ({started}): "
+            "the launcher belongs to another MPI than this environment's, or to none; HVDTRAIN_LAUNCHER names another",
+            _int(env, "SLURM_PROCID", 0),
+        )
+    return world
+
+
+def _marked_world(env: Mapping[str, str]) -> World:
     if "HOROVOD_GLOO_RENDEZVOUS_ADDR" in env and "HOROVOD_RANK" in env:
         return World(
             _int(env, "HOROVOD_RANK"),
             _int(env, "HOROVOD_SIZE"),
             _int(env, "HOROVOD_LOCAL_RANK", 0),
             _int(env, "HOROVOD_LOCAL_SIZE", 1),
-            "horovodrun --gloo",
+            "srun --gloo" if "HVDTRAIN_RENDEZVOUS" in env else "horovodrun --gloo",
         )
     if "OMPI_COMM_WORLD_SIZE" in env:
         return World(
@@ -84,29 +101,26 @@ def detect_world(env: Mapping[str, str] | None = None) -> World:
 def _slurm_world(env: Mapping[str, str]) -> World:
     rank = _int(env, "SLURM_PROCID")
     size = _int(env, "SLURM_STEP_NUM_TASKS", _int(env, "SLURM_NTASKS", 1))
-    if size > 1 and not any(name in env for name in ("PMIX_RANK", "PMI_RANK", "PMI_FD", "PMI2_RANK")):
+    if size > 1 and not any(name in env for name in ("PMIX_RANK", "PMI_RANK", "PMI_FD", "PMI2_RANK", "PALS_RANKID")):
         raise LaunchError(
             f"srun started {size} tasks, but each of them sees a world of 1: no PMI reached them; "
             "start with `srun --mpi=pmix` (what this Slurm offers: `srun --mpi=list`), or with mpirun inside the job",
             rank,
         )
-    local_size = _tasks_on_node(env.get("SLURM_STEP_TASKS_PER_NODE", "1"), _int(env, "SLURM_NODEID", 0))
+    counts, node = tasks_of_nodes(env.get("SLURM_STEP_TASKS_PER_NODE", "1")), _int(env, "SLURM_NODEID", 0)
+    local_size = counts[node] if node < len(counts) else 1
     return World(rank, size, _int(env, "SLURM_LOCALID", 0), local_size, "srun")
 
 
-def _tasks_on_node(tasks_per_node: str, node: int) -> int:
+def tasks_of_nodes(text: str) -> list[int]:
     """Slurm's compressed list: ``2(x3),1`` says three nodes of two tasks, then one node of one."""
-    nodes_seen = 0
-    for group in tasks_per_node.split(","):
+    counts: list[int] = []
+    for group in text.split(","):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", group)
         if match is None:
-            raise LaunchError(
-                f"the launcher set SLURM_STEP_TASKS_PER_NODE={tasks_per_node!r}, which is not a list of counts"
-            )
-        nodes_seen += int(match[2] or 1)
-        if node < nodes_seen:
-            return int(match[1])
-    return 1
+            raise LaunchError(f"the launcher set SLURM_STEP_TASKS_PER_NODE={text!r}, which is not a list of counts")
+        counts += [int(match[1])] * int(match[2] or 1)
+    return counts
 
 
 def check_sizes(world: World, seen_size: int, library: str) -> None:

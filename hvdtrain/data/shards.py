@@ -141,7 +141,8 @@ def writing(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # such as a parent that is no folder; the error on its way says so
+            temporary.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -27,6 +27,7 @@ with open_group(detect_world(), timeline=True) as group:
     if sys.argv[2] == "stop":
         group.stop_timeline()
         group.stop_timeline()
+        group.barrier()  # or rank 0 hears of the next while it still records
         group.all_reduce_sum(torch.ones(5), "after")
     if group.rank == 0:
         print(*notes, sep="\\n")

@@ -45,18 +45,19 @@ PMIX = {"PMIX_RANK": "5"}
         (BATCH_SCRIPT | OPEN_MPI, World(5, 8, 1, 4, "mpirun")),  # mpirun inside a batch script
         (STEP | PMIX | OPEN_MPI, World(5, 8, 1, 4, "mpirun")),  # mpirun inside a step: the innermost launcher counts
         (STEP | GLOO, World(3, 4, 1, 2, "horovodrun --gloo")),
+        (STEP | GLOO | {"HVDTRAIN_RENDEZVOUS": "n1:99"}, World(3, 4, 1, 2, "srun --gloo")),
         (BATCH_SCRIPT | HYDRA, World(2, 3, 0, 1, "mpiexec")),
     ],
     ids=[
         "alone", "strangers", "gloo", "mpirun", "mpiexec", "srun", "batch script", "mpirun in a batch script",
-        "mpirun in a step", "gloo in a step", "mpiexec in a batch script",
+        "mpirun in a step", "gloo in a step", "srun --gloo", "mpiexec in a batch script",
     ],
 )  # fmt: skip
 def test_marks(env: dict[str, str], world: World):
     assert detect_world(env) == world
 
 
-@pytest.mark.parametrize("pmi", ["PMIX_RANK", "PMI_RANK", "PMI2_RANK", "PMI_FD"])
+@pytest.mark.parametrize("pmi", ["PMIX_RANK", "PMI_RANK", "PMI2_RANK", "PMI_FD", "PALS_RANKID"])
 def test_any_pmi_will_do_under_srun(pmi: str):
     assert detect_world(STEP | {pmi: "5"}).size == 7
 
@@ -65,6 +66,16 @@ def test_srun_without_pmi_says_how_to_start():
     with pytest.raises(LaunchError, match=r"srun started 7 tasks.*srun --mpi=pmix") as caught:
         detect_world(STEP)
     assert caught.value.exit_code == EXIT_USAGE
+
+
+@pytest.mark.parametrize("marks", [{}, STEP | PMIX, OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "1"}])
+def test_a_job_of_another_size_is_refused(marks: dict[str, str]):
+    """N tasks, each in a world of its own: the commonest failure of all."""
+    with pytest.raises(LaunchError, match=r"the job has 8 tasks \(HVDTRAIN_RANKS\).*a world of [17] ") as caught:
+        detect_world(marks | {"HVDTRAIN_RANKS": "8"})
+    assert caught.value.exit_code == EXIT_USAGE
+    assert caught.value.rank == int(marks.get("SLURM_PROCID", 0))  # under srun one of them speaks
+    assert detect_world(OPEN_MPI | {"HVDTRAIN_RANKS": "8"}).size == 8
 
 
 def test_srun_of_one_task_needs_no_pmi():
@@ -95,6 +106,7 @@ def test_every_form_of_the_list(text: str, sizes: list[int]):
         (STEP | PMIX | {"SLURM_STEP_TASKS_PER_NODE": "2(xthree)"}, "SLURM_STEP_TASKS_PER_NODE"),
         (STEP | PMIX | {"SLURM_STEP_TASKS_PER_NODE": "many"}, "SLURM_STEP_TASKS_PER_NODE"),
         ({"PMI_SIZE": "2"}, "PMI_RANK"),
+        ({"HVDTRAIN_RANKS": "two"}, "HVDTRAIN_RANKS='two'"),
     ],
 )
 def test_garbage_is_named(env: dict[str, str], name: str):

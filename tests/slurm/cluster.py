@@ -56,6 +56,9 @@ def free_ports(count: int) -> list[int]:
 class SlurmCluster:
     """`with SlurmCluster(folder) as slurm:` nodes n1 and n2 of 2 CPUs, partitions main and urgent (preempts main).
 
+    Two MPI ranks on each node need OMPI_MCA_btl=self,tcp: both nodes are this machine, and Open MPI's shared memory of
+    their first ranks has the same name.
+
     folder: for configuration, logs and state; it stays afterwards. env: what a command needs to find the cluster.
     daemons: munged, slurmctld, n1, n2, so that a test can take a node away: `daemons["n2"].kill()`.
     """

@@ -10,7 +10,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "slurm" / "array.sbatch"
 
 
 def test_each_task_is_a_point(slurm: SlurmCluster, prepared: Prepared, tmp_path: Path):
-    env = {**environment(), "HVDTRAIN_VENV": sys.prefix}
+    env = {**environment(), "HVDTRAIN_VENV": sys.prefix, "HVDTRAIN_LAUNCHER": "pmix"}
     words = (prepared.recipe, "scaling.base_batch=12", "--vary", "train.global_batch=12,24", "--out", tmp_path / "runs")
     log = f"--output={tmp_path}/log-%a"
     task = slurm.sbatch("--time=5", "--array=0-1", "--ntasks-per-node=1", log, SCRIPT, *words, cwd=tmp_path, env=env)
@@ -23,7 +23,7 @@ def test_each_task_is_a_point(slurm: SlurmCluster, prepared: Prepared, tmp_path:
 
 
 def test_a_point_that_is_not_there(slurm: SlurmCluster, prepared: Prepared, tmp_path: Path):
-    env = {**environment(), "HVDTRAIN_VENV": sys.prefix}
+    env = {**environment(), "HVDTRAIN_VENV": sys.prefix, "HVDTRAIN_LAUNCHER": "pmix"}
     words = (prepared.recipe, "--vary", "seed=1,2", "--out", tmp_path / "runs")
     log = f"--output={tmp_path}/log"
     task = slurm.sbatch("--time=5", "--array=7-7", "--ntasks-per-node=1", log, SCRIPT, *words, cwd=tmp_path, env=env)

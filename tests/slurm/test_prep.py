@@ -13,7 +13,7 @@ SMALL = ("--shard-tokens", "2000")  # many units
 
 def _submit(slurm: SlurmCluster, folder: Path, *words: object) -> tuple[dict[str, str], str]:
     """The job's end and its log."""
-    env = {**environment(), "HVDTRAIN_VENV": sys.prefix}
+    env = {**environment(), "HVDTRAIN_VENV": sys.prefix, "HVDTRAIN_LAUNCHER": "pmix"}
     job_id = slurm.sbatch(
         "--time=5", "--ntasks-per-node=1", f"--output={folder}/log", SCRIPT, *words, cwd=folder, env=env
     )

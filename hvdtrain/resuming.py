@@ -1,0 +1,73 @@
+"""Where does a run begin? At the newest whole checkpoint of its folder, or of another run, or at step 0."""
+
+from pathlib import Path
+from typing import Any
+
+from hvdtrain import checkpoint
+from hvdtrain.checkpoint import Progress
+from hvdtrain.comm.group import Group
+from hvdtrain.config import RunConfig
+from hvdtrain.errors import CheckpointError, ConfigError
+
+
+def find_start(
+    run_dir: Path, resume: str, identity: dict[str, Any], group: Group
+) -> tuple[Progress, Path | None, list[str]]:
+    """The progress to go on from, its checkpoint (None: step 0), and what has to be said about it (collective).
+
+    resume: ``auto``, ``never`` or a run's folder, as ``hvdtrain train --resume`` takes it. identity: the settings that
+    the run must share. Damaged checkpoints beyond the one that is taken are set aside.
+    Errors: ConfigError where the run there has another recipe, or must not be touched; CheckpointError where no
+    checkpoint is whole.
+    """
+    if resume == "never":
+        group.together(lambda: _refuse_to_overwrite(run_dir) if group.rank == 0 else None)
+        return Progress(), None, []
+    # With --resume DIR, what this run has saved by itself since then is newer.
+    source = run_dir if resume == "auto" else Path(resume)
+    found = checkpoint.newest_valid(run_dir, group)
+    if found is None and source != run_dir:
+        found = checkpoint.newest_valid(source, group)
+    if found is None:
+        group.together(lambda: _check_nothing_is_lost(source, explicit=source != run_dir))
+        return Progress(), None, []
+    folder, progress, damaged = found
+    group.together(lambda: checkpoint.check_resumable(folder))
+    group.together(lambda: _check_identity(folder, progress, identity))
+    own_step = progress.step if folder.parent.parent == run_dir else -1
+    group.together(lambda: checkpoint.set_aside(run_dir, own_step) if group.rank == 0 else None)
+    return progress, folder, [f"damaged checkpoint skipped: {problem}" for problem in damaged]
+
+
+def _refuse_to_overwrite(run_dir: Path) -> None:
+    if checkpoint.steps_saved(run_dir) or (run_dir / "summary.json").exists():
+        raise ConfigError(f"{run_dir} already holds a run; use --resume auto to go on with it, or another --run-dir")
+
+
+def _check_identity(folder: Path, progress: Progress, identity: dict[str, Any]) -> None:
+    """Errors: ConfigError that lists what differs between the run in ``folder`` and this one.
+
+    A setting that the run did not know yet, because this hvdtrain is newer, had its default.
+    """
+    saved = {**RunConfig().identity(), **(progress.identity or {})}
+    differing = [
+        f"{key} was {saved.get(key)!r} and is now {identity.get(key)!r}"
+        for key in sorted({*saved, *identity})
+        if saved.get(key) != identity.get(key)
+    ]
+    if differing:
+        raise ConfigError(
+            f"{folder.parent.parent} is the run of another recipe: {'; '.join(differing)}; "
+            "give another --run-dir, or the settings of that run"
+        )
+
+
+def _check_nothing_is_lost(source: Path, explicit: bool) -> None:
+    """No checkpoint is whole: starting anew is right only where there never was one."""
+    if steps := checkpoint.steps_saved(source):
+        raise CheckpointError(
+            f"{source} has {len(steps)} checkpoints and none is whole (newest: step {steps[0]}); "
+            "restore one, or give another --run-dir to start anew"
+        )
+    if explicit:
+        raise CheckpointError(f"--resume {source}: there is no checkpoint")

@@ -1,0 +1,115 @@
+"""The checkpoints of a run folder: what they are called, and which of them are kept.
+
+RUN_DIR/checkpoints/step-00000100/             a multiple of keep_every: kept for ever
+                    step-00000300/             the best so far, which best.json names (keep_best)
+                    step-00000400/  ...500/    the newest (keep_last)
+                    best.json                  {"step": 300, "val_loss": 1.25}
+                    damaged-step-00000450-0/   set aside; never deleted
+                    .step-00000600.partial/    being written, or left by a run that was killed
+                    .step-00000200.old/        being deleted, or left likewise
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+from hvdtrain.data.shards import write_json
+from hvdtrain.errors import OutputError
+
+_NAME = re.compile(r"step-([0-9]{8,})")
+_LEFT_OVER = (".step-*.partial", ".step-*.old", ".best.json.*.tmp")
+
+
+def folder_of(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step-{step:08d}"
+
+
+def partial_of(run_dir: Path, step: int) -> Path:
+    """Where a checkpoint is written, until it is whole."""
+    return run_dir / "checkpoints" / f".step-{step:08d}.partial"
+
+
+def step_of(folder: Path) -> int:
+    """The step that a checkpoint's folder is named after."""
+    return int(_NAME.fullmatch(folder.name)[1])
+
+
+def steps_saved(run_dir: Path) -> list[int]:
+    """Steps of the checkpoints under ``run_dir``, newest first, valid or not."""
+    names = [_NAME.fullmatch(path.name) for path in (run_dir / "checkpoints").glob("step-*")]
+    return sorted((int(match[1]) for match in names if match), reverse=True)
+
+
+def set_aside(run_dir: Path, step: int) -> None:
+    """Rename what lies beyond ``step``, the newest whole checkpoint: it is damaged, and kept (rank 0)."""
+    for newer in (s for s in steps_saved(run_dir) if s > step):
+        folder = folder_of(run_dir, newer)
+        try:
+            os.replace(folder, free_name(folder))
+        except OSError as error:
+            raise OutputError(f"cannot set aside the damaged {folder}: {error.strerror}") from error
+
+
+def free_name(path: Path) -> Path:
+    """A name for what is damaged and in the way at ``path``."""
+    number = 0
+    while os.path.lexists(name := path.with_name(f"damaged-{path.name}-{number}")):
+        number += 1
+    return name
+
+
+def remove_left_over(run_dir: Path) -> None:
+    """Remove what a killed run was writing or deleting (rank 0, while nothing is being saved). Never fails."""
+    for pattern in _LEFT_OVER:
+        for path in (run_dir / "checkpoints").glob(pattern):
+            remove(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a folder, file or link, where it is there and that can be done."""
+    with suppress(OSError):
+        if path.is_symlink() or path.is_file():
+            path.unlink()
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def drop_old(run_dir: Path, keep_last: int, keep_every: int = 0, keep_best: bool = False) -> None:
+    """Delete all but the ``keep_last`` newest (0: none), multiples of ``keep_every`` (0: none) and the best (rank 0).
+
+    Errors: OutputError where one cannot be deleted.
+    """
+    best = read_best(run_dir) if keep_best else None
+    for step in steps_saved(run_dir)[keep_last:] if keep_last else []:
+        if (keep_every and step % keep_every == 0) or (best is not None and step == best[0]):
+            continue
+        folder = folder_of(run_dir, step)
+        doomed = folder.with_name(f".{folder.name}.old")
+        try:
+            remove(doomed)
+            os.replace(folder, doomed)  # it is either whole under its name or gone from it
+        except OSError as error:
+            raise OutputError(f"cannot delete {folder}: {error.strerror}") from error
+        remove(doomed)
+
+
+def mark_best(run_dir: Path, step: int, val_loss: float) -> None:
+    """Name the checkpoint with the lowest validation loss so far (rank 0). Errors: OutputError."""
+    write_json(run_dir / "checkpoints" / "best.json", {"step": step, "val_loss": val_loss})
+
+
+def read_best(run_dir: Path) -> tuple[int, float] | None:
+    """Step and validation loss of the best one; None where none is named, or what is named is not there."""
+    path = run_dir / "checkpoints" / "best.json"
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8")) if path.stat().st_size < 1 << 16 else None
+        step, val_loss = fields["step"], fields["val_loss"]
+        if type(step) is int and type(val_loss) is float and math.isfinite(val_loss) and step >= 0:
+            return (step, val_loss) if folder_of(run_dir, step).is_dir() else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass
+    return None

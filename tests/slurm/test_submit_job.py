@@ -1,0 +1,81 @@
+"""``hvdtrain submit`` and ``hvdtrain status`` on the two nodes of a real Slurm."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from cluster import SlurmCluster
+from launch import HVDTRAIN, Done, Prepared, environment, summary
+
+
+def _hvdtrain(slurm: SlurmCluster, folder: Path, *words: object, **env: str) -> Done:
+    args = [str(word) for word in (*HVDTRAIN, *words)]
+    done = slurm.run(args, timeout_s=120, cwd=folder, env={**environment(), **env})
+    return Done("none", done.returncode, done.stdout, done.stderr)
+
+
+def _status(slurm: SlurmCluster, folder: Path, run: str) -> dict[str, Any]:
+    done = _hvdtrain(slurm, folder, "status", run, "--json")
+    assert done.exit_code == 0, done
+    return json.loads(done.stdout)[0]
+
+
+def _rows(done: Done) -> dict[str, str]:
+    assert done.exit_code == 0, done
+    return dict(line.split(None, 1) for line in done.stdout.splitlines())
+
+
+def test_a_submitted_job_trains_to_its_end(
+    slurm: SlurmCluster, prepared: Prepared, trained: Path, tmp_path: Path, tmp_path_factory
+):
+    """In a folder whose name needs quotes everywhere; its script, given to sbatch from elsewhere, finds it again."""
+    run = "my rüns/50% 'a'"
+    words = (prepared.recipe, "--nodes", 2, "--ranks-per-node", 1, "--time", "0:10:00", "--run-dir", run)
+    rows = _rows(_hvdtrain(slurm, tmp_path, "submit", *words, HVDTRAIN_LAUNCHER="pmix", HVDTRAIN_PREFLIGHT="0"))
+    job_id = int(rows["job"].split()[0])
+    job, log = slurm.wait(job_id, timeout_s=180), Path(rows["log"])
+    assert (job["JobState"], job["ExitCode"], job["NumNodes"]) == ("COMPLETED", "0:0", "2"), log.read_text()
+    assert log == tmp_path / run / "jobs" / f"{job_id}.log"
+    result = summary(tmp_path / run)
+    assert (result["world_size"], result["sample_digest"]) == (2, summary(trained)["sample_digest"])
+    found = _status(slurm, tmp_path, run)
+    assert (found["state"], found["step"], found["checkpoint_step"], found["job_id"]) == (
+        "finished",
+        12,
+        12,
+        str(job_id),
+    )
+
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    again = slurm.wait(slurm.sbatch(rows["script"], cwd=elsewhere, env=environment()), timeout_s=120)
+    (log,) = {*log.parent.glob("*.log")} - {log}
+    assert (again["JobState"], again["ExitCode"]) == ("COMPLETED", "0:0"), log.read_text()
+    assert f"{run} is finished (12 steps)" in log.read_text()
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_a_job_that_waits(slurm: SlurmCluster, prepared: Prepared, tmp_path: Path):
+    words = ("submit", prepared.recipe, "--nodes", 1, "--run-dir", "run")
+    rows = _rows(_hvdtrain(slurm, tmp_path, *words, "--slurm", "begin=now+1hour", "--time", "1-0"))
+    job_id = rows["job"].split()[0]
+    try:
+        assert slurm.show(int(job_id))["TimeLimit"] == "1-00:00:00"
+        found = _status(slurm, tmp_path, "run")
+        assert (found["state"], found["why"], found["job_id"]) == ("waiting", "pending: BeginTime", job_id)
+        done = _hvdtrain(slurm, tmp_path, *words)
+        assert (done.exit_code, len(done.messages)) == (2, 1), done
+        assert f"job {job_id} of run is in the queue already (PENDING)" in done.messages[0]
+    finally:
+        slurm.run(["scancel", job_id], timeout_s=30)
+    slurm.wait(job_id, timeout_s=30)
+    found = _status(slurm, tmp_path, "run")
+    assert (found["state"], found["why"]) == ("stopped", f"job {job_id} is not in the queue and has left no record")
+
+
+def test_what_sbatch_refuses(slurm: SlurmCluster, prepared: Prepared, tmp_path: Path):
+    words = ("submit", prepared.recipe, "--nodes", 1, "--partition", "nowhere", "--run-dir", "run")
+    done = _hvdtrain(slurm, tmp_path, *words)
+    assert (done.exit_code, len(done.messages), done.stdout) == (2, 1, ""), done
+    assert "ConfigError: sbatch refused the job: " in done.messages[0]
+    assert "invalid partition specified: nowhere" in done.messages[0]
+    assert list((tmp_path / "run" / "jobs").iterdir()) == []

@@ -1,0 +1,185 @@
+"""The watchdog: who is called idle, who is behind, what is written, and when it stays silent."""
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+
+import pytest
+from command import until
+
+import hvdtrain.comm.horovod_group
+from hvdtrain import watchdog
+from hvdtrain.comm.ranks import OneRank
+from hvdtrain.watchdog import Heartbeat, Idle, Watchdog, WatchdogOptions, look_at, read_heartbeat, who_is_behind
+
+LIMIT_S = 0.3
+_PATIENCE_S = watchdog.patience_s  # before any test replaces it
+
+
+class Ended(OneRank):
+    """Of ``size`` ranks, one that notes how it would end the job."""
+
+    def __init__(self, rank: int = 0, size: int = 1):
+        self.rank, self.size = rank, size
+        self.exit_codes: list[int] = []
+
+    def abort(self, exit_code: int) -> None:
+        self.exit_codes.append(exit_code)
+
+
+@pytest.fixture(autouse=True)
+def _no_last_resort(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The alarm's last means is os._exit, seconds later; and the patience with other ranks is long."""
+    monkeypatch.setattr(watchdog, "_end_process_after", lambda seconds: None)
+    monkeypatch.setattr(watchdog, "patience_s", lambda rank: 0.1 * rank)
+    yield
+    assert "hvdtrain-watchdog" not in [thread.name for thread in threading.enumerate()]
+
+
+def _options(timeout_s: float = LIMIT_S) -> WatchdogOptions:
+    return WatchdogOptions(timeout_s=timeout_s, start_timeout_s=60)
+
+
+def _beat(rank: int, step: int, phase: str, waits: bool, age_s: float = 0.0) -> Heartbeat:
+    return Heartbeat(rank, f"node{rank}", 7, step, phase, 1000.0 - age_s, 2.0, waits, "")
+
+
+@pytest.mark.parametrize(
+    ("beats", "behind"),
+    [
+        ([_beat(0, 5, "sync", True), _beat(1, 5, "data", False), _beat(2, 5, "sync", True)], [1]),
+        ([_beat(0, 5, "sync", True), _beat(1, 5, "compute", False), _beat(2, 4, "checkpoint", False)], [2]),
+        ([_beat(0, 5, "sync", True), _beat(1, 9, "data", False, age_s=11), None], [1, 2]),
+        ([_beat(0, 5, "checkpoint", True), _beat(1, 5, "evaluation", True), _beat(2, 6, "sync", True)], [1]),
+        ([_beat(0, 6, "checkpoint", True), _beat(1, 6, "checkpoint", False)], [1]),
+        ([_beat(0, 5, "sync", True), _beat(1, 5, "sync", True)], [0, 1]),
+    ],
+)
+def test_who_is_behind(beats: list[Heartbeat | None], behind: list[int]):
+    found = who_is_behind(beats, now=1000.0, silent_s=10.0)
+    assert found == [(rank, beats[rank]) for rank in behind]
+
+
+def test_a_suspended_process_was_not_idle():
+    idle, place = Idle(("data", 1), period_s=5), ("compute", 1)
+    now = time.monotonic()
+    assert idle.look(place, now + 5) == 0
+    assert idle.look(place, now + 10) == 5
+    assert idle.look(place, now + 90_000) == 20  # 15 of it
+    assert idle.look(place, now + 90_005) == 25
+    assert idle.look((*place,), now + 90_010) == 0  # equal, but entered again
+
+
+def test_a_rank_in_a_collective_waits():
+    """Told by the stack alone, however Horovod and MPI are called."""
+    namespace: dict[str, Callable] = {}
+    source = "def wait(inside):\n    return inside()\n"
+    exec(compile(source, hvdtrain.comm.horovod_group.__file__, "exec"), namespace)
+    exec(
+        compile(source.replace("wait", "finish"), str(Path(watchdog.__file__).with_name("train.py")), "exec"), namespace
+    )
+
+    def here() -> tuple[bool, str]:
+        frame: FrameType = sys._getframe()
+        return look_at(frame)
+
+    wait, finish = namespace["wait"], namespace["finish"]
+    assert finish(lambda: wait(here)) == (True, "finish (train.py:2)")
+    assert wait(lambda: finish(here)) == (False, "finish (train.py:2)")
+    assert wait(here) == (True, "")
+    assert look_at(None) == (False, "")
+
+
+def test_a_hang_is_told_and_ends_the_job(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    group = Ended()
+    with pytest.raises(KeyError), Watchdog(_options(), tmp_path, group) as watched:
+        watched.enter("compute", 4)
+        watched.enter("data", 5)
+        until(lambda: group.exit_codes != [], "the alarm", 20)
+        raise KeyError  # as if the hang had ended with an error
+    assert set(group.exit_codes) == {70}
+    stacks = (tmp_path / "heartbeats/rank-00000.stacks.txt").read_text()
+    assert stacks.startswith("no progress for 0 s in data of step 5\n")
+    assert "in test_a_hang_is_told_and_ends_the_job" in stacks
+    found = read_heartbeat(tmp_path / "heartbeats/rank-00000.json")
+    assert (found.rank, found.step, found.phase, found.waits) == (0, 5, "data", False)
+    err = capfd.readouterr().err
+    assert f"hvdtrain: [rank 0 on {found.host}] no progress for 0 s in data of step 5; stacks: {tmp_path}" in err
+    assert "in test_a_hang_is_told_and_ends_the_job" in err
+
+
+def test_who_waits_names_the_others(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(watchdog, "look_at", lambda frame: (True, "finish (allreduce.py:9)"))
+    (tmp_path / "heartbeats").mkdir()
+    culprit = vars(_beat(0, 5, "data", False)) | {"time": time.time() + 3600}
+    (tmp_path / "heartbeats/rank-00000.json").write_text(json.dumps(culprit))
+    group = Ended(rank=1, size=2)
+    with Watchdog(_options(), tmp_path, group) as watched:
+        watched.enter("compute", 4)
+        watched.enter("sync", 5)
+        until(lambda: group.exit_codes != [], "the alarm", 20)
+    assert "in sync of step 5, finish (allreduce.py:9); behind: rank 0 on node0 (process 7) in data of step 5" in (
+        capfd.readouterr().err
+    )
+
+
+def test_progress_keeps_it_silent(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    """Steps, batches of an evaluation, and a start that may take its time."""
+    group = Ended()
+    with Watchdog(_options(), tmp_path, group) as watched:
+        time.sleep(3 * LIMIT_S)  # reading, compiling
+        watched.enter("compute", 1)
+        time.sleep(3 * LIMIT_S)  # the first step
+        watched.enter("evaluation", 2)
+        for _ in watched.each(range(15)):
+            time.sleep(0.2 * LIMIT_S)
+        assert read_heartbeat(tmp_path / "heartbeats/rank-00000.json") is not None
+    assert group.exit_codes == []
+    assert capfd.readouterr().err == ""
+    assert list(tmp_path.iterdir()) == []  # nothing is left of a run that ended well
+
+
+@pytest.mark.parametrize("timeout_s", [0, 60])
+def test_no_files_without_need(tmp_path: Path, timeout_s: float):
+    """It is off; or the run folder is not there, and is not the watchdog's to make."""
+    with Watchdog(_options(timeout_s), tmp_path / "run", Ended()) as watched:
+        assert ("hvdtrain-watchdog" in [thread.name for thread in threading.enumerate()]) == (timeout_s > 0)
+        watched.enter("data", 1)
+        watched._beat(("data", 1), 0.0, 0.0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_written_is_told_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    (tmp_path / "heartbeats").write_text("no folder")
+    group = Ended()
+    with Watchdog(_options(), tmp_path, group) as watched:
+        watched.enter("compute", 4)
+        watched.enter("data", 5)
+        until(lambda: group.exit_codes != [], "the alarm", 20)
+    lines = capfd.readouterr().err.splitlines()
+    assert len([line for line in lines if f"note: cannot write {tmp_path}/heartbeats: File exists" in line]) == 1
+    assert [line for line in lines if line.endswith("no progress for 0 s in data of step 5; stacks: above")]
+
+
+def test_a_half_written_heartbeat_is_none(tmp_path: Path):
+    path = tmp_path / "rank-00000.json"
+    for text in ("", "{", "[1]", '{"rank": 1}', json.dumps({**vars(_beat(0, 1, "data", False)), "more": 1})):
+        path.write_text(text)
+        assert read_heartbeat(path) is None
+    path.write_text(json.dumps(vars(_beat(0, 1, "data", False))).ljust(511) + "\n")
+    assert read_heartbeat(path) == _beat(0, 1, "data", False)
+    path.unlink()
+    assert read_heartbeat(path) is None
+
+
+def test_few_ranks_speak():
+    """The culprit has some seconds, then rank 0, rank 1, and the others when both are silent."""
+    waits = [_PATIENCE_S(rank) for rank in (0, 1, 2, 3, 4095)]
+    assert waits[0] >= 3
+    assert waits[1] - waits[0] >= 1 <= waits[2] - waits[1]
+    assert waits == sorted(waits)
+    assert waits[-1] < 60
