@@ -218,7 +218,7 @@ def test_report(trained: Path, tmp_path: Path):
 
 def test_help():
     done = succeed("--help")
-    for name in ("train", "evaluate", "generate", "average", "plan", "sweep", "report", "doctor"):
+    for name in ("train", "evaluate", "generate", "average", "plan", "sweep", "report", "doctor", "submit", "status"):
         assert re.search(rf"^ +{name} +\S", done.stdout, re.MULTILINE)
     assert re.fullmatch(r"\d+\.\d+\.\d+\n", succeed("--version").stdout)
 
@@ -240,6 +240,7 @@ def test_doctor():
     done = succeed("doctor", timeout_s=200)
     rows = dict(re.split(r"  +", line, maxsplit=1) for line in done.stdout.splitlines())
     assert rows.keys() >= {"python", "torch", "CUDA", "MPI", "Horovod", "launchers", "Slurm", "cores", "memory"}
-    assert rows["2 ranks, mpirun"].strip() == "all-reduce ok over mpi"
-    assert rows["2 ranks, gloo"].strip() == "all-reduce ok over gloo"
+    all_four = "all-reduce, all-to-all, all-gather, broadcast"
+    assert rows["2 ranks, mpirun"].strip() == f"{all_four} ok over mpi"
+    assert rows["2 ranks, gloo"].strip() == f"{all_four} ok over gloo"
     assert "MISSING" not in done.stdout
