@@ -65,6 +65,9 @@ def make_parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--timeline", type=Path, metavar="FILE", help="record every all-reduce there, for chrome://tracing"
     )
+    train.add_argument(
+        "--elastic", action="store_true", help="under horovodrun --host-discovery-script: go on when hosts come or go"
+    )
     train.add_argument("-h", "--help", action=_TrainHelp)
 
     evaluate = commands.add_parser("evaluate", help="scores of a trained run on a whole split")
@@ -175,12 +178,20 @@ def _parse_with_settings(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _train(words: argparse.Namespace, world: World) -> int:
+    from hvdtrain import elastic
     from hvdtrain.stopping import StopSignals
 
+    if words.elastic and not elastic.in_round():
+        return elastic.supervise(words.run_dir or Path("runs") / Path(words.recipe).stem, words.resume)
     with StopSignals() as signals:
         from hvdtrain.train import train  # which loads torch, for seconds
 
+        if words.elastic and (place := elastic.enter(words.recipe, words.overrides, world)) is None:
+            return EXIT_OK  # one rank too many
+        world = place if words.elastic else world
         result = train(words.recipe, words.overrides, words.run_dir, words.resume, world, words.timeline, signals)
+        if words.elastic and result["status"] == "stopped":
+            elastic.tell_stopped(result["reason"], signals.got(signal.SIGTERM))
         # The launcher ends the others as soon as the first has left; let each leave with its own exit code.
         for number in (signal.SIGTERM, signal.SIGUSR2) if world.size > 1 else ():
             signal.signal(number, signal.SIG_IGN)

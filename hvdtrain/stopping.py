@@ -57,6 +57,10 @@ class StopSignals(AbstractContextManager):
                 break
         return self
 
+    def got(self, number: signal.Signals) -> bool:
+        """Has this process got that signal?"""
+        return bool(self.flags & _ASKED[number])
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.flags |= _ASKED[signal.Signals(number)]
 

@@ -26,6 +26,7 @@ TABLE = [
     {"run_folder", "records", "resuming", "slurm", "planner"},
     {"preflight"},
     {"train", "evaluate", "generate", "averaging", "report", "doctor", "status", "sweep"},
+    {"elastic"},
     {"cli"},
     {"__main__"},
 ]
