@@ -120,7 +120,7 @@ serve_rendezvous() {
 # `trap ask_to_stop USR2 TERM`, are handed on to the ranks as USR2: now, or as soon as there are some.
 run() {
     (trap '' USR2 && exec "$@") & # until srun has its own handler, the signal would end it
-    launched=$! asker=''
+    launched=$! asker='' launched_s=$SECONDS
     ((!asked)) || ask_to_stop
     interrupted=1
     # shellcheck disable=SC2034  # again.sh reads code
@@ -132,7 +132,7 @@ run() {
     [ -z "$asker" ] || kill "$asker" 2>/dev/null || :
     [ -z "${rendezvous:-}" ] || kill "$rendezvous" 2>/dev/null || :
 }
-asked=0 launched='' asker=''
+asked=${asked:-0} launched='' asker=''
 ask_to_stop() {
     asked=1 interrupted=1
     [ -n "$launched" ] && [ -z "$asker" ] || return 0
@@ -141,6 +141,7 @@ ask_to_stop() {
     (
         trap - USR2 TERM
         exec {never}<> <(:) # nothing comes from there: a pause without a process of its own
+        ((SECONDS - launched_s > 3)) || read -r -t 3 -u "$never" || : # a task just born does not ignore it yet (step.sh)
         while kill -USR2 "$launched" 2>/dev/null; do read -r -t 5 -u "$never" || :; done
     ) &
     asker=$!

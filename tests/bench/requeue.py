@@ -56,6 +56,7 @@ def cycle(job: Job, number: int, chance: random.Random) -> tuple[float | None, f
     started = datetime.fromisoformat(job.slurm.show(job.id)["StartTime"]).timestamp()
     before, first_s = newest_step(job), None
     if number % 4 == 3:
+        until(lambda: job.log.count(f"hvdtrain job: job {job.id} on ") == number + 1, "the script has begun", LONG_S)
         time.sleep(chance.uniform(0, 5))
     else:
         until(lambda: last_step(job) > before, "the first step", LONG_S)
@@ -67,7 +68,7 @@ def cycle(job: Job, number: int, chance: random.Random) -> tuple[float | None, f
     job.signal()
     until(lambda: restarts(job) == number + 1, "the job is in the queue again", LONG_S)
     saved = newest_step(job)
-    if saved <= before:
+    if saved < before or (saved == before and first_s is not None):
         raise SystemExit(f"cycle {number}: no newer checkpoint than step {before}\n{job.log}")
     return first_s, time.monotonic() - signalled, last_step(job) - saved
 
