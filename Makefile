@@ -1,11 +1,12 @@
 # make demo   builds the environment, prepares text, trains on two Horovod ranks, shows what came of it
 # make test   builds the environment, runs every test
-# make bench  measures speed side by side with other ways (an hour or two; BENCH=name runs one)
+# make bench  measures speed side by side with other ways (an hour or two; BENCH=name runs one). By name only, as they
+#             take long: chaos (TRIALS=200), large_batch, requeue
 # TORCH=..., VENV=..., see make-env.sh
 
 VENV ?= .venv
 RANKS ?= 2
-BENCH ?= $(filter-out link table,$(basename $(notdir $(wildcard tests/bench/*.py))))
+BENCH ?= $(filter-out link table chaos large_batch requeue,$(basename $(notdir $(wildcard tests/bench/*.py))))
 PYTHON := $(abspath $(VENV))/bin/python
 # horovodrun looks for mpirun on the PATH; mpirun refuses to work for root (as in a container) without being told to.
 export PATH := $(abspath $(VENV))/bin:$(PATH)

@@ -135,6 +135,7 @@ def write_part(run_dir: Path, step: int, tensors: Mapping[str, torch.Tensor], ra
     path = partial_of(run_dir, step) / part_name(rank, size)
     try:
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
+        path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets nobody else read, whatever the umask
         with open(path, "rb+") as file:
             os.fsync(file.fileno())
         return Part(path.name, path.stat().st_size, file_sha256(path))

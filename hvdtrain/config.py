@@ -7,9 +7,10 @@ An unknown key, a wrong type or an impossible value is one ConfigError that name
 
 import difflib
 import json
+import math
 import re
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -155,19 +156,53 @@ class RunConfig(Options):
         return feed
 
 
+_MOST_NODES = 1 << 16  # of a recipe: ours have a hundred
+_MOST_PROBLEMS = 20  # told at once
+_MOST_SHOWN = 300  # characters of a wrong value
+_NO_TEXT = re.compile("[\x00\ud800-\udfff]")
+
 # --- reading -----------------------------------------------------------------------------------------------------
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML's safe subset, with two traps closed: ``1e-3`` is a number, and a key given twice is an error."""
+    """YAML's safe subset, with traps closed: ``1e-3`` is a number, a key given twice is an error, and a few lines of
+    aliases of aliases, which stand for more than fits into memory, are refused.
+    """
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None and _nodes(node, {}) > _MOST_NODES:
+            raise ConfigError(f"it holds itself, or more than {_MOST_NODES} values")
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         merge = "tag:yaml.org,2002:merge"  # `<<: *anchor` may come more than once
         keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != merge]
-        for key in keys:
-            if keys.count(key) > 1:
+        seen: set[Any] = set()
+        for key in (key for key in keys if isinstance(key, Hashable)):  # for the others there is an error of YAML
+            if key in seen:
                 raise ConfigError(f"key {key!r} is given twice, the second time before line {node.end_mark.line + 1}")
+            seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+def _nodes(node: yaml.Node, known: dict[int, float]) -> float:
+    """How many values a node stands for, aliases written out; infinite where it holds itself.
+
+    Errors: ConfigError where a text has characters that no file name can have.
+    """
+    if id(node) not in known:
+        known[id(node)] = math.inf  # until it is counted
+        if isinstance(node, yaml.ScalarNode):
+            if _NO_TEXT.search(node.value):
+                line = node.start_mark.line + 1
+                raise ConfigError(f"line {line}: {node.value[:50]!r} has characters that are no text")
+            inside: list[yaml.Node] = []
+        else:
+            is_mapping = isinstance(node, yaml.MappingNode)
+            inside = [child for pair in node.value for child in pair] if is_mapping else node.value
+        known[id(node)] = 1 + sum(_nodes(child, known) for child in inside)
+    return known[id(node)]
 
 
 _StrictLoader.add_implicit_resolver(
@@ -185,7 +220,7 @@ def parse_yaml(text: str, origin: str) -> Any:
         raise ConfigError(f"{origin}{where} is not valid YAML: {getattr(error, 'problem', error)}") from None
     except ConfigError as error:
         raise ConfigError(f"{origin}: {error}") from None
-    except (RecursionError, ValueError) as error:
+    except (RecursionError, ValueError, KeyError, AttributeError) as error:  # `!!bool x`, `!!timestamp x`
         raise ConfigError(f"{origin} is not valid YAML: {error}") from None
 
 
@@ -230,7 +265,9 @@ def make_config(tree: dict[str, Any], origin: str) -> RunConfig:
     try:
         config = RunConfig.model_validate(tree)
     except ValidationError as error:
-        problems = [_explain(problem) for problem in error.errors()]
+        found = error.errors()
+        problems = [_explain(problem) for problem in found[:_MOST_PROBLEMS]]
+        problems += [f"and {len(found) - _MOST_PROBLEMS} more"] if len(found) > _MOST_PROBLEMS else []
         raise ConfigError(f"{origin}: " + "; ".join(problems)) from None
     _check_lengths(config)
     return config
@@ -262,7 +299,7 @@ def _set(tree: dict[str, Any], key: str, value: Any) -> None:
 
 def _explain(problem: Any) -> str:
     key = ".".join(str(part) for part in problem["loc"])
-    given = json.dumps(problem["input"], ensure_ascii=False, default=str)
+    given = _shown(problem["input"])
     if problem["type"] == "extra_forbidden":
         valid = [row.key for row in describe_options()]
         close = difflib.get_close_matches(key, valid, n=3, cutoff=0.6)
@@ -275,6 +312,14 @@ def _explain(problem: Any) -> str:
     if problem["type"] == "value_error":
         return f"{key}: {problem['ctx']['error']}" if key else str(problem["ctx"]["error"])
     return f"{key}={given}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=str)
+    except ValueError:  # a number of thousands of digits
+        text = f"({type(value).__name__})"
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
 
 
 # --- describing --------------------------------------------------------------------------------------------------

@@ -88,6 +88,7 @@ def _run(
     signals: StopSignals | None,
     watchdog: Watchdog,
 ) -> dict[str, Any]:
+    """Holds what the run holds, so that memory_explained can let go of it."""
     run = _Run(words, config, run_dir, resume, world, group, signals, watchdog)
     if timeline is not None:
         run.fallbacks += group.together(lambda: group.start_timeline(timeline))

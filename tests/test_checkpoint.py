@@ -98,6 +98,12 @@ def test_a_run_cut_in_two_is_the_run_that_was_not(tmp_path: Path, stream: TokenS
     assert unbroken.loader.epoch >= 1
 
 
+def test_others_may_read_what_the_umask_lets_them(tmp_path: Path, stream: TokenStream):
+    """safetensors writes files that only their owner can read; a group shares its runs."""
+    folder = Training(stream).run(1).save(tmp_path)
+    assert {path.stat().st_mode for path in folder.iterdir()} == {(folder / "manifest.json").stat().st_mode}
+
+
 def test_progress_survives(tmp_path: Path):
     progress = Progress(
         step=7,

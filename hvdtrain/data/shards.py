@@ -207,7 +207,13 @@ def write_shard(folder: Path, split: str, number: int, datasets: Mapping[str, np
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """The last act of a preparation: from now on the shards count."""
-    write_json(folder / "manifest.json", asdict(manifest))
+    fields = json.loads(json.dumps(asdict(manifest)))
+    write_json(folder / "manifest.json", {**fields, "manifest_sha256": _digest(fields)})
+
+
+def _digest(fields: Mapping[str, Any]) -> str:
+    """Of a manifest's fields, however they are laid out in the file."""
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 # --- reading -----------------------------------------------------------------------------------------------------
@@ -220,11 +226,12 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / "manifest.json"
     try:
-        text = path.read_text(encoding="utf-8")
-        version = json.loads(text)["version"]
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        version = fields["version"]
         if version != FORMAT_VERSION:
             raise DataError(f"{path} has format version {version}; this hvdtrain reads {FORMAT_VERSION}")
-        manifest = TypeAdapter(Manifest).validate_json(text)
+        known = fields.pop("manifest_sha256", None)  # shards of before it was written have none
+        manifest = TypeAdapter(Manifest).validate_json(json.dumps(fields))
     except FileNotFoundError:
         hint = "" if folder.is_dir() else " (there is no such folder)"
         raise DataError(
@@ -237,7 +244,7 @@ def read_manifest(folder: Path) -> Manifest:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise DataError(
-            f"{path} is damaged ({place} is {first['input']!r}: {first['msg']}); prepare the shards again"
+            f"{path} is damaged ({place} is {first['input']!r:.200}: {first['msg']}); prepare the shards again"
         ) from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path} is damaged ({type(error).__name__}: {error}); prepare the shards again") from None
@@ -245,6 +252,8 @@ def read_manifest(folder: Path) -> Manifest:
         if Path(shard.file).name != shard.file:
             raise DataError(f"{path} names a shard outside its folder: {shard.file!r}")
     check_tokenizer(folder, manifest)
+    if known is not None and known != _digest(fields):
+        raise DataError(f"{path} is damaged (it does not match its own digest); prepare the shards again")
     return manifest
 
 

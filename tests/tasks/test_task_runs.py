@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -16,7 +17,7 @@ from tiny import CPU, random_tokens, write_data
 from hvdtrain.comm.world import World
 from hvdtrain.data.corpora import DataOptions, open_corpora
 from hvdtrain.data.loader import Feed
-from hvdtrain.data.shards import TOKENS_OF, read_manifest
+from hvdtrain.data.shards import TOKENS_OF, read_manifest, write_manifest
 from hvdtrain.errors import EXIT_BAD_DATA, EXIT_IO, EXIT_USAGE, HvdtrainError
 from hvdtrain.evaluate import evaluate
 from hvdtrain.tasks.lm import LanguageModel
@@ -277,8 +278,9 @@ def test_labels_of_other_names_are_refused(go: Train, shards: dict[str, Path], t
     """As many as those of the run, so that nothing else would tell: the scores would be those of chance."""
     go("run", kind="labels")
     other = shutil.copytree(shards["labels"], tmp_path / "other")
-    text = (other / "manifest.json").read_text(encoding="utf-8")
-    (other / "manifest.json").write_text(text.replace('"bad"', '"awful"'), encoding="utf-8")
+    manifest = read_manifest(other)
+    names = tuple("awful" if name == "bad" else name for name in manifest.label_names)
+    write_manifest(other, replace(manifest, label_names=names))
     assert evaluate(tmp_path / "run", shards["labels"], "val", World())["rows"] == 11
     with pytest.raises(HvdtrainError, match=r"another list of labels than .*awful"):
         evaluate(tmp_path / "run", other, "val", World())
