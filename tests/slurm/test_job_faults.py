@@ -224,18 +224,6 @@ def test_preemption(slurm: SlurmCluster, prepared: Prepared, unbroken: Path, tmp
     assert_equal_to_the_bit(job.run_dir, unbroken)
 
 
-def test_array_task_goes_on(slurm: SlurmCluster, prepared: Prepared, tmp_path: Path):
-    """As after a preemption or the loss of its node: Slurm requeues the task, which goes on where it was."""
-    words = (prepared.recipe, "train.steps=200", "checkpoint.every=3", "--vary", "seed=4", "--out", "runs")
-    python, options, run = f'exec "{sys.executable}" "$@"\n', ("--time=30", "--array=0-0"), "runs/seed-4"
-    with _submitted(slurm, tmp_path, python, "array", options, words, run=run) as job:
-        until((job.run_dir / "checkpoints/step-00000003").exists, "a checkpoint", LONG_S)
-        slurm.run(["scontrol", "requeue", f"{job.id}_0"], timeout_s=30)
-        job.wait_for_restart(1)
-        assert job.finish(restarts=1)["step"] == 200
-    assert job.log.count("hvdtrain: resumed from runs/seed-4/checkpoints/step-") == 1, job.log
-
-
 # --- a part of the job dies ------------------------------------------------------------------------------------------
 
 
