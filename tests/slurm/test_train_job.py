@@ -169,5 +169,6 @@ def test_as_it_stands_it_asks_for_the_demos_data(slurm: SlurmCluster, tmp_path: 
     env = {**environment(), "HVDTRAIN_VENV": sys.prefix, "HVDTRAIN_LAUNCHER": "pmix", "OMPI_MCA_btl": "self,tcp"}
     job = slurm.wait(slurm.sbatch(f"--output={log}", SCRIPT, cwd=tmp_path, env=env), timeout_s=180)
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "65:0", "0"), log.read_text()
-    assert log.read_text().count("hvdtrain: DataError: no shards in data/demo") == 1, log.read_text()
+    said = "hvdtrain: preflight: on every node: shards data/demo: no shards in data/demo"
+    assert log.read_text().count(said) == 1, log.read_text()
     assert "run folder runs/demo" in log.read_text()
