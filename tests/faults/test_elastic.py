@@ -108,9 +108,6 @@ class Elastic:
     def let_go(self, step: int) -> None:
         (self.folder / f"go-{step}").touch()
 
-    def terminate(self) -> None:
-        self._horovodrun.terminate()
-
     def finish(self) -> int:
         self._until(lambda: self._horovodrun.poll() is not None, "the end")
         return self._horovodrun.returncode
