@@ -22,10 +22,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from hvdtrain.comm.group import Group
-from hvdtrain.data.shards import file_sha256, sync_folder, write_json
+from hvdtrain.data.shards import fields_sha256, file_sha256, sync_folder, write_json
 from hvdtrain.errors import CheckpointError, OutputError
 from hvdtrain.manifest import Part, Progress, check_is_file, fields_of, part_name, read_manifest
-from hvdtrain.manifest import digest as _digest
 from hvdtrain.optim.ema import Ema
 from hvdtrain.options import Options, option
 from hvdtrain.retention import (
@@ -163,7 +162,7 @@ def finish(
             "the run folder must be on a file system that all nodes share"
         )
     fields = fields_of(progress, parts)
-    write_json(partial / "manifest.json", {**fields, "manifest_sha256": _digest(fields)})
+    write_json(partial / "manifest.json", {**fields, "manifest_sha256": fields_sha256(fields)})
     try:
         _publish(partial, final)
     except OSError as error:

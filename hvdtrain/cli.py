@@ -178,9 +178,10 @@ def _parse_with_settings(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _train(words: argparse.Namespace, world: World) -> int:
-    from hvdtrain import elastic
     from hvdtrain.stopping import StopSignals
 
+    if words.elastic:
+        from hvdtrain import elastic
     if words.elastic and not elastic.in_round():
         return elastic.supervise(words.run_dir or Path("runs") / Path(words.recipe).stem, words.resume)
     with StopSignals() as signals:

@@ -155,6 +155,12 @@ class RunConfig(Options):
         feed.check_ramp()
         return feed
 
+    def check_shareable(self, ranks: int) -> None:
+        """Errors: ConfigError where ``ranks`` ranks cannot share every batch of this recipe (``sized``) evenly."""
+        feed = self.feed(0, ranks)
+        if self.task.name == "lm":  # the batches of other tasks are shared as evenly as can be
+            _ = feed.share  # which raises it
+
 
 _MOST_NODES = 1 << 16  # of a recipe: ours have a hundred
 _MOST_PROBLEMS = 20  # told at once

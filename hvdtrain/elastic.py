@@ -331,9 +331,7 @@ def ranks_that_share(config: "RunConfig", most: int, unit: int = 1) -> int:
         )
     for count in range(most, unit, -unit):
         try:
-            feed = config.feed(0, count)
-            if config.task.name == "lm":  # the batches of other tasks are shared as evenly as can be
-                _ = feed.share
+            config.check_shareable(count)
             return count
         except ConfigError:
             continue

@@ -3,7 +3,6 @@
 A manifest may come from anywhere. Nothing in it leads out of its folder, and what does not fit is a CheckpointError.
 """
 
-import hashlib
 import json
 import math
 import stat
@@ -14,6 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, TypeAdapter
 
+from hvdtrain.data.shards import fields_sha256
 from hvdtrain.errors import CheckpointError
 
 FORMAT_VERSION = 1
@@ -67,10 +67,6 @@ def part_name(rank: int, size: int) -> str:
     return f"part-{rank:05d}-of-{size:05d}.safetensors"
 
 
-def digest(fields: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
-
-
 def fields_of(progress: Progress, parts: Sequence[Part]) -> dict[str, Any]:
     """What a manifest says, without its own digest."""
     if progress.best_val_loss is not None and not math.isfinite(progress.best_val_loss):
@@ -90,7 +86,7 @@ def read_manifest(folder: Path) -> tuple[Progress, list[Part]]:
         fields = json.loads(_read_text(path), parse_constant=_refuse)
         if fields.pop("format") != FORMAT_VERSION:
             raise CheckpointError(f"{path} was written by another version of hvdtrain")
-        if fields.pop("manifest_sha256") != digest({"format": FORMAT_VERSION, **fields}):
+        if fields.pop("manifest_sha256") != fields_sha256({"format": FORMAT_VERSION, **fields}):
             raise CheckpointError(f"{path} is damaged (it does not match its own digest)")
         parts = TypeAdapter(list[Part]).validate_json(json.dumps(fields.pop("parts"), allow_nan=False))
         fields["fingerprint"] = int(fields["fingerprint"], 16)

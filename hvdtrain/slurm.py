@@ -210,9 +210,7 @@ def check(job: Job, template: str) -> list[str]:
     _check_options(job.options)
     _check_site(job)
     config, ranks = load_config(job.recipe, job.overrides), ranks_of(job, template)
-    feed = config.sized(ranks).feed(0, ranks)
-    if config.task.name == "lm":
-        _ = feed.share  # raises where they cannot share it
+    config.sized(ranks).check_shareable(ranks)
     if not (config.train.epochs or config.schedule.warmup_epochs):  # those need the data, which may come later
         config.scale(ranks, 0)
     _check_run_dir(job)

@@ -74,25 +74,8 @@ def train(
         run_dir = run_dir or Path("runs") / Path(recipe).stem
         words = [recipe, *overrides]
         with memory_explained(config, group.size, world.local_size), Watchdog(config.watchdog, run_dir, group) as dog:
-            return _run(words, config, run_dir, resume, world, group, timeline, signals, dog)
-
-
-def _run(
-    words: list[str],
-    config: RunConfig,
-    run_dir: Path,
-    resume: str,
-    world: World,
-    group: Group,
-    timeline: Path | None,
-    signals: StopSignals | None,
-    watchdog: Watchdog,
-) -> dict[str, Any]:
-    """Holds what the run holds, so that memory_explained can let go of it."""
-    run = _Run(words, config, run_dir, resume, world, group, signals, watchdog)
-    if timeline is not None:
-        run.fallbacks += group.together(lambda: group.start_timeline(timeline))
-    return run.run()
+            # Held by nothing here, so that memory_explained can let go of it.
+            return _Run(words, config, run_dir, resume, world, group, timeline, signals, dog).run()
 
 
 @dataclass(frozen=True)
@@ -115,6 +98,7 @@ class _Run:
         resume: str,
         world: World,
         group: Group,
+        timeline: Path | None,
         signals: StopSignals | None,
         watchdog: Watchdog,
     ):
@@ -142,6 +126,8 @@ class _Run:
         self.identity = {**config.identity(), **self.data.corpora.identity()}
         self.progress, self.resumed_from, notes = find_start(run_dir, resume, self.identity, group)
         self.fallbacks += notes
+        if timeline is not None:
+            self.fallbacks += group.together(lambda: group.start_timeline(timeline))
 
     def run(self) -> dict[str, Any]:
         config, progress = self.config, self.progress

@@ -16,6 +16,7 @@ from hvdtrain.checkpoint import CheckpointOptions, Progress, folder_of, newest_v
 from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.data.loader import Feed, TrainLoader
 from hvdtrain.data.sampler import WindowSampler
+from hvdtrain.data.shards import fields_sha256
 from hvdtrain.data.stream import TokenStream
 from hvdtrain.data.windows import WindowSource
 from hvdtrain.errors import CheckpointError
@@ -138,7 +139,7 @@ def rewrite_manifest(folder: Path, keep: set[str]) -> None:
     path = folder / "manifest.json"
     unknown = {field.name for field in fields(Progress)} - keep
     found = {k: v for k, v in json.loads(path.read_text()).items() if k not in unknown and k != "manifest_sha256"}
-    path.write_text(json.dumps({**found, "manifest_sha256": checkpoint._digest(found)}))
+    path.write_text(json.dumps({**found, "manifest_sha256": fields_sha256(found)}))
 
 
 def test_what_an_older_manifest_lacks_has_its_default(tmp_path: Path):

@@ -19,8 +19,8 @@ from torch import nn
 from hvdtrain import checkpoint
 from hvdtrain.checkpoint import CheckpointOptions, Progress, folder_of, newest_valid, read_progress, steps_saved
 from hvdtrain.comm.local_group import LocalGroup
+from hvdtrain.data.shards import fields_sha256
 from hvdtrain.errors import EXIT_IO, CheckpointError, OutputError, RankError
-from hvdtrain.manifest import digest
 from hvdtrain.optim.ema import Ema, EmaOptions
 from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
 
@@ -63,7 +63,7 @@ def forge(folder: Path, text: str | None = None, **changes: Any) -> None:
     fields.pop("manifest_sha256", None)
     fields |= changes
     try:
-        seal = digest(fields)
+        seal = fields_sha256(fields)
     except RecursionError:
         seal = ""
     path.write_text(json.dumps({**fields, "manifest_sha256": seal}))
@@ -103,7 +103,7 @@ def replace_text(folder: Path, old: str, new: str) -> None:
     fields = json.loads(path.read_text())
     fields.pop("manifest_sha256")
     found = f'"manifest_sha256": "{json.loads(text)["manifest_sha256"]}"'
-    path.write_text(path.read_text().replace(found, f'"manifest_sha256": "{digest(fields)}"'))
+    path.write_text(path.read_text().replace(found, f'"manifest_sha256": "{fields_sha256(fields)}"'))
 
 
 DAMAGE = {

@@ -208,11 +208,11 @@ def write_shard(folder: Path, split: str, number: int, datasets: Mapping[str, np
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """The last act of a preparation: from now on the shards count."""
     fields = json.loads(json.dumps(asdict(manifest)))
-    write_json(folder / "manifest.json", {**fields, "manifest_sha256": _digest(fields)})
+    write_json(folder / "manifest.json", {**fields, "manifest_sha256": fields_sha256(fields)})
 
 
-def _digest(fields: Mapping[str, Any]) -> str:
-    """Of a manifest's fields, however they are laid out in the file."""
+def fields_sha256(fields: Mapping[str, Any]) -> str:
+    """Digest of a manifest's fields, however they are laid out in the file."""
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
@@ -252,7 +252,7 @@ def read_manifest(folder: Path) -> Manifest:
         if Path(shard.file).name != shard.file:
             raise DataError(f"{path} names a shard outside its folder: {shard.file!r}")
     check_tokenizer(folder, manifest)
-    if known is not None and known != _digest(fields):
+    if known is not None and known != fields_sha256(fields):
         raise DataError(f"{path} is damaged (it does not match its own digest); prepare the shards again")
     return manifest
 

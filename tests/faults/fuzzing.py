@@ -34,9 +34,8 @@ from hvdtrain.config import RunConfig, describe_options, dump_yaml, flatten, loa
 from hvdtrain.config import recipe_text as text_of
 from hvdtrain.data.corpora import DataOptions, check_corpora, open_corpora
 from hvdtrain.data.loader import Feed, TrainLoader
-from hvdtrain.data.shards import expected_datasets, map_shard
+from hvdtrain.data.shards import expected_datasets, fields_sha256, map_shard
 from hvdtrain.errors import HvdtrainError
-from hvdtrain.manifest import digest
 from hvdtrain.optim.ema import Ema, EmaOptions
 from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
 from hvdtrain.tasks import TaskOptions, make_task
@@ -521,7 +520,7 @@ def _seal(folder: Path) -> bool:
             if part["file"] == file.name:
                 part |= {"bytes": file.stat().st_size, "sha256": checkpoint.file_sha256(file)}
         fields.pop("manifest_sha256", None)
-        path.write_text(json.dumps({**fields, "manifest_sha256": digest(fields)}))
+        path.write_text(json.dumps({**fields, "manifest_sha256": fields_sha256(fields)}))
     except (OSError, KeyError, TypeError, AttributeError):
         return False
     return True
