@@ -91,13 +91,16 @@ class RankError(HvdtrainError):
         self.exit_code = exit_code
 
 
+_ONEDNN = "could not create a primitive"  # which it says where there is no room for one
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Python's, numpy's, torch's and CUDA's ways to say so; torch need not be loaded."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    words = ("DefaultCPUAllocator: can't allocate memory", "out of memory", "_ALLOC_FAILED")
+    words = ("DefaultCPUAllocator: can't allocate memory", "out of memory", "_ALLOC_FAILED", _ONEDNN)
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
