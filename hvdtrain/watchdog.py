@@ -122,17 +122,15 @@ class Watchdog(contextlib.AbstractContextManager):
         faulthandler.cancel_dump_traceback_later()
         if self._thread.is_alive():  # a file system that does not answer: it keeps its files
             return
-        stacks_are_empty = self._stacks is not None and os.fstat(self._stacks).st_size == 0
         for descriptor in (self._file, self._stacks):
             if descriptor is not None:
                 os.close(descriptor)
         self._file = self._stacks = None
-        if kind is None:
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):
+            if kind is None:
                 self._path("json").unlink(missing_ok=True)
-        if stacks_are_empty:
-            with contextlib.suppress(OSError):
-                self._path("stacks.txt").unlink(missing_ok=True)
+            if not self._path("stacks.txt").stat().st_size:  # an earlier start's too, before this one's first beat
+                self._path("stacks.txt").unlink()
         with contextlib.suppress(OSError):  # another rank's are still there
             self._folder.rmdir()
 

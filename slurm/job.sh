@@ -141,7 +141,8 @@ ask_to_stop() {
     (
         trap - USR2 TERM
         exec {never}<> <(:) # nothing comes from there: a pause without a process of its own
-        ((SECONDS - launched_s > 3)) || read -r -t 3 -u "$never" || : # a task just born does not ignore it yet (step.sh)
+        early=$((launched_s + 4 - SECONDS)) # s; a task just born does not ignore it yet (step.sh)
+        ((early <= 0)) || read -r -t "$early" -u "$never" || :
         while kill -USR2 "$launched" 2>/dev/null; do read -r -t 5 -u "$never" || :; done
     ) &
     asker=$!

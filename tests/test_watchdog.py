@@ -153,6 +153,18 @@ def test_no_files_without_need(tmp_path: Path, timeout_s: float):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_files_of_a_start_that_was_killed_go_with_the_end(tmp_path: Path):
+    """The end may come before the first beat. Stacks of a hang stay."""
+    (tmp_path / "heartbeats").mkdir()
+    for rank in (0, 1):
+        (tmp_path / f"heartbeats/rank-{rank:05d}.json").touch()
+        (tmp_path / f"heartbeats/rank-{rank:05d}.stacks.txt").write_text("in finish" * rank)
+    for rank in (0, 1):
+        with Watchdog(_options(60), tmp_path, Ended(rank=rank, size=2)):
+            pass
+    assert [path.name for path in (tmp_path / "heartbeats").iterdir()] == ["rank-00001.stacks.txt"]
+
+
 def test_what_cannot_be_written_is_told_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     (tmp_path / "heartbeats").write_text("no folder")
     group = Ended()

@@ -15,8 +15,8 @@ from command import until
 from launch import TRACE, Prepared, environment, succeed, summary
 
 SCRIPT = Path(__file__).resolve().parents[2] / "slurm" / "train.sbatch"
-# Long enough to be interrupted: a few seconds.
-LONG = ("train.steps=150", "eval.every=0", "checkpoint.every=0", "metrics.every=1")
+# Long enough to be interrupted twice: a few seconds at 5 ms a step.
+LONG = ("train.steps=1000", "eval.every=0", "checkpoint.every=0", "metrics.every=1")
 
 
 class Job:
@@ -110,7 +110,7 @@ def test_a_signal_and_the_job_goes_on_to_the_end(
     if not forced:
         again = Job(slurm, tmp_path, prepared.recipe, *LONG, options=("--ntasks-per-node=1",), HVDTRAIN_LAUNCHER="pmix")
         assert again.wait() == ("COMPLETED", "0:0", "0")
-        assert f"{job.run_dir} is finished (150 steps)" in again.log
+        assert f"{job.run_dir} is finished (1000 steps)" in again.log
 
 
 def test_a_chain_of_three_links(slurm: SlurmCluster, prepared: Prepared, unbroken: Path, tmp_path: Path):
