@@ -23,7 +23,7 @@ from torch import nn
 
 from hvdtrain.comm.group import Group
 from hvdtrain.data.shards import fields_sha256, file_sha256, sync_folder, write_json
-from hvdtrain.errors import CheckpointError, OutputError
+from hvdtrain.errors import CheckpointError, ConfigError, OutputError
 from hvdtrain.manifest import Part, Progress, check_is_file, fields_of, part_name, read_manifest
 from hvdtrain.optim.ema import Ema
 from hvdtrain.options import Options, option
@@ -269,6 +269,32 @@ def newest_valid(run_dir: Path, group: Group) -> tuple[Path, Progress, list[str]
             return folder, progress, damaged
         damaged.append(problems[0])
     return None
+
+
+def choose_valid(run_dir: Path, which: str, group: Group) -> tuple[Path, Progress] | None:
+    """The checkpoint that is asked for (collective): ``newest`` whole one (None: there is none), ``best``, or a step.
+
+    Errors: RankError on all ranks, with ConfigError's exit code where no checkpoint is the best, there is none of that
+    step, or ``which`` is neither a word nor a number; with CheckpointError's where it is damaged.
+    """
+    if which == "newest":
+        found = newest_valid(run_dir, group)
+        return found and found[:2]
+    best, steps = group.all_gather_object((read_best(run_dir), steps_saved(run_dir)))[0]
+
+    def choose() -> tuple[Path, Progress]:
+        if which == "best" and best is None:
+            raise ConfigError(f"{run_dir} has no best checkpoint: checkpoint.keep_best was off, or nothing validated")
+        if which != "best" and not (which.isascii() and which.isdigit()):
+            raise ConfigError(f"--checkpoint {which}: give newest, best or the number of a step")
+        step = best[0] if which == "best" else int(which)
+        if step not in steps:
+            there = ", ".join(map(str, sorted(steps))) or "none"
+            raise ConfigError(f"{run_dir} has no checkpoint of step {step}; there: {there}")
+        folder = folder_of(run_dir, step)
+        return folder, read_progress(folder, group.rank, group.size)
+
+    return group.together(choose)
 
 
 def load(

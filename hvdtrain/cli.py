@@ -74,7 +74,7 @@ def make_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     evaluate.add_argument("--data", type=Path, metavar="DIR", help="other shards than the run's own")
     evaluate.add_argument("--split", default="val", choices=["train", "val", "test"], help="default: val")
-    _add_weights(evaluate)
+    _add_choice(evaluate)
 
     generate = commands.add_parser("generate", help="text from a trained run")
     generate.add_argument("run_dir", type=Path, metavar="RUN_DIR")
@@ -84,7 +84,7 @@ def make_parser() -> argparse.ArgumentParser:
     generate.add_argument("--top-k", type=int, default=0, metavar="K", help="0: all tokens (default)")
     generate.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus; 1: all tokens (default)")
     generate.add_argument("--seed", type=int, default=1, metavar="N", help="default: 1")
-    _add_weights(generate)
+    _add_choice(generate)
 
     average = commands.add_parser("average", help="one checkpoint with the mean weights of a run's newest ones")
     average.add_argument("run_dir", type=Path, metavar="RUN_DIR")
@@ -153,7 +153,11 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_weights(parser: argparse.ArgumentParser) -> None:
+def _add_choice(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--checkpoint", default="newest", metavar="newest|best|STEP",
+        help="the newest whole one (default), the best by validation loss (checkpoint.keep_best), or that of a step",
+    )  # fmt: skip
     parser.add_argument(
         "--weights", choices=["raw", "ema"],
         help="of the last step (raw) or averaged in training (ema); default: ema where the checkpoint has it",
@@ -202,7 +206,7 @@ def _train(words: argparse.Namespace, world: World) -> int:
 def _evaluate(words: argparse.Namespace, world: World) -> int:
     from hvdtrain.evaluate import evaluate
 
-    scores = evaluate(words.run_dir, words.data, words.split, world, words.weights)
+    scores = evaluate(words.run_dir, words.data, words.split, world, words.weights, words.checkpoint)
     if world.is_main:
         print(json.dumps(scores))
     return EXIT_OK
@@ -220,7 +224,7 @@ def _generate(words: argparse.Namespace, world: World) -> int:
         problem = error.errors()[0]
         flag = str(problem["loc"][0]).replace("_", "-")
         raise ConfigError(f"--{flag} {problem['input']}: {problem['msg'].lower()}") from None
-    print(generate(words.run_dir, words.prompt, options, world, words.weights))
+    print(generate(words.run_dir, words.prompt, options, world, words.weights, words.checkpoint))
     return EXIT_OK
 
 

@@ -16,15 +16,20 @@ from hvdtrain.tasks.task import Evaluation
 
 
 def evaluate(
-    run_dir: Path, data_dir: Path | None, split: str, world: World, weights: Weights | None = None
+    run_dir: Path,
+    data_dir: Path | None,
+    split: str,
+    world: World,
+    weights: Weights | None = None,
+    which: str = "newest",
 ) -> dict[str, Any]:
-    """Scores of the run's newest whole checkpoint: ``{"step", "split", "weights", "val_loss", ...}`` (collective).
+    """Scores of a checkpoint of the run: ``{"step", "split", "weights", "val_loss", ...}`` (collective).
 
-    weights: see ``open_run``.
+    weights, which: see ``open_run``.
     """
     with open_group(world) as group:
         torch.set_num_threads(threads_of_rank(group))
-        run = open_run(run_dir, world, group, data_dir, weights)
+        run = open_run(run_dir, world, group, data_dir, weights, which)
         config = run.config
         if run.device.type == "cpu":
             use_fast_matmul(config.precision)

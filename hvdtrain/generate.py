@@ -64,10 +64,17 @@ def sample(
             cache, fresh = model.new_cache(1), ids
 
 
-def generate(run_dir: Path, prompt: str, options: SamplingOptions, world: World, weights: Weights | None = None) -> str:
-    """The prompt and what the run's newest whole checkpoint makes of it. One process.
+def generate(
+    run_dir: Path,
+    prompt: str,
+    options: SamplingOptions,
+    world: World,
+    weights: Weights | None = None,
+    which: str = "newest",
+) -> str:
+    """The prompt and what a checkpoint of the run makes of it. One process.
 
-    weights: see ``open_run``; where they are averaged, standard error says so.
+    weights, which: see ``open_run``; where they are averaged, standard error says so.
 
     Errors: ConfigError under a launcher with several ranks, or where the prompt has no known token.
     """
@@ -75,7 +82,7 @@ def generate(run_dir: Path, prompt: str, options: SamplingOptions, world: World,
         raise ConfigError(f"generate works on one process; {world.launcher} started {world.size}")
     from tokenizers import Tokenizer
 
-    run = open_run(run_dir, world, LocalGroup(), weights=weights)
+    run = open_run(run_dir, world, LocalGroup(), weights=weights, which=which)
     if not isinstance(run.model, Decoder):
         raise ConfigError(f"generate goes on with a text; {run_dir} was trained for task.name={run.config.task.name}")
     tokenizer = Tokenizer.from_file(str(run.corpora.entries[0][0] / "tokenizer.json"))

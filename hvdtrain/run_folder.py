@@ -1,4 +1,4 @@
-"""Opens what a run left behind: its configuration, its data and its newest whole checkpoint."""
+"""Opens what a run left behind: its configuration, its data and a checkpoint."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,21 +49,23 @@ def open_run(
     group: Group,
     data_dir: Path | None = None,
     weights: checkpoint.Weights | None = None,
+    which: str = "newest",
 ) -> TrainedRun:
-    """Load a run's newest whole checkpoint (collective).
+    """Load a checkpoint of a run (collective).
 
+    which: ``newest`` (of those that are whole), ``best`` (by validation loss; see ``checkpoint.keep_best``) or a step.
     weights: those of the last step (``raw``) or their average (``ema``); None: the average where there is one.
 
     Errors: on all ranks; CheckpointError where there is no checkpoint, DataError where the data does not fit it,
-    ConfigError where an average is asked for and there is none.
+    ConfigError where an average or a checkpoint is asked for that is not there.
     """
     config = group.together(lambda: read_config(run_dir))
-    found = checkpoint.newest_valid(run_dir, group)
+    found = checkpoint.choose_valid(run_dir, which, group)
 
     def prepare() -> TrainedRun:
         if found is None:
             raise CheckpointError(f"{run_dir} has no whole checkpoint yet; run `python -m hvdtrain train` to its end")
-        folder, progress, _ = found
+        folder, progress = found
         has_ema = checkpoint.has_ema(folder)
         if weights == "ema" and not has_ema:
             raise ConfigError(f"{folder} has no averaged weights (ema.decay was 0); take --weights raw")

@@ -19,7 +19,7 @@ from hvdtrain.data.sampler import WindowSampler
 from hvdtrain.data.shards import fields_sha256
 from hvdtrain.data.stream import TokenStream
 from hvdtrain.data.windows import WindowSource
-from hvdtrain.errors import CheckpointError
+from hvdtrain.errors import CheckpointError, RankError
 from hvdtrain.manifest import _WHERE_SET
 from hvdtrain.optim.ema import Ema, EmaOptions
 from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
@@ -260,6 +260,27 @@ def test_the_best_is_kept_beside_the_newest(tmp_path: Path):
     save_step(tmp_path, 10, CheckpointOptions(keep_last=1), 1.0)
     assert steps_saved(tmp_path) == [10]  # nobody asks for it any more
     assert json.loads(pointer.read_text())["step"] == 6
+
+
+def test_one_may_be_asked_for(tmp_path: Path):
+    options = CheckpointOptions(keep_last=2, keep_best=True)
+    for step, val_loss in enumerate((4.0, 3.0, 3.5, 3.6), start=1):
+        save_step(tmp_path, step, options, val_loss)
+    for which, step in (("newest", 4), ("best", 2), ("3", 3), ("0003", 3)):
+        folder, progress = checkpoint.choose_valid(tmp_path, which, LocalGroup())
+        assert (folder, progress.step) == (folder_of(tmp_path, step), step)
+    there = "no checkpoint of step 7; there: 2, 3, 4"
+    for which, message in (("7", there), ("../3", "give newest, best or"), ("²", "give newest"), ("", "give newest")):
+        with pytest.raises(RankError, match=message) as caught:
+            checkpoint.choose_valid(tmp_path, which, LocalGroup())
+        assert caught.value.exit_code == 2
+    (folder_of(tmp_path, 2) / "manifest.json").write_text("{")
+    with pytest.raises(RankError, match="step-00000002"):  # another one would not be what was asked for
+        checkpoint.choose_valid(tmp_path, "best", LocalGroup())
+    (tmp_path / "checkpoints/best.json").unlink()
+    with pytest.raises(RankError, match=r"no best checkpoint: checkpoint\.keep_best was off"):
+        checkpoint.choose_valid(tmp_path, "best", LocalGroup())
+    assert checkpoint.choose_valid(tmp_path / "empty", "newest", LocalGroup()) is None
 
 
 NOWHERE = [

@@ -107,6 +107,14 @@ def test_evaluate_gives_the_same_on_any_ranks(prepared: Prepared, trained: Path)
     assert on_two == alone
 
 
+def test_evaluate_takes_the_checkpoint_that_is_asked_for(trained: Path):
+    scores = json.loads(succeed("evaluate", trained, "--checkpoint", 12).stdout)
+    assert (scores["step"], scores["val_loss"]) == (12, summary(trained)["val_loss"])
+    done = launch("evaluate", trained, "--checkpoint", "best", how="mpirun", ranks=2)
+    assert (done.exit_code, len(done.messages)) == (2, 1), done
+    assert f"{trained} has no best checkpoint" in done.messages[0]
+
+
 def test_evaluate_other_splits_and_other_data(prepared: Prepared, trained: Path):
     words = ("evaluate", trained, "--data", prepared.shards)
     val, train = (json.loads(done.stdout) for done in launch_rows([words, (*words, "--split", "train")]))

@@ -142,6 +142,8 @@ def test_what_options_add():
         assert (plain[name], parts(**option)[name]) == (0, size * count)
     assert plain["wire buffers"] == 0
     assert parts(sync={"allreduce": {"wire": "bf16"}})["wire buffers"] > 4 * count
+    saved = plain["weights"] + plain["optimizer state"]
+    assert parts(checkpoint={"asynchronous": True})["copy for saving"] == saved // 2
     assert parts(metrics={"tensorboard": False})["process"] < plain["process"] < parts(compile="blocks")["process"]
     assert parts(eval={"rows": 512})["evaluation"] > 0 == parts(eval={"rows": 1})["evaluation"]
     of_files = CorpusFacts(50, shard_bytes=3 * MIB)
@@ -150,10 +152,10 @@ def test_what_options_add():
 
 
 def test_a_gpu_counts_tensors_alone():
-    config = settings(device="cuda", model={"dropout": 0.1})
+    config = settings(device="cuda", model={"dropout": 0.1}, checkpoint={"asynchronous": True})
     load = workload(config, FACTS, 2)
     found = memory(config, FACTS, load, "cuda")
-    assert not {"process", "allocator", "loader buffers", "mapped shards"} & set(found.parts)
+    assert not {"process", "allocator", "loader buffers", "mapped shards", "copy for saving"} & set(found.parts)
     assert found.total == sum(found.parts.values()) > 0
     assert "CUDA" in found.assumptions[0]
 
