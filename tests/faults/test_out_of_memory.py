@@ -80,6 +80,7 @@ def test_what_the_run_held_is_let_go_of_before_the_plan_is_made(monkeypatch: pyt
 
     def train() -> None:
         weights = torch.zeros(3)
+        weights.itself = weights  # only the garbage collector finds it
         held.append(weakref.ref(weights))
         raise MemoryError
 
