@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from machine import small_disk
 from safetensors import SafetensorError
 from tiny import tiny_decoder
 from torch import nn
@@ -350,39 +351,30 @@ def assert_save_fails(run_dir: Path, step: int, reason: str) -> None:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 128 KiB: room for two checkpoints of 24 KiB and a bit."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", folder], capture_output=True, text=True)
-    if made.returncode:
-        reason = f"no small file system to fill, it takes root and CAP_SYS_ADMIN: {made.stderr.strip()}"
-        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
-    try:
+def disk(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path / "disk", "128k") as folder:
         yield folder
-    finally:
-        subprocess.run(["umount", "-l", folder], check=True)
 
 
-def test_a_full_disk(small_disk: Path):
-    save(small_disk, 1)
-    save(small_disk, 2)
-    left = os.statvfs(small_disk)
-    (small_disk / "other").write_bytes(bytes(left.f_bavail * left.f_frsize - 16384))
-    assert_save_fails(small_disk, 3, "No space left on device")
-    (small_disk / "other").unlink()
-    save(small_disk, 3)
-    assert newest_valid(small_disk, GROUP)[1].step == 3
+def test_a_full_disk(disk: Path):
+    save(disk, 1)
+    save(disk, 2)
+    left = os.statvfs(disk)
+    (disk / "other").write_bytes(bytes(left.f_bavail * left.f_frsize - 16384))
+    assert_save_fails(disk, 3, "No space left on device")
+    (disk / "other").unlink()
+    save(disk, 3)
+    assert newest_valid(disk, GROUP)[1].step == 3
 
 
-def test_a_disk_that_became_read_only(small_disk: Path):
+def test_a_disk_that_became_read_only(disk: Path):
     """As file systems do after an error of the device."""
-    save(small_disk, 1)
-    save(small_disk, 2)
-    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    assert_save_fails(small_disk, 3, "Read-only file system")
+    save(disk, 1)
+    save(disk, 2)
+    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+    assert_save_fails(disk, 3, "Read-only file system")
     with pytest.raises(OutputError, match=r"cannot set aside the damaged .*Read-only file system"):
-        checkpoint.set_aside(small_disk, 1)
+        checkpoint.set_aside(disk, 1)
 
 
 def test_a_limit_on_the_size_of_files(run_dir: Path):

@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from machine import small_disk
 from tiny import documents, labelled, random_tokens, write_corpus, write_data
 
 from hvdtrain.data import corpora as corpora_module
@@ -222,28 +222,22 @@ def test_a_place_that_cannot_be(folders: list[Path], tmp_path: Path):
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB."""
-    disk = tmp_path / "small"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"cannot mount a file system of 1 MiB: {mounted.stderr.strip()}")
-    yield disk
-    subprocess.run(["umount", disk], check=True)
+def disk(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path / "disk", "1m") as folder:
+        yield folder
 
 
-def test_a_small_disk(small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_disk(disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A real one: refused beforehand; and where another filled it meanwhile, nothing half-copied stays."""
     write_data(tmp_path / "data", train=[np.zeros(200_000, np.uint16), np.zeros(450_000, np.uint16)])
     corpora = opened(tmp_path / "data")
-    with pytest.raises(OutputError, match=f"cannot stage to {small_disk} on .*: the shards need 0.00 GB more"):
-        stage(corpora, small_disk, True, meet)
-    assert tree(small_disk) == {}
+    with pytest.raises(OutputError, match=f"cannot stage to {disk} on .*: the shards need 0.00 GB more"):
+        stage(corpora, disk, True, meet)
+    assert tree(disk) == {}
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free_bytes(1 << 30))
     with pytest.raises(OutputError, match=r"cannot write .*train-00001\.h5: No space left on device"):
-        stage(corpora, small_disk, True, meet)
-    assert tree(place_of(corpora, small_disk)).keys() == {"tokenizer.json", "train-00000.h5"}
+        stage(corpora, disk, True, meet)
+    assert tree(place_of(corpora, disk)).keys() == {"tokenizer.json", "train-00000.h5"}
 
 
 # --- several ranks and processes ---------------------------------------------------------------------------------

@@ -9,16 +9,10 @@ from typing import Any
 
 import pytest
 from launch import DATA_PREP, TRACE, Done, launch, succeed
+from machine import not_here, small_disk
 from preparing import snapshot, write
 
 from data_prep.__main__ import main
-
-
-def not_here(reason: str) -> None:
-    """Skip what this machine cannot do; where everything is meant to be tested, that is a failure."""
-    if os.environ.get("CI"):
-        pytest.fail(reason)
-    pytest.skip(reason)
 
 
 def fails(exit_code: int, *words: Any, **how: Any) -> str:
@@ -32,24 +26,17 @@ def fails(exit_code: int, *words: Any, **how: Any) -> str:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A real file system of 2 MB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(disk)]
-    done = subprocess.run(mount, capture_output=True, text=True, timeout=10) if shutil.which("mount") else None
-    if done is None or done.returncode:
-        not_here(f"cannot mount a small disk: {done.stderr.strip() if done else 'no mount'}")
-    yield disk
-    subprocess.run(["umount", "-l", str(disk)], check=True, timeout=10)
+def disk(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path / "disk", "2m") as folder:
+        yield folder
 
 
-def test_a_full_disk_ends_the_work_which_is_gone_on_with(small_disk: Path, tmp_path: Path, byte: Path):
+def test_a_full_disk_ends_the_work_which_is_gone_on_with(disk: Path, tmp_path: Path, byte: Path):
     """1.5 million tokens of 2 bytes do not fit into 2 MB; what was finished before is kept."""
     write(tmp_path / "in", **{"a.txt": "one line of text\n" * 90_000})
     words = ["text", "--input", tmp_path / "in", "--documents", "line", "--tokenizer", byte, "--val-fraction", 0]
     words += ["--shard-tokens", 100_000, "--out"]
-    out = small_disk / "out"
+    out = disk / "out"
     for how, ranks in (("none", 1), ("mpirun", 2)):
         done = launch(*words, out, program=DATA_PREP, how=how, ranks=ranks, timeout_s=50)
         messages = [message for message in done.messages if "going on with" not in message]
@@ -62,20 +49,20 @@ def test_a_full_disk_ends_the_work_which_is_gone_on_with(small_disk: Path, tmp_p
     kept = {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in out.glob("*.h5")}
     assert len(kept) >= 5
     assert {f"{name[-8:-3]}.json" for name in kept} == {path.name for path in out.glob(".parts/[0-9]*.json")}
-    subprocess.run(["mount", "-o", "remount,size=16m", str(small_disk)], check=True, timeout=10)
+    subprocess.run(["mount", "-o", "remount,size=16m", str(disk)], check=True, timeout=10)
     succeed(*words, out, program=DATA_PREP)
     assert {name: ((out / name).stat().st_ino, (out / name).stat().st_mtime_ns) for name in kept} == kept
     succeed(*words, tmp_path / "whole", program=DATA_PREP)
     assert snapshot(out) == snapshot(tmp_path / "whole")
 
 
-def test_a_disk_without_any_room(small_disk: Path, tmp_path: Path, byte: Path):
+def test_a_disk_without_any_room(disk: Path, tmp_path: Path, byte: Path):
     write(tmp_path / "in", **{"a.txt": "text"})
-    with open(small_disk / "fill", "wb") as file, pytest.raises(OSError, match="No space left"):
+    with open(disk / "fill", "wb") as file, pytest.raises(OSError, match="No space left"):
         while True:
             file.write(bytes(1 << 16))
             file.flush()
-    message = fails(74, "text", "--input", tmp_path / "in", "--tokenizer", byte, "--out", small_disk / "out")
+    message = fails(74, "text", "--input", tmp_path / "in", "--tokenizer", byte, "--out", disk / "out")
     assert "OutputError: cannot write" in message
     assert "No space left on device" in message
 

@@ -13,7 +13,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -26,6 +25,7 @@ from typing import Any
 from command import until
 from dying import PLACES, PLACES_OF_MAIN
 from launch import HVDTRAIN, Done, Prepared, launch, snapshot, succeed, summary
+from machine import small_disk
 
 STEPS, EVERY, KEPT = 40, 5, 3
 WORDS = (
@@ -427,12 +427,9 @@ def _damage(path: Path, how: str, where: float) -> bool:
 @contextmanager
 def _disk(folder: Path, small: bool) -> Iterator[Path]:
     """A folder, of a disk of its own that is soon full."""
-    folder.mkdir(parents=True)
-    if not small:
+    if small:
+        with small_disk(folder, f"{_DISK_MIB}m") as disk:
+            yield disk
+    else:
+        folder.mkdir(parents=True)
         yield folder
-        return
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={_DISK_MIB}m", "tmpfs", folder], check=True)
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", folder], check=True)

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 import torch
 from kinds import TASK_OF, Train
 from launch import snapshot
+from machine import small_disk
 from tiny import CPU, random_tokens, write_data
 
 from hvdtrain.comm.world import World
@@ -238,30 +238,23 @@ def test_a_mixture_is_copied_whole(go: Train, shards: dict[str, Path], tmp_path:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """1 MB, to be filled. Who may not mount skips this; fails where CI is set, for nobody reads the skips of a CI."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    if done.returncode:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"no small disk: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True, timeout=10)
+def disk(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path / "disk", "1m") as folder:
+        yield folder
 
 
-def test_a_disk_without_room(go: Train, small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_disk_without_room(go: Train, disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Found before the first byte; and where the room goes to somebody else meanwhile, nothing half is left."""
     tokens = random_tokens(900_000)  # 2 bytes each
     write_data(tmp_path / "large", train=[tokens[:300_000], tokens[300_000:600_000]], val=[tokens[600_000:]])
-    words = (f"data.dir={tmp_path / 'large'}", f"data.stage={small_disk}")
+    words = (f"data.dir={tmp_path / 'large'}", f"data.stage={disk}")
     message = fail(go, "run", *words, exit_code=EXIT_IO)
-    assert f"OutputError: cannot stage to {small_disk} on " in message
+    assert f"OutputError: cannot stage to {disk} on " in message
     assert "choose another data.stage, or leave it empty" in message
-    assert list(small_disk.iterdir()) == []
+    assert list(disk.iterdir()) == []
     monkeypatch.setattr("hvdtrain.data.corpora._check_room", lambda *all_is_well: None)
     message = fail(go, "run", *words, exit_code=EXIT_IO)
-    copy = small_disk / read_manifest(tmp_path / "large").data_digest
+    copy = disk / read_manifest(tmp_path / "large").data_digest
     assert f"OutputError: cannot write {copy / 'train-00001.h5'}: No space left on device" in message
     assert {path.name for path in copy.iterdir()} == {"tokenizer.json", "train-00000.h5"}
     assert not (tmp_path / "run").exists()
