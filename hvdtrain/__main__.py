@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -19,6 +18,7 @@ from hvdtrain.errors import (
     is_out_of_memory,
     report,
     say,
+    say_from,
 )
 
 
@@ -45,8 +45,8 @@ def main(argv: list[str] | None = None) -> int:
         if not is_out_of_memory(error):
             traceback.print_exc()
         if is_out_of_memory(error) or world.size > 1:
-            where = f"[rank {world.rank} on {socket.gethostname()}] " if world.size > 1 else ""
-            say(f"{where}{describe_crash(error)}")
+            words = describe_crash(error)
+            say_from(world.rank, words) if world.size > 1 else say(words)
         return crash_code(error)
 
 

@@ -4,7 +4,10 @@ An error of this family is printed as one message without a traceback, by one ra
 code. Anything else that escapes is a crash: exit code 70 and a traceback.
 """
 
+import contextlib
 import errno
+import os
+import socket
 import sys
 
 EXIT_OK = 0
@@ -133,3 +136,16 @@ def say(message: str) -> None:
     sys.stdout.flush()
     sys.stderr.write(f"hvdtrain: {message}\n")  # in one write, or launchers cut it where they add the rank
     sys.stderr.flush()
+
+
+def say_from(rank: int, message: str, past_locks: bool = False) -> None:
+    """``say`` by a rank that speaks for itself: its number and host before the message.
+
+    past_locks: not through sys.stderr, whose lock may be held for ever by whatever is stuck.
+    """
+    message = f"[rank {rank} on {socket.gethostname()}] {message}"
+    if not past_locks:
+        say(message)
+        return
+    with contextlib.suppress(OSError):
+        os.write(2, f"hvdtrain: {message}\n".encode())

@@ -25,7 +25,7 @@ from types import FrameType
 from typing import TypeVar
 
 from hvdtrain.comm.ranks import Ranks
-from hvdtrain.errors import EXIT_CRASH
+from hvdtrain.errors import EXIT_CRASH, say_from
 from hvdtrain.options import Options, option
 
 T = TypeVar("T")
@@ -164,7 +164,8 @@ class Watchdog(contextlib.AbstractContextManager):
             pass
         except OSError as error:
             if not self._told_of_files and self._group.rank == 0:
-                self._say(f"note: cannot write {self._folder}: {error.strerror}; a rank that hangs is noticed without")
+                told = f"note: cannot write {self._folder}: {error.strerror}; a rank that hangs is noticed without"
+                say_from(self._group.rank, told, past_locks=True)
             self._told_of_files = True
         if self._stacks is not None and limit_s:
             faulthandler.dump_traceback_later(limit_s + 3 * self._period_s, file=self._stacks)
@@ -203,10 +204,8 @@ class Watchdog(contextlib.AbstractContextManager):
                 others = f"; behind: {_few([_named(rank, beat, silent_s) for rank, beat in behind])}"
             else:
                 others = "; it waits for no other rank"
-        self._say(
-            f"no progress for {idle_s:.0f} s in {_at(mine)}{others}; "
-            + (f"stacks: {stacks}" if stacks else "stacks: above")
-        )
+        told = f"no progress for {idle_s:.0f} s in {_at(mine)}{others}; stacks: {stacks or 'above'}"
+        say_from(self._group.rank, told, past_locks=True)
         self._group.abort(EXIT_CRASH)
 
     def _read_all(self) -> Iterator[Heartbeat | None]:
@@ -215,11 +214,6 @@ class Watchdog(contextlib.AbstractContextManager):
 
     def _path(self, suffix: str) -> Path:
         return self._folder / f"rank-{self._group.rank:05d}.{suffix}"
-
-    def _say(self, message: str) -> None:
-        # Not through sys.stderr: the loop may hold its lock for ever.
-        with contextlib.suppress(OSError):
-            os.write(2, f"hvdtrain: [rank {self._group.rank} on {self._host}] {message}\n".encode())
 
 
 # --- for how long ---------------------------------------------------------------------------------------------------

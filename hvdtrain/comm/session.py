@@ -11,7 +11,6 @@ import contextlib
 import faulthandler
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -33,7 +32,7 @@ from hvdtrain.errors import (
     describe_crash,
     is_out_of_memory,
     report,
-    say,
+    say_from,
 )
 
 if TYPE_CHECKING:
@@ -100,14 +99,14 @@ def _in_good_order(group: AnyRanks, world: World) -> Iterator[AnyRanks]:
             raise
         if isinstance(error, RankLostError):
             _let_the_other_speak()
-        _fail_alone(world, describe(error))
+        say_from(world.rank, describe(error))
         group.abort(error.exit_code)
     except KeyboardInterrupt:
         group.abort(EXIT_INTERRUPTED)
     except BaseException as error:
         if not is_out_of_memory(error):
             traceback.print_exc()
-        _fail_alone(world, describe_crash(error))
+        say_from(world.rank, describe_crash(error))
         group.abort(crash_code(error))
     else:
         with _within(_LEAVE_S, world, "not all ranks leave"):
@@ -124,10 +123,6 @@ def _leave_without_banner(group: Ranks, world: World, exit_code: int) -> None:
     time.sleep(_LEAVE_S)
 
 
-def _fail_alone(world: World, message: str) -> None:
-    say(f"[rank {world.rank} on {socket.gethostname()}] {message}")
-
-
 def _let_the_other_speak() -> None:
     """It has, or was killed, and then the launcher names it. The launcher's signal shall end this rank in silence; by
     the signal itself, a shell would say "Terminated".
@@ -141,10 +136,7 @@ def _within(seconds: float, world: World, trouble: str, exit_code: int = EXIT_CR
     """What waits for other ranks, and would for ever, if one of them was stopped or hangs."""
 
     def give_up() -> None:
-        # Not through sys.stderr: whoever is stuck may hold its lock.
-        text = f"hvdtrain: [rank {world.rank} on {socket.gethostname()}] {trouble} within {seconds:g} s\n"
-        with contextlib.suppress(OSError):
-            os.write(2, text.encode())
+        say_from(world.rank, f"{trouble} within {seconds:g} s", past_locks=True)
         os._exit(exit_code)
 
     timer = threading.Timer(seconds, give_up)
