@@ -1,7 +1,11 @@
 """MPI by itself, for work that has no gradients to sum: data preparation. Torch and Horovod stay unloaded."""
 
+import atexit
+import ctypes
 import os
 import sys
+import threading
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -9,11 +13,13 @@ from typing import Any
 from hvdtrain.comm.abort import end_all_ranks
 from hvdtrain.comm.ranks import Ranks
 from hvdtrain.comm.world import World, check_sizes
-from hvdtrain.errors import LaunchError
+from hvdtrain.errors import EXIT_CRASH, LaunchError, say_from
+
+LEAVE_S = 120.0  # for all ranks to leave, once they have nothing more to do
 
 
 def start_mpi(world: World) -> ModuleType:
-    """Initialise MPI (collective) and return ``mpi4py.MPI``.
+    """Initialise MPI (collective) and return ``mpi4py.MPI``. It ends with the process, or the process ends without it.
 
     Errors: LaunchError where MPI joins another world than the launcher announced.
     """
@@ -29,7 +35,37 @@ def start_mpi(world: World) -> ModuleType:
     from mpi4py import MPI
 
     check_sizes(world, MPI.COMM_WORLD.Get_size(), "MPI")
+    _end_in_time(MPI, world.rank)
     return MPI
+
+
+@cache
+def _end_in_time(mpi: ModuleType, rank: int) -> None:
+    """Ranks wait for one another in MPI's end, after all else: where one is stopped there, the others shall say so.
+
+    mpi4py would end MPI after Python's threads, in silence. Horovod, which begins later, has ended before.
+    """
+    begins, ended = threading.Event(), threading.Event()
+
+    def watch() -> None:
+        begins.wait()
+        if not ended.wait(LEAVE_S):
+            say_from(rank, f"not all ranks leave within {LEAVE_S:g} s", past_locks=True)
+            os._exit(EXIT_CRASH)
+
+    def end() -> None:
+        begins.set()
+        if not mpi.Is_finalized():
+            try:
+                finalize = ctypes.CDLL(mpi.__file__).MPI_Finalize  # lets go of Python's lock, as mpi4py's does not
+            except (OSError, AttributeError):
+                finalize = mpi.Finalize
+            finalize()
+        ended.set()
+
+    # Made now: later Pythons make no threads at their end.
+    threading.Thread(target=watch, name="hvdtrain-farewell", daemon=True).start()
+    atexit.register(end)
 
 
 class MpiRanks(Ranks):

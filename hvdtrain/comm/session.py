@@ -6,7 +6,6 @@ a rank loses another one             it lets that one's message be the last, and
 a rank does not come, or not leave   the others wait for it only so long
 """
 
-import atexit
 import contextlib
 import faulthandler
 import os
@@ -20,6 +19,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 from hvdtrain.comm.cores import take_cores
+from hvdtrain.comm.mpi import LEAVE_S
 from hvdtrain.comm.ranks import OneRank, Ranks
 from hvdtrain.comm.world import World
 from hvdtrain.errors import (
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 AnyRanks = TypeVar("AnyRanks", bound=Ranks)
 
 _JOIN_S = 1800.0  # for all ranks to start; thousands of them read the same libraries
-_LEAVE_S = 120.0
 _LOST_S = 5.0  # in which the launcher ends a rank that has lost another one
 
 
@@ -83,7 +82,6 @@ def _in_good_order(group: AnyRanks, world: World) -> Iterator[AnyRanks]:
     if group.size == 1:
         yield group
         return
-    atexit.register(_limit_the_farewell)
     try:
         yield group
     except HvdtrainError as error:
@@ -91,7 +89,7 @@ def _in_good_order(group: AnyRanks, world: World) -> Iterator[AnyRanks]:
             # The launcher ends the others as soon as the first has left; let each leave with its own exit code.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             report(error, world.is_main)
-            with _within(_LEAVE_S, world, "not all ranks leave", error.exit_code), contextlib.suppress(RankLostError):
+            with _within(LEAVE_S, world, "not all ranks leave", error.exit_code), contextlib.suppress(RankLostError):
                 group.barrier()  # none leaves before rank 0 has spoken
                 if world.launcher == "mpirun":
                     _leave_without_banner(group, world, error.exit_code)
@@ -109,7 +107,7 @@ def _in_good_order(group: AnyRanks, world: World) -> Iterator[AnyRanks]:
         say_from(world.rank, describe_crash(error))
         group.abort(crash_code(error))
     else:
-        with _within(_LEAVE_S, world, "not all ranks leave"):
+        with _within(LEAVE_S, world, "not all ranks leave"):
             group.close()
 
 
@@ -120,7 +118,7 @@ def _leave_without_banner(group: Ranks, world: World, exit_code: int) -> None:
     if world.is_main:
         group.abort(exit_code)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(exit_code))
-    time.sleep(_LEAVE_S)
+    time.sleep(LEAVE_S)
 
 
 def _let_the_other_speak() -> None:
@@ -146,12 +144,6 @@ def _within(seconds: float, world: World, trouble: str, exit_code: int = EXIT_CR
         yield
     finally:
         timer.cancel()
-
-
-def _limit_the_farewell() -> None:
-    """MPI ends after Python's threads have: the kernel's alarm ends a process that waits there for a stopped rank."""
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.alarm(int(_LEAVE_S))
 
 
 def _show_stacks_of_crashes() -> None:

@@ -45,7 +45,7 @@ def _signals(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(atexit, "register", lambda function: None)
     monkeypatch.setattr(session, "_LOST_S", 0.01)
-    monkeypatch.setattr(session, "_LEAVE_S", 0.05)
+    monkeypatch.setattr(session, "LEAVE_S", 0.05)
     yield
     signal.signal(signal.SIGTERM, before)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from breaking import program
-from launch import Done, Prepared, launch
+from launch import Done, Prepared, launch, summary
 
 TIMEOUT_S = 6  # a busy machine may need three for a phase of a small step
 # From the trouble to the end: the time that was set, the patience of those who wait (5 s), and twice horovodrun's with
@@ -52,6 +52,15 @@ def test_a_rank_that_is_stopped(prepared: Prepared, tmp_path: Path, how: str):
     behind = r"behind: rank 1 on \S+ \(process \d+\), silent for \d+ s, last seen in "
     assert re.match(_told(0, 3, r"finish \(parallel/allreduce.py:\d+\)", behind), done.messages[-1]), done
     assert len(done.messages) == 1, done
+
+
+def test_a_rank_that_is_stopped_when_all_is_done(prepared: Prepared, tmp_path: Path):
+    """MPI's own end waits for it, after the last of our code."""
+    broken = program("stop", "left")
+    done = launch("train", prepared.recipe, "--run-dir", "run", program=broken, how="mpirun", ranks=2, cwd=tmp_path)
+    assert done.exit_code == 70, done
+    assert re.fullmatch(r"hvdtrain: \[rank 0 on \S+\] not all ranks leave within 4 s", done.messages[-1]), done
+    assert summary(tmp_path / "run")["status"] == "finished"
 
 
 def test_a_rank_that_holds_pythons_lock(prepared: Prepared, tmp_path: Path):
