@@ -21,6 +21,7 @@ from shakespeare import SOURCE, run
 
 BASE = 12
 BATCHES = (48, 96, 192)
+CONTEXT = 64  # characters of a sequence
 SEEDS = range(1, int(os.environ.get("SEEDS", "3")) + 1)
 RULES = {
     "unscaled": ["scaling.rule=none"],
@@ -93,7 +94,7 @@ def report(measured: dict[tuple[str, str, int], dict[int, dict[str, Any]]]) -> N
         ratio = f"{100 * (mean / reference - 1):+.1f} %" if losses else "diverged"
         rows.append([str(batch), rule, warmup, str(len(losses)), f"{mean:.4f}", spread, ratio])
     noises = [one["noise_scale_tokens"] for one in base.values() if one["noise_scale_tokens"]]
-    noise = f"{statistics.median(noises):,.0f} characters ({statistics.median(noises) / 64:.0f} sequences)"
+    noise = f"{statistics.median(noises):,.0f} characters ({statistics.median(noises) / CONTEXT:.0f} sequences)"
     note = (
         f"The same {next(iter(base.values()))['tokens']:,} characters in every run; loss of the whole validation "
         f"split, mean and range over seeds. Gradient noise scale at the end of the base runs: {noise}."
@@ -101,11 +102,11 @@ def report(measured: dict[tuple[str, str, int], dict[int, dict[str, Any]]]) -> N
     head = ["sequences", "rule", "warm-up", "seeds", "val loss", "range", "against base"]
     command = "make bench BENCH=large_batch"
     print(table.write("large_batch", "shakespeare-char at larger batches", command, head, rows, note))
-    draw(measured, reference)
+    draw(measured, reference, statistics.median(noises) / CONTEXT)
 
 
-def draw(measured: dict[tuple[str, str, int], dict[int, dict[str, Any]]], reference: float) -> None:
-    """``results/large_batch.png``: validation loss against the batch, a panel for each warm-up."""
+def draw(measured: dict[tuple[str, str, int], dict[int, dict[str, Any]]], reference: float, noise: float) -> None:
+    """``results/large_batch.png``: validation loss by batch, a panel for each warm-up. noise: scale, in sequences."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -122,6 +123,7 @@ def draw(measured: dict[tuple[str, str, int], dict[int, dict[str, Any]]], refere
             above = [max(losses) - mean for mean, losses in zip(means, points.values(), strict=True)]
             axes.errorbar(list(points), means, yerr=[below, above], marker="o", ms=4, capsize=3, label=rule)
         axes.axhspan(reference, 1.02 * reference, color="0.9", zorder=0, label="base to +2 %")
+        axes.axvline(noise, color="0.6", ls=":", lw=1, zorder=0, label="noise scale of the gradients")
         axes.set_xscale("log", base=2)
         axes.set_xticks([BASE, *BATCHES], [str(n) for n in (BASE, *BATCHES)])
         axes.set_title(f"warm-up: {warmup}")
