@@ -1,6 +1,7 @@
 """What one or several runs came to: a table on the terminal and ``loss.png``."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from hvdtrain.optim.noise_scale import advice
 
 def report(run_dirs: list[Path], out: Path | None) -> str:
     """Draw the loss curves of the runs into ``out`` (default: ``loss.png`` in the first run) and return the table."""
-    runs = [_read(run_dir) for run_dir in run_dirs]
+    runs = [_read(run_dir, name) for run_dir, name in zip(run_dirs, _names(run_dirs), strict=True)]
     picture = out or run_dirs[0] / "loss.png"
     _draw(runs, picture)
     lines = [_table(runs), "", f"loss curve   {picture}"]
@@ -25,7 +26,16 @@ def report(run_dirs: list[Path], out: Path | None) -> str:
     return "\n".join(lines)
 
 
-def _read(run_dir: Path) -> dict[str, Any]:
+def _names(run_dirs: list[Path]) -> list[str]:
+    """What a legend calls the runs: their folders' names, or as much of the paths as tells them apart."""
+    paths = [path.resolve() for path in run_dirs]
+    if len({path.name for path in paths}) == len(paths):
+        return [path.name for path in paths]
+    common = os.path.commonpath([path.parent for path in paths])
+    return [str(path.relative_to(common)) for path in paths]
+
+
+def _read(run_dir: Path, name: str) -> dict[str, Any]:
     path = run_dir / "metrics.jsonl"
     try:
         log = read_log(path)
@@ -37,6 +47,7 @@ def _read(run_dir: Path) -> dict[str, Any]:
         summary = None
     return {
         "dir": run_dir,
+        "name": name,
         "train": [line for line in log if line.get("kind") == "train" and line.get("loss") is not None],
         "eval": [line for line in log if line.get("kind") == "eval" and "val_loss" in line],
         "summary": summary if isinstance(summary, dict) else {"status": "unfinished"},
@@ -80,7 +91,7 @@ def _advice(run: dict[str, Any]) -> list[str]:
     batch, ranks = _tokens_per_update(run), summary.get("world_size")
     if noise is None or batch is None or not isinstance(ranks, int):
         return []
-    return [f"batch        {run['dir'].name}: {advice(noise, batch, ranks)}"]
+    return [f"batch        {run['name']}: {advice(noise, batch, ranks)}"]
 
 
 def _tokens_per_update(run: dict[str, Any]) -> float | None:
@@ -111,7 +122,7 @@ def _draw(runs: list[dict[str, Any]], picture: Path) -> None:
 
 
 def _draw_one(run: dict[str, Any], axes: Any) -> None:
-    name, train, val = run["dir"].name, run["train"], run["eval"]
+    name, train, val = run["name"], run["train"], run["eval"]
     steps, losses = [p["step"] for p in train], [p["loss"] for p in train]
     axes.plot(steps, losses, color="C0", alpha=0.45, lw=1, label=f"{name}: training")
     if val:
@@ -124,10 +135,12 @@ def _draw_one(run: dict[str, Any], axes: Any) -> None:
 
 
 def _draw_several(runs: list[dict[str, Any]], panels: Any) -> None:
+    from matplotlib.ticker import EngFormatter
+
     best = _best(runs)
     for axes, measure, label in zip(panels, ("tokens", "step", "wall_s"), _MEASURES, strict=True):
         for number, run in enumerate(runs):
-            val, name = run["eval"], run["dir"].name
+            val, name = run["eval"], run["name"]
             points = [(x, p["val_loss"]) for p in val if (x := _where(run, p["step"], measure)) is not None]
             if not points:
                 continue
@@ -137,6 +150,7 @@ def _draw_several(runs: list[dict[str, Any]], panels: Any) -> None:
             if run is best:
                 axes.plot(*points[-1], marker="*", ms=14, color=color, label="best")
         axes.set_xlabel(label)
+    panels[0].xaxis.set_major_formatter(EngFormatter(sep=""))  # 1.5M
     panels[0].set_ylabel("validation loss (nats per token)")
     panels[1].legend(frameon=False, fontsize=7 if len(runs) > 6 else 9)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hvdtrain.errors import CheckpointError, OutputError
-from hvdtrain.report import report
+from hvdtrain.report import _names, report
 
 PNG = b"\x89PNG"
 
@@ -83,6 +83,12 @@ def test_the_best_of_several_is_marked(tmp_path: Path):
     runs = [write_run(tmp_path / str(n), evals=((2, 2.0), (3, end))) for n, end in enumerate(ends)]
     lines = report(runs, None).splitlines()
     assert [cells(line)[4] for line in lines[1:4]] == ["2.7500", "2.2500 *", "2.5000"]
+
+
+def test_runs_of_the_same_name_are_told_apart():
+    assert _names([Path("runs/a/1"), Path("runs/b/1")]) == ["a/1", "b/1"]
+    assert _names([Path("runs/a"), Path("other/b")]) == ["a", "b"]
+    assert _names([Path("."), Path()]) == [Path.cwd().name] * 2
 
 
 def test_the_noise_becomes_a_sentence(tmp_path: Path):

@@ -54,9 +54,11 @@ class NoiseScale:
 def advice(noise: float, batch: float, ranks: int) -> str:
     """One sentence for users: what a run at ``batch`` targets an update, shared by ``ranks``, pays for its size."""
     limit = max(1, math.floor(noise / (batch / ranks)))
+    share = batch / noise
+    more = f"{100 * share:.0f} % more tokens than at" if share <= 1 else f"{1 + share:.1f} times the tokens of"
     return (
         f"critical batch about {_round(noise):,} tokens; at {batch:,.0f} tokens an update the run needs "
-        f"{100 * batch / noise:.0f} % more tokens than at a small one; beyond {limit:,} rank{'s' if limit > 1 else ''} "
+        f"{more} a small one; beyond {limit:,} rank{'s' if limit > 1 else ''} "
         "with as much each, more of the allocation is wasted than gained"
     )
 

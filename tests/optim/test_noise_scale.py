@@ -66,5 +66,5 @@ def test_the_advice_is_the_papers_arithmetic():
         "critical batch about 40,000 tokens; at 10,000 tokens an update the run needs 25 % more tokens than at a small "
         "one; beyond 16 ranks with as much each, more of the allocation is wasted than gained"
     )
-    assert "beyond 1 rank with as much" in advice(1_000, 10_000, 2)
+    assert "needs 11.0 times the tokens of a small one; beyond 1 rank with as much" in advice(1_000, 10_000, 2)
     assert "about 120 tokens" in advice(123.4, 10, 1)
