@@ -3,10 +3,12 @@
 import ctypes
 import os
 import threading
+import time
 from types import ModuleType
 from typing import NoReturn
 
 _PATIENCE_S = 10.0
+_SAY_S = 0.5  # for what was said to reach the log: srun drops what is still on its way when it ends a step
 
 
 def end_all_ranks(mpi: ModuleType, exit_code: int) -> NoReturn:
@@ -15,6 +17,7 @@ def end_all_ranks(mpi: ModuleType, exit_code: int) -> NoReturn:
     The last line of the log shall be the message that the caller has just printed. Open MPI's ``MPI_Abort`` prints
     eight lines after it, and then calls a function of its own: where that is there, it is called here.
     """
+    time.sleep(_SAY_S)
     # MPI may be in another thread's hands and never answer. The launcher then sees the exit code alone.
     timer = threading.Timer(_PATIENCE_S, os._exit, (exit_code,))
     timer.daemon = True
