@@ -186,8 +186,9 @@ def _train(words: argparse.Namespace, world: World) -> int:
 
     if words.elastic:
         from hvdtrain import elastic
-    if words.elastic and not elastic.in_round():
-        return elastic.supervise(words.run_dir or Path("runs") / Path(words.recipe).stem, words.resume)
+
+        if not elastic.in_round():
+            return elastic.supervise(words.run_dir or Path("runs") / Path(words.recipe).stem, words.resume)
     with StopSignals() as signals:
         from hvdtrain.train import train  # which loads torch, for seconds
 

@@ -17,11 +17,11 @@ def end_all_ranks(mpi: ModuleType, exit_code: int) -> NoReturn:
     The last line of the log shall be the message that the caller has just printed. Open MPI's ``MPI_Abort`` prints
     eight lines after it, and then calls a function of its own: where that is there, it is called here.
     """
-    time.sleep(_SAY_S)
     # MPI may be in another thread's hands and never answer. The launcher then sees the exit code alone.
     timer = threading.Timer(_PATIENCE_S, os._exit, (exit_code,))
     timer.daemon = True
     timer.start()
+    time.sleep(_SAY_S)
     world = mpi.COMM_WORLD
     try:
         abort = ctypes.CDLL(mpi.__file__).ompi_mpi_abort  # looked up in the libraries that mpi4py was linked with

@@ -245,7 +245,7 @@ def memory(config: RunConfig, facts: CorpusFacts, load: Workload, device: str, m
         parts["loader buffers"] = loader_bytes(config, facts, load)
         parts["mapped shards"] = facts.shard_bytes
         if config.checkpoint.asynchronous:
-            saved = parts["weights"] - buffers + parts["optimizer state"] + parts["averaged weights"]
+            saved = 4 * count + parts["optimizer state"] + parts["averaged weights"]
             parts["copy for saving"] = max(saved // load.ranks, 4 * largest)
         share = ALLOCATOR_SHARE if config.task.name == "lm" else ALLOCATOR_SHARE_OF_SHAPES
         parts["allocator"] = int(share * max(peak, evaluation))

@@ -94,15 +94,16 @@ def report(measured: dict[tuple[str, str, int], dict[int, dict[str, Any]]]) -> N
         ratio = f"{100 * (mean / reference - 1):+.1f} %" if losses else "diverged"
         rows.append([str(batch), rule, warmup, str(len(losses)), f"{mean:.4f}", spread, ratio])
     noises = [one["noise_scale_tokens"] for one in base.values() if one["noise_scale_tokens"]]
-    noise = f"{statistics.median(noises):,.0f} characters ({statistics.median(noises) / CONTEXT:.0f} sequences)"
+    noise = statistics.median(noises)
     note = (
         f"The same {next(iter(base.values()))['tokens']:,} characters in every run; loss of the whole validation "
-        f"split, mean and range over seeds. Gradient noise scale at the end of the base runs: {noise}."
+        "split, mean and range over seeds. Gradient noise scale at the end of the base runs: "
+        f"{noise:,.0f} characters ({noise / CONTEXT:.0f} sequences)."
     )
     head = ["sequences", "rule", "warm-up", "seeds", "val loss", "range", "against base"]
     command = "make bench BENCH=large_batch"
     print(table.write("large_batch", "shakespeare-char at larger batches", command, head, rows, note))
-    draw(measured, reference, statistics.median(noises) / CONTEXT)
+    draw(measured, reference, noise / CONTEXT)
 
 
 def draw(measured: dict[tuple[str, str, int], dict[int, dict[str, Any]]], reference: float, noise: float) -> None:

@@ -1,6 +1,5 @@
 """How ranks leave: what each says, with which exit code, and that none waits for ever."""
 
-import atexit
 import os
 import signal
 import threading
@@ -43,7 +42,6 @@ class _Pair(OneRank):
 @pytest.fixture(autouse=True)
 def _signals(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(atexit, "register", lambda function: None)
     monkeypatch.setattr(session, "_LOST_S", 0.01)
     monkeypatch.setattr(session, "LEAVE_S", 0.05)
     yield

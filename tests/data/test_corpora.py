@@ -227,7 +227,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
         yield folder
 
 
-def test_a_disk(disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_small_disk(disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A real one: refused beforehand; and where another filled it meanwhile, nothing half-copied stays."""
     write_data(tmp_path / "data", train=[np.zeros(200_000, np.uint16), np.zeros(450_000, np.uint16)])
     corpora = opened(tmp_path / "data")
