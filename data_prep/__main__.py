@@ -8,16 +8,20 @@ import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from data_prep.arguments import make_parser
 from data_prep.cleaning import Cleaning
 from data_prep.corpus import DEFAULT_GLOBS, InputFile, files_sha256, find_files, globs_of
+from hvdtrain.comm.cores import set_library_threads
 from hvdtrain.comm.ranks import Ranks
 from hvdtrain.comm.session import open_ranks, threads_of_rank
 from hvdtrain.comm.world import detect_world
-from hvdtrain.data.shards import SPLITS, Manifest
 from hvdtrain.errors import EXIT_BAD_DATA, EXIT_CRASH, EXIT_INTERRUPTED, EXIT_OK, ConfigError, HvdtrainError, report
 from hvdtrain.malloc import keep_freed_memory
+
+if TYPE_CHECKING:
+    from hvdtrain.data.shards import Manifest
 
 _LEFT_OUT = {
     "duplicates": "duplicates left out",
@@ -102,6 +106,7 @@ def _pairs(words: argparse.Namespace, ranks: Ranks) -> int:
     from data_prep.pairs import PairsKind
     from data_prep.readers import TableReader
     from data_prep.tokenizer import load_tokenizer
+    from hvdtrain.data.shards import SPLITS
 
     def make() -> PairsKind:
         sources, targets = _files(words, "source", ["*"]), _files(words, "target", ["*"])
@@ -159,7 +164,9 @@ def _prepare(kind, words: argparse.Namespace, ranks: Ranks) -> int:
     return EXIT_OK
 
 
-def _say_what_was_done(out: Path, manifest: Manifest, reused: bool, seconds: float) -> None:
+def _say_what_was_done(out: Path, manifest: "Manifest", reused: bool, seconds: float) -> None:
+    from hvdtrain.data.shards import SPLITS
+
     if reused:
         print(f"{out}: already prepared from this input, kept")
     for split in SPLITS:
@@ -193,6 +200,7 @@ _COMMANDS = {"tokenizer": _tokenizer, "text": _text, "pairs": _pairs, "labels": 
 
 def main(argv: list[str] | None = None) -> int:
     is_main = True
+    set_library_threads(os.environ)  # numpy is loaded by the commands, above
     try:
         world = detect_world()
         is_main = world.is_main

@@ -7,6 +7,7 @@ import time
 import traceback
 
 from hvdtrain import cli
+from hvdtrain.comm.cores import set_library_threads
 from hvdtrain.comm.world import World, detect_world
 from hvdtrain.errors import (
     EXIT_INTERRUPTED,
@@ -24,6 +25,7 @@ from hvdtrain.errors import (
 
 def main(argv: list[str] | None = None) -> int:
     world = World()
+    set_library_threads(os.environ)  # torch and numpy are loaded by the commands, below
     try:
         world = detect_world()
         return cli.run(sys.argv[1:] if argv is None else argv, world)

@@ -38,6 +38,7 @@ TALKS_TO_RANKS = {"hvdtrain.comm", "hvdtrain.doctor", "hvdtrain.elastic"}
 DATA_PREP_MAY = {
     "hvdtrain.data.shards",
     "hvdtrain.data.check",
+    "hvdtrain.comm.cores",
     "hvdtrain.comm.ranks",
     "hvdtrain.comm.session",
     "hvdtrain.comm.world",
