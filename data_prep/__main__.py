@@ -11,13 +11,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_prep.arguments import make_parser
+from data_prep.bad import say_bad
 from data_prep.cleaning import Cleaning
 from data_prep.corpus import DEFAULT_GLOBS, InputFile, files_sha256, find_files, globs_of
 from hvdtrain.comm.cores import set_library_threads
 from hvdtrain.comm.ranks import Ranks
 from hvdtrain.comm.session import open_ranks, threads_of_rank
 from hvdtrain.comm.world import detect_world
-from hvdtrain.errors import EXIT_BAD_DATA, EXIT_CRASH, EXIT_INTERRUPTED, EXIT_OK, ConfigError, HvdtrainError, report
+from hvdtrain.errors import (
+    EXIT_BAD_DATA,
+    EXIT_CRASH,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    ConfigError,
+    HvdtrainError,
+    report,
+    say,
+)
 from hvdtrain.malloc import keep_freed_memory
 
 if TYPE_CHECKING:
@@ -184,6 +194,10 @@ def _say_what_was_done(out: Path, manifest: "Manifest", reused: bool, seconds: f
     left_out = [f"{manifest.source[key]:,} {what}" for key, what in _LEFT_OUT.items() if manifest.source.get(key)]
     if left_out:
         print(f"{out}: {', '.join(left_out)}")
+    if bad := say_bad(manifest.source):
+        print(f"{out}: left out as bad: {bad}")
+        for item in manifest.source["bad_items"]:
+            say(f"left out: {item}")
     if not reused:
         megabytes = manifest.source.get("text_bytes", 0) / 1e6
         print(f"{out}: {megabytes:.1f} MB of text in {seconds:.1f} s ({megabytes / seconds:.1f} MB/s)")

@@ -83,6 +83,11 @@ def _cleaning() -> argparse.ArgumentParser:
         help="text that is not UTF-8: refuse it (default), or replace what is wrong by U+FFFD and count it",
     )
     cleaning.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help="leave out lines, rows or documents that cannot be used, counted and the first named (default: refuse)",
+    )
+    cleaning.add_argument(
         "--normalise",
         choices=["none", "nfc"],
         default="none",

@@ -23,6 +23,7 @@ from typing import Any, Protocol, TextIO
 import numpy as np
 
 from data_prep import duplicates
+from data_prep.bad import NAMED, Counts
 from data_prep.corpus import files_sha256
 from data_prep.encoder import Encoder
 from data_prep.pieces import Piece, Unit, gather, share
@@ -265,7 +266,7 @@ class _Job:
         return record["stamp"] == unit.stamp or record["digest"] == self._digest(unit)
 
     def _make(self, unit: Unit, dropped: "duplicates.Dropped", progress: Progress) -> None:
-        counts: Counter = Counter()
+        counts = Counts()
         gathered: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in SPLITS}
         waiting: dict[str, list[Item]] = {name: [] for name in SPLITS}
         drop = dropped.of_unit(unit.number)
@@ -295,6 +296,7 @@ class _Job:
             "digest": digest.hexdigest()[:32],
             "others_part": self._others_part(unit, dropped),
             "counts": dict(sorted(counts.items())),
+            "bad_items": counts.bad_items,
             "shards": [asdict(shard) for shard in shards],
         }
         write_json(self.parts / _record_name(unit), record)
@@ -331,6 +333,7 @@ class _Job:
                 **self.identity,
                 "documents": sum(shard.documents for shard in shards),
                 **counts,
+                "bad_items": [item for record in records for item in record["bad_items"]][:NAMED],
                 "units": [[unit.stamp, record["digest"]] for unit, record in zip(self.units, records, strict=True)],
             },
             kind=self.kind.name,
