@@ -11,7 +11,7 @@ import numpy as np
 
 from data_prep.cleaning import EXACT, Cleaning
 from data_prep.corpus import InputFile
-from data_prep.pieces import PIECE_BYTES, Piece, cut_files, resolve
+from data_prep.pieces import LONGEST_DOCUMENT, PIECE_BYTES, Piece, cut_files, resolve
 from data_prep.readers import Item, split_lines
 from hvdtrain.errors import DataError
 
@@ -153,6 +153,11 @@ class AlignedReader:
                     yield self._lines(whole + newline, file, offset, counts)
                     offset += len(whole) + 1
                 rest = tail
+                if len(rest) > LONGEST_DOCUMENT:
+                    raise DataError(
+                        f"{file.path}: the line at byte {offset} is longer than {LONGEST_DOCUMENT >> 20} MiB; is it "
+                        "really one sentence a line?"
+                    )
             if rest:
                 yield self._lines(rest, file, offset, counts)
 

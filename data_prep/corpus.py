@@ -1,13 +1,9 @@
 """Finds the input files: named one by one, or folders searched by patterns; plain or compressed."""
 
 import fnmatch
-import gzip
 import hashlib
-import io
-import lzma
 import os
 import re
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,10 +11,10 @@ from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
+from data_prep.compressed import COMPRESSIONS, is_damage, open_compressed
 from hvdtrain.errors import ConfigError, DataError
 
-COMPRESSIONS = (".gz", ".zst", ".xz")
-_ZSTD_BYTES = 1 << 15  # decompressed at a time, into whatever that gives
+_WHOLE_BYTES = 1 << 30  # of a file that is read at once
 
 
 def globs_of(*suffixes: str) -> list[str]:
@@ -46,19 +42,19 @@ class InputFile:
 
     @cached_property
     def compression(self) -> str:
-        """``.gz``, ``.zst``, ``.xz`` or nothing. Such a file cannot be cut: it is read from its start."""
-        return self.path.suffix if self.path.suffix in COMPRESSIONS else ""
+        """``.gz``, ``.zst``, ``.xz``, ``.bz2`` or nothing. Such a file cannot be cut: it is read from its start."""
+        suffix = self.path.suffix.lower()
+        return suffix if suffix in COMPRESSIONS else ""
 
     @cached_property
     def suffix(self) -> str:
-        """What kind of file it is, without the compression: ``.jsonl`` of ``a.jsonl.gz``."""
-        return Path(self.path.stem).suffix if self.compression else self.path.suffix
+        """What kind of file it is, in small letters and without the compression: ``.jsonl`` of ``a.JSONL.gz``."""
+        return (Path(self.path.stem) if self.compression else self.path).suffix.lower()
 
     def open(self) -> BinaryIO:
         """The file's bytes, decompressed. Errors: DataError naming it."""
-        opened = {".gz": gzip.GzipFile, ".xz": lzma.LZMAFile, ".zst": _ZstdFile}.get(self.compression, open)
         try:
-            return opened(self.path, "rb")  # type: ignore[operator, return-value]
+            return open_compressed(self.path, self.compression) if self.compression else open(self.path, "rb")
         except OSError as error:
             raise DataError(f"cannot read {self.path}: {error.strerror}") from None
 
@@ -69,49 +65,19 @@ class InputFile:
             while missing and (part := handle.read(missing)):
                 parts.append(part)
                 missing -= len(part)
-        except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-            raise DataError(f"cannot read {self.path}: {getattr(error, 'strerror', None) or error}") from None
-        except Exception as error:  # zstandard has its own
-            if type(error).__name__ != "ZstdError":
+        except Exception as error:
+            if not is_damage(error):
                 raise
-            raise DataError(f"cannot read {self.path}: {error}") from None
+            raise DataError(f"cannot read {self.path}: {getattr(error, 'strerror', None) or error}") from None
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def read_all(self) -> bytes:
-        """The whole file, decompressed."""
+        """The whole file, decompressed. Errors: DataError where that is more than memory should hold at once."""
         with self.open() as handle:
-            return b"".join(iter(lambda: self.read(handle, 1 << 24), b""))
-
-
-class _ZstdFile(io.RawIOBase):
-    """A .zst file, decompressed. zstandard's own reader takes one that was cut off for one that has ended."""
-
-    def __init__(self, path: Path, mode: str):
-        import zstandard
-
-        self._raw = open(path, mode)  # noqa: SIM115
-        self._new_frame = zstandard.ZstdDecompressor().decompressobj
-        self._frame = None
-        self._held = b""
-
-    def read(self, size: int = -1) -> bytes:
-        while not self._held:
-            between_frames = self._frame is None or self._frame.eof
-            left = self._frame.unused_data if self._frame and between_frames else b""
-            compressed = left or self._raw.read(_ZSTD_BYTES)
-            if not compressed:
-                if between_frames:
-                    return b""
-                raise EOFError("Compressed file ended before the end-of-stream marker was reached")
-            if between_frames:
-                self._frame = self._new_frame()
-            self._held = self._frame.decompress(compressed)
-        part, self._held = self._held[:size], self._held[size:]
-        return part
-
-    def close(self) -> None:
-        self._raw.close()
-        super().close()
+            content = self.read(handle, _WHOLE_BYTES + 1)
+        if len(content) > _WHOLE_BYTES:
+            raise DataError(f"{self.path} holds more than {_WHOLE_BYTES >> 20} MiB, and such a file is read at once")
+        return content
 
 
 def find_files(

@@ -4,7 +4,7 @@ Each item's 128-bit digest is written down unit by unit. Then the digests are ta
 many at once as fit into memory, and of equal ones all but the first are noted down as (unit, number in the unit).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,15 +30,18 @@ NONE = Dropped(np.empty((0, 2), np.int64))
 
 
 def find(
-    hashes_of: Callable[[Unit], np.ndarray], units: Sequence[Unit], mine: Sequence[int], folder: Path, ranks: Ranks
+    hashes_of: Callable[[Unit], Iterable[bytes]], units: Sequence[Unit], mine: Sequence[int], folder: Path, ranks: Ranks
 ) -> Dropped:
-    """All later copies of an item (collective). hashes_of: uint64 [items, 2] of a unit; folder: for notes, shared."""
+    """All later copies of an item (collective). hashes_of: of a unit's items, 16 bytes each, some at a time;
+    folder: for notes, shared by all ranks.
+    """
     for number in mine:
         path = _hash_file(folder, units[number])
         if not path.exists():
-            _save(path, hashes_of(units[number]))
+            with writing(path) as temporary, open(temporary, "wb") as file:
+                file.writelines(hashes_of(units[number]))
     ranks.barrier()
-    columns = [np.load(_hash_file(folder, unit), mmap_mode="r") for unit in units]
+    columns = [_mapped(_hash_file(folder, unit)) for unit in units]
     bits = max(0, (sum(map(len, columns)) - 1) // _AT_ONCE).bit_length()
     for part in range(ranks.rank, 1 << bits, ranks.size):
         _save(folder / f"duplicates-{part}.npy", _later_copies(columns, part, bits))
@@ -47,10 +50,7 @@ def find(
 
 
 def _later_copies(columns: Sequence[np.ndarray], part: int, bits: int) -> np.ndarray:
-    chosen = [
-        np.flatnonzero(column[:, 0] >> np.uint64(64 - bits) == part) if bits else np.arange(len(column))
-        for column in columns
-    ]
+    chosen = [_of_part(column, part, bits) if bits else np.arange(len(column)) for column in columns]
     hashes = np.concatenate([column[rows] for column, rows in zip(columns, chosen, strict=True)])
     unit = np.repeat(np.arange(len(columns)), [len(rows) for rows in chosen])
     row = np.concatenate(chosen)
@@ -61,8 +61,23 @@ def _later_copies(columns: Sequence[np.ndarray], part: int, bits: int) -> np.nda
     return np.stack([unit[copies], row[copies]], axis=1)
 
 
+def _of_part(column: np.ndarray, part: int, bits: int) -> np.ndarray:
+    """The rows of digests that begin with the bits of ``part``; looked for some at a time, for a unit may have many."""
+    found = [np.empty(0, np.int64)]
+    for first in range(0, len(column), _AT_ONCE):
+        heads = column[first : first + _AT_ONCE, 0]
+        found.append(first + np.flatnonzero(heads >> np.uint64(64 - bits) == part))
+    return np.concatenate(found)
+
+
+def _mapped(path: Path) -> np.ndarray:
+    """uint64 [items, 2]"""
+    size = path.stat().st_size
+    return np.memmap(path, np.uint64, "r", shape=(size // 16, 2)) if size else np.empty((0, 2), np.uint64)
+
+
 def _hash_file(folder: Path, unit: Unit) -> Path:
-    return folder / f"{unit.number:05d}-{unit.stamp}.hashes.npy"
+    return folder / f"{unit.number:05d}-{unit.stamp}.hashes"
 
 
 def _save(path: Path, values: np.ndarray) -> None:

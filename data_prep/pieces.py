@@ -20,7 +20,7 @@ from hvdtrain.errors import DataError
 
 PIECE_BYTES = 1 << 24  # of text held in memory at once; a longer file counts as several documents
 _LOOK_AHEAD = 1 << 16  # how far a cut in a long file may move to a better place
-_LONGEST_DOCUMENT = 1 << 28  # of a line
+LONGEST_DOCUMENT = 1 << 28  # of a line
 _COMPRESSED_WEIGHT = 4  # how many bytes of text a compressed byte is taken for, when work is shared
 
 
@@ -28,17 +28,32 @@ _COMPRESSED_WEIGHT = 4  # how many bytes of text a compressed byte is taken for,
 class Piece:
     """Bytes ``begin`` to ``end`` of a file, both moved on to the next place where a document ends.
 
-    ``split``: where its documents go, or None where that is decided for each.
+    ``split``: where its documents go, or None where that is decided for each. ``places``: of the text of a compressed
+    file only these.
     """
 
     file: InputFile
     begin: int
     end: int
     split: str | None
+    places: "Places | None" = None
+
+    @property
+    def is_stream(self) -> bool:
+        """Can it be read only from the start of a file, because that or its partner is compressed?"""
+        return bool(self.file.compression or (self.file.partner and self.file.partner.compression))
 
     @property
     def weight(self) -> int:
         return (self.end - self.begin) * (_COMPRESSED_WEIGHT if self.file.compression else 1)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Some of a text of unknown length: ``numbers`` (from 0) of its parts of ``step`` bytes."""
+
+    step: int
+    numbers: frozenset[int]
 
 
 @dataclass(frozen=True)
@@ -151,7 +166,7 @@ def end_of_line(read: Read, nominal: int) -> int:
         if (newline := window.find(b"\n")) >= 0:
             return position + newline + 1
         position += len(window)
-        if position - nominal > _LONGEST_DOCUMENT:
+        if position - nominal > LONGEST_DOCUMENT:
             raise _TooLong
     return position
 
@@ -165,7 +180,7 @@ def end_of_paragraph(read: Read, nominal: int) -> int:
             return nominal + match.end()
         if len(window) < size:
             return nominal + len(window)
-        if size > _LONGEST_DOCUMENT:
+        if size > LONGEST_DOCUMENT:
             raise _TooLong
         size *= 2
 
@@ -182,7 +197,7 @@ def _end_of_document(file: InputFile, documents: str, read: Read, nominal: int, 
         return _END_OF_DOCUMENT[documents](read, nominal)
     except _TooLong:
         raise DataError(
-            f"{file.path}: a document is longer than {_LONGEST_DOCUMENT >> 20} MiB (from byte {offset + nominal}); "
+            f"{file.path}: a document is longer than {LONGEST_DOCUMENT >> 20} MiB (from byte {offset + nominal}); "
             "is it really one document a line? (--documents)"
         ) from None
 
@@ -190,7 +205,7 @@ def _end_of_document(file: InputFile, documents: str, read: Read, nominal: int, 
 def chunks(piece: Piece, documents: str) -> Iterator[tuple[int, bytes]]:
     """The piece's bytes, about PIECE_BYTES at a time, cut where a document ends: (offset in the file, bytes)."""
     if piece.file.compression:
-        yield from _stream(piece.file, documents)
+        yield from _stream(piece.file, documents, piece.places)
         return
     with piece.file.open() as handle:
 
@@ -222,12 +237,14 @@ def resolve(read: Read, piece: Piece, documents: str) -> tuple[int, int]:
     return at(piece.begin), at(piece.end)
 
 
-def _stream(file: InputFile, documents: str) -> Iterator[tuple[int, bytes]]:
+def _stream(file: InputFile, documents: str, places: Places | None) -> Iterator[tuple[int, bytes]]:
     """A compressed file, cut as the same file would be if it were plain."""
+    step = places.step if places else PIECE_BYTES
     with file.open() as handle:
         offset, held, at_end = 0, b"", False
-        while True:
-            nominal = (offset // PIECE_BYTES + 1) * PIECE_BYTES - offset
+        while places is None or offset // step <= max(places.numbers):
+            number = offset // step
+            nominal = (number + 1) * step - offset
             wanted = nominal + 2 * _LOOK_AHEAD
             cut, missing = wanted, wanted - len(held)
             while True:  # hold more, until the document's end is in sight
@@ -244,5 +261,6 @@ def _stream(file: InputFile, documents: str) -> Iterator[tuple[int, bytes]]:
             cut = min(cut, len(held))
             if not cut:
                 return
-            yield offset, held[:cut]
+            if places is None or number in places.numbers:
+                yield offset, held[:cut]
             offset, held = offset + cut, held[cut:]

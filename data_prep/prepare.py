@@ -3,6 +3,7 @@
     DIR/.parts/identity.json    what is being prepared; another preparation's leftovers are not used
     DIR/.parts/00012.json       unit 12 is done: its shards, digests and counts
     DIR/train-00012.h5          its documents for training, val-00012.h5 those for validation
+    DIR/train-00012_001.h5      more of them, where the unit is a compressed file that holds more than a shard shall
     DIR/manifest.json           written from all records when the last unit is done; then .parts goes
 
 A unit's shards are written beside their names and renamed, then its record; so a killed preparation goes on with the
@@ -26,6 +27,7 @@ from data_prep import duplicates
 from data_prep.bad import NAMED, Counts
 from data_prep.corpus import files_sha256
 from data_prep.encoder import Encoder
+from data_prep.gathering import Gathering
 from data_prep.pieces import Piece, Unit, gather, share
 from data_prep.progress import Progress
 from data_prep.readers import Item, Reader
@@ -45,7 +47,6 @@ from hvdtrain.data.shards import (
     tokenizer_vocab_size,
     write_json,
     write_manifest,
-    write_shard,
     writing,
 )
 from hvdtrain.errors import ConfigError, DataError, OutputError, say
@@ -128,9 +129,9 @@ class _Job:
         _, self.special = load_tokenizer(tokenizer_path)
         self.encoder = Encoder(tokenizer_path, sample_texts(kind.reader))
         kind.begin(self.encoder)
-        unit_bytes = max(1, int(options.shard_tokens * self.encoder.bytes_per_token))
+        self.unit_bytes = max(1, int(options.shard_tokens * self.encoder.bytes_per_token))
         tail = options.val_fraction if options.val_split == "tail" else 0.0
-        self.units = gather(kind.reader.pieces(unit_bytes, tail), unit_bytes)
+        self.units = gather(kind.reader.pieces(self.unit_bytes, tail), self.unit_bytes)
         self.mine = share([unit.weight for unit in self.units], ranks.size)[ranks.rank]
         self.splits_of = SplitsOf(options)
         self.identity = {
@@ -223,16 +224,16 @@ class _Job:
             say(f"note: {self.encoder.note}; tokenizers does the work")
         if len(self.units) < self.ranks.size:
             say(
-                f"note: the input is only {len(self.units)} shards for {self.ranks.size} ranks; "
-                "for more, lower --shard-tokens"
+                f"note: the input is work for only {len(self.units)} of {self.ranks.size} ranks; for more, lower "
+                "--shard-tokens; a compressed file is read by one rank"
             )
 
     def _find_duplicates(self) -> "duplicates.Dropped":
         return duplicates.find(self._hashes, self.units, self.mine, self.parts, self.ranks)
 
-    def _hashes(self, unit: Unit) -> np.ndarray:
-        digests = [digest for batch in self._batches(unit, Counter()) for _, digest, _ in batch]
-        return np.frombuffer(b"".join(digest[:16] for digest in digests), np.uint64).reshape(-1, 2)
+    def _hashes(self, unit: Unit) -> Iterator[bytes]:
+        for batch in self._batches(unit, Counter()):
+            yield b"".join(digest[:16] for _, digest, _ in batch)
 
     def _batches(self, unit: Unit, counts: Counter) -> Iterator[list[tuple[str, bytes, Item]]]:
         """(split, digest, item) of all items of a unit, in order."""
@@ -267,7 +268,7 @@ class _Job:
 
     def _make(self, unit: Unit, dropped: "duplicates.Dropped", progress: Progress) -> None:
         counts = Counts()
-        gathered: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in SPLITS}
+        gathering = Gathering(self.out, unit, token_dtype(self.encoder.vocab_size), self.options.shard_tokens)
         waiting: dict[str, list[Item]] = {name: [] for name in SPLITS}
         drop = dropped.of_unit(unit.number)
         digest = hashlib.sha256()
@@ -281,35 +282,28 @@ class _Job:
                     waiting[split].append(item)
                     size += sum(map(len, item))
                 seen += 1
-                if size >= _BATCH_BYTES:
-                    self._encode(waiting, gathered, counts)
+                if size >= min(_BATCH_BYTES, self.unit_bytes):
+                    self._encode(waiting, gathering, counts)
+                    gathering.write_if_full()
                     progress.advance(size)
                     size = 0
-        self._encode(waiting, gathered, counts)
-        shards = [
-            write_shard(self.out, name, unit.number, datasets)
-            for name, parts in gathered.items()
-            if parts and (datasets := _joined(parts))
-        ]
+        self._encode(waiting, gathering, counts)
+        gathering.write()
         record = {
             "stamp": unit.stamp,
             "digest": digest.hexdigest()[:32],
             "others_part": self._others_part(unit, dropped),
             "counts": dict(sorted(counts.items())),
             "bad_items": counts.bad_items,
-            "shards": [asdict(shard) for shard in shards],
+            "shards": [asdict(shard) for shard in gathering.shards],
         }
         write_json(self.parts / _record_name(unit), record)
 
-    def _encode(self, waiting: dict[str, list[Item]], gathered: dict[str, list], counts: Counter) -> None:
+    def _encode(self, waiting: dict[str, list[Item]], gathering: Gathering, counts: Counter) -> None:
         for split, items in waiting.items():
             if items:
                 counts["text_bytes"] += sum(map(len, (text for item in items for text in item)))
-                datasets = self.kind.encode(items, counts)
-                dtype = token_dtype(self.encoder.vocab_size)
-                if any(len(values) for values in datasets.values()):
-                    narrow = {key: values.astype(dtype) for key, values in datasets.items() if key.endswith("tokens")}
-                    gathered[split].append({**datasets, **narrow})
+                gathering.add(split, self.kind.encode(items, counts))
                 items.clear()
 
     def _finish(self) -> None:
@@ -328,7 +322,7 @@ class _Job:
             vocab_size=vocab_size,
             tokenizer_sha256=file_sha256(self.out / "tokenizer.json"),
             dtype=token_dtype(vocab_size).name,
-            shards=tuple(sorted(shards, key=lambda shard: (SPLITS.index(shard.split), shard.file))),
+            shards=tuple(sorted(shards, key=lambda shard: SPLITS.index(shard.split))),  # else by unit and part
             source={
                 **self.identity,
                 "documents": sum(shard.documents for shard in shards),
@@ -346,15 +340,6 @@ class _Job:
 
 def _record_name(unit: Unit) -> str:
     return f"{unit.number:05d}.json"
-
-
-def _joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """One dataset of each name; lengths become offsets."""
-    joined = {}
-    for key in list(parts[0]):  # each part is let go when it is joined
-        whole = np.concatenate([part.pop(key) for part in parts])
-        joined[key] = np.concatenate([[0], np.cumsum(whole)]) if key.endswith("doc_offsets") else whole
-    return joined
 
 
 def _on_all_ranks(error: ConfigError) -> ConfigError:

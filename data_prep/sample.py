@@ -3,9 +3,10 @@
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from data_prep.corpus import InputFile
-from data_prep.pieces import Piece, cut_files
+from data_prep.pieces import PIECE_BYTES, Piece, Places, cut_files
 from data_prep.readers import Reader, TextReader
 
 _PLACES = 32  # where the comparison looks, spread evenly over the bytes
@@ -13,13 +14,15 @@ _PLACE_BYTES = 1 << 14
 _TEXT_BYTES = 1 << 14  # of each text, at most
 _COMPRESSED_FILES = 4  # read from their starts only
 _TRAINING_PIECE = 1 << 20
+_SPREAD = 4  # a compressed file is read through for this many times what is taken of it
 
 
 def sample_texts(reader: Reader) -> list[bytes]:
     """Texts from places spread evenly over the input; the same on every rank."""
     plain = [file for file in reader.files if file.bytes and not file.compression]
     packed = [file for file in reader.files if file.bytes and file.compression]
-    pieces = [Piece(file, 0, file.bytes, None) for file in packed[:: max(1, len(packed) // _COMPRESSED_FILES)]]
+    chosen = packed[:: max(1, len(packed) // _COMPRESSED_FILES)]
+    pieces = [Piece(file, 0, file.bytes, None, Places(_PLACE_BYTES, frozenset({0}))) for file in chosen]
     pieces += _places(plain, reader)
     texts: list[bytes] = []
     for piece in pieces:
@@ -54,23 +57,47 @@ def _head(text: bytes) -> bytes:
 
 def training_texts(reader: TextReader, sample_bytes: int, seed: int) -> Iterator[str]:
     """Documents to train a tokenizer on: all of them, or about ``sample_bytes`` from places that ``seed`` draws."""
-    total = sum(file.bytes for file in reader.files)
-    if total <= sample_bytes:
-        pieces: list[Piece] = reader.pieces(_TRAINING_PIECE)
-    else:
-        pieces = _drawn(cut_files(reader.files, _TRAINING_PIECE), sample_bytes, seed)
-    for piece in pieces:
+    for piece in _training_pieces(reader, sample_bytes, seed):
         for items in reader.items(piece, Counter()):
             yield from (item[0].decode() for item in items)
 
 
-def _drawn(pieces: Sequence[Piece], sample_bytes: int, seed: int) -> list[Piece]:
-    order = list(range(len(pieces)))
-    random.Random(seed).shuffle(order)
-    chosen, size = [], 0
+def _training_pieces(reader: TextReader, sample_bytes: int, seed: int) -> list[Piece]:
+    pieces = cut_files(reader.files, _TRAINING_PIECE)
+    total = sum(piece.weight for piece in pieces)  # of compressed files only guessed
+    if total > sample_bytes:
+        return _drawn(pieces, sample_bytes, random.Random(seed))
+    return [
+        replace(piece, places=_first(piece.weight * sample_bytes // total)) if piece.is_stream else piece
+        for piece in reader.pieces(_TRAINING_PIECE)
+    ]
+
+
+def _first(text_bytes: int) -> Places:
+    """So much from the start: all, unless the text is far longer than its compressed size lets expect."""
+    step = min(PIECE_BYTES, text_bytes)
+    return Places(step, frozenset(range(-(-text_bytes // step))))
+
+
+def _drawn(pieces: Sequence[Piece], sample_bytes: int, draw: random.Random) -> list[Piece]:
+    """Some of the pieces. A compressed file stands for as many as its text may have; where that ends is not known, and
+    reading up to there takes time: so those drawn of it are spread over its first part.
+    """
+    slots = [-(-piece.weight // _TRAINING_PIECE) for piece in pieces]  # of a plain piece 1
+    order = [number for number, count in enumerate(slots) for _ in range(count)]
+    draw.shuffle(order)
+    chosen: Counter[int] = Counter()
+    size = 0
     for number in order:
         if size >= sample_bytes:
             break
-        chosen.append(number)
-        size += pieces[number].weight
-    return [pieces[number] for number in sorted(chosen)]
+        chosen[number] += 1
+        size += min(pieces[number].weight, _TRAINING_PIECE)
+    found = []
+    for number, count in sorted(chosen.items()):
+        piece = pieces[number]
+        if piece.is_stream:
+            numbers = draw.sample(range(min(slots[number], _SPREAD * count)), count)
+            piece = replace(piece, places=Places(min(piece.weight, _TRAINING_PIECE), frozenset(numbers)))
+        found.append(piece)
+    return found

@@ -6,6 +6,7 @@
       pairs     /source_tokens, /source_doc_offsets, /target_tokens, /target_doc_offsets
       labels    /tokens, /doc_offsets, /labels [D]    numbers into the manifest's label_names
       qa        /tokens, /doc_offsets, /spans [D, 2], /examples [D]    first and last token of the answer (0, 0: none)
+    DIR/train-00000_001.h5  another of the same input, which was compressed and could not be cut beforehand
     DIR/manifest.json     written last; a folder without it holds nothing that counts
 
 Tokens are uint16 (uint32 where the vocabulary needs it), all else int64. Every dataset is contiguous, native and
@@ -37,7 +38,7 @@ from hvdtrain.errors import DataError, OutputError
 FORMAT_VERSION = 1
 BLOCK_BYTES = 1 << 24
 SPLITS = ("train", "val", "test")
-SHARD_NAME = re.compile(r"(train|val|test)-\d{5,}\.h5")
+SHARD_NAME = re.compile(r"(train|val|test)-\d{5,}(_\d{3,})?\.h5")
 _STRICT = ConfigDict(strict=True, extra="forbid")  # a manifest is read to the letter
 
 
@@ -182,12 +183,13 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_shard(folder: Path, split: str, number: int, datasets: Mapping[str, np.ndarray]) -> ShardInfo:
+def write_shard(folder: Path, split: str, number: int, datasets: Mapping[str, np.ndarray], part: int = 0) -> ShardInfo:
     """Write one shard whole and return what the manifest shall say of it. The same input gives the same bytes.
 
+    part: counts the shards that have this number, from 0.
     datasets: as the format says, tokens in the shard's dtype, offsets int64 from 0 to the number of tokens.
     """
-    name = f"{split}-{number:05d}.h5"
+    name = f"{split}-{number:05d}.h5" if not part else f"{split}-{number:05d}_{part:03d}.h5"
     path = folder / name
     # Made in memory: HDF5 on a full disk fails twice, the second time in a way that cannot be told from a crash.
     image = io.BytesIO()

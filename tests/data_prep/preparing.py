@@ -1,5 +1,6 @@
 """Small inputs and what is made of them, by this process or by ranks that are its threads; and plain ways to read."""
 
+import bz2
 import gzip
 import lzma
 import pickle
@@ -67,6 +68,8 @@ def write(folder: Path, **files: str | bytes) -> Path:
 def compressed(content: bytes, suffix: str) -> bytes:
     if suffix == ".gz":
         return gzip.compress(content, 1, mtime=0)
+    if suffix == ".bz2":
+        return bz2.compress(content, 1)
     if suffix == ".xz":
         return lzma.compress(content, preset=0)
     return zstandard.ZstdCompressor(1, write_checksum=True).compress(content) if suffix == ".zst" else content

@@ -33,10 +33,10 @@ def test_folders_are_searched_at_any_depth_in_the_order_of_names(tmp_path: Path)
 
 
 def test_without_a_pattern_text_and_jsonl_are_taken_plain_or_compressed(tmp_path: Path):
-    kinds = [f"{suffix}{packed}" for suffix in (".txt", ".jsonl") for packed in ("", ".gz", ".zst", ".xz")]
-    write(tmp_path, **{f"a{kind}": "x" for kind in [*kinds, ".md", ".json", ".gz", ".txt.bz2", ".tsv"]})
+    kinds = [f"{suffix}{packed}" for suffix in (".txt", ".jsonl") for packed in ("", ".gz", ".zst", ".xz", ".bz2")]
+    write(tmp_path, **{f"a{kind}": "x" for kind in [*kinds, ".md", ".json", ".gz", ".txt.lz4", ".tsv"]})
     assert names([tmp_path], DEFAULT_GLOBS) == sorted(f"a{kind}" for kind in kinds)
-    assert globs_of(".tsv") == ["*.tsv", "*.tsv.gz", "*.tsv.zst", "*.tsv.xz"]
+    assert globs_of(".tsv") == ["*.tsv", "*.tsv.gz", "*.tsv.zst", "*.tsv.xz", "*.tsv.bz2"]
 
 
 def test_inputs_keep_the_order_in_which_they_are_given(tmp_path: Path):

@@ -202,7 +202,7 @@ def test_a_compressed_file_is_cut_like_a_plain_one(
 def test_what_never_ends_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, documents: str, text: bytes, suffix: str
 ):
-    monkeypatch.setattr(pieces, "_LONGEST_DOCUMENT", 200)
+    monkeypatch.setattr(pieces, "LONGEST_DOCUMENT", 200)
     with (
         small_pieces(20),
         pytest.raises(DataError, match=rf"text.txt{suffix}: a document is longer .*\(from byte \d+\).*--documents"),

@@ -142,7 +142,10 @@ def test_ranks_that_do_not_mean_the_same_are_refused(corpus: Corpus):
 def test_more_ranks_than_units_is_said(corpus: Corpus, capfd: pytest.CaptureFixture):
     corpus.options["shard_tokens"] = 1 << 20
     corpus.prepare(ranks=2)
-    assert "the input is only 1 shards for 2 ranks; for more, lower --shard-tokens" in capfd.readouterr().err
+    assert (
+        "the input is work for only 1 of 2 ranks; for more, lower --shard-tokens; a compressed"
+        in capfd.readouterr().err
+    )
 
 
 # --- gone on with ------------------------------------------------------------------------------------------------
