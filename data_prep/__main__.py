@@ -6,14 +6,16 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from data_prep.arguments import make_parser
-from data_prep.bad import say_bad
+from data_prep.bad import Counts, say_bad
 from data_prep.cleaning import Cleaning
 from data_prep.corpus import DEFAULT_GLOBS, InputFile, files_sha256, find_files, globs_of
+from data_prep.formats import SQUAD, endings_of, notes, resolve
 from hvdtrain.comm.cores import set_library_threads
 from hvdtrain.comm.ranks import Ranks
 from hvdtrain.comm.session import open_ranks, threads_of_rank
@@ -41,6 +43,8 @@ _LEFT_OUT = {
     "cut_short": "cut at --max-tokens",
     "overlapping_windows": "more windows for long paragraphs",
     "replaced_characters": "characters replaced by U+FFFD",
+    "byte_order_marks": "byte order marks taken off",
+    "quoted_cells": "cells kept with their quotes (--quoted reads these)",
 }
 
 
@@ -68,13 +72,16 @@ def _tokenizer(words: argparse.Namespace, ranks: Ranks) -> int:
         from data_prep.sample import training_texts
         from data_prep.tokenizer import load_tokenizer, train_tokenizer
 
-        reader = TextReader(_files(words, "input"), field=words.field, cleaning=_cleaning(words))
+        reader = TextReader(
+            _files(words, "input"), field=words.field, cleaning=_cleaning(words), skip_bad=words.skip_bad
+        )
 
-        def texts():
-            return training_texts(reader, words.sample_mb << 20, words.seed)
+        def texts(counts: Counter):
+            return training_texts(reader, words.sample_mb << 20, words.seed, counts)
 
-        digest = hashlib.sha256()
-        for text in texts():
+        _say_how(reader.files, ranks)
+        digest, counts = hashlib.sha256(), Counts()
+        for text in texts(counts):
             digest.update(hashlib.sha256(text.encode()).digest())
         identity = {
             "files_sha256": files_sha256(reader.files),
@@ -82,16 +89,18 @@ def _tokenizer(words: argparse.Namespace, ranks: Ranks) -> int:
             "sample_mb": words.sample_mb,
             "seed": words.seed,
             "nfc": reader.cleaning.nfc,
+            **counts,
         }
-        record = train_tokenizer(texts(), identity, words.kind, words.vocab_size, words.special, words.out)
+        record = train_tokenizer(texts(Counter()), identity, words.kind, words.vocab_size, words.special, words.out)
         how = "kept" if record["reused"] else "trained"
         print(
             f"{words.out}: {how}, {record['kind']}, {record['vocab_size']:,} tokens, from {len(reader.files):,} files"
         )
+        _say_what_was_mended(words.out, counts, counts.bad_items)
         if words.report:
             from data_prep.vocabulary import vocabulary_report
 
-            print(vocabulary_report(load_tokenizer(words.out)[0], texts()).text())
+            print(vocabulary_report(load_tokenizer(words.out)[0], texts(Counter())).text())
         return record
 
     ranks.together(train)
@@ -104,7 +113,8 @@ def _text(words: argparse.Namespace, ranks: Ranks) -> int:
     from data_prep.tokenizer import load_tokenizer
 
     def make() -> TextKind:
-        reader = TextReader(_files(words, "input"), words.documents, words.field, _cleaning(words))
+        files = _files(words, "input")
+        reader = TextReader(files, words.documents, words.field, _cleaning(words), words.skip_bad)
         special = load_tokenizer(words.tokenizer)[1]
         return TextKind(reader, special["eos"], words.min_tokens, words.max_tokens)
 
@@ -114,15 +124,15 @@ def _text(words: argparse.Namespace, ranks: Ranks) -> int:
 def _pairs(words: argparse.Namespace, ranks: Ranks) -> int:
     from data_prep.aligned import AlignedReader
     from data_prep.pairs import PairsKind
-    from data_prep.readers import TableReader
+    from data_prep.tables import TableReader
     from data_prep.tokenizer import load_tokenizer
     from hvdtrain.data.shards import SPLITS
 
     def make() -> PairsKind:
         sources, targets = _files(words, "source", ["*"]), _files(words, "target", ["*"])
-        tables = _files(words, "input", globs_of(".tsv", ".jsonl"))
+        tables = _files(words, "input", globs_of(*endings_of("pairs")))
         if bool(sources or targets) == bool(tables):
-            raise ConfigError("give either --source and --target, or --input with .tsv or .jsonl files")
+            raise ConfigError("give either --source and --target, or --input with tables or JSON lines")
         for split in (None, *SPLITS):
             counts = [sum(file.split == split for file in side) for side in (sources, targets)]
             if counts[0] != counts[1]:
@@ -131,9 +141,11 @@ def _pairs(words: argparse.Namespace, ranks: Ranks) -> int:
         special = load_tokenizer(words.tokenizer)[1]
         fields = [words.source_field, words.target_field]
         if tables:
-            reader = TableReader(tables, fields, words.columns, _cleaning(words))
+            reader = TableReader(
+                tables, fields, words.columns, _cleaning(words), quoted=words.quoted, skip_bad=words.skip_bad
+            )
         else:
-            reader = AlignedReader(sources, targets, _cleaning(words))
+            reader = AlignedReader(sources, targets, _cleaning(words), words.skip_bad)
         return PairsKind(reader, special["eos"], words.min_tokens, words.max_tokens)
 
     return _prepare(ranks.together(make), words, ranks)
@@ -142,20 +154,29 @@ def _pairs(words: argparse.Namespace, ranks: Ranks) -> int:
 def _labels(words: argparse.Namespace, ranks: Ranks) -> int:
     from data_prep.labels import LabelsKind, frame_tokens
     from data_prep.questions import QuestionsKind, SquadReader
-    from data_prep.readers import TableReader
+    from data_prep.tables import TableReader
     from data_prep.tokenizer import load_tokenizer
 
     def make() -> LabelsKind | QuestionsKind:
-        files = _files(words, "input", globs_of(".tsv", ".jsonl", ".json"))
+        files = resolve(_files(words, "input", globs_of(*endings_of("labels"))), "labels", words.quoted)
         frame = frame_tokens(load_tokenizer(words.tokenizer)[1])
-        squad = [file for file in files if file.suffix == ".json"]
+        squad = [file for file in files if file.how == SQUAD]
         if squad and len(squad) < len(files):
             raise ConfigError(f"SQuAD .json and labelled tables in one folder of shards: {squad[0].path} and others")
         if squad:
             return QuestionsKind(SquadReader(files), words.tokenizer, frame, words.max_tokens or 384, words.stride)
         fields = [words.label_field, words.field, *([words.second_field] if words.second_field else [])]
         most = 512 if words.max_tokens is None else words.max_tokens
-        return LabelsKind(TableReader(files, fields, words.columns, _cleaning(words)), frame, most)
+        reader = TableReader(
+            files,
+            fields,
+            words.columns,
+            _cleaning(words),
+            label=words.label_field,
+            quoted=words.quoted,
+            skip_bad=words.skip_bad,
+        )
+        return LabelsKind(reader, frame, most)
 
     return _prepare(ranks.together(make), words, ranks)
 
@@ -166,12 +187,19 @@ def _prepare(kind, words: argparse.Namespace, ranks: Ranks) -> int:
     fraction = words.val_fraction
     if fraction is None:
         fraction = 0.0 if any(file.split == "val" for file in kind.reader.files) else 0.01
+    _say_how(kind.reader.files, ranks)
     options = PrepareOptions(fraction, getattr(words, "val_split", "hash"), words.shard_tokens, words.deduplicate)
     started = time.perf_counter()
     manifest, reused = prepare(kind, options, words.tokenizer, words.out, ranks)
     if ranks.rank == 0:
         _say_what_was_done(words.out, manifest, reused, time.perf_counter() - started)
     return EXIT_OK
+
+
+def _say_how(files: Sequence[InputFile], ranks: Ranks) -> None:
+    if ranks.rank == 0:
+        for note in notes(files):
+            say(f"note: {note}")
 
 
 def _say_what_was_done(out: Path, manifest: "Manifest", reused: bool, seconds: float) -> None:
@@ -191,16 +219,19 @@ def _say_what_was_done(out: Path, manifest: "Manifest", reused: bool, seconds: f
     if manifest.label_names:
         names = ", ".join(manifest.label_names[:10])
         print(f"{out}: {len(manifest.label_names)} labels: {names}{', ...' * (len(manifest.label_names) > 10)}")
-    left_out = [f"{manifest.source[key]:,} {what}" for key, what in _LEFT_OUT.items() if manifest.source.get(key)]
-    if left_out:
-        print(f"{out}: {', '.join(left_out)}")
-    if bad := say_bad(manifest.source):
-        print(f"{out}: left out as bad: {bad}")
-        for item in manifest.source["bad_items"]:
-            say(f"left out: {item}")
+    _say_what_was_mended(out, manifest.source, manifest.source["bad_items"])
     if not reused:
         megabytes = manifest.source.get("text_bytes", 0) / 1e6
         print(f"{out}: {megabytes:.1f} MB of text in {seconds:.1f} s ({megabytes / seconds:.1f} MB/s)")
+
+
+def _say_what_was_mended(out: Path, counts: Mapping[str, Any], bad_items: Sequence[str]) -> None:
+    if mended := [f"{counts[key]:,} {what}" for key, what in _LEFT_OUT.items() if counts.get(key)]:
+        print(f"{out}: {', '.join(mended)}")
+    if bad := say_bad(counts):
+        print(f"{out}: left out as bad: {bad}")
+        for item in bad_items:
+            say(f"left out: {item}")
 
 
 def _verify(words: argparse.Namespace, ranks: Ranks) -> int:

@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from data_prep.cleaning import EXACT, Cleaning
+from data_prep.cleaning import EXACT, Cleaning, begin_file
 from data_prep.corpus import InputFile
-from data_prep.pieces import LONGEST_DOCUMENT, PIECE_BYTES, Piece, cut_files, resolve
-from data_prep.readers import Item, split_lines
+from data_prep.formats import check_plain
+from data_prep.pieces import PIECE_BYTES, Piece, cut_files, line_blocks, resolve
+from data_prep.readers import Item, clean_parts, split_lines
 from hvdtrain.errors import DataError
 
 _BLOCK = 1 << 22  # bytes between two entries of a line index
@@ -65,10 +66,12 @@ class AlignedReader:
     files: Sequence[InputFile]
     targets: Sequence[InputFile]
     cleaning: Cleaning = EXACT
+    skip_bad: bool = False
 
     can_begin_anywhere: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        check_plain([*self.files, *self.targets])
         files = [replace(file, partner=target) for file, target in zip(self.files, self.targets, strict=True)]
         indexes = {}
         for source, target in zip(files, self.targets, strict=True):
@@ -81,7 +84,11 @@ class AlignedReader:
         object.__setattr__(self, "_indexes", indexes)
 
     def identity(self) -> dict[str, Any]:
-        return {"invalid_utf8": self.cleaning.invalid, "nfc": self.cleaning.nfc}
+        return {
+            "invalid_utf8": self.cleaning.invalid,
+            "nfc": self.cleaning.nfc,
+            "skip_bad": self.skip_bad,
+        }
 
     def pieces(self, unit_bytes: int, tail_fraction: float = 0.0) -> list[Piece]:
         pieces = []
@@ -117,14 +124,16 @@ class AlignedReader:
         targets = self._lines(target_raw, target, target_begin, counts)
         if len(sources) != len(targets):
             raise DataError(f"{source.path} or {target.path} changed while they were read")
-        yield list(zip(sources, targets, strict=True))
+        yield _pairs(sources, targets)
 
-    def _lines(self, raw: bytes, file: InputFile, offset: int, counts: Counter) -> list[bytes]:
-        return split_lines(self.cleaning.clean(raw, file.path, offset, counts))
+    def _lines(self, raw: bytes, file: InputFile, offset: int, counts: Counter) -> list[bytes | None]:
+        """None where a line is bad and left out, and the line beside it with it."""
+        offset, raw = begin_file(raw, offset, file.path, counts, by_lines=True)
+        return clean_parts(split_lines, raw, offset, file.path, self.cleaning, self.skip_bad, counts)
 
     def _stream(self, source: InputFile, target: InputFile, counts: Counter) -> Iterator[list[Item]]:
         """Both files from their starts, side by side; one of them at least is compressed."""
-        held: list[list[bytes]] = [[], []]
+        held: list[list[bytes | None]] = [[], []]
         seen = [0, 0]
         parts = [self._line_parts(file, counts) for file in (source, target)]
         at_end = [False, False]
@@ -140,26 +149,17 @@ class AlignedReader:
                 held[side] = []  # only counted from here on, for the message
                 continue
             ready = min(map(len, held))
-            yield list(zip(held[0][:ready], held[1][:ready], strict=True))
+            yield _pairs(held[0][:ready], held[1][:ready])
             held = [held[0][ready:], held[1][ready:]]
         _check_lines(source, seen[0], target, seen[1])
 
-    def _line_parts(self, file: InputFile, counts: Counter) -> Iterator[list[bytes]]:
-        offset, rest = 0, b""
-        with file.open() as handle:
-            while block := file.read(handle, _BLOCK):
-                whole, newline, tail = (rest + block).rpartition(b"\n")
-                if newline:
-                    yield self._lines(whole + newline, file, offset, counts)
-                    offset += len(whole) + 1
-                rest = tail
-                if len(rest) > LONGEST_DOCUMENT:
-                    raise DataError(
-                        f"{file.path}: the line at byte {offset} is longer than {LONGEST_DOCUMENT >> 20} MiB; is it "
-                        "really one sentence a line?"
-                    )
-            if rest:
-                yield self._lines(rest, file, offset, counts)
+    def _line_parts(self, file: InputFile, counts: Counter) -> Iterator[list[bytes | None]]:
+        for offset, raw in line_blocks(file, _BLOCK):
+            yield self._lines(raw, file, offset, counts)
+
+
+def _pairs(sources: list[bytes | None], targets: list[bytes | None]) -> list[Item]:
+    return [pair for pair in zip(sources, targets, strict=True) if None not in pair]  # type: ignore[misc]
 
 
 def _check_lines(source: InputFile, source_lines: int, target: InputFile, target_lines: int) -> None:

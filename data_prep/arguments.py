@@ -80,7 +80,7 @@ def _cleaning() -> argparse.ArgumentParser:
         "--invalid-utf8",
         choices=["refuse", "replace"],
         default="refuse",
-        help="text that is not UTF-8: refuse it (default), or replace what is wrong by U+FFFD and count it",
+        help="bytes that are not UTF-8, or zero: refuse them (default), or put U+FFFD in their place, counted",
     )
     cleaning.add_argument(
         "--skip-bad",
@@ -201,7 +201,12 @@ def _columns(command: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="NAME",
-        help="names of a .tsv's columns, where it has no header line",
+        help="names of a table's columns, all of them, where it has no header line",
+    )
+    command.add_argument(
+        "--quoted",
+        action="store_true",
+        help="cells of .tsv files may be in quotes, as those of .csv are: tabs and line ends within are text",
     )
 
 

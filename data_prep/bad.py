@@ -11,6 +11,8 @@ What spoils all that comes after it (a damaged archive, a quote that never close
 """
 
 from collections import Counter
+from collections.abc import Mapping
+from typing import Any
 
 from hvdtrain.errors import DataError
 
@@ -19,7 +21,7 @@ NAMED = 5  # of what is left out
 # Kind -> what is said of it. ``counts`` has it as ``bad_`` and the kind.
 KINDS = {
     "utf8": "not UTF-8",
-    "zero": "with a zero byte",
+    "zero": "binary (a zero byte)",
     "utf16": "UTF-16 or UTF-32",
     "surrogate": "with half a surrogate pair",
     "json": "no JSON object",
@@ -54,6 +56,6 @@ def leave_out(bad: BadItem, skip_bad: bool, counts: Counter) -> None:
         counts.bad_items.append(str(bad))
 
 
-def say_bad(counts: dict) -> str:
+def say_bad(counts: Mapping[str, Any]) -> str:
     """``3 not UTF-8, 1 no JSON object``: the bad items among ``counts``, or nothing."""
     return ", ".join(f"{counts[f'bad_{kind}']:,} {what}" for kind, what in KINDS.items() if counts.get(f"bad_{kind}"))

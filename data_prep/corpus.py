@@ -30,7 +30,8 @@ class InputFile:
     """A file of the corpus; ``name`` is its path relative to the input that led to it, and its place in the order.
 
     ``split``: where all of it goes, or None where that is decided document by document. ``partner``: the other side's
-    file, where two are aligned line by line.
+    file, where two are aligned line by line. ``how`` it is read (formats.py), and whether, as a compressed one, only
+    ``from_start``.
     """
 
     path: Path
@@ -39,12 +40,19 @@ class InputFile:
     mtime_ns: int
     split: str | None = None
     partner: "InputFile | None" = None
+    how: str = ""
+    from_start: bool = False
 
     @cached_property
     def compression(self) -> str:
         """``.gz``, ``.zst``, ``.xz``, ``.bz2`` or nothing. Such a file cannot be cut: it is read from its start."""
         suffix = self.path.suffix.lower()
         return suffix if suffix in COMPRESSIONS else ""
+
+    @property
+    def is_stream(self) -> bool:
+        """Can it be read only from its start?"""
+        return self.from_start or bool(self.compression)
 
     @cached_property
     def suffix(self) -> str:

@@ -1,33 +1,43 @@
-"""Which ending is read how: the one table, which ``--help`` prints. Upper or lower case, plain or compressed."""
+"""Which file is read how: the one table of endings, which ``--help`` prints. Of .json the content decides."""
 
+import re
 from collections.abc import Sequence
+from dataclasses import replace
+
+from pydantic_core import from_json
 
 from data_prep.corpus import COMPRESSIONS, InputFile
+from hvdtrain.errors import ConfigError
 
 TEXT = "plain text"
 JSON_LINES = "JSON lines"
-JSON = "JSON: lines, an array of objects, or one object"
-SQUAD = "the same, or SQuAD's"
+JSON_ARRAY = "an array of JSON objects"
+JSON_OBJECT = "one JSON object"
+SQUAD = "SQuAD"
 TSV = "cells between tabs"
+QUOTED_TSV = "cells between tabs, quoted"
 CSV = "cells between commas, quoted"
+_JSON = "JSON: objects a line each, an array of objects, or one object"
+_JSON_OR_SQUAD = "JSON: as SQuAD has it, or objects a line each, an array of objects, or one object"
+
+# What ends an item there may also stand within it: such a file cannot be cut, it is read from its start.
+FROM_START = (JSON_ARRAY, JSON_OBJECT, QUOTED_TSV, CSV)
 
 # Ending -> command -> how it is read. A folder is searched for the endings that the command has here.
 FORMATS = {
     ".txt": {"tokenizer": TEXT, "text": TEXT},
     ".jsonl": dict.fromkeys(("tokenizer", "text", "pairs", "labels"), JSON_LINES),
     ".ndjson": dict.fromkeys(("tokenizer", "text", "pairs", "labels"), JSON_LINES),
-    ".json": {"tokenizer": JSON, "text": JSON, "pairs": JSON, "labels": SQUAD},
+    ".json": {"tokenizer": _JSON, "text": _JSON, "pairs": _JSON, "labels": _JSON_OR_SQUAD},
     ".tsv": {"pairs": TSV, "labels": TSV},
     ".csv": {"pairs": CSV, "labels": CSV},
 }
 # Any other file that is named itself or matched by --glob.
 OTHERS = {"tokenizer": TEXT, "text": TEXT, "pairs": TSV, "labels": TSV}
-COMMANDS = tuple(OTHERS)
 
-
-def format_of(file: InputFile, command: str) -> str:
-    """How ``command`` reads the file."""
-    return FORMATS.get(file.suffix.lower(), {}).get(command) or OTHERS[command]
+_HEAD_BYTES = 1 << 16  # of a .json, that it is known by
+# {"version": "1.1", "data": [{
+_SQUAD = re.compile(rb'\{\s*(?:"(?:[^"\\]|\\.)*"\s*:\s*(?:"(?:[^"\\]|\\.)*"|[\w.+-]+)\s*,\s*)*"data"\s*:\s*\[\s*[{\]]')
 
 
 def endings_of(command: str) -> list[str]:
@@ -38,10 +48,64 @@ def endings_of(command: str) -> list[str]:
 def describe(command: str) -> str:
     """The command's part of the table, for ``--help``."""
     rows = [(ending, FORMATS[ending][command]) for ending in endings_of(command)]
-    return _table([*rows, ("others", f"{OTHERS[command]}, where they are named or match --glob")])
+    rows.append(("others", f"{OTHERS[command]}, where they are named or match --glob"))
+    lines = [f"  {ending:<7} {how}" for ending, how in rows]
+    return "\n".join([*lines, f"  each also in upper case, and compressed: {' '.join(COMPRESSIONS)}"])
 
 
-def _table(rows: Sequence[tuple[str, str]]) -> str:
-    width = max(len(ending) for ending, _ in rows)
-    lines = [f"  {ending:<{width}}  {how}" for ending, how in rows]
-    return "\n".join([*lines, f"  each also in upper case, and compressed: {', '.join(COMPRESSIONS)}"])
+def resolve(files: Sequence[InputFile], command: str, quoted: bool = False) -> list[InputFile]:
+    """The files, each with ``how`` it is read. quoted: cells between tabs may be in quotes.
+
+    Errors: DataError where a .json cannot be read.
+    """
+    return [file if file.how else _resolved(file, command, quoted) for file in files]
+
+
+def _resolved(file: InputFile, command: str, quoted: bool) -> InputFile:
+    how = FORMATS.get(file.suffix.lower(), {}).get(command) or OTHERS[command]
+    if how in (_JSON, _JSON_OR_SQUAD):
+        how = _json_shape(_head(file), how == _JSON_OR_SQUAD)
+    elif how == TSV and quoted:
+        how = QUOTED_TSV
+    return replace(file, how=how, from_start=how in FROM_START)
+
+
+def _head(file: InputFile) -> bytes:
+    with file.open() as handle:
+        return file.read(handle, _HEAD_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip()
+
+
+def _json_shape(head: bytes, may_be_squad: bool) -> str:
+    if may_be_squad and _SQUAD.match(head):
+        return SQUAD
+    if head.startswith(b"["):
+        return JSON_ARRAY
+    line, newline, rest = head.partition(b"\n")
+    if line.startswith(b"{") and newline and rest.strip():
+        try:
+            from_json(line)
+        except ValueError as error:
+            return JSON_OBJECT if str(error).startswith("EOF") else JSON_LINES  # goes on in the next line?
+    return JSON_LINES
+
+
+def check_plain(files: Sequence[InputFile]) -> None:
+    """Errors: ConfigError where a file that is to be read line by line has the ending of a table or of JSON."""
+    for file in files:
+        if file.suffix.lower() in endings_of("pairs"):
+            raise ConfigError(
+                f"--source and --target are plain text line by line; {file.path} is no such file by its ending: "
+                "give it with --input if it holds both sides, or rename it"
+            )
+
+
+def notes(files: Sequence[InputFile]) -> list[str]:
+    """What is to be said of how files are read whose ending alone does not tell."""
+    found: dict[str, list[InputFile]] = {}
+    for file in files:
+        if file.suffix.lower() == ".json":
+            found.setdefault(file.how, []).append(file)
+    return [
+        f"{some[0].path}{f' and {len(some) - 1:,} more .json files' * (len(some) > 1)}: read as {how}"
+        for how, some in found.items()
+    ]

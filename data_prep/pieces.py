@@ -40,8 +40,8 @@ class Piece:
 
     @property
     def is_stream(self) -> bool:
-        """Can it be read only from the start of a file, because that or its partner is compressed?"""
-        return bool(self.file.compression or (self.file.partner and self.file.partner.compression))
+        """Can it be read only from the start of a file, because that or its partner cannot be cut?"""
+        return self.file.is_stream or bool(self.file.partner and self.file.partner.is_stream)
 
     @property
     def weight(self) -> int:
@@ -84,7 +84,7 @@ def cut_files(files: Sequence[InputFile], piece_bytes: int = PIECE_BYTES, tail_f
     pieces: list[Piece] = []
     train_left = int(sum(file.bytes for file in files if file.split is None) * (1 - tail_fraction))
     for file in files:
-        step = file.bytes if file.compression else piece_bytes
+        step = file.bytes if file.is_stream else piece_bytes
         for begin in range(0, file.bytes, step or 1):
             piece = Piece(file, begin, min(begin + step, file.bytes), file.split)
             length = piece.end - piece.begin
@@ -264,3 +264,26 @@ def _stream(file: InputFile, documents: str, places: Places | None) -> Iterator[
             if places is None or number in places.numbers:
                 yield offset, held[:cut]
             offset, held = offset + cut, held[cut:]
+
+
+def line_blocks(file: InputFile, block_bytes: int) -> Iterator[tuple[int, bytes]]:
+    """A file from its start, whole lines of about ``block_bytes`` at a time: (offset, bytes).
+
+    Errors: DataError for a line that is far too long.
+    """
+    offset, parts = 0, []
+    with file.open() as handle:
+        while block := file.read(handle, block_bytes):
+            whole, newline, rest = block.rpartition(b"\n")
+            if newline:
+                raw = b"".join([*parts, whole, newline])
+                yield offset, raw
+                offset, parts = offset + len(raw), []
+            parts.append(rest)
+            if sum(map(len, parts)) > LONGEST_DOCUMENT:
+                raise DataError(
+                    f"{file.path}: the line at byte {offset} is longer than {LONGEST_DOCUMENT >> 20} MiB; is it really "
+                    "one sentence or one row a line?"
+                )
+        if raw := b"".join(parts):
+            yield offset, raw

@@ -19,8 +19,8 @@ _SPREAD = 4  # a compressed file is read through for this many times what is tak
 
 def sample_texts(reader: Reader) -> list[bytes]:
     """Texts from places spread evenly over the input; the same on every rank."""
-    plain = [file for file in reader.files if file.bytes and not file.compression]
-    packed = [file for file in reader.files if file.bytes and file.compression]
+    plain = [file for file in reader.files if file.bytes and not file.is_stream]
+    packed = [file for file in reader.files if file.bytes and file.is_stream]
     chosen = packed[:: max(1, len(packed) // _COMPRESSED_FILES)]
     pieces = [Piece(file, 0, file.bytes, None, Places(_PLACE_BYTES, frozenset({0}))) for file in chosen]
     pieces += _places(plain, reader)
@@ -55,10 +55,14 @@ def _head(text: bytes) -> bytes:
     return text if len(text) <= _TEXT_BYTES else text[:_TEXT_BYTES].decode("utf-8", "ignore").encode()
 
 
-def training_texts(reader: TextReader, sample_bytes: int, seed: int) -> Iterator[str]:
-    """Documents to train a tokenizer on: all of them, or about ``sample_bytes`` from places that ``seed`` draws."""
+def training_texts(reader: TextReader, sample_bytes: int, seed: int, counts: Counter | None = None) -> Iterator[str]:
+    """Documents to train a tokenizer on: all of them, or about ``sample_bytes`` from places that ``seed`` draws.
+
+    counts: what is left out or mended is added there.
+    """
+    counts = Counter() if counts is None else counts
     for piece in _training_pieces(reader, sample_bytes, seed):
-        for items in reader.items(piece, Counter()):
+        for items in reader.items(piece, counts):
             yield from (item[0].decode() for item in items)
 
 

@@ -1,6 +1,7 @@
 """Small inputs and what is made of them, by this process or by ranks that are its threads; and plain ways to read."""
 
 import bz2
+import codecs
 import gzip
 import lzma
 import pickle
@@ -19,7 +20,7 @@ import zstandard
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from data_prep import aligned, pieces, readers
+from data_prep import aligned, pieces, readers, tables
 from data_prep.corpus import InputFile, find_files
 from data_prep.prepare import Kind, PrepareOptions, prepare
 from data_prep.readers import Item, Reader, TextReader
@@ -36,7 +37,7 @@ ODD_TEXTS = [
     "漢字とかなの文章。\n二行目\r\n",
     "e\u0301 is two characters, é is one; ﬁ is one; \u202eright to left\u202c \u200f\u200e\n",
     "\U0001f468\u200d\U0001f469\u200d\U0001f467\u200d\U0001f466 \U0001f1ef\U0001f1f5 \U0001f44d\U0001f3fd \U0001d54f",
-    "\ufeffBOM and\ttab and\u3000wide space and no line end",
+    "BOM \ufeffwithin and\ttab and\u3000wide space and no line end",
     "a line\u2028that is\u2029one, \x85 and \x0b and \x0c too",
     "private \ue000 \U000f0000 and the last \U0010ffff, \ufffd and \ufffe",
     "It says <|endoftext|> and <|unk|> in the text",
@@ -89,6 +90,7 @@ def files_of(*paths: Path, split: str | None = None) -> list[InputFile]:
 
 def plain_documents(content: bytes, documents: str) -> list[bytes]:
     """What the documents of a whole file are, said as simply as can be."""
+    content = content.removeprefix(codecs.BOM_UTF8)
     if documents == "file":
         return [content] if content else []
     lines = [line.removesuffix(b"\r") for line in content.split(b"\n")]
@@ -110,7 +112,7 @@ def items_of(reader: Reader, unit_bytes: int = 1 << 30, counts: Counter | None =
 def small_pieces(piece_bytes: int, look_ahead: int = 8) -> Iterator[None]:
     """Files are cut as if 16 MiB were only so many bytes."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (pieces, readers, aligned):
+        for module in (pieces, readers, tables, aligned):
             patch.setattr(module, "PIECE_BYTES", piece_bytes)
         patch.setattr(pieces, "_LOOK_AHEAD", look_ahead)
         yield

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from preparing import compressed, files_of, items_of, run, shards_of, snapshot, text_kind, texts_of, write
 
-from data_prep import aligned, corpus, sample
+from data_prep import aligned, corpus, pieces, sample
 from data_prep.compressed import COMPRESSIONS
 from data_prep.questions import SquadReader
 from data_prep.readers import TextReader
@@ -177,7 +177,7 @@ def test_a_text_that_compresses_beyond_all_expectation_is_bounded_too(
 
 
 def test_a_line_that_never_ends_is_named_before_memory_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(aligned, "LONGEST_DOCUMENT", 10 << 20)
+    monkeypatch.setattr(pieces, "LONGEST_DOCUMENT", 10 << 20)
     (tmp_path / "a.src.zst").write_bytes(zstd_frame(17, zstd_block(b"a", times=1 << 17) * 200))
     write(tmp_path, **{"a.tgt": "a line\n"})
     with pytest.raises(DataError, match=r"a\.src\.zst: the line at byte 0 is longer than 10 MiB"):

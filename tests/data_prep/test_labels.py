@@ -12,7 +12,7 @@ from preparing import ODD_TEXTS, files_of, run, shards_of, snapshot, token_rows,
 from tokenizers import Tokenizer
 
 from data_prep.labels import LabelsKind, _shortened, frame_tokens
-from data_prep.readers import TableReader
+from data_prep.tables import TableReader
 from data_prep.tokenizer import load_tokenizer
 from hvdtrain.data.shards import Manifest, read_manifest
 from hvdtrain.errors import ConfigError, HvdtrainError
@@ -39,7 +39,7 @@ class Labels:
             for file in files_of(self.folder / split, split=None if split == "train" else split)
         ]
         return run(
-            lambda: LabelsKind(TableReader(files, self.fields), (self.cls, self.sep), most),
+            lambda: LabelsKind(TableReader(files, self.fields, label=self.fields[0]), (self.cls, self.sep), most),
             self.tokenizer,
             self.out,
             ranks,
@@ -77,7 +77,7 @@ def labels(tmp_path: Path, bpe: Path) -> Labels:
         (["01", "1", "001"], ("001", "01", "1")),
         (["-", "3"], ("-", "3")),
         (["--1", "3"], ("--1", "3")),
-        (["é", "e", "漢", "", "Z"], ("", "Z", "e", "é", "漢")),
+        (["é", "e", "漢", " ", "Z"], (" ", "Z", "e", "é", "漢")),
     ],
 )
 def test_numbers_are_ordered_as_numbers_names_by_their_letters(labels: Labels, given_labels, names):

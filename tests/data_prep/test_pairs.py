@@ -14,7 +14,7 @@ from data_prep.corpus import COMPRESSIONS, InputFile
 from data_prep.pairs import PairsKind
 from data_prep.pieces import Piece
 from data_prep.prepare import PrepareOptions, SplitsOf
-from data_prep.readers import TableReader
+from data_prep.tables import TableReader
 from data_prep.tokenizer import build_tokenizer
 from hvdtrain.errors import DataError, HvdtrainError
 

@@ -120,7 +120,11 @@ def threads(monkeypatch: pytest.MonkeyPatch) -> None:
         ("text --input {a} --tokenizer {t} --out {o} --val-split tail", 2, "use --val-split hash"),
         ("text --input {a} --tokenizer {t} --out {o} --documents lines", 2, "invalid choice"),
         ("text --input {a} --tokenizer {t} --out {o} --shard-tokens 0", 2, "--shard-tokens: invalid positive number"),
-        ("pairs --tokenizer {t} --out {o}", 2, "give either --source and --target, or --input with .tsv or .jsonl"),
+        (
+            "pairs --tokenizer {t} --out {o}",
+            2,
+            "give either --source and --target, or --input with tables or JSON lines",
+        ),
         ("pairs --source {b} --target {b} --input {c} --tokenizer {t} --out {o}", 2, "give either --source and"),
         ("pairs --source {b} --tokenizer {t} --out {o}", 2, "--source names 1 files but --target 0"),
         ("pairs --source {b} --target {b} --val-source {b} --tokenizer {t} --out {o}", 2, "--val-source names 1 files"),
@@ -143,7 +147,14 @@ def test_wrong_words(
     tmp_path: Path, byte: Path, capfd: pytest.CaptureFixture, words: str, exit_code: int, message: str
 ):
     write(
-        tmp_path, **{"a.txt.gz": "text", "b": "line\n", "c.tsv": "label\ttext\n1\tx\n", "d.json": "{}", "e.txt.gz": "e"}
+        tmp_path,
+        **{
+            "a.txt.gz": "text",
+            "b": "line\n",
+            "c.tsv": "label\ttext\n1\tx\n",
+            "d.json": '{"data": []}',
+            "e.txt.gz": "e",
+        },
     )
     os.truncate(tmp_path / "e.txt.gz", 15)
     names = {path.name[0]: path for path in tmp_path.iterdir()}

@@ -16,7 +16,7 @@ from data_prep.corpus import InputFile
 from data_prep.labels import LabelsKind
 from data_prep.pieces import Piece
 from data_prep.prepare import PrepareOptions, prepare
-from data_prep.readers import TableReader
+from data_prep.tables import TableReader
 from data_prep.tokenizer import build_tokenizer
 from hvdtrain.data.shards import Manifest, read_manifest
 from hvdtrain.errors import EXIT_BAD_DATA, EXIT_IO, EXIT_USAGE, ConfigError, HvdtrainError, RankError

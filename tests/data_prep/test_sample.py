@@ -10,8 +10,9 @@ from preparing import files_of, items_of, write
 from data_prep import sample
 from data_prep.aligned import AlignedReader
 from data_prep.questions import SquadReader
-from data_prep.readers import TableReader, TextReader
+from data_prep.readers import TextReader
 from data_prep.sample import sample_texts, training_texts
+from data_prep.tables import TableReader
 from hvdtrain.errors import DataError
 
 

@@ -103,7 +103,7 @@ def test_compressed_input_gives_the_same_shards(tmp_path: Path, bpe: Path, suffi
     write(tmp_path / "packed", **{f"{name}{suffix}": text for name, text in texts.items()})
     for name in ("plain", "packed"):
         files = files_of(tmp_path / name)
-        run(lambda: text_kind(files, documents), bpe, tmp_path / f"{name}-out", val_fraction=0.3)  # noqa: B023
+        run(lambda: text_kind(files, documents), bpe, tmp_path / f"{name}-out", val_fraction=0.5)  # noqa: B023
     plain, packed = (snapshot(tmp_path / f"{name}-out") for name in ("plain", "packed"))
     assert {"train-00000.h5", "val-00000.h5", "tokenizer.json"} < set(plain)
     assert {name for name in plain if plain[name] != packed[name]} == {"manifest.json"}  # it knows the files' names
@@ -186,7 +186,7 @@ def test_the_tail_of_lines_is_whole_lines(tmp_path: Path, byte: Path):
 def test_a_tail_of_compressed_files_is_refused(tmp_path: Path, byte: Path):
     write(tmp_path / "in", **{"a.txt.gz": "text " * 100})
     files = find_files([tmp_path / "in"])
-    with pytest.raises(HvdtrainError, match="compressed files do not tell; use --val-split hash"):
+    with pytest.raises(HvdtrainError, match=r"a.txt.gz cannot be cut; use --val-split hash"):
         run(lambda: text_kind(files), byte, tmp_path / "out", val_split="tail", val_fraction=0.1)
     plain = files_of(write(tmp_path, **{"b.txt": "text " * 100}) / "b.txt")
     held_out = find_files([tmp_path / "in"], split="val")  # of which none is cut
