@@ -27,6 +27,8 @@ from hvdtrain.errors import (
     EXIT_OK,
     ConfigError,
     HvdtrainError,
+    LaunchError,
+    let_rank_0_speak,
     report,
     say,
 )
@@ -257,6 +259,8 @@ def main(argv: list[str] | None = None) -> int:
             return _COMMANDS[words.command](words, ranks)
     except HvdtrainError as error:
         report(error, is_main=is_main)
+        if isinstance(error, LaunchError):
+            let_rank_0_speak()
         return error.exit_code
     except KeyboardInterrupt:
         print("data_prep: interrupted; what is done is kept, run the same command again", file=sys.stderr)

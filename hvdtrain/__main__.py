@@ -1,9 +1,7 @@
 """``python -m hvdtrain`` and the console command ``hvdtrain``: run a command, turn errors into exit codes."""
 
 import os
-import signal
 import sys
-import time
 import traceback
 
 from hvdtrain import cli
@@ -17,6 +15,7 @@ from hvdtrain.errors import (
     crash_code,
     describe_crash,
     is_out_of_memory,
+    let_rank_0_speak,
     report,
     say,
     say_from,
@@ -26,16 +25,18 @@ from hvdtrain.errors import (
 def main(argv: list[str] | None = None) -> int:
     world = World()
     set_library_threads(os.environ)  # torch and numpy are loaded by the commands, below
+    words = sys.argv[1:] if argv is None else argv
     try:
-        world = detect_world()
-        return cli.run(sys.argv[1:] if argv is None else argv, world)
+        try:
+            world = detect_world()
+        except LaunchError:
+            if cli.works_on_ranks(words):
+                raise
+        return cli.run(words, world)
     except HvdtrainError as error:
         report(error, world.is_main)
         if not error.on_all_ranks and (world.size > 1 or isinstance(error, LaunchError)):
-            # The ranks never joined one another, and the launcher ends all as soon as the first has left: rank 0 shall
-            # have spoken by then, and each leave with its own exit code.
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            time.sleep(1)
+            let_rank_0_speak()
         return error.exit_code
     except KeyboardInterrupt:
         print("hvdtrain: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)

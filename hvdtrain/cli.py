@@ -164,6 +164,15 @@ def _add_choice(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+_LOOK = ("doctor", "plan", "report", "status")
+
+
+def works_on_ranks(argv: Sequence[str]) -> bool:
+    """Does it matter to these words whether there are other ranks? Some only look, whoever started them."""
+    first = argv[0] if argv else "--help"
+    return "--job" in argv or not (first in _LOOK or first.startswith("-") or {"-h", "--help"} & set(argv))
+
+
 def run(argv: Sequence[str], world: World) -> int:
     """Run one command; returns the exit code, raises HvdtrainError."""
     takes_settings = argv[:1] in (["train"], ["sweep"], ["plan"], ["submit"])

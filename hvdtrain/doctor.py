@@ -8,6 +8,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from hvdtrain.comm.world import detect_world
+from hvdtrain.errors import LaunchError
+
 _SELF_TEST = """
 from hvdtrain.comm.selftest import check_collectives
 from hvdtrain.comm.session import open_group
@@ -52,7 +55,7 @@ def _environment() -> dict[str, str]:
 
 
 def _self_test(launcher: list[str]) -> tuple[bool, str]:
-    env = _environment()
+    env = _environment() | {"HVDTRAIN_RANKS": "2"}  # whatever else has left its marks here
     if shutil.which(launcher[0], path=env["PATH"]) is None:
         return False, f"FAILED: no {launcher[0]} on the PATH"
     command = [*launcher, sys.executable, "-c", _SELF_TEST]
@@ -112,6 +115,16 @@ def _launchers() -> str:
     return ", ".join(name for name in ("horovodrun", "mpirun", "srun") if shutil.which(name, path=path)) or "none"
 
 
+def _ranks() -> str:
+    try:
+        world = detect_world()
+    except LaunchError as error:
+        return f"REFUSED: {error}"
+    return (
+        "this process is alone" if world.size == 1 else f"this is rank {world.rank} of {world.size}, {world.launcher}"
+    )
+
+
 def _slurm() -> str:
     if shutil.which("sinfo") is None:
         return "not here"
@@ -138,6 +151,7 @@ _CHECKS: list[tuple[str, Callable[[], str]]] = [
     ("MPI", _mpi),
     ("Horovod", _horovod),
     ("launchers", _launchers),
+    ("ranks", _ranks),
     ("Slurm", _slurm),
     ("cores", _cores),
     ("memory", _memory),

@@ -7,8 +7,10 @@ code. Anything else that escapes is a crash: exit code 70 and a traceback.
 import contextlib
 import errno
 import os
+import signal
 import socket
 import sys
+import time
 
 EXIT_OK = 0
 EXIT_USAGE = 2
@@ -129,6 +131,14 @@ def report(error: HvdtrainError, is_main: bool) -> None:
     if is_main and getattr(error, "rank", 0) == 0 and not getattr(error, "reported", False):
         say(describe(error))
     error.reported = True  # type: ignore[attr-defined]
+
+
+def let_rank_0_speak() -> None:
+    """Before a rank leaves that never joined the others: the launcher ends all as soon as the first has left. Rank 0
+    shall have spoken by then, and each leave with its own exit code.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(1)
 
 
 def say(message: str) -> None:

@@ -102,7 +102,7 @@ def launch(
 
 def environment() -> dict[str, str]:
     """This process's, with this Python's folder first on the PATH and without the marks of an outer launcher."""
-    outer = ("OMPI_", "OMP_NUM_THREADS", "PMI", "SLURM", "HOROVOD")
+    outer = ("OMPI_", "OMP_NUM_THREADS", "PMI", "SLURM", "HOROVOD", "RANK", "WORLD_SIZE", "HVDTRAIN_RANKS")
     clean = {name: value for name, value in os.environ.items() if not name.startswith(outer)}
     clean["PATH"] = f"{BIN}{os.pathsep}{clean.get('PATH', os.defpath)}"  # horovodrun looks there for mpirun
     if os.geteuid() == 0:

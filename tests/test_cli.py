@@ -245,10 +245,12 @@ def test_train_help_lists_every_key():
 
 
 def test_doctor():
-    done = succeed("doctor", timeout_s=200)
+    """Also where a launcher that cannot be joined has left its marks: it says so, and looks at all else."""
+    done = succeed("doctor", timeout_s=200, env={"RANK": "0", "WORLD_SIZE": "4"})
     rows = dict(re.split(r"  +", line, maxsplit=1) for line in done.stdout.splitlines())
     assert rows.keys() >= {"python", "torch", "CUDA", "MPI", "Horovod", "launchers", "Slurm", "cores", "memory"}
     all_four = "all-reduce, all-to-all, all-gather, broadcast"
     assert rows["2 ranks, mpirun"].strip() == f"{all_four} ok over mpi"
     assert rows["2 ranks, gloo"].strip() == f"{all_four} ok over gloo"
+    assert rows["ranks"].startswith("REFUSED: torchrun started 4 ranks")
     assert "MISSING" not in done.stdout

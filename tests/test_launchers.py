@@ -1,11 +1,12 @@
 """The same run under every launcher, and launchers that do not fit the ranks that they start."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
-from launch import TRACE, Prepared, launch, succeed, summary
+from launch import DATA_PREP, HVDTRAIN, TRACE, Prepared, launch, succeed, summary
 
 # Seen: 2e-8. The ranks' sums are added in another order, and 12 steps of AdamW follow.
 LOSS_TOLERANCE = 1e-4
@@ -75,14 +76,63 @@ def test_srun_without_pmi_is_refused(prepared: Prepared, tmp_path: Path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_launcher_of_another_mpi_is_refused(prepared: Prepared, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("launcher", "marks"),
+    [
+        ("mpirun", {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}),
+        # MPICH 4.0's, of which mpi4py would warn in three lines.
+        ("mpiexec", {"PMI_SIZE": "2", "PMI_RANK": "0", "PMI_FD": "9", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "2"}),
+    ],
+)
+def test_a_launcher_of_another_mpi_is_refused(prepared: Prepared, tmp_path: Path, launcher: str, marks: dict[str, str]):
     """Each rank of it finds itself alone in the MPI that Horovod was built with."""
-    marks = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}
     done = launch("train", prepared.recipe, "--run-dir", tmp_path / "run", env=marks, timeout_s=60)
-    assert (done.exit_code, len(done.messages), TRACE in done.text) == (2, 1, False), done
-    assert "mpirun started 2 tasks, but in MPI this process sees a world of 1" in done.messages[0]
+    assert (done.exit_code, len(done.stderr.splitlines()), done.stdout) == (2, 1, ""), done
+    assert re.search(rf"{launcher} started 2 tasks, but in \w.* \d\S+ this process sees a world of 1", done.messages[0])
     assert "use the mpirun of this environment" in done.messages[0]
     assert not (tmp_path / "run").exists()
+
+
+_EACH_COMMAND = """
+import json, os, subprocess, sys
+for words in json.loads(sys.argv[1]):
+    done = subprocess.run(words, capture_output=True, text=True)
+    with open(f"{sys.argv[2]}/{os.environ['RANK']}", "a") as file:
+        print(json.dumps([done.returncode, done.stderr.splitlines()]), file=file)
+"""
+
+
+def test_torchrun_is_refused(prepared: Prepared, trained: Path, tmp_path: Path):
+    """It would train two whole runs into one folder. Every rank leaves with the code, and the first one says why."""
+    (tmp_path / "each.py").write_text(_EACH_COMMAND)
+    (tmp_path / "said").mkdir()
+    words = [
+        (*HVDTRAIN, "train", prepared.recipe, "--run-dir", tmp_path / "run"),
+        (*HVDTRAIN, "evaluate", trained),
+        (*HVDTRAIN, "generate", trained, "--prompt", "def"),
+        (*DATA_PREP, "tokenizer", "--input", prepared.corpus, "--vocab-size", 300, "--out", tmp_path / "mine.json"),
+        (*HVDTRAIN, "status", trained),  # only looks
+    ]
+    given = json.dumps([[str(word) for word in row] for row in words])
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
+    succeed(tmp_path / "each.py", given, tmp_path / "said", program=torchrun)
+    first, second = (
+        [json.loads(line) for line in (tmp_path / "said" / rank).read_text().splitlines()] for rank in "01"
+    )
+    assert [code for code, _ in first] == [code for code, _ in second] == [2, 2, 2, 2, 0]
+    for _, (line,) in first[:4]:
+        assert line.startswith("hvdtrain: LaunchError: torchrun started 2 ranks (RANK=0, WORLD_SIZE=2), and hvdtrain")
+        assert "start with `horovodrun -np N`, mpirun or `srun --mpi=pmix`" in line
+        assert "set HVDTRAIN_RANKS=1" in line
+    assert [said for _, said in second] == [[]] * 5
+    assert not (tmp_path / "run").exists() and not (tmp_path / "mine.json").exists()
+
+
+def test_marks_that_are_left_over(prepared: Prepared, tmp_path: Path):
+    """A notebook on a cluster sets them for whoever comes; the user knows better."""
+    marks = {"RANK": "0", "WORLD_SIZE": "4", "HVDTRAIN_RANKS": "1"}
+    succeed("train", prepared.recipe, "train.steps=2", "--run-dir", tmp_path / "run", env=marks)
+    assert summary(tmp_path / "run")["world_size"] == 1
 
 
 def test_a_failing_mpi_test_ends_all_ranks(tmp_path: Path):

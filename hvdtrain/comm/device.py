@@ -19,8 +19,8 @@ def pick_device(request: str, world: World, group: Group) -> tuple[torch.device,
         if request == "cuda":
             raise ConfigError("device=cuda, but torch finds no GPU; see `python -m hvdtrain doctor`, or set device=cpu")
         return torch.device("cpu"), ["no GPU: computing on the CPU"]
-    # A launcher may show each rank its own GPU only; then that one is number 0.
-    if gpus == 1 and world.local_size > 1 and world.launcher == "srun":
+    # These may show each rank its own GPU only; then that one is number 0.
+    if gpus == 1 and world.launcher in ("srun", "jsrun", "flux run"):
         number = 0
     elif world.local_rank < gpus:
         number = world.local_rank

@@ -5,6 +5,7 @@ import ctypes
 import os
 import sys
 import threading
+import warnings
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -32,9 +33,13 @@ def start_mpi(world: World) -> ModuleType:
         os.environ.setdefault("OPAL_PREFIX", sys.prefix)
         # Its one-sided transport over libfabric, which nothing here uses, takes a second of every process's end.
         os.environ.setdefault("OMPI_MCA_btl", "^ofi")
-    from mpi4py import MPI
+    with warnings.catch_warnings():
+        # Marks of another MPI's launcher. What came of them is checked below, and said in one line.
+        warnings.filterwarnings("ignore", "suspicious MPI execution environment", RuntimeWarning)
+        from mpi4py import MPI
 
-    check_sizes(world, MPI.COMM_WORLD.Get_size(), "MPI")
+    name, version = MPI.get_vendor()
+    check_sizes(world, MPI.COMM_WORLD.Get_size(), f"{name} {'.'.join(map(str, version))}")
     _end_in_time(MPI, world.rank)
     return MPI
 

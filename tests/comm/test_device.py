@@ -44,9 +44,10 @@ def test_a_rank_takes_the_gpu_of_its_place_on_the_node(gpus):
     assert chosen == [2]
 
 
-def test_srun_may_show_each_rank_its_own_gpu_only(gpus):
+@pytest.mark.parametrize(("launcher", "local_size"), [("srun", 4), ("jsrun", 4), ("flux run", 1)])  # 1: not known
+def test_a_launcher_may_show_each_rank_its_own_gpu_only(gpus, launcher: str, local_size: int):
     gpus(1)
-    world = World(rank=3, size=4, local_rank=3, local_size=4, launcher="srun")
+    world = World(rank=3, size=4, local_rank=3, local_size=local_size, launcher=launcher)
     assert pick_device("auto", world, Several("nccl"))[0] == torch.device("cuda", 0)
 
 
