@@ -93,6 +93,14 @@ def test_a_launcher_of_another_mpi_is_refused(prepared: Prepared, tmp_path: Path
     assert not (tmp_path / "run").exists()
 
 
+def test_an_mpi_that_cannot_be_loaded_is_said(prepared: Prepared):
+    """The commonest: the module that it came with is not loaded in the job."""
+    marks = {"PMI_SIZE": "2", "PMI_RANK": "0", "MPI_LOCALRANKID": "0", "MPI4PY_LIBMPI": "/nowhere/libmpi.so"}
+    done = launch("verify", prepared.shards, program=DATA_PREP, env=marks)
+    assert (done.exit_code, len(done.stderr.splitlines())) == (2, 1), done
+    assert "mpiexec started 2 tasks, but MPI cannot be loaded here (/nowhere/libmpi.so: cannot open" in done.messages[0]
+
+
 _EACH_COMMAND = """
 import json, os, subprocess, sys
 for words in json.loads(sys.argv[1]):

@@ -22,7 +22,7 @@ LEAVE_S = 120.0  # for all ranks to leave, once they have nothing more to do
 def start_mpi(world: World) -> ModuleType:
     """Initialise MPI (collective) and return ``mpi4py.MPI``. It ends with the process, or the process ends without it.
 
-    Errors: LaunchError where MPI joins another world than the launcher announced.
+    Errors: LaunchError where MPI cannot be loaded, or joins another world than the launcher announced.
     """
     # Open MPI spins while it waits: with as many ranks as cores that takes a core away from the work. Yielding costs
     # nothing where cores are free. Read when MPI starts.
@@ -36,7 +36,15 @@ def start_mpi(world: World) -> ModuleType:
     with warnings.catch_warnings():
         # Marks of another MPI's launcher. What came of them is checked below, and said in one line.
         warnings.filterwarnings("ignore", "suspicious MPI execution environment", RuntimeWarning)
-        from mpi4py import MPI
+        try:
+            from mpi4py import MPI
+        except (ImportError, RuntimeError) as error:
+            *_, why = str(error).splitlines() or [type(error).__name__]
+            raise LaunchError(
+                f"{world.launcher} started {world.size} tasks, but MPI cannot be loaded here ({why}): "
+                "load the modules that were there when the environment was built, or build it again (make env)",
+                world.rank,
+            ) from None
 
     name, version = MPI.get_vendor()
     check_sizes(world, MPI.COMM_WORLD.Get_size(), f"{name} {'.'.join(map(str, version))}")
