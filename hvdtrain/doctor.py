@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from hvdtrain.comm.quota import quota_of_rank, read_limits
 from hvdtrain.comm.world import detect_world
 from hvdtrain.errors import LaunchError
 
@@ -136,7 +137,8 @@ def _cores() -> str:
     mine = len(os.sched_getaffinity(0))
     yielding = os.environ.get("OMPI_MCA_mpi_yield_when_idle")  # noqa: SIM112  (Open MPI's spelling)
     spin = "; OMPI_MCA_mpi_yield_when_idle=0: MPI will take cores away while it waits" if yielding == "0" else ""
-    return f"{mine} of {os.cpu_count()} usable{spin}"
+    quota = quota_of_rank(limits := read_limits(), [limits])
+    return f"{mine} of {os.cpu_count()} usable{f', by {quota}' if quota else ''}{spin}"
 
 
 def _memory() -> str:

@@ -7,6 +7,7 @@ import torch
 
 from hvdtrain.checkpoint import Weights
 from hvdtrain.comm.local_group import LocalGroup
+from hvdtrain.comm.session import threads_of_rank
 from hvdtrain.comm.world import World
 from hvdtrain.errors import ConfigError, say
 from hvdtrain.models.decoder import Decoder
@@ -82,6 +83,7 @@ def generate(
         raise ConfigError(f"generate works on one process; {world.launcher} started {world.size}")
     from tokenizers import Tokenizer
 
+    torch.set_num_threads(threads_of_rank(LocalGroup()))
     run = open_run(run_dir, world, LocalGroup(), weights=weights, which=which)
     if not isinstance(run.model, Decoder):
         raise ConfigError(f"generate goes on with a text; {run_dir} was trained for task.name={run.config.task.name}")

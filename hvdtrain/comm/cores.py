@@ -17,6 +17,7 @@ from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hvdtrain.comm.quota import Quota, quota_of_rank, read_limits
 from hvdtrain.comm.ranks import Ranks
 
 # Anyone who set these has a plan for the threads of a process; moving the process would spoil it.
@@ -119,29 +120,37 @@ class Cores:
 
 
 def take_cores(group: Ranks, bind: bool = True, topology: Topology | None = None) -> Cores:
-    """Find this rank's cores and, with ``bind``, move it there (collective).
+    """Find this rank's cores and, with ``bind``, move it there (collective). No more threads than its CPU quota either.
 
     OMP_NUM_THREADS, where set, is the number of threads; more than the rank's own cores: it is not bound.
     HVDTRAIN_BIND=none: no rank is ever bound. Only the calling thread moves, and those that it starts later: Horovod's,
     already running, may go on using whatever core is idle.
     """
     topology = read_topology() if topology is None else topology
-    host, cpus = socket.gethostname(), os.sched_getaffinity(0)
-    everyone = group.all_gather_object((host, tuple(sorted(cpus))))
-    neighbours = [set(theirs) for name, theirs in everyone if name == host]
+    host, cpus, limits = socket.gethostname(), os.sched_getaffinity(0), read_limits()
+    everyone = group.all_gather_object((host, tuple(sorted(cpus)), limits))
+    neighbours = [set(theirs) for name, theirs, _ in everyone if name == host]
+    quota = quota_of_rank(limits, [theirs for name, _, theirs in everyone if name == host])
     wanted = _number(os.environ.get("OMP_NUM_THREADS", ""))
     may_bind = bind and os.environ.get("HVDTRAIN_BIND", "") != "none"
     if may_bind and not any(name in os.environ for name in PLACED_BY_USER) and all(n == cpus for n in neighbours):
-        local_rank = sum(name == host for name, _ in everyone[: group.rank])
+        local_rank = sum(name == host for name, *_ in everyone[: group.rank])
         own = place(cpus, local_rank, len(neighbours), topology)
         if own is not None and (wanted or 1) <= len(topology.cores(own)):
             os.sched_setaffinity(0, own)
-            threads = wanted or len(topology.cores(own))
+            threads, count = _threads(wanted, len(topology.cores(own)), quota)
             nodes = sorted({topology.node(cpu) for cpu in own})
-            where = f"on cores {show(own)} of NUMA node {show(nodes)}"
-            return Cores(threads, frozenset(own), f"{_count(threads)}, bound {where}")
-    threads = wanted or _share(cpus, neighbours, topology)
-    return Cores(threads, None, f"{_count(threads)}, on any of cores {show(cpus)}")
+            return Cores(threads, frozenset(own), f"{count}, bound on cores {show(own)} of NUMA node {show(nodes)}")
+    threads, count = _threads(wanted, _share(cpus, neighbours, topology), quota)
+    return Cores(threads, None, f"{count}, on any of cores {show(cpus)}")
+
+
+def _threads(wanted: int | None, cores: int, quota: Quota | None) -> tuple[int, str]:
+    """How many, and in words; never none."""
+    threads, why = wanted or cores, ""
+    if quota is not None and quota.of_rank < threads:
+        threads, why = wanted or max(1, int(quota.of_rank)), f" {'above' if wanted else 'by'} {quota}"
+    return threads, f"{threads} thread{'s' if threads != 1 else ''} a rank{why}"
 
 
 def _share(cpus: set[int], neighbours: Sequence[set[int]], topology: Topology) -> int:
@@ -155,10 +164,6 @@ def _number(text: str) -> int | None:
     """OMP_NUM_THREADS may be a list for nested regions; the first one counts."""
     first = text.partition(",")[0].strip()
     return max(1, int(first)) if first.isdigit() else None
-
-
-def _count(threads: int) -> str:
-    return f"{threads} thread{'s' if threads != 1 else ''} a rank"
 
 
 def show(numbers: Sequence[int] | set[int]) -> str:

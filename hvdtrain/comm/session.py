@@ -154,7 +154,8 @@ def _show_stacks_of_crashes() -> None:
 
 
 def threads_of_rank(group: Ranks) -> int:
-    """Compute threads for this rank (collective): its share of the physical cores open to it and its neighbours.
+    """Compute threads for this rank (collective): its share of the physical cores and the CPU quota open to it
+    and its neighbours.
 
     OMP_NUM_THREADS, where set, is obeyed. A launcher that binds ranks to cores of their own is respected.
     """

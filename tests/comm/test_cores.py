@@ -10,6 +10,7 @@ import pytest
 from hvdtrain.comm import cores
 from hvdtrain.comm.cores import LIBRARY_THREADS, Topology, place, read_topology, set_library_threads, show, take_cores
 from hvdtrain.comm.local_group import LocalGroup
+from hvdtrain.comm.quota import Limit
 from hvdtrain.comm.session import threads_of_rank
 
 
@@ -102,13 +103,14 @@ def test_one_node_is_left_to_the_scheduler():
 
 
 class Node(LocalGroup):
-    """Rank ``rank`` of those that gathered (host, cores)."""
+    """Rank ``rank`` of those that gathered (host, cores). ``limits``: of each, on its processor time."""
 
-    def __init__(self, everyone: list[tuple[str, Any]], rank: int = 0):
+    def __init__(self, everyone: list[tuple[str, Any]], rank: int = 0, limits: Any = ()):
         self.everyone, self.rank, self.size = everyone, rank, len(everyone)
+        self.limits = limits or [()] * self.size
 
     def all_gather_object(self, value):
-        return [(host, tuple(cpus)) for host, cpus in self.everyone]
+        return [(host, tuple(cpus), limits) for (host, cpus), limits in zip(self.everyone, self.limits, strict=True)]
 
 
 @pytest.fixture
@@ -118,6 +120,7 @@ def moved(monkeypatch: pytest.MonkeyPatch) -> list[set[int]]:
         monkeypatch.delenv(name, raising=False)
     places: list[set[int]] = []
     monkeypatch.setattr("socket.gethostname", lambda: "here")
+    monkeypatch.setattr(cores, "read_limits", tuple)
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(ALL))
     monkeypatch.setattr("os.sched_setaffinity", lambda pid, cpus: places.append(set(cpus)))
     return places
@@ -198,9 +201,42 @@ def test_cores_are_shared_by_neighbours(monkeypatch: pytest.MonkeyPatch, everyon
     monkeypatch.setattr("socket.gethostname", lambda: "here")
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(everyone[0][1]))
     monkeypatch.setattr(cores, "read_topology", Topology)  # each hardware thread a core
+    monkeypatch.setattr(cores, "read_limits", tuple)
     assert threads_of_rank(Node(everyone)) == threads
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert threads_of_rank(Node(everyone)) == 3
+
+
+POD, BOX, OTHER = Limit((2, 1), 6.0), Limit((2, 2), 2.5), Limit((2, 3), 2.5)
+
+
+@pytest.mark.parametrize(
+    ("limits", "note"),
+    [
+        ([[BOX], [OTHER]], "2 threads a rank by a CPU quota of 2.5"),  # containers of their own
+        ([[BOX], [BOX]], "1 thread a rank by a CPU quota of 2.5 for 2 ranks"),
+        ([[POD], [POD]], "3 threads a rank by a CPU quota of 6 for 2 ranks"),
+        ([[Limit((2, 2), 0.5)], []], "1 thread a rank by a CPU quota of 0.5"),  # never none
+        ([[Limit((2, 2), 8.0)], []], "4 threads a rank"),  # the cores are fewer
+        ([[], [BOX]], "4 threads a rank"),
+    ],
+)
+def test_no_more_threads_than_the_quota(moved, two_nodes: Topology, monkeypatch, limits: list, note: str):
+    monkeypatch.setattr(cores, "read_limits", lambda: tuple(limits[0]))
+    node = Node([("here", ALL)] * 2, limits=limits)
+    found = take_cores(node, bind=False, topology=two_nodes)
+    assert found.note == f"{note}, on any of cores 0-15"
+    assert (found.threads, moved) == (int(note[0]), [])
+    found = take_cores(node, topology=two_nodes)
+    assert found.note == f"{note}, bound on cores 0-3,8-11 of NUMA node 0"
+    assert found.threads == int(note[0])
+
+
+def test_the_users_threads_above_the_quota_are_said(moved, two_nodes: Topology, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    monkeypatch.setattr(cores, "read_limits", lambda: (BOX,))
+    found = take_cores(Node([("here", ALL)], limits=[[BOX]]), topology=two_nodes)
+    assert (found.threads, found.note) == (4, "4 threads a rank above a CPU quota of 2.5, on any of cores 0-15")
 
 
 @pytest.mark.parametrize(
