@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from data_prep.arguments import make_parser
 from data_prep.bad import Counts, say_bad
 from data_prep.cleaning import Cleaning
-from data_prep.corpus import DEFAULT_GLOBS, InputFile, files_sha256, find_files, globs_of
+from data_prep.corpus import InputFile, files_sha256
 from data_prep.formats import SQUAD, endings_of, notes, resolve
 from hvdtrain.comm.cores import set_library_threads
 from hvdtrain.comm.ranks import Ranks
@@ -54,13 +54,28 @@ def _cleaning(words: argparse.Namespace) -> Cleaning:
     return Cleaning(words.invalid_utf8, words.normalise == "nfc")
 
 
-def _files(words: argparse.Namespace, name: str, globs: Sequence[str] = DEFAULT_GLOBS) -> list[InputFile]:
-    """The input of all splits: ``--NAME``, ``--val-NAME`` and ``--test-NAME``. globs: where --glob does not say."""
-    globs = getattr(words, "glob", None) or globs
+def _files(words: argparse.Namespace, ranks: Ranks, name: str) -> list[InputFile]:
+    """The input of all splits: ``--NAME``, ``--val-NAME`` and ``--test-NAME``. Rank 0 says what was left out."""
+    from data_prep.finding import Search
+
+    aligned = name in ("source", "target")
+    own = [words.out, words.out.parent / f"{words.out.stem}.record.json"]
+    if words.command != "tokenizer":
+        own = [words.tokenizer, words.out / "tokenizer.json", words.out / "manifest.json"]
+    search = Search(
+        endings=None if aligned else endings_of(words.command),
+        globs=() if aligned else words.glob,
+        exclude=words.exclude,
+        own=own,
+        every_name=aligned,
+    )
     found = []
     for prefix, split in (("", None), ("val_", "val"), ("test_", "test")):
         if inputs := getattr(words, f"{prefix}{name}", []):
-            found += find_files(inputs, globs, getattr(words, "exclude", []), split)
+            found += search.files(inputs, split)
+    if ranks.rank == 0:
+        for sentence in search.left_out.sentences():
+            say(sentence)
     return found
 
 
@@ -75,7 +90,7 @@ def _tokenizer(words: argparse.Namespace, ranks: Ranks) -> int:
         from data_prep.tokenizer import load_tokenizer, train_tokenizer
 
         reader = TextReader(
-            _files(words, "input"), field=words.field, cleaning=_cleaning(words), skip_bad=words.skip_bad
+            _files(words, ranks, "input"), field=words.field, cleaning=_cleaning(words), skip_bad=words.skip_bad
         )
 
         def texts(counts: Counter):
@@ -115,7 +130,7 @@ def _text(words: argparse.Namespace, ranks: Ranks) -> int:
     from data_prep.tokenizer import load_tokenizer
 
     def make() -> TextKind:
-        files = _files(words, "input")
+        files = _files(words, ranks, "input")
         reader = TextReader(files, words.documents, words.field, _cleaning(words), words.skip_bad)
         special = load_tokenizer(words.tokenizer)[1]
         return TextKind(reader, special["eos"], words.min_tokens, words.max_tokens)
@@ -131,8 +146,8 @@ def _pairs(words: argparse.Namespace, ranks: Ranks) -> int:
     from hvdtrain.data.shards import SPLITS
 
     def make() -> PairsKind:
-        sources, targets = _files(words, "source", ["*"]), _files(words, "target", ["*"])
-        tables = _files(words, "input", globs_of(*endings_of("pairs")))
+        sources, targets = _files(words, ranks, "source"), _files(words, ranks, "target")
+        tables = _files(words, ranks, "input")
         if bool(sources or targets) == bool(tables):
             raise ConfigError("give either --source and --target, or --input with tables or JSON lines")
         for split in (None, *SPLITS):
@@ -160,7 +175,7 @@ def _labels(words: argparse.Namespace, ranks: Ranks) -> int:
     from data_prep.tokenizer import load_tokenizer
 
     def make() -> LabelsKind | QuestionsKind:
-        files = resolve(_files(words, "input", globs_of(*endings_of("labels"))), "labels", words.quoted)
+        files = resolve(_files(words, ranks, "input"), "labels", words.quoted)
         frame = frame_tokens(load_tokenizer(words.tokenizer)[1])
         squad = [file for file in files if file.how == SQUAD]
         if squad and len(squad) < len(files):

@@ -1,9 +1,11 @@
 """The command line of data preparation."""
 
 import argparse
+import textwrap
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from data_prep.formats import describe
 from hvdtrain.errors import ConfigError
 
 
@@ -56,22 +58,57 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+_FOLDERS = """
+A folder is searched for these endings at any depth. --glob names others instead, by name ('*.md') or by the end of the
+path ('news/**/*.txt'); there case counts. Inputs are read in the order given, the files of a folder in the order of
+their names. Links to files and folders are followed, and a file of several names is read once. Left out, counted and
+named are: files of other endings; hidden ones, whose names begin with a dot (name them to --input, or begin a --glob
+with a dot); links that lead nowhere; pipes and devices; and what this program wrote (shards, tokenizers, runs). A pipe
+as --input is refused, for input is read more than once, and by every rank: write it to a file first."""
+
+_ALIGNED = """
+--source and --target are plain text, a line each; of a folder all files are read, whatever their endings, in the order
+of their names."""
+
+_SAMPLED = """
+Where the input is larger than --sample-mb, places are drawn from all of it; of a compressed file from its first part,
+four times as long as what is taken of it."""
+
+_COMPRESSED = """
+A compressed file is read from its start, by one rank, and makes as many shards as it takes. Memory does not grow with
+what it holds; only a .zst may ask for a window of up to 2 GiB (zstd --long=31), which is memory then."""
+
+
+class _Help(argparse.HelpFormatter):
+    """Paragraphs are filled, but those with indented lines are left as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        paragraphs = text.split("\n\n")
+        return "\n\n".join(part if "\n  " in part else textwrap.fill(part, width) for part in paragraphs)
+
+
+def _formats(command: str) -> dict[str, Any]:
+    """What ``--help`` says of files, for whoever wants to know what becomes of one."""
+    more = {"pairs": [_ALIGNED], "tokenizer": [_SAMPLED]}.get(command, [])
+    table = f"How files are read, by their endings:\n{describe(command)}"
+    return {"epilog": "\n".join([table, _FOLDERS, *more, _COMPRESSED]), "formatter_class": _Help}
+
+
 def _source() -> argparse.ArgumentParser:
     source = argparse.ArgumentParser(add_help=False)
     source.add_argument("--input", type=Path, nargs="+", required=True, metavar="PATH", help="files, or folders")
-    source.add_argument(
-        "--glob",
-        nargs="+",
-        default=[],
-        metavar="PATTERN",
-        help="which files of a folder, at any depth (default: *.txt and *.jsonl, for labels *.tsv, *.jsonl and *.json, "
-        "also with .gz, .zst or .xz)",
+    _folders(source)
+    source.add_argument("--field", default="text", metavar="NAME", help="of JSON objects: the text (default: text)")
+    return source
+
+
+def _folders(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--glob", nargs="+", default=[], metavar="PATTERN", help="which files of a folder (default: by ending, below)"
     )
-    source.add_argument(
+    command.add_argument(
         "--exclude", nargs="+", default=[], metavar="NAME", help="files or folders to leave out, by name"
     )
-    source.add_argument("--field", default="text", metavar="NAME", help="of .jsonl lines: the text (default: text)")
-    return source
 
 
 def _cleaning() -> argparse.ArgumentParser:
@@ -114,7 +151,7 @@ def _shards() -> argparse.ArgumentParser:
 
 
 def _add_tokenizer(commands, parents: list[argparse.ArgumentParser]) -> None:
-    tokenizer = commands.add_parser("tokenizer", parents=parents, help="train a tokenizer")
+    tokenizer = commands.add_parser("tokenizer", parents=parents, help="train a tokenizer", **_formats("tokenizer"))
     tokenizer.add_argument(
         "--kind", choices=KINDS, default="bpe", help="default: bpe (byte-level); byte needs no training"
     )
@@ -138,7 +175,9 @@ def _add_tokenizer(commands, parents: list[argparse.ArgumentParser]) -> None:
 
 
 def _add_text(commands, parents: list[argparse.ArgumentParser]) -> None:
-    text = commands.add_parser("text", parents=parents, help="plain text or .jsonl, for language models")
+    text = commands.add_parser(
+        "text", parents=parents, help="plain text or JSON, for language models", **_formats("text")
+    )
     text.add_argument(
         "--documents",
         choices=["file", "line", "blank-line"],
@@ -151,7 +190,9 @@ def _add_text(commands, parents: list[argparse.ArgumentParser]) -> None:
 
 
 def _add_pairs(commands, parents: list[argparse.ArgumentParser]) -> None:
-    pairs = commands.add_parser("pairs", parents=parents, help="two aligned texts, for translation and summarisation")
+    pairs = commands.add_parser(
+        "pairs", parents=parents, help="two aligned texts, for translation and summarisation", **_formats("pairs")
+    )
     for split in ("", "val-", "test-"):
         what = f" ({split[:-1]} split)" if split else ""
         for side in ("source", "target"):
@@ -159,8 +200,9 @@ def _add_pairs(commands, parents: list[argparse.ArgumentParser]) -> None:
                 f"--{split}{side}", type=Path, nargs="+", default=[], metavar="F", help=f"one {side} a line{what}"
             )
         pairs.add_argument(
-            f"--{split}input", type=Path, nargs="+", default=[], metavar="F", help=f"instead: .tsv or .jsonl{what}"
+            f"--{split}input", type=Path, nargs="+", default=[], metavar="F", help=f"instead: tables or JSON{what}"
         )
+    _folders(pairs)
     pairs.add_argument("--source-field", default="source", metavar="NAME", help="default: source")
     pairs.add_argument("--target-field", default="target", metavar="NAME", help="default: target")
     _columns(pairs)
@@ -169,7 +211,10 @@ def _add_pairs(commands, parents: list[argparse.ArgumentParser]) -> None:
 
 def _add_labels(commands, parents: list[argparse.ArgumentParser]) -> None:
     labels = commands.add_parser(
-        "labels", parents=parents, help=".tsv or .jsonl with labels, for classification; SQuAD .json for questions"
+        "labels",
+        parents=parents,
+        help="tables or JSON with labels, for classification; SQuAD's JSON for questions",
+        **_formats("labels"),
     )
     labels.add_argument("--label-field", default="label", metavar="NAME", help="default: label")
     labels.add_argument("--second-field", metavar="NAME", help="a second text, for sentence pairs")

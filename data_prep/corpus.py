@@ -1,10 +1,7 @@
-"""Finds the input files: named one by one, or folders searched by patterns; plain or compressed."""
+"""The files of the corpus: plain or compressed, opened, read and known again."""
 
-import fnmatch
 import hashlib
-import os
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -12,17 +9,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from data_prep.compressed import COMPRESSIONS, is_damage, open_compressed
-from hvdtrain.errors import ConfigError, DataError
+from hvdtrain.errors import DataError
 
 _WHOLE_BYTES = 1 << 30  # of a file that is read at once
-
-
-def globs_of(*suffixes: str) -> list[str]:
-    """Patterns for files of these kinds, plain and compressed."""
-    return [f"*{suffix}{packed}" for suffix in suffixes for packed in ("", *COMPRESSIONS)]
-
-
-DEFAULT_GLOBS = tuple(globs_of(".txt", ".jsonl"))
 
 
 @dataclass(frozen=True)
@@ -86,70 +75,6 @@ class InputFile:
         if len(content) > _WHOLE_BYTES:
             raise DataError(f"{self.path} holds more than {_WHOLE_BYTES >> 20} MiB, and such a file is read at once")
         return content
-
-
-def find_files(
-    inputs: Sequence[Path], globs: Sequence[str] = DEFAULT_GLOBS, exclude: Sequence[str] = (), split: str | None = None
-) -> list[InputFile]:
-    """All input files in a fixed order: the inputs as given, each folder's files by name.
-
-    exclude: names of files or folders, anywhere below an input folder, that are left out.
-    Errors: DataError where an input does not exist or cannot be read, a folder has no matching file, or all are empty.
-    """
-    found: list[InputFile] = []
-    for path in inputs:
-        if path.is_dir():
-            names = _matching(path, globs, exclude)
-            if not names:
-                raise DataError(f"input folder {path} has no file that matches {' or '.join(globs)} (--glob)")
-            found += [_input_file(path / name, name, split) for name in names]
-        elif path.exists():
-            found.append(_input_file(path, path.name, split))
-        else:
-            raise DataError(f"input {path} does not exist")
-    if not any(file.bytes for file in found):
-        raise DataError(f"the input is empty: {len(found)} files, 0 bytes")
-    return found
-
-
-def _matching(folder: Path, globs: Sequence[str], exclude: Sequence[str]) -> list[str]:
-    names: set[str] = set()
-    plain = [glob for glob in globs if glob and "/" not in glob]
-    for glob in set(globs) - set(plain):
-        try:
-            files = [file.relative_to(folder) for file in folder.rglob(glob) if file.is_file()]
-        except (ValueError, NotImplementedError) as error:
-            raise ConfigError(f"--glob {glob!r} is not a pattern for names below a folder: {error}") from None
-        names.update(file.as_posix() for file in files if not set(file.parts) & set(exclude))
-    if plain:
-        matches = re.compile("|".join(fnmatch.translate(glob) for glob in plain)).match
-        names.update(_walk(str(folder), "", matches, frozenset(exclude)))
-    return sorted(names)
-
-
-def _walk(folder: str, prefix: str, matches: Callable[[str], object], exclude: frozenset[str]) -> Iterator[str]:
-    """Files below ``folder``, several times faster than pathlib: a corpus may be a million of them."""
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name in exclude:
-                    continue
-                if entry.is_dir(follow_symlinks=False):
-                    yield from _walk(entry.path, f"{prefix}{entry.name}/", matches, exclude)
-                elif matches(entry.name) and entry.is_file():
-                    yield prefix + entry.name
-    except OSError as error:
-        raise DataError(f"cannot read {folder}: {error.strerror}") from None
-
-
-def _input_file(path: Path, name: str, split: str | None) -> InputFile:
-    try:
-        status = path.stat()
-        if not os.access(path, os.R_OK):
-            raise PermissionError(13, "Permission denied")
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from None
-    return InputFile(path, name, status.st_size, status.st_mtime_ns, split)
 
 
 def files_sha256(files: Sequence[InputFile], with_time: bool = False) -> str:

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from data_prep import aligned, pieces, readers, tables
-from data_prep.corpus import InputFile, find_files
+from data_prep.corpus import InputFile
+from data_prep.finding import Search
 from data_prep.prepare import Kind, PrepareOptions, prepare
 from data_prep.readers import Item, Reader, TextReader
 from data_prep.text import TextKind
@@ -82,7 +83,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 
 def files_of(*paths: Path, split: str | None = None) -> list[InputFile]:
-    return find_files(paths, ["*"], split=split)
+    return Search().files(paths, split)
 
 
 # --- plain ways to read, to compare with -------------------------------------------------------------------------

@@ -1,7 +1,6 @@
-"""Finding and opening the input: a fixed order, plain or compressed, and an error that names the file."""
+"""The input's files: plain or compressed, every byte is kept, an error names the file, and a corpus is known again."""
 
 import io
-import os
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -10,92 +9,8 @@ import pytest
 import zstandard
 from preparing import compressed, files_of, write
 
-from data_prep.corpus import COMPRESSIONS, DEFAULT_GLOBS, InputFile, files_sha256, find_files, globs_of
-from hvdtrain.errors import EXIT_BAD_DATA, ConfigError, DataError
-
-
-def names(inputs: list[Path], globs=("*.txt",), exclude=()) -> list[str]:
-    return [file.name for file in find_files(inputs, globs, exclude)]
-
-
-# --- finding -----------------------------------------------------------------------------------------------------
-
-
-def test_folders_are_searched_at_any_depth_in_the_order_of_names(tmp_path: Path):
-    write(tmp_path, **{"b.txt": "b", "a/z.txt": "z", "a/b/c.txt": "c", "a.txt": "a", "note.md": "m", "B.txt": "B"})
-    assert names([tmp_path]) == ["B.txt", "a.txt", "a/b/c.txt", "a/z.txt", "b.txt"]
-    assert names([tmp_path], ["*.md"]) == ["note.md"]
-    assert names([tmp_path], ["b*"]) == ["b.txt"]
-    assert names([tmp_path], ["b*", "*.md", "*.txt"]) == names([tmp_path], ["*"])  # each file once
-    assert names([tmp_path], ["*"]) == ["B.txt", "a.txt", "a/b/c.txt", "a/z.txt", "b.txt", "note.md"]
-    assert names([tmp_path], ["a/*.txt"]) == ["a/z.txt"]
-    assert names([tmp_path], ["a/*.txt", "note.*"]) == ["a/z.txt", "note.md"]
-
-
-def test_without_a_pattern_text_and_jsonl_are_taken_plain_or_compressed(tmp_path: Path):
-    kinds = [f"{suffix}{packed}" for suffix in (".txt", ".jsonl") for packed in ("", ".gz", ".zst", ".xz", ".bz2")]
-    write(tmp_path, **{f"a{kind}": "x" for kind in [*kinds, ".md", ".json", ".gz", ".txt.lz4", ".tsv"]})
-    assert names([tmp_path], DEFAULT_GLOBS) == sorted(f"a{kind}" for kind in kinds)
-    assert globs_of(".tsv") == ["*.tsv", "*.tsv.gz", "*.tsv.zst", "*.tsv.xz", "*.tsv.bz2"]
-
-
-def test_inputs_keep_the_order_in_which_they_are_given(tmp_path: Path):
-    write(tmp_path, **{"b.txt": "b", "sub/a.txt": "a", "sub/c.txt": "c", "notes": "n"})
-    assert names([tmp_path / "b.txt", tmp_path / "sub"]) == ["b.txt", "a.txt", "c.txt"]
-    assert names([tmp_path / "sub", tmp_path / "notes"]) == ["a.txt", "c.txt", "notes"]  # a file needs no pattern
-
-
-def test_exclude_is_by_name_of_file_or_folder_anywhere_below(tmp_path: Path):
-    write(tmp_path / "test", **{"a.txt": "a", "x/test/b.txt": "b", "x/c.txt": "c", "testing.txt": "d", "d/c.txt": "c"})
-    assert names([tmp_path / "test"], exclude=["test"]) == ["a.txt", "d/c.txt", "testing.txt", "x/c.txt"]
-    assert names([tmp_path / "test"], exclude=["test", "c.txt"]) == ["a.txt", "testing.txt"]
-    assert names([tmp_path / "test"], ["*/*.txt"], exclude=["test"]) == ["d/c.txt", "x/c.txt"]
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda f: f / "nowhere", "input {f}/nowhere does not exist"),
-        (lambda f: write(f, **{"x.md": "m"}), "input folder {f} has no file that matches *.txt or *.jsonl (--glob)"),
-        (lambda f: write(f / "empty", **{"x.txt": "", "y.txt": ""}), "the input is empty: 2 files, 0 bytes"),
-        (lambda f: f, "input folder {f} has no file that matches *.txt or *.jsonl (--glob)"),
-    ],
-    ids=["missing", "no match", "all empty", "empty folder"],
-)
-def test_no_input_is_a_data_error(tmp_path: Path, make, message: str):
-    with pytest.raises(DataError) as caught:
-        find_files([make(tmp_path)], ["*.txt", "*.jsonl"])
-    assert message.format(f=tmp_path) in str(caught.value)
-    assert caught.value.exit_code == EXIT_BAD_DATA
-
-
-@pytest.mark.parametrize("glob", ["", "/etc/*", "..", "**", "a/../*", "["])
-def test_an_odd_pattern_is_no_crash(tmp_path: Path, glob: str):
-    write(tmp_path, **{"a.txt": "a"})
-    try:
-        assert set(names([tmp_path], [glob])) <= {"a.txt"}
-    except ConfigError as error:
-        assert repr(glob) in str(error)
-    except DataError as error:
-        assert f"matches {glob} (--glob)" in str(error)
-
-
-def test_links_lead_to_files_but_not_in_circles(tmp_path: Path):
-    write(tmp_path, **{"in/a.txt": "a", "elsewhere/b.txt": "b"})
-    (tmp_path / "in" / "b.txt").symlink_to(tmp_path / "elsewhere" / "b.txt")
-    (tmp_path / "in" / "circle").symlink_to(tmp_path / "in")
-    (tmp_path / "in" / "nowhere.txt").symlink_to(tmp_path / "gone.txt")
-    assert names([tmp_path / "in"]) == ["a.txt", "b.txt"]
-
-
-def test_a_name_that_is_not_text(tmp_path: Path):
-    path = os.fsencode(tmp_path) + b"/caf\xe9.txt"
-    with open(path, "wb") as file:
-        file.write(b"a")
-    (file,) = find_files([tmp_path])
-    assert file.read_all() == b"a"
-    assert len(files_sha256([file])) == 64
-
+from data_prep.corpus import COMPRESSIONS, InputFile, files_sha256
+from hvdtrain.errors import DataError
 
 # --- opening -----------------------------------------------------------------------------------------------------
 
@@ -165,7 +80,7 @@ def test_a_file_that_vanishes_is_named(tmp_path: Path):
 
 def test_a_corpus_is_known_again(tmp_path: Path):
     def digest(name: str, **files: str) -> str:
-        return files_sha256(find_files([write(tmp_path / name, **files)]))
+        return files_sha256(files_of(write(tmp_path / name, **files)))
 
     first = digest("1", **{"a.txt": "x", "b.txt": "y"})
     assert digest("2", **{"a.txt": "x", "b.txt": "y"}) == first  # wherever it lies, and whenever it was written

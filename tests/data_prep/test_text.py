@@ -24,7 +24,7 @@ from preparing import (
 )
 
 from data_prep.cleaning import Cleaning
-from data_prep.corpus import COMPRESSIONS, find_files
+from data_prep.corpus import COMPRESSIONS
 from data_prep.text import within
 from hvdtrain.data.shards import Manifest, read_manifest
 from hvdtrain.errors import HvdtrainError
@@ -40,7 +40,7 @@ class Corpus:
         write(folder / "in", **{f"{number:03}.txt": text for number, text in enumerate(texts)})
 
     def prepare(self, tokenizer: Path, out: str = "out", documents: str = "file", **options) -> tuple[Manifest, bool]:
-        files = find_files([self.folder / "in"])
+        files = files_of(self.folder / "in")
         return run(lambda: text_kind(files, documents), tokenizer, self.folder / out, **options)
 
     def texts(self, split: str = "train", out: str = "out") -> list[str]:
@@ -185,11 +185,11 @@ def test_the_tail_of_lines_is_whole_lines(tmp_path: Path, byte: Path):
 
 def test_a_tail_of_compressed_files_is_refused(tmp_path: Path, byte: Path):
     write(tmp_path / "in", **{"a.txt.gz": "text " * 100})
-    files = find_files([tmp_path / "in"])
+    files = files_of(tmp_path / "in")
     with pytest.raises(HvdtrainError, match=r"a.txt.gz cannot be cut; use --val-split hash"):
         run(lambda: text_kind(files), byte, tmp_path / "out", val_split="tail", val_fraction=0.1)
     plain = files_of(write(tmp_path, **{"b.txt": "text " * 100}) / "b.txt")
-    held_out = find_files([tmp_path / "in"], split="val")  # of which none is cut
+    held_out = files_of(tmp_path / "in", split="val")  # of which none is cut
     run(lambda: text_kind([*plain, *held_out]), byte, tmp_path / "out", val_split="tail", val_fraction=0.1)
     assert texts_of(tmp_path / "out", "val") == ["text " * 10, "text " * 100]
 
