@@ -7,11 +7,11 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_prep.arguments import make_parser
+from data_prep.arguments import ALL_ROLES, make_parser
 from data_prep.bad import Counts, say_bad
 from data_prep.cleaning import Cleaning
 from data_prep.corpus import InputFile, files_sha256
@@ -35,6 +35,8 @@ from hvdtrain.errors import (
 from hvdtrain.malloc import keep_freed_memory
 
 if TYPE_CHECKING:
+    from data_prep.prepare import Kind
+    from data_prep.tokenizer_file import TokenizerFile
     from hvdtrain.data.shards import Manifest
 
 _LEFT_OUT = {
@@ -47,6 +49,8 @@ _LEFT_OUT = {
     "replaced_characters": "characters replaced by U+FFFD",
     "byte_order_marks": "byte order marks taken off",
     "quoted_cells": "cells kept with their quotes (--quoted reads these)",
+    "unknown_tokens": "tokens that stand for something unknown",
+    "dropped_characters": "characters that the tokenizer dropped, for it has no token for them",
 }
 
 
@@ -87,7 +91,8 @@ def _tokenizer(words: argparse.Namespace, ranks: Ranks) -> int:
             return None
         from data_prep.readers import TextReader
         from data_prep.sample import training_texts
-        from data_prep.tokenizer import load_tokenizer, train_tokenizer
+        from data_prep.tokenizer import train_tokenizer
+        from data_prep.tokenizer_file import load_tokenizer
 
         reader = TextReader(
             _files(words, ranks, "input"), field=words.field, cleaning=_cleaning(words), skip_bad=words.skip_bad
@@ -117,7 +122,7 @@ def _tokenizer(words: argparse.Namespace, ranks: Ranks) -> int:
         if words.report:
             from data_prep.vocabulary import vocabulary_report
 
-            print(vocabulary_report(load_tokenizer(words.out)[0], texts(Counter())).text())
+            print(vocabulary_report(load_tokenizer(words.out).tokenizer(), texts(Counter())).text())
         return record
 
     ranks.together(train)
@@ -127,25 +132,22 @@ def _tokenizer(words: argparse.Namespace, ranks: Ranks) -> int:
 def _text(words: argparse.Namespace, ranks: Ranks) -> int:
     from data_prep.readers import TextReader
     from data_prep.text import TextKind
-    from data_prep.tokenizer import load_tokenizer
 
-    def make() -> TextKind:
+    def make(tokenizer: "TokenizerFile") -> TextKind:
         files = _files(words, ranks, "input")
         reader = TextReader(files, words.documents, words.field, _cleaning(words), words.skip_bad)
-        special = load_tokenizer(words.tokenizer)[1]
-        return TextKind(reader, special["eos"], words.min_tokens, words.max_tokens)
+        return TextKind(reader, tokenizer.special["eos"], words.min_tokens, words.max_tokens)
 
-    return _prepare(ranks.together(make), words, ranks)
+    return _prepare(make, words, ranks)
 
 
 def _pairs(words: argparse.Namespace, ranks: Ranks) -> int:
     from data_prep.aligned import AlignedReader
     from data_prep.pairs import PairsKind
     from data_prep.tables import TableReader
-    from data_prep.tokenizer import load_tokenizer
     from hvdtrain.data.shards import SPLITS
 
-    def make() -> PairsKind:
+    def make(tokenizer: "TokenizerFile") -> PairsKind:
         sources, targets = _files(words, ranks, "source"), _files(words, ranks, "target")
         tables = _files(words, ranks, "input")
         if bool(sources or targets) == bool(tables):
@@ -155,7 +157,6 @@ def _pairs(words: argparse.Namespace, ranks: Ranks) -> int:
             if counts[0] != counts[1]:
                 option = "--" if split is None else f"--{split}-"
                 raise ConfigError(f"{option}source names {counts[0]} files but {option}target {counts[1]}")
-        special = load_tokenizer(words.tokenizer)[1]
         fields = [words.source_field, words.target_field]
         if tables:
             reader = TableReader(
@@ -163,25 +164,24 @@ def _pairs(words: argparse.Namespace, ranks: Ranks) -> int:
             )
         else:
             reader = AlignedReader(sources, targets, _cleaning(words), words.skip_bad)
-        return PairsKind(reader, special["eos"], words.min_tokens, words.max_tokens)
+        return PairsKind(reader, tokenizer.special["eos"], words.min_tokens, words.max_tokens)
 
-    return _prepare(ranks.together(make), words, ranks)
+    return _prepare(make, words, ranks)
 
 
 def _labels(words: argparse.Namespace, ranks: Ranks) -> int:
     from data_prep.labels import LabelsKind, frame_tokens
     from data_prep.questions import QuestionsKind, SquadReader
     from data_prep.tables import TableReader
-    from data_prep.tokenizer import load_tokenizer
 
-    def make() -> LabelsKind | QuestionsKind:
+    def make(tokenizer: "TokenizerFile") -> LabelsKind | QuestionsKind:
         files = resolve(_files(words, ranks, "input"), "labels", words.quoted)
-        frame = frame_tokens(load_tokenizer(words.tokenizer)[1])
+        frame = frame_tokens(tokenizer.special)
         squad = [file for file in files if file.how == SQUAD]
         if squad and len(squad) < len(files):
             raise ConfigError(f"SQuAD .json and labelled tables in one folder of shards: {squad[0].path} and others")
         if squad:
-            return QuestionsKind(SquadReader(files), words.tokenizer, frame, words.max_tokens or 384, words.stride)
+            return QuestionsKind(SquadReader(files), frame, words.max_tokens or 384, words.stride)
         fields = [words.label_field, words.field, *([words.second_field] if words.second_field else [])]
         most = 512 if words.max_tokens is None else words.max_tokens
         reader = TableReader(
@@ -195,19 +195,23 @@ def _labels(words: argparse.Namespace, ranks: Ranks) -> int:
         )
         return LabelsKind(reader, frame, most)
 
-    return _prepare(ranks.together(make), words, ranks)
+    return _prepare(make, words, ranks)
 
 
-def _prepare(kind, words: argparse.Namespace, ranks: Ranks) -> int:
+def _prepare(make: Callable[["TokenizerFile"], "Kind"], words: argparse.Namespace, ranks: Ranks) -> int:
     from data_prep.prepare import PrepareOptions, prepare
+    from data_prep.tokenizer_file import load_tokenizer
 
+    asked = {role: name for role in ALL_ROLES if (name := getattr(words, role)) is not None}
+    tokenizer = ranks.together(lambda: load_tokenizer(words.tokenizer, asked))
+    kind = ranks.together(lambda: make(tokenizer))
     fraction = words.val_fraction
     if fraction is None:
         fraction = 0.0 if any(file.split == "val" for file in kind.reader.files) else 0.01
     _say_how(kind.reader.files, ranks)
     options = PrepareOptions(fraction, getattr(words, "val_split", "hash"), words.shard_tokens, words.deduplicate)
     started = time.perf_counter()
-    manifest, reused = prepare(kind, options, words.tokenizer, words.out, ranks)
+    manifest, reused = prepare(kind, options, tokenizer, words.out, ranks)
     if ranks.rank == 0:
         _say_what_was_done(words.out, manifest, reused, time.perf_counter() - started)
     return EXIT_OK

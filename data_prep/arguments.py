@@ -40,6 +40,12 @@ _fraction.__name__, _positive.__name__, _count.__name__ = "fraction (0 to below 
 
 KINDS = ("bpe", "unigram", "char", "byte")
 ROLES = ("pad", "bos", "unk", "mask", "sep", "cls")
+ALL_ROLES = ("eos", *ROLES)
+
+_WHAT_ROLES_ARE = {
+    "eos": "the tokenizer's token that ends a document",
+    "unk": "the token for what its vocabulary lacks",
+}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -136,6 +142,9 @@ def _cleaning() -> argparse.ArgumentParser:
 def _shards() -> argparse.ArgumentParser:
     shards = argparse.ArgumentParser(add_help=False)
     shards.add_argument("--tokenizer", type=Path, required=True, metavar="FILE", help="tokenizer.json to use")
+    for role in ALL_ROLES:
+        what = _WHAT_ROLES_ARE.get(role, f"its {role} token")
+        shards.add_argument(f"--{role}", metavar="NAME", help=f"{what} (default: what the tokenizer's files say)")
     shards.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the shards")
     shards.add_argument(
         "--val-fraction",

@@ -6,54 +6,97 @@ where it does not know the kind of tokenizer, `tokenizers` does the work and tha
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from data_prep.pieces import end_of_text
-from hvdtrain.data.shards import tokenizer_vocab_size
+from data_prep.tokenizer_file import TokenizerFile, marking
+from hvdtrain.data.shards import vocab_size_of
+from hvdtrain.errors import DataError
 
 _SLOW_BYTES = 1 << 20  # of text that `tokenizers` encodes at once
+_WORD_SHOWN = 60  # characters of it
+# What a sample may lack, but not its corpus: both libraries must agree on that too.
+_ODD = "\x07 \u3000\u2028 ☃ 漢字 e\u0301 ﬁ \U0001f468\u200d\U0001f469 \U0001d54f \ue000 \ufffd ١٢ ไทย\r\n\t  x\n\n"
 
 # [tokens] uint32 and [documents + 1] int64
 Encoded = tuple[np.ndarray, np.ndarray]
+
+
+class UnknownWord(DataError):
+    """A text holds a word that has no token, and there is none for unknown words. ``text``: all of it."""
+
+    def __init__(self, word: str, text: str):
+        super().__init__(
+            f"the word {word!r} has no token, and the tokenizer has none for unknown words; name one with --unk NAME, "
+            "or use a tokenizer that was trained on such text"
+        )
+        self.text = text
 
 
 class Encoder:
     """``encode(documents)``; ``name`` says which library does it and ``note``, if any, why it is not the fast one.
 
     sample: texts of the corpus. ``bytes_per_token``: on the sample; it sizes the shards.
+    Errors: ``encode`` raises UnknownWord.
     """
 
-    def __init__(self, tokenizer_path: Path, sample: Sequence[bytes]):
-        self._tokenizer = Tokenizer.from_file(str(tokenizer_path))
-        self._tokenizer.encode_special_tokens = True
-        self._tokenizer.no_truncation()  # which a tokenizer.json may ask for
-        self._tokenizer.no_padding()
+    def __init__(self, file: TokenizerFile, sample: Sequence[bytes]):
+        self._tokenizer, self._file = file.tokenizer(), file
         self.name, self.note = "gigatoken", ""
+        fields = file.fields()
+        self.vocab_size = vocab_size_of(fields)
+        self._marking = marking(fields) if file.unknown == "dropped" else None
         try:
+            if file.unknown in ("dropped", "error"):
+                raise ValueError("it has no token for what it does not know")
             import gigatoken
 
-            fields = json.loads(tokenizer_path.read_text(encoding="utf-8"))
             added = fields.get("added_tokens", [])
             # It would take the name of a special token in a text for the token; to us that is text like any other.
             fields["added_tokens"] = [token for token in added if not token["special"]]
             self._fast = gigatoken.Tokenizer.from_json(json.dumps(fields))
-            names = [f"a {token['content']}b\n{token['content']}".encode() for token in added]
-            self.note = self._disagreement([*sample, *names])
+            probes = [*(f"a {token['content']}b\n{token['content']}" for token in added), _ODD]
+            self.note = self._disagreement([*sample, *(text.encode() for text in probes)])
         except BaseException as error:  # a panic in Rust is no Exception
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
             self.note = f"gigatoken does not take this tokenizer ({str(error).partition(chr(10))[0]})"
-        self.encode: Callable[[list[bytes]], Encoded] = self._encode_fast
+        self._encode: Callable[[list[bytes]], Encoded] = self._encode_fast
         if self.note:
-            self.name, self.encode = "tokenizers", self._encode_slow
-        self.vocab_size = tokenizer_vocab_size(tokenizer_path)
-        tokens = int(self.encode(list(sample))[1][-1]) if sample else 0
+            self.name, self._encode = "tokenizers", self._encode_slow
+        try:
+            tokens = int(self.encode(list(sample))[1][-1]) if sample else 0
+        except UnknownWord:  # which will be met again where its file is known
+            tokens = 0
         self.bytes_per_token = sum(map(len, sample)) / tokens if tokens else 1.0
+
+    def encode(self, documents: list[bytes], counts: Counter | None = None) -> Encoded:
+        """Tokens of documents; how much of them was unknown is added to ``counts``."""
+        tokens, offsets = self._encode(documents)
+        if counts is not None:
+            self._count_unknown(tokens, documents, counts)
+        return tokens, offsets
+
+    def encodings(self, texts: list[str], counts: Counter) -> list[Encoding]:
+        """The same from `tokenizers`, which knows each token's place in its text."""
+        found = self._asked(self._tokenizer.encode_batch, texts)
+        tokens = np.concatenate([np.empty(0, np.uint32), *(np.array(one.ids, np.uint32) for one in found)])
+        self._count_unknown(tokens, [text.encode() for text in texts], counts)
+        return found
+
+    def _count_unknown(self, tokens: np.ndarray, documents: list[bytes], counts: Counter) -> None:
+        if self._file.unknown == "token" and (number := int(np.count_nonzero(tokens == self._file.unknown_id))):
+            counts["unknown_tokens"] += number
+        if self._marking:
+            tokenizer, mark = self._marking
+            marked, _ = self._encode_slow(documents, tokenizer)
+            if number := int(np.count_nonzero(marked == mark)):
+                counts["dropped_characters"] += number
 
     def _encode_fast(self, documents: list[bytes]) -> Encoded:
         if not documents:
@@ -62,7 +105,7 @@ class Encoder:
         offsets = np.asarray(layout.offsets.data)
         return np.asarray(layout.content.data)[offsets[0] : offsets[-1]], offsets - offsets[0]
 
-    def _encode_slow(self, documents: list[bytes]) -> Encoded:
+    def _encode_slow(self, documents: list[bytes], tokenizer: Tokenizer | None = None) -> Encoded:
         """A mebibyte at a time: this library needs some hundred bytes of memory for each token."""
         pieces = [(number, piece) for number, text in enumerate(documents) for piece in _cut(text)]
         ids, lengths = [np.empty(0, np.uint32)], np.zeros(len(documents), np.int64)
@@ -73,12 +116,33 @@ class Encoder:
             size += len(piece)
             if size >= _SLOW_BYTES or place == len(pieces) - 1:
                 texts = [text.decode() for _, text in waiting]
-                found = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+                found = self._asked((tokenizer or self._tokenizer).encode_batch_fast, texts)
                 for (owner, _), encoding in zip(waiting, found, strict=True):
                     ids.append(np.array(encoding.ids, np.uint32))
                     lengths[owner] += len(ids[-1])
                 waiting, size = [], 0
         return np.concatenate(ids), np.concatenate([[0], np.cumsum(lengths)])
+
+    def _asked(self, encode: Callable[..., list[Encoding]], texts: list[str]) -> list[Encoding]:
+        """Errors: UnknownWord."""
+        try:
+            return encode(texts, add_special_tokens=False)
+        except Exception as error:  # the library raises plain Exception, and says neither which text nor which word
+            for text in texts:
+                if word := self._unknown_word(text):
+                    raise UnknownWord(word, text) from None
+            raise DataError(f"the tokenizer cannot encode this text: {error}") from None
+
+    def _unknown_word(self, text: str) -> str:
+        tokenizer = self._tokenizer
+        normal = tokenizer.normalizer.normalize_str(text) if tokenizer.normalizer else text
+        steps = tokenizer.pre_tokenizer
+        for word, (begin, end) in steps.pre_tokenize_str(normal) if steps else [(normal, (0, len(normal)))]:
+            try:
+                tokenizer.model.tokenize(word)
+            except Exception:
+                return normal[begin:end].strip()[:_WORD_SHOWN]
+        return ""
 
     def _disagreement(self, documents: list[bytes]) -> str:
         """What differs on the sample, or nothing."""

@@ -90,7 +90,7 @@ class LabelsKind:
 
     def encode(self, items: list[Item], counts: Counter) -> dict[str, np.ndarray]:
         first, last = self.frame
-        sides = [self._encoder.encode([item[side] for item in items]) for side in range(1, len(items[0]))]
+        sides = [self._encoder.encode([item[side] for item in items], counts) for side in range(1, len(items[0]))]
         rows = []
         for number in range(len(items)):
             parts = [tokens[offsets[number] : offsets[number + 1]] for tokens, offsets in sides]

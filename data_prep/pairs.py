@@ -42,7 +42,9 @@ class PairsKind:
         full = [item for item in items if all(text.strip() for text in item)]
         if empty := len(items) - len(full):
             counts["empty_side"] += empty
-        sides = [with_end(*self._encoder.encode([item[side] for item in full]), self.end_of_text) for side in (0, 1)]
+        sides = [
+            with_end(*self._encoder.encode([item[side] for item in full], counts), self.end_of_text) for side in (0, 1)
+        ]
         longest = np.maximum(sides[0][1], sides[1][1])
         shortest = np.minimum(sides[0][1], sides[1][1])
         kept = within(shortest, self.min_tokens, 0, counts)

@@ -26,13 +26,13 @@ import numpy as np
 from data_prep import duplicates
 from data_prep.bad import NAMED, Counts
 from data_prep.corpus import files_sha256
-from data_prep.encoder import Encoder
+from data_prep.encoder import Encoder, UnknownWord
 from data_prep.gathering import Gathering
 from data_prep.pieces import Piece, Unit, gather, share
 from data_prep.progress import Progress
 from data_prep.readers import Item, Reader
 from data_prep.sample import sample_texts
-from data_prep.tokenizer import load_tokenizer
+from data_prep.tokenizer_file import TokenizerFile
 from hvdtrain.comm.ranks import Ranks
 from hvdtrain.data.shards import (
     SHARD_NAME,
@@ -102,7 +102,7 @@ class SplitsOf:
 
 
 def prepare(
-    kind: Kind, options: PrepareOptions, tokenizer_path: Path, out: Path, ranks: Ranks
+    kind: Kind, options: PrepareOptions, tokenizer: TokenizerFile, out: Path, ranks: Ranks
 ) -> tuple[Manifest, bool]:
     """Write shards, tokenizer and manifest into ``out``; returns the manifest and whether it was there before.
 
@@ -110,7 +110,7 @@ def prepare(
     input is kept. Errors: DataError for bad text, ConfigError where ``out`` holds other shards, OutputError when
     writing fails.
     """
-    job = ranks.together(lambda: _Job(kind, options, tokenizer_path, out, ranks))
+    job = ranks.together(lambda: _Job(kind, options, tokenizer, out, ranks))
     ranks.agree(job.identity, "what is to be prepared")
     with ranks.together(lambda: _locked(out) if ranks.rank == 0 else nullcontext()):
         if ranks.together(lambda: (out / "manifest.json").exists()):
@@ -122,12 +122,11 @@ def prepare(
 class _Job:
     """One preparation on one rank."""
 
-    def __init__(self, kind: Kind, options: PrepareOptions, tokenizer_path: Path, out: Path, ranks: Ranks):
+    def __init__(self, kind: Kind, options: PrepareOptions, tokenizer: TokenizerFile, out: Path, ranks: Ranks):
         self.kind, self.options, self.out, self.ranks = kind, options, out, ranks
         self.parts = out / _PARTS
-        self.tokenizer_path = tokenizer_path
-        _, self.special = load_tokenizer(tokenizer_path)
-        self.encoder = Encoder(tokenizer_path, sample_texts(kind.reader))
+        self.tokenizer = tokenizer
+        self.encoder = Encoder(tokenizer, sample_texts(kind.reader))
         kind.begin(self.encoder)
         self.unit_bytes = max(1, int(options.shard_tokens * self.encoder.bytes_per_token))
         tail = options.val_fraction if options.val_split == "tail" else 0.0
@@ -139,7 +138,8 @@ class _Job:
             **asdict(options),
             **kind.reader.identity(),
             **kind.identity(),
-            "tokenizer_sha256": file_sha256(tokenizer_path),
+            "tokenizer_sha256": hashlib.sha256(tokenizer.content).hexdigest(),
+            "special_tokens": tokenizer.special,
             "files": len(kind.reader.files),
             "files_sha256": files_sha256(kind.reader.files),
         }
@@ -153,7 +153,7 @@ class _Job:
             for number in self.mine:
                 unit = self.units[number]
                 if not self._is_done(unit, dropped):
-                    self._make(unit, dropped, progress)
+                    self._make_or_name_its_file(unit, dropped, progress)
                 progress.unit_done(number)
             progress.wait_for_others()
         self.ranks.barrier()
@@ -165,7 +165,8 @@ class _Job:
 
         def compare() -> tuple[Manifest, list[int]]:
             manifest = read_manifest(self.out)
-            differing = [key for key, value in self.identity.items() if manifest.source.get(key) != value]
+            known = {"special_tokens": manifest.special_tokens, **manifest.source}
+            differing = [key for key, value in self.identity.items() if known.get(key) != value]
             stored = manifest.source.get("units", [])
             if not differing and len(stored) != len(self.units):
                 differing = ["contents"]  # the sizes are the same, but not the bytes of a token
@@ -210,9 +211,13 @@ class _Job:
                 path.unlink()
         try:
             self.parts.mkdir()
-            if self.tokenizer_path.resolve() != (self.out / "tokenizer.json").resolve():
+            if self.tokenizer.path.resolve() != (self.out / "tokenizer.json").resolve():
                 with writing(self.out / "tokenizer.json") as temporary:
-                    shutil.copyfile(self.tokenizer_path, temporary)
+                    temporary.write_bytes(self.tokenizer.content)
+            elif self.tokenizer.path.read_bytes() != self.tokenizer.content:
+                raise ConfigError(
+                    f"{self.tokenizer.path} must be changed for use ({self.tokenizer.notes[-1]}); move it out of --out"
+                )
         except OSError as error:
             raise OutputError(f"cannot write to {self.out}: {error.strerror}") from None
         write_json(known, self.identity)
@@ -220,6 +225,8 @@ class _Job:
     def _announce(self) -> None:
         if self.ranks.rank:
             return
+        for note in self.tokenizer.notes:
+            say(f"note: tokenizer {self.tokenizer.path}: {note}")
         if self.encoder.note:
             say(f"note: {self.encoder.note}; tokenizers does the work")
         if len(self.units) < self.ranks.size:
@@ -306,6 +313,21 @@ class _Job:
                 gathering.add(split, self.kind.encode(items, counts))
                 items.clear()
 
+    def _make_or_name_its_file(self, unit: Unit, dropped: "duplicates.Dropped", progress: Progress) -> None:
+        try:
+            self._make(unit, dropped, progress)
+        except UnknownWord as error:
+            raise DataError(f"{self._file_with(unit, error.text.encode())}: {error}") from None
+
+    def _file_with(self, unit: Unit, text: bytes) -> Path:
+        """Which file of a unit has an item with this text?"""
+        for piece in unit.pieces:
+            for item in (item for items in self.kind.reader.items(piece, Counter()) for item in items):
+                if text in item:
+                    file = piece.file
+                    return file.partner.path if file.partner and item.index(text) else file.path
+        return unit.pieces[0].file.path  # it was changed meanwhile
+
     def _finish(self) -> None:
         records = [read_json(self.parts / _record_name(unit)) for unit in self.units]
         rows = [row for record in records for row in record["shards"]]
@@ -325,13 +347,14 @@ class _Job:
             shards=tuple(sorted(shards, key=lambda shard: SPLITS.index(shard.split))),  # else by unit and part
             source={
                 **self.identity,
+                "tokenizer_notes": list(self.tokenizer.notes),
                 "documents": sum(shard.documents for shard in shards),
                 **counts,
                 "bad_items": [item for record in records for item in record["bad_items"]][:NAMED],
                 "units": [[unit.stamp, record["digest"]] for unit, record in zip(self.units, records, strict=True)],
             },
             kind=self.kind.name,
-            special_tokens=self.special,
+            special_tokens=self.tokenizer.special,
             label_names=self.kind.label_names,
         )
         write_manifest(self.out, manifest)

@@ -9,11 +9,9 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from data_prep.corpus import InputFile
 from data_prep.encoder import Encoder
@@ -85,7 +83,6 @@ class QuestionsKind:
     """
 
     reader: SquadReader
-    tokenizer_path: Path
     frame: tuple[int, int]
     max_tokens: int = 384
     stride: int = 128
@@ -101,10 +98,7 @@ class QuestionsKind:
         return {"max_tokens": self.max_tokens, "stride": self.stride, "question_tokens": self.question_tokens}
 
     def begin(self, encoder: Encoder) -> None:
-        self._tokenizer = Tokenizer.from_file(str(self.tokenizer_path))
-        self._tokenizer.encode_special_tokens = True
-        self._tokenizer.no_truncation()  # which a tokenizer.json may ask for
-        self._tokenizer.no_padding()
+        self._encoder = encoder
 
     def scan(self, splits_of: SplitsOf, units: Sequence[Unit], mine: Sequence[int], ranks: Ranks) -> None:
         pass
@@ -114,7 +108,7 @@ class QuestionsKind:
         first, last = self.frame
         texts = [[item[field].decode() for item in items] for field in (1, 2, 4)]
         # Characters of answers are wanted, so this is one for the library that gives each token's place in the text.
-        encoded = [self._tokenizer.encode_batch(side, add_special_tokens=False) for side in texts[:2]]
+        encoded = [self._encoder.encodings(side, counts) for side in texts[:2]]
         for number, (question, context) in enumerate(zip(*encoded, strict=True)):
             start = int(items[number][3])
             answer = self._tokens_of(context.offsets, start, start + len(texts[2][number])) if start >= 0 else None

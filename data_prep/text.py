@@ -36,7 +36,7 @@ class TextKind:
         pass
 
     def encode(self, items: list[Item], counts: Counter) -> dict[str, np.ndarray]:
-        tokens, lengths = with_end(*self._encoder.encode([text for (text,) in items]), self.end_of_text)
+        tokens, lengths = with_end(*self._encoder.encode([text for (text,) in items], counts), self.end_of_text)
         kept = within(lengths, self.min_tokens, self.max_tokens, counts)
         return (
             {"tokens": tokens[np.repeat(kept, lengths)], "doc_offsets": lengths[kept]}

@@ -16,35 +16,16 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from data_prep.roles import SPECIAL_TOKENS
 from hvdtrain.data.shards import read_json, write_json, writing
 from hvdtrain.errors import ConfigError, DataError, OutputError
 
 KINDS = ("bpe", "unigram", "char", "byte")
 
-# Role -> names by which it is known, ours first (for eos: the first that a tokenizer has ends each document).
-SPECIAL_TOKENS = {
-    "eos": ("<|endoftext|>", "</s>", "<eos>", "[SEP]"),
-    "pad": ("<|pad|>", "<pad>", "[PAD]"),
-    "bos": ("<|bos|>", "<s>", "<bos>"),
-    "unk": ("<|unk|>", "<unk>", "[UNK]"),
-    "mask": ("<|mask|>", "<mask>", "[MASK]"),
-    "sep": ("<|sep|>", "[SEP]"),
-    "cls": ("<|cls|>", "[CLS]"),
-}
 _ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())  # the letters that stand for the 256 bytes
 _SCORE_DECIMALS = 3  # of a natural logarithm of a probability
 _STEP = 1e-4  # of the library, between the scores of bytes that it never met
 _LONGEST_RUN = 1 << 10  # of white space, or of anything else, that unigram is trained on in one
-
-
-def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    """Role -> id, for the roles that the tokenizer has a token for."""
-    found = {}
-    for role, names in SPECIAL_TOKENS.items():
-        ids = (tokenizer.token_to_id(name) for name in names)
-        if (number := next((number for number in ids if number is not None), None)) is not None:
-            found[role] = number
-    return found
 
 
 def build_tokenizer(texts: Iterable[str], kind: str, vocab_size: int, special: Sequence[str] = ()) -> Tokenizer:
@@ -206,25 +187,3 @@ def train_tokenizer(
     with writing(out) as temporary:
         temporary.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     return {**record, "reused": False}
-
-
-def load_tokenizer(path: Path) -> tuple[Tokenizer, dict[str, int]]:
-    """An existing ``tokenizer.json`` and the ids of its special tokens by role; ``eos`` is among them.
-
-    If the file says to cut texts short or to pad them, that is not done: here it would lose text or add some.
-    Errors: DataError where it cannot be read or declares no end-of-text token.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read tokenizer {path}: {getattr(error, 'strerror', error)}") from None
-    try:
-        tokenizer = Tokenizer.from_str(text)
-    except Exception as error:  # the library raises plain Exception
-        raise DataError(f"{path} is not a tokenizer file: {error}") from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    special = special_ids(tokenizer)
-    if "eos" not in special:
-        raise DataError(f"{path} declares no end-of-text token ({', '.join(SPECIAL_TOKENS['eos'])})")
-    return tokenizer, special

@@ -1,12 +1,13 @@
 """What a vocabulary is worth on a text: coverage, bytes a token, which tokens are used most and least."""
 
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from data_prep.tokenizer import special_ids
+from data_prep.roles import unknown_token
 
 _AT_ONCE = 1 << 18  # characters encoded at a time; each may take some hundred bytes of memory
 _SHOWN = 10
@@ -53,10 +54,14 @@ class VocabularyReport:
 
 def vocabulary_report(tokenizer: Tokenizer, texts: Iterable[str]) -> VocabularyReport:
     """Encode ``texts`` and count; memory does not grow with them. The name of a special token in a text is text."""
-    tokenizer = Tokenizer.from_str(tokenizer.to_str())  # the caller's stays as it is
+    fields = json.loads(tokenizer.to_str())  # the caller's stays as it is
+    if "dropout" in fields["model"]:
+        fields["model"]["dropout"] = None
+    tokenizer = Tokenizer.from_str(json.dumps(fields))
     tokenizer.encode_special_tokens = True
     counts = np.zeros(max(tokenizer.get_vocab().values(), default=0) + 1, np.int64)  # ids may have gaps
-    unknown_id = special_ids(tokenizer).get("unk")
+    unknown = unknown_token(fields)
+    unknown_id = None if unknown is None else tokenizer.token_to_id(unknown)
     # Only the slower one tells which characters a token stands for.
     encode = tokenizer.encode_batch_fast if unknown_id is None else tokenizer.encode_batch
     characters = text_bytes = unknown = 0

@@ -71,7 +71,7 @@ def open_corpora(options: DataOptions) -> Corpora:
         entries.append((folder, manifest))
     first = entries[0][1]
     for folder, manifest in entries[1:]:
-        for key in ("tokenizer_sha256", "kind", "label_names"):
+        for key in ("tokenizer_sha256", "kind", "special_tokens", "label_names"):
             if getattr(manifest, key) != getattr(first, key):
                 raise DataError(
                     f"{folders[0]} and {folder} cannot be mixed: they differ in {key}; "

@@ -282,14 +282,18 @@ def check_tokenizer(folder: Path, manifest: Manifest) -> None:
 def tokenizer_vocab_size(path: Path) -> int:
     """Highest token id plus one, read from a Hugging Face `tokenizers` file without loading it."""
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        vocab = fields["model"]["vocab"]
-        ids = list(vocab.values()) if isinstance(vocab, dict) else list(range(len(vocab)))
-        return max(ids + [token["id"] for token in fields.get("added_tokens", [])]) + 1
+        return vocab_size_of(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is not a tokenizer file ({type(error).__name__}: {error})") from None
+
+
+def vocab_size_of(fields: Mapping[str, Any]) -> int:
+    """The same from the fields of such a file."""
+    vocab = fields["model"]["vocab"]
+    ids = list(vocab.values()) if isinstance(vocab, dict) else list(range(len(vocab)))
+    return max(ids + [token["id"] for token in fields.get("added_tokens", [])]) + 1
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:

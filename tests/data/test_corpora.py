@@ -80,10 +80,13 @@ def test_what_cannot_be_mixed(tmp_path: Path):
     labels = {"train": [labelled([([1, 2], 0)])]}
     write_corpus(tmp_path / "labels", labels, kind="labels", label_names=("x", "y"))
     write_corpus(tmp_path / "swapped", labels, kind="labels", label_names=("y", "x"))
+    for folder, end in (("ends with 0", 0), ("ends with 3", 3)):  # one tokenizer, and another --eos
+        write_corpus(tmp_path / folder, labels, kind="labels", label_names=("x", "y"), special_tokens={"eos": end})
     for first, second, key in [
         ("a", "larger", "tokenizer_sha256"),
         ("a", "labels", "kind"),
         ("labels", "swapped", "label_names"),
+        ("ends with 0", "ends with 3", "special_tokens"),
     ]:
         with pytest.raises(DataError) as caught:
             opened(tmp_path / first, tmp_path / second)

@@ -26,6 +26,7 @@ from data_prep.finding import Search
 from data_prep.prepare import Kind, PrepareOptions, prepare
 from data_prep.readers import Item, Reader, TextReader
 from data_prep.text import TextKind
+from data_prep.tokenizer_file import load_tokenizer
 from hvdtrain.comm.ranks import OneRank, Ranks
 from hvdtrain.data.shards import Manifest, read_manifest
 
@@ -171,7 +172,7 @@ def text_kind(files: Sequence[InputFile], documents: str = "file", least: int = 
 def run(make: Callable[[], Kind], tokenizer: Path, out: Path, ranks: int = 1, **options: Any) -> tuple[Manifest, bool]:
     """One preparation by so many ranks, each with a kind of its own."""
     settings = PrepareOptions(**{"val_fraction": 0.0, **options})
-    found = on_ranks(ranks, lambda one: prepare(make(), settings, tokenizer, out, one))
+    found = on_ranks(ranks, lambda one: prepare(make(), settings, load_tokenizer(tokenizer), out, one))
     assert all(one == found[0] for one in found)
     return found[0]
 

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from data_prep.labels import LabelsKind, _shortened, frame_tokens
 from data_prep.tables import TableReader
-from data_prep.tokenizer import load_tokenizer
+from data_prep.tokenizer_file import load_tokenizer
 from hvdtrain.data.shards import Manifest, read_manifest
 from hvdtrain.errors import ConfigError, HvdtrainError
 
@@ -27,7 +27,7 @@ class Labels:
 
     def __init__(self, folder: Path, tokenizer: Path, fields: tuple[str, ...] = ("label", "text")):
         self.folder, self.tokenizer, self.fields = folder, tokenizer, fields
-        self.special = load_tokenizer(tokenizer)[1]
+        self.special = load_tokenizer(tokenizer).special
         self.cls, self.sep = frame_tokens(self.special)
         self.out = folder / "out"
 

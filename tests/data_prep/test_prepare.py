@@ -18,6 +18,7 @@ from data_prep.pieces import Piece
 from data_prep.prepare import PrepareOptions, prepare
 from data_prep.tables import TableReader
 from data_prep.tokenizer import build_tokenizer
+from data_prep.tokenizer_file import load_tokenizer
 from hvdtrain.data.shards import Manifest, read_manifest
 from hvdtrain.errors import EXIT_BAD_DATA, EXIT_IO, EXIT_USAGE, ConfigError, HvdtrainError, RankError
 
@@ -132,7 +133,7 @@ def test_the_same_bytes_for_every_number_of_ranks(corpus: Corpus):
 def test_ranks_that_do_not_mean_the_same_are_refused(corpus: Corpus):
     def work(ranks):
         kind = text_kind(files_of(corpus.folder / "in"), "line", most=ranks.rank)
-        return prepare(kind, PrepareOptions(), corpus.tokenizer, corpus.out, ranks)
+        return prepare(kind, PrepareOptions(), load_tokenizer(corpus.tokenizer), corpus.out, ranks)
 
     with pytest.raises(RankError, match=r"what is to be prepared differs between ranks: .*max_tokens.*rank 1 has"):
         on_ranks(2, work)

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from data_prep.labels import frame_tokens
 from data_prep.questions import QuestionsKind, SquadReader
-from data_prep.tokenizer import load_tokenizer
+from data_prep.tokenizer_file import load_tokenizer
 from hvdtrain.data.check import check_shards
 from hvdtrain.data.shards import Manifest, read_manifest
 from hvdtrain.errors import EXIT_BAD_DATA, ConfigError, HvdtrainError
@@ -37,14 +37,14 @@ class Questions:
     def __init__(self, folder: Path, tokenizer: Path, **limits: int):
         self.folder, self.path, self.limits = folder, tokenizer, limits
         self.tokenizer = Tokenizer.from_file(str(tokenizer))
-        self.cls, self.sep = frame_tokens(load_tokenizer(tokenizer)[1])
+        self.cls, self.sep = frame_tokens(load_tokenizer(tokenizer).special)
 
     def prepare(self, content: str, ranks: int = 1, out: str = "out", name: str = "a.json", **options) -> Manifest:
         if not (self.folder / "in" / name).exists():
             write(self.folder / "in", **{name: content})
         files = files_of(self.folder / "in" / name)
         return run(
-            lambda: QuestionsKind(SquadReader(files), self.path, (self.cls, self.sep), **self.limits),
+            lambda: QuestionsKind(SquadReader(files), (self.cls, self.sep), **self.limits),
             self.path,
             self.folder / out,
             ranks,
@@ -199,10 +199,10 @@ def test_a_file_that_is_not_utf8_is_named(tmp_path: Path, byte: Path):
     (tmp_path / "in" / "a.json").write_bytes(b'{"data": "caf\xe9"}')
     files = files_of(tmp_path / "in" / "a.json")
     with pytest.raises(HvdtrainError, match=r"a\.json is not SQuAD JSON \(UnicodeDecodeError"):
-        run(lambda: QuestionsKind(SquadReader(files), byte, (1, 2)), byte, tmp_path / "out")
+        run(lambda: QuestionsKind(SquadReader(files), (1, 2)), byte, tmp_path / "out")
 
 
 def test_no_room_for_the_paragraph_is_refused(byte: Path):
     with pytest.raises(ConfigError, match="--max-tokens 67 leaves no room for text; it must be above 67"):
-        QuestionsKind(SquadReader([]), byte, (0, 0), max_tokens=67)
-    QuestionsKind(SquadReader([]), byte, (0, 0), max_tokens=68)
+        QuestionsKind(SquadReader([]), (0, 0), max_tokens=67)
+    QuestionsKind(SquadReader([]), (0, 0), max_tokens=68)

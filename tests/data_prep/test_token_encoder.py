@@ -14,6 +14,7 @@ from preparing import EOS, ODD_TEXTS
 from data_prep import encoder as encoder_module
 from data_prep.encoder import Encoder
 from data_prep.tokenizer import build_tokenizer
+from data_prep.tokenizer_file import load_tokenizer
 
 TEXT = (
     "It's 1984 — isn't it? 漢字とかな e\u0301 \U0001f468\u200d\U0001f469  two  spaces\r\n\tdef f():\n    return x\n" * 5
@@ -25,9 +26,13 @@ PIECES = st.sampled_from(
 )
 
 
+def encoder_of(tokenizer: Path, sample: list[bytes]) -> Encoder:
+    return Encoder(load_tokenizer(tokenizer), sample)
+
+
 @pytest.fixture(scope="module")
 def fast(bpe: Path) -> Encoder:
-    encoder = Encoder(bpe, [TEXT.encode()])
+    encoder = encoder_of(bpe, [TEXT.encode()])
     assert (encoder.name, encoder.note) == ("gigatoken", "")
     return encoder
 
@@ -45,7 +50,7 @@ def test_both_libraries_give_the_same_tokens(fast: Encoder, texts: list[str]):
 
 @pytest.mark.parametrize("kind", ["bpe", "byte", "unigram", "char"])
 def test_no_text_is_lost_by_any_kind(tokenizers_of: dict[str, Path], kind: str):
-    encoder = Encoder(tokenizers_of[kind], [TEXT.encode()])
+    encoder = encoder_of(tokenizers_of[kind], [TEXT.encode()])
     tokens, offsets = encoder.encode([text.encode() for text in [*ODD_TEXTS, ""]])
     back = [encoder._tokenizer.decode(tokens[a:b].tolist(), skip_special_tokens=False) for a, b in pairwise(offsets)]
     assert back == [*ODD_TEXTS, ""]
@@ -54,7 +59,7 @@ def test_no_text_is_lost_by_any_kind(tokenizers_of: dict[str, Path], kind: str):
 
 
 def test_what_the_fast_one_does_not_know_is_said(tokenizers_of: dict[str, Path]):
-    encoder = Encoder(tokenizers_of["char"], [TEXT.encode()])
+    encoder = encoder_of(tokenizers_of["char"], [TEXT.encode()])
     assert encoder.name == "tokenizers"
     assert "gigatoken does not take this tokenizer" in encoder.note
     tokens, offsets = encoder.encode([b"It's", b"", "漢".encode()])
@@ -71,8 +76,8 @@ def test_one_token_of_difference_is_enough(bpe: Path, monkeypatch: pytest.Monkey
         return tokens, offsets
 
     monkeypatch.setattr(Encoder, "_encode_fast", wrong)
-    encoder = Encoder(bpe, [b"first", b"second"])
-    assert (encoder.name, encoder.encode) == ("tokenizers", encoder._encode_slow)
+    encoder = encoder_of(bpe, [b"first", b"second"])
+    assert (encoder.name, encoder._encode) == ("tokenizers", encoder._encode_slow)
     assert "disagree on document 1 of the sample" in encoder.note
 
 
@@ -84,29 +89,29 @@ def test_a_crash_of_the_fast_one_is_no_crash(bpe: Path, monkeypatch: pytest.Monk
         raise PanicException("index out of bounds\nnote: run with RUST_BACKTRACE=1")
 
     monkeypatch.setattr(Encoder, "_encode_fast", panic)
-    encoder = Encoder(bpe, [TEXT.encode()])
+    encoder = encoder_of(bpe, [TEXT.encode()])
     assert encoder.note == "gigatoken does not take this tokenizer (index out of bounds)"
     assert len(encoder.encode([TEXT.encode()])[0]) > 0
 
 
 def test_without_the_library(bpe: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "gigatoken", None)
-    encoder = Encoder(bpe, [TEXT.encode()])
+    encoder = encoder_of(bpe, [TEXT.encode()])
     assert encoder.name == "tokenizers"
     assert "gigatoken" in encoder.note
     assert len(encoder.encode([TEXT.encode()])[0]) > 0
 
 
 def test_a_sample_may_be_long_or_empty(bpe: Path):
-    assert Encoder(bpe, ["漢".encode() * 30_000]).note == ""
-    encoder = Encoder(bpe, [])
+    assert encoder_of(bpe, ["漢".encode() * 30_000]).note == ""
+    encoder = encoder_of(bpe, [])
     assert (encoder.note, encoder.bytes_per_token) == ("", 1.0)
 
 
 def test_bytes_of_a_token(byte: Path, bpe: Path):
-    assert Encoder(byte, [b"four", "漢".encode()]).bytes_per_token == 1.0
-    tokens, _ = Encoder(bpe, [TEXT.encode()]).encode([TEXT.encode()])
-    assert Encoder(bpe, [TEXT.encode()]).bytes_per_token == len(TEXT.encode()) / len(tokens)
+    assert encoder_of(byte, [b"four", "漢".encode()]).bytes_per_token == 1.0
+    tokens, _ = encoder_of(bpe, [TEXT.encode()]).encode([TEXT.encode()])
+    assert encoder_of(bpe, [TEXT.encode()]).bytes_per_token == len(TEXT.encode()) / len(tokens)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +133,7 @@ def test_a_token_that_is_not_special_is_one_in_a_text(bpe: Path, tmp_path: Path)
     number = max(fields["model"]["vocab"].values()) + 1
     fields["added_tokens"].append({**fields["added_tokens"][0], "id": number, "content": "quux", "special": False})
     (tmp_path / "t.json").write_text(json.dumps(fields), encoding="utf-8")
-    encoder = Encoder(tmp_path / "t.json", [b"a quux b"])
+    encoder = encoder_of(tmp_path / "t.json", [b"a quux b"])
     assert encoder.note == ""
     assert number in encoder.encode([b"a quux b"])[0]
     assert encoder.vocab_size == number + 1
@@ -153,7 +158,7 @@ def test_the_paragraphs_of_a_chinese_novel(tmp_path: Path, monkeypatch: pytest.M
     """Each begins with two wide spaces, the first of which a tokenizer gathers with the line end before it."""
     text = ("\u3000\u3000漢字とかなの文章。\n" * 5 + "終\n") * 12
     build_tokenizer([text], "bpe", 300).save(str(tmp_path / "t.json"))
-    encoder = Encoder(tmp_path / "t.json", [text.encode()])
+    encoder = encoder_of(tmp_path / "t.json", [text.encode()])
     whole = encoder._tokenizer.encode(text, add_special_tokens=False)
     assert "\n\u3000" in {text[a:b] for a, b in whole.offsets}
     for at_once in range(100, 300, 17):

@@ -1,5 +1,6 @@
 """Tokenizers: nothing is lost, the same input gives the same file, and a file is never changed under a run."""
 
+import json
 import os
 import random
 import re
@@ -12,10 +13,12 @@ import gigatoken
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, pre_tokenizers
 
 from data_prep import tokenizer as module
-from data_prep.tokenizer import KINDS, SPECIAL_TOKENS, build_tokenizer, load_tokenizer, special_ids, train_tokenizer
+from data_prep.roles import SPECIAL_TOKENS, find_roles
+from data_prep.tokenizer import KINDS, build_tokenizer, train_tokenizer
+from data_prep.tokenizer_file import load_tokenizer
 from hvdtrain.data.shards import read_json, tokenizer_vocab_size
 from hvdtrain.errors import ConfigError, DataError, OutputError
 
@@ -58,7 +61,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def made(folder: Path) -> dict[str, Tokenizer]:
-    return {kind: load_tokenizer(folder / f"{kind}.json")[0] for kind in KINDS}
+    return {kind: Tokenizer.from_file(str(folder / f"{kind}.json")) for kind in KINDS}
 
 
 def ids_of(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -92,8 +95,8 @@ def test_nothing_of_any_text_is_lost(made: dict[str, Tokenizer], kind: str, text
 @pytest.mark.parametrize("kind", BYTE_COMPLETE)
 @given(text=st.lists(ANY_TEXT | st.sampled_from([END, UNKNOWN, "<|", "|>", " "])).map("".join))
 def test_the_name_of_a_special_token_can_be_text(folder: Path, kind: str, text: str):
-    tokenizer, special = load_tokenizer(folder / f"{kind}.json")
-    tokenizer.encode_special_tokens = True  # as data_prep encodes
+    loaded = load_tokenizer(folder / f"{kind}.json")
+    tokenizer, special = loaded.tokenizer(), loaded.special
     assert there_and_back(tokenizer, text) == text
     assert not {*special.values()} & {*ids_of(tokenizer, text)}
 
@@ -130,7 +133,9 @@ def test_the_vocabularies(folder: Path, made: dict[str, Tokenizer]):
     for kind in KINDS:
         assert tokenizer_vocab_size(folder / f"{kind}.json") == made[kind].get_vocab_size() == sizes[kind]
         assert made[kind].id_to_token(0) == END
-        assert load_tokenizer(folder / f"{kind}.json")[1] == ({"eos": 0, "unk": 1} if kind == "char" else {"eos": 0})
+        assert load_tokenizer(folder / f"{kind}.json").special == (
+            {"eos": 0, "unk": 1} if kind == "char" else {"eos": 0}
+        )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     for kind in ("bpe", "byte"):
         assert [made[kind].id_to_token(number) for number in range(1, 257)] == alphabet
@@ -152,9 +157,11 @@ def test_what_is_learned(kind: str):
 def test_special_tokens_come_first(kind: str):
     tokenizer = build_tokenizer([TEXT], kind, 300 if kind == "bpe" else 265, ["cls", "pad", "sep", "eos"])
     first = ["eos", "unk"] if kind == "char" else ["eos"]
-    assert special_ids(tokenizer) == {role: number for number, role in enumerate([*first, "cls", "pad", "sep"])}
+    roles = {role: SPECIAL_TOKENS[role][0] for role in [*first, "cls", "pad", "sep"]}
+    assert find_roles(json.loads(tokenizer.to_str())) == (roles, [])
+    assert [tokenizer.token_to_id(name) for name in roles.values()] == [*range(len(roles))]
     names = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
-    assert sorted(names) == sorted(SPECIAL_TOKENS[role][0] for role in special_ids(tokenizer))
+    assert sorted(names) == sorted(roles.values())
     assert tokenizer.decode(ids_of(tokenizer, "be<|cls|>")) == "be"  # left out where they are not asked for
 
 
@@ -296,83 +303,3 @@ def test_long_runs_are_cut_for_unigram(text: str):
     assert "".join(parts) == text
     assert not any(cut.search(part) for part in parts)
     assert len(parts) == 1 + sum((len(run) - 1) // 8 for run in re.findall(r"\S+|\s+", text))
-
-
-# --- tokenizers of others --------------------------------------------------------------------------------------------
-
-
-def gpt2() -> Tokenizer:
-    """Bytes, then merges, and the end of text last."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = [*letters, "Ġt", "he", "<|endoftext|>"]
-    vocab = {token: number for number, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[("Ġ", "t"), ("h", "e")]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|endoftext|>"])
-    return tokenizer
-
-
-def bert() -> Tokenizer:
-    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "##se"]
-    vocab = {token: number for number, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.WordPiece(vocab=vocab, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
-    tokenizer.add_special_tokens(tokens[:5])
-    return tokenizer
-
-
-def t5() -> Tokenizer:
-    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁the", -2.0), ("▁", -3.0)]
-    tokenizer = Tokenizer(models.Unigram(vocab, 2))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    tokenizer.add_special_tokens([AddedToken(name) for name, _ in vocab[:3]])
-    return tokenizer
-
-
-@pytest.mark.parametrize(
-    ("make", "expected"),
-    [
-        (gpt2, {"eos": 258}),
-        (bert, {"eos": 3, "pad": 0, "unk": 1, "mask": 4, "sep": 3, "cls": 2}),
-        (t5, {"eos": 1, "pad": 0, "unk": 2}),
-    ],
-)
-def test_special_tokens_of_others(tmp_path: Path, make, expected: dict[str, int]):
-    make().save(str(tmp_path / "t.json"))
-    tokenizer, special = load_tokenizer(tmp_path / "t.json")
-    assert special == special_ids(tokenizer) == expected
-    assert tokenizer.to_str() == make().to_str()
-
-
-@pytest.mark.parametrize(("have", "chosen"), [(["[SEP]", "</s>", END], END), (["[SEP]", "</s>"], "</s>")])
-def test_which_token_ends_a_document(have: list[str], chosen: str):
-    tokenizer = Tokenizer(models.WordLevel({name: number for number, name in enumerate(have)}, "[SEP]"))
-    assert special_ids(tokenizer)["eos"] == have.index(chosen)
-
-
-def test_no_text_is_cut_short(tmp_path: Path):
-    """Files for sentence embeddings say to cut each text after 128 tokens and to fill it up."""
-    tokenizer = bert()
-    tokenizer.enable_truncation(4)
-    tokenizer.enable_padding(length=9)
-    tokenizer.save(str(tmp_path / "t.json"))
-    found = load_tokenizer(tmp_path / "t.json")[0]
-    assert found.encode("the " * 5, add_special_tokens=False).ids == [5] * 5
-
-
-def test_files_that_are_no_tokenizer(folder: Path, tmp_path: Path):
-    path = tmp_path / "t.json"
-    with pytest.raises(DataError, match=r"cannot read tokenizer .*t\.json: No such file"):
-        load_tokenizer(path)
-    for content in (b"{}", b"\xff", b"", b"[]"):
-        path.write_bytes(content)
-        with pytest.raises(DataError, match=r"t\.json"):
-            load_tokenizer(path)
-    text = (folder / "bpe.json").read_text(encoding="utf-8")
-    path.write_text(text.replace(END, "<|fin|>"), encoding="utf-8")
-    with pytest.raises(DataError, match=r"declares no end-of-text token \(<\|endoftext\|>, </s>"):
-        load_tokenizer(path)
-    path.write_text(text.replace(END, "</s>"), encoding="utf-8")
-    assert load_tokenizer(path)[1]["eos"] == 0
