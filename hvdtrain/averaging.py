@@ -4,7 +4,7 @@ Source: Vaswani et al. 2017, 6.1 (the last 5 checkpoints, or 20, each 10 minutes
 scripts/average_checkpoints.py. What comes out is a run folder that ``evaluate`` and ``generate`` take like any other.
 It has no optimizer state, so ``train`` refuses to go on from it.
 
-    RUN_DIR/average-5/config.yaml                    the run's own
+    RUN_DIR/average-5/config.yaml, data/             the run's own
                       checkpoints/step-00000200/     named after the newest of them; its manifest lists all of them
 """
 
@@ -19,6 +19,7 @@ from hvdtrain import checkpoint
 from hvdtrain.checkpoint import CheckpointOptions, Progress, folder_of
 from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.comm.world import World
+from hvdtrain.data.carried import carry_over
 from hvdtrain.data.shards import sync_folder, writing
 from hvdtrain.errors import CheckpointError, ConfigError, OutputError, say
 from hvdtrain.metrics import versions
@@ -107,6 +108,7 @@ def _write_run(run_dir: Path, out: Path, tensors: dict[str, torch.Tensor], progr
         partial.mkdir(parents=True)
         with writing(partial / "config.yaml") as temporary:
             shutil.copyfile(run_dir / "config.yaml", temporary)
+        carry_over(run_dir, partial)
         checkpoint.save_tensors(partial, tensors, progress, LocalGroup(), CheckpointOptions(keep_last=0))
         os.replace(partial, out)
         sync_folder(out.parent)

@@ -72,7 +72,10 @@ def make_parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("evaluate", help="scores of a trained run on a whole split")
     evaluate.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    evaluate.add_argument("--data", type=Path, metavar="DIR", help="other shards than the run's own")
+    evaluate.add_argument(
+        "--data", type=Path, action="append", default=[], metavar="DIR",
+        help="shards to take instead of the run's own, or where these are now; again for each folder of a mixture",
+    )  # fmt: skip
     evaluate.add_argument("--split", default="val", choices=["train", "val", "test"], help="default: val")
     _add_choice(evaluate)
 

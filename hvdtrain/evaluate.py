@@ -1,5 +1,6 @@
 """Scores of a trained run on a whole split, shared by however many ranks there are."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,36 +11,44 @@ from hvdtrain.comm.session import open_group, threads_of_rank
 from hvdtrain.comm.world import World
 from hvdtrain.models.cpu import use_fast_matmul
 from hvdtrain.parallel.plan import Plan
-from hvdtrain.run_folder import open_run
+from hvdtrain.run_folder import find_run, open_data, open_model
 from hvdtrain.tasks import make_task
 from hvdtrain.tasks.task import Evaluation
 
 
 def evaluate(
     run_dir: Path,
-    data_dir: Path | None,
+    data_dirs: Sequence[Path],
     split: str,
     world: World,
     weights: Weights | None = None,
     which: str = "newest",
 ) -> dict[str, Any]:
-    """Scores of a checkpoint of the run: ``{"step", "split", "weights", "val_loss", ...}`` (collective).
+    """Scores of a checkpoint of the run: ``{"step", "split", "weights", "data", "val_loss", ...}`` (collective).
 
-    weights, which: see ``open_run``.
+    data_dirs: folders of shards to take; none: the run's own. weights: see ``open_model``. which: see ``find_run``.
+    ``"data"``: absolute ``folders``, their ``data_digest``, and whether they are the run's ``own``.
     """
     with open_group(world) as group:
         torch.set_num_threads(threads_of_rank(group))
-        run = open_run(run_dir, world, group, data_dir, weights, which)
-        config = run.config
-        if run.device.type == "cpu":
+        run = find_run(run_dir, group, which)
+        corpora = open_data(run, data_dirs, group)
+        trained, config = open_model(run, corpora, world, group, weights), run.config
+        if trained.device.type == "cpu":
             use_fast_matmul(config.precision)
 
         task = make_task(config.task)
 
         def open_split() -> Evaluation:
-            return task.open_evaluation(run.corpora, split, config.feed(group.rank, group.size), config.eval.rows)
+            return task.open_evaluation(corpora, split, config.feed(group.rank, group.size), config.eval.rows)
 
         batches = group.together(open_split)
-        plan = Plan(run.model, group, config.sync, config.precision, config.seed)
-        about = {"run": str(run_dir), "step": run.step, "split": split, "weights": run.weights}
+        plan = Plan(trained.model, group, config.sync, config.precision, config.seed)
+        data = {
+            "folders": [str(folder.absolute()) for folder, _ in corpora.entries],
+            "data_digest": corpora.data_digest,
+            "own": corpora.data_digest == run.data_digest,
+        }
+        step, kind = run.progress.step, trained.weights
+        about = {"run": str(run_dir), "step": step, "split": split, "weights": kind, "data": data}
         return {**about, **plan.evaluate(batches(), task)}

@@ -12,7 +12,7 @@ from hvdtrain.comm.world import World
 from hvdtrain.errors import ConfigError, say
 from hvdtrain.models.decoder import Decoder
 from hvdtrain.options import Options, option
-from hvdtrain.run_folder import open_run
+from hvdtrain.run_folder import find_run, open_model
 
 
 class SamplingOptions(Options):
@@ -75,7 +75,7 @@ def generate(
 ) -> str:
     """The prompt and what a checkpoint of the run makes of it. One process.
 
-    weights, which: see ``open_run``; where they are averaged, standard error says so.
+    weights: see ``open_model``; where they are averaged, standard error says so. which: see ``find_run``.
 
     Errors: ConfigError under a launcher with several ranks, or where the prompt has no known token.
     """
@@ -83,16 +83,19 @@ def generate(
         raise ConfigError(f"generate works on one process; {world.launcher} started {world.size}")
     from tokenizers import Tokenizer
 
-    torch.set_num_threads(threads_of_rank(LocalGroup()))
-    run = open_run(run_dir, world, LocalGroup(), weights=weights, which=which)
-    if not isinstance(run.model, Decoder):
+    group = LocalGroup()
+    torch.set_num_threads(threads_of_rank(group))
+    run = find_run(run_dir, group, which)
+    learned_from = run.learned_from()
+    trained = open_model(run, learned_from.corpora, world, group, weights)
+    if not isinstance(trained.model, Decoder):
         raise ConfigError(f"generate goes on with a text; {run_dir} was trained for task.name={run.config.task.name}")
-    tokenizer = Tokenizer.from_file(str(run.corpora.entries[0][0] / "tokenizer.json"))
-    stop = run.corpora.manifest.special_tokens.get("eos")
+    tokenizer = Tokenizer.from_file(str(learned_from.tokenizer))
+    stop = learned_from.corpora.manifest.special_tokens.get("eos")
     ids = tokenizer.encode(prompt, add_special_tokens=False).ids or ([stop] if stop is not None else [])
     if not ids:
         raise ConfigError("the prompt is empty; give --prompt TEXT")
-    if run.weights == "ema":
-        say(f"step {run.step}, averaged weights (ema)")
-    new = list(sample(run.model, ids, options, run.device, stop))
+    if trained.weights == "ema":
+        say(f"step {run.progress.step}, averaged weights (ema)")
+    new = list(sample(trained.model, ids, options, trained.device, stop))
     return prompt + tokenizer.decode(new)

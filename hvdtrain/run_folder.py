@@ -1,32 +1,64 @@
-"""Opens what a run left behind: its configuration, its data and a checkpoint."""
+"""Opens what a run left behind: a checkpoint, its model, and the data that it learned from.
 
-from dataclasses import dataclass
+    find_run     configuration, a whole checkpoint, what the folder carries of its data
+    open_model   the model of that checkpoint
+    open_data    the run's own shards, or others that are given; told apart by digest
+
+The first two need no shards.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from hvdtrain import checkpoint
+from hvdtrain.checkpoint import Progress
 from hvdtrain.comm.device import pick_device
 from hvdtrain.comm.group import Group
 from hvdtrain.comm.world import World
 from hvdtrain.config import RunConfig, make_config, parse_yaml
-from hvdtrain.data.corpora import Corpora, DataOptions, open_corpora
+from hvdtrain.data.carried import Carried, read_carried
+from hvdtrain.data.corpora import Corpora, folders_of, open_corpora, open_folders
 from hvdtrain.errors import CheckpointError, ConfigError, DataError
 from hvdtrain.tasks import make_task
 from hvdtrain.tasks.task import check_kind
 
 
 @dataclass(frozen=True)
-class TrainedRun:
-    """A model with its trained parameters, in evaluation mode on ``device``."""
+class Run:
+    """A run folder at one of its checkpoints. ``carried``: None where the run is of before folders carried anything."""
 
+    dir: Path
     config: RunConfig
+    checkpoint: Path
+    progress: Progress
+    carried: Carried | None
+
+    @property
+    def data_digest(self) -> str | None:
+        """Of what it was trained on; None: its checkpoint does not say."""
+        return (self.progress.identity or {}).get("data_digest")
+
+    def learned_from(self) -> Carried:
+        """Manifests and tokenizer of its data. Errors: DataError where the folder carries none and they are gone."""
+        if self.carried is not None:
+            return self.carried
+        _check_there(self, folders_of(self.config.data))
+        corpora = open_corpora(self.config.data)
+        _check_like_the_runs(self, corpora)
+        return Carried(corpora, corpora.entries[0][0] / "tokenizer.json")
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model with its trained parameters, in evaluation mode on ``device``. ``weights``: which of the checkpoint's."""
+
     model: nn.Module
     device: torch.device
-    step: int
-    weights: checkpoint.Weights  # which of the checkpoint's
-    corpora: Corpora
+    weights: checkpoint.Weights
 
 
 def read_config(run_dir: Path) -> RunConfig:
@@ -43,48 +75,134 @@ def read_config(run_dir: Path) -> RunConfig:
         raise CheckpointError(f"the run's configuration is damaged: {error}") from None
 
 
-def open_run(
-    run_dir: Path,
-    world: World,
-    group: Group,
-    data_dir: Path | None = None,
-    weights: checkpoint.Weights | None = None,
-    which: str = "newest",
-) -> TrainedRun:
-    """Load a checkpoint of a run (collective).
+def find_run(run_dir: Path, group: Group, which: str = "newest") -> Run:
+    """A run at one of its checkpoints (collective).
 
     which: ``newest`` (of those that are whole), ``best`` (by validation loss; see ``checkpoint.keep_best``) or a step.
-    weights: those of the last step (``raw``) or their average (``ema``); None: the average where there is one.
-
-    Errors: on all ranks; CheckpointError where there is no checkpoint, DataError where the data does not fit it,
-    ConfigError where an average or a checkpoint is asked for that is not there.
+    Errors: on all ranks; CheckpointError where there is no checkpoint, ConfigError where one is asked for that is not
+    there.
     """
     config = group.together(lambda: read_config(run_dir))
     found = checkpoint.choose_valid(run_dir, which, group)
 
-    def prepare() -> TrainedRun:
+    def look() -> Run:
         if found is None:
             raise CheckpointError(f"{run_dir} has no whole checkpoint yet; run `python -m hvdtrain train` to its end")
-        folder, progress = found
-        has_ema = checkpoint.has_ema(folder)
+        run = Run(run_dir, config, *found, read_carried(run_dir))
+        if run.carried is not None and run.carried.corpora.data_digest != run.data_digest:
+            raise CheckpointError(
+                f"{run_dir}/data is of other data (data_digest {run.carried.corpora.data_digest}) than "
+                f"{run.checkpoint} was trained on ({run.data_digest}): the folder was put together from two runs"
+            )
+        return run
+
+    return group.together(look)
+
+
+def open_model(
+    run: Run, corpora: Corpora, world: World, group: Group, weights: checkpoint.Weights | None = None
+) -> TrainedModel:
+    """The model of that checkpoint (collective).
+
+    corpora: whose manifest says how large vocabulary and labels are: the run's or, made alike, those to be read.
+    weights: those of the last step (``raw``) or their average (``ema``); None: the average where there is one.
+    Errors: on all ranks; ConfigError where an average is asked for that is not there.
+    """
+
+    def prepare() -> TrainedModel:
+        has_ema = checkpoint.has_ema(run.checkpoint)
         if weights == "ema" and not has_ema:
-            raise ConfigError(f"{folder} has no averaged weights (ema.decay was 0); take --weights raw")
+            raise ConfigError(f"{run.checkpoint} has no averaged weights (ema.decay was 0); take --weights raw")
         kind: checkpoint.Weights = weights or ("ema" if has_ema else "raw")
-        data = config.data if data_dir is None else DataOptions(dir=str(data_dir))
-        corpora = open_corpora(data)
-        task = make_task(config.task)
-        check_kind(corpora, config.task.name, task.kind)
-        for key, value in corpora.identity().items():
-            trained_on = (progress.identity or {}).get(key)
-            if key != "data_digest" and value != trained_on:
-                what = "list of labels" if key == "label_names" else "tokenizer"
-                raise DataError(
-                    f"{corpora.names} was made with another {what} than {run_dir} "
-                    f"({key}: {value}, not {trained_on}); prepare it as the run's data were"
-                )
-        device, _ = pick_device(config.device, world, group)
-        model = task.make_model(config.model, corpora.manifest).to(device)
-        checkpoint.load(folder, model, weights=kind)
-        return TrainedRun(config, model.eval(), device, progress.step, kind, corpora)
+        device, _ = pick_device(run.config.device, world, group)
+        model = make_task(run.config.task).make_model(run.config.model, corpora.manifest).to(device)
+        checkpoint.load(run.checkpoint, model, weights=kind)
+        return TrainedModel(model.eval(), device, kind)
 
     return group.together(prepare)
+
+
+# --- data --------------------------------------------------------------------------------------------------------
+
+
+def open_data(run: Run, given: Sequence[Path], group: Group) -> Corpora:
+    """The run's own shards, from where they were when it was trained, or other ones that are ``given`` (collective).
+
+    Errors: on all ranks; DataError where they are missing or not made as the run's were, or are not the run's own and
+    nobody has given them.
+    """
+
+    def look() -> Corpora:
+        corpora = _open_given(run, given) if given else _open_own(run)
+        _check_like_the_runs(run, corpora)
+        if not given:
+            _check_own(run, corpora)
+        return corpora
+
+    corpora = group.together(look)
+    group.agree(corpora.data_digest, f"the data in {corpora.names}")
+    return corpora
+
+
+def _open_own(run: Run) -> Corpora:
+    if run.carried is None:
+        _check_there(run, folders_of(run.config.data))
+        return open_corpora(run.config.data)
+    known = run.carried.corpora
+    folders = [folder for folder, _ in known.entries]
+    _check_there(run, folders)
+    return open_folders(folders, known.weights)
+
+
+def _open_given(run: Run, given: Sequence[Path]) -> Corpora:
+    """Where they are those of the run's mixture, in its order and with its weights: so they are known again."""
+    corpora = open_folders(given, (1.0,) * len(given))
+    known = run.carried.corpora if run.carried is not None else None
+    weights = known.weights if known is not None else tuple(run.config.data.mixture.values())
+    if len(weights) != len(given):
+        return corpora
+    order = [manifest.data_digest for _, manifest in known.entries] if known is not None else []
+    place = {digest: number for number, digest in enumerate(order)}
+    entries = sorted(corpora.entries, key=lambda entry: place.get(entry[1].data_digest, len(order)))
+    return replace(corpora, entries=tuple(entries), weights=weights)
+
+
+def _check_there(run: Run, folders: Sequence[Path]) -> None:
+    for folder in folders:
+        if not (folder / "manifest.json").exists():
+            where = f"no shards in {folder.absolute()}, where those of {run.dir} "
+            if run.carried is not None:
+                raise DataError(f"{where}were when it was trained; give --data DIR")
+            raise DataError(
+                f"{where}should be: its config.yaml says {folder}, seen from where it was trained; "
+                "start from there, or give --data DIR to evaluate"
+            )
+
+
+def _check_like_the_runs(run: Run, corpora: Corpora) -> None:
+    name = run.config.task.name
+    check_kind(corpora, name, make_task(run.config.task).kind)
+    for key, value in corpora.identity().items():
+        trained_on = (run.progress.identity or {}).get(key)
+        if key != "data_digest" and value != trained_on:
+            what = "list of labels" if key == "label_names" else "tokenizer"
+            raise DataError(
+                f"{corpora.names} was made with another {what} than {run.dir} "
+                f"({key}: {value}, not {trained_on}); prepare it as the run's data were"
+            )
+
+
+def _check_own(run: Run, corpora: Corpora) -> None:
+    if corpora.data_digest == run.data_digest:
+        return
+    names, found, known = corpora.names, corpora.data_digest, run.data_digest
+    if run.carried is not None:  # then it can be said which of a mixture
+        both = zip(corpora.entries, run.carried.corpora.entries, strict=True)
+        changed = [(folder, new, old) for (folder, new), (_, old) in both if new.data_digest != old.data_digest]
+        names = ", ".join(str(folder) for folder, _, _ in changed)
+        found = ", ".join(new.data_digest for _, new, _ in changed)
+        known = ", ".join(old.data_digest for _, _, old in changed)
+    raise DataError(
+        f"{names} holds other data than {run.dir} was trained on (data_digest {found}, not {known}): it was prepared "
+        "again, or is another folder of that name; --data DIR evaluates on other data, and the result says so"
+    )

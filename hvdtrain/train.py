@@ -20,6 +20,7 @@ from hvdtrain.comm.group import Group
 from hvdtrain.comm.session import open_group
 from hvdtrain.comm.world import World
 from hvdtrain.config import RunConfig, dump_yaml, flatten, load_config
+from hvdtrain.data.carried import carry
 from hvdtrain.data.corpora import Corpora, check_corpora, open_corpora, stage
 from hvdtrain.data.loader import TrainLoader
 from hvdtrain.data.shards import writing
@@ -350,6 +351,7 @@ class _Run:
             raise OutputError(f"cannot make run folder {self.run_dir}: {error.strerror}") from None
         with writing(self.run_dir / "config.yaml") as temporary:
             temporary.write_text(dump_yaml(self.recipe), encoding="utf-8")
+        carry(self.run_dir, self.config.data, self.data.corpora)
 
     def _announce(self, metrics: Metrics, model: torch.nn.Module) -> None:
         world, ranks = self.world, _count(self.group.size, "rank")

@@ -86,7 +86,7 @@ def test_what_a_run_leaves_behind(go: Train, tmp_path: Path):
     assert checkpoint.steps_saved(run) == [6, 4, 2]
     assert newest_valid(run, LocalGroup())[1].rows_consumed == 24
     assert yaml.safe_load((run / "config.yaml").read_text())["train"]["steps"] == 6
-    scores = evaluate(run, None, "val", World())
+    scores = evaluate(run, [], "val", World())
     assert (scores["val_loss"], scores["target_tokens"]) == (pytest.approx(summary["val_loss"], rel=1e-6), 99)
 
 
@@ -237,13 +237,13 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint(go: Train, tmp_path:
 
 def test_evaluation_of_every_split_and_of_other_data(go: Train, tmp_path: Path):
     go("run")
-    assert evaluate(tmp_path / "run", None, "train", World())["target_tokens"] == 599
+    assert evaluate(tmp_path / "run", [], "train", World())["target_tokens"] == 599
     write_data(tmp_path / "more", test=[random_tokens(34, seed=5)])
-    scores = evaluate(tmp_path / "run", tmp_path / "more", "test", World())
+    scores = evaluate(tmp_path / "run", [tmp_path / "more"], "test", World())
     assert (scores["target_tokens"], scores["split"], scores["step"]) == (33, "test", 6)
     write_data(tmp_path / "words", 51, val=[range(20)])
     with pytest.raises(HvdtrainError, match="made with another tokenizer") as caught:
-        evaluate(tmp_path / "run", tmp_path / "words", "val", World())
+        evaluate(tmp_path / "run", [tmp_path / "words"], "val", World())
     assert caught.value.exit_code == EXIT_BAD_DATA
 
 
@@ -251,7 +251,7 @@ def test_evaluation_of_every_split_and_of_other_data(go: Train, tmp_path: Path):
 def test_a_folder_that_is_no_run(go: Train, tmp_path: Path, opened: str):
     def look() -> None:
         if opened == "evaluate":
-            evaluate(tmp_path / "run", None, "val", World())
+            evaluate(tmp_path / "run", [], "val", World())
         else:
             generate(tmp_path / "run", "t1", SamplingOptions(), World())
 

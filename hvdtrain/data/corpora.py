@@ -56,14 +56,23 @@ class Corpora:
         return ", ".join(str(folder) for folder, _ in self.entries)
 
 
+def folders_of(options: DataOptions) -> list[Path]:
+    """As they are written there, in order."""
+    return [Path(name) for name in options.mixture or [options.dir]]
+
+
 def open_corpora(options: DataOptions) -> Corpora:
-    """Read and check manifests, tokenizers and the files' sizes; no shard is opened.
+    """Read and check manifests, tokenizers and the files' sizes; no shard is opened. Errors: see ``open_folders``."""
+    if any(not weight > 0 for weight in options.mixture.values()):
+        raise ConfigError(f"data.mixture={options.mixture}: weights must be above 0")
+    return open_folders(folders_of(options), tuple(options.mixture.values()) or (1.0,))
+
+
+def open_folders(folders: Sequence[Path], weights: tuple[float, ...]) -> Corpora:
+    """``open_corpora`` of any folders, a weight for each.
 
     Errors: DataError where one is missing or damaged, or they were made with different tokenizers.
     """
-    if any(not weight > 0 for weight in options.mixture.values()):
-        raise ConfigError(f"data.mixture={options.mixture}: weights must be above 0")
-    folders = [Path(name) for name in options.mixture or [options.dir]]
     entries = []
     for folder in folders:
         manifest = read_manifest(folder)
@@ -77,7 +86,7 @@ def open_corpora(options: DataOptions) -> Corpora:
                     f"{folders[0]} and {folder} cannot be mixed: they differ in {key}; "
                     "prepare both alike, with one tokenizer"
                 )
-    return Corpora(tuple(entries), tuple(options.mixture.values()) or (1.0,))
+    return Corpora(tuple(entries), weights)
 
 
 def check_corpora(corpora: Corpora, rank: int, size: int, threads: int) -> None:

@@ -48,7 +48,7 @@ def test_training_on_another_kind(go: Train, shards: dict[str, Path], tmp_path: 
 def test_evaluation_on_another_kind(go: Train, shards: dict[str, Path], tmp_path: Path, kind: str, given: str):
     """Given text, a classifier was made for no label at all, and the checkpoint blamed for not fitting it."""
     go("run", "train.steps=2", kind=kind)
-    message = fail(lambda: evaluate(tmp_path / "run", shards[given], "val", World()), EXIT_BAD_DATA)
+    message = fail(lambda: evaluate(tmp_path / "run", [shards[given]], "val", World()), EXIT_BAD_DATA)
     assert f"task.name={TASK_OF[kind]} reads shards of kind {kind}, but {shards[given]} has kind {given}" in message
 
 
@@ -130,4 +130,4 @@ def test_no_row_that_is_short_enough(go: Train, tmp_path: Path, kind: str):
 def test_evaluation_of_a_split_that_is_not_there(go: Train, shards: dict[str, Path], tmp_path: Path, kind: str):
     go("run", "train.steps=2", kind=kind)
     told = f"{shards[kind]} has no test shards; it has: train, val"
-    assert told in fail(lambda: evaluate(tmp_path / "run", None, "test", World()), EXIT_BAD_DATA)
+    assert told in fail(lambda: evaluate(tmp_path / "run", [], "test", World()), EXIT_BAD_DATA)

@@ -55,8 +55,8 @@ def test_a_run_cut_in_two_or_into_microbatches_is_the_run_that_was_not(go: Train
         assert resumed[key] == unbroken[key], key
     assert (parts["sample_digest"], parts["tokens"]) == (unbroken["sample_digest"], unbroken["tokens"])
     assert parts["val_loss"] == pytest.approx(unbroken["val_loss"], rel=1e-5)  # summed in another order
-    scores = evaluate(tmp_path / "cut", None, "val", World())
-    assert {**scores, "run": None, "split": None} == {key: resumed.get(key) for key in scores}
+    scores = evaluate(tmp_path / "cut", [], "val", World())
+    assert {**scores, "run": None, "split": None, "data": None} == {key: resumed.get(key) for key in scores}
 
 
 def test_packed_rows_are_a_run_of_their_own(go: Train):
@@ -108,8 +108,8 @@ def test_a_mixture_is_data_of_its_own(go: Train, shards: dict[str, Path], tmp_pa
     for key in ("data_digest", "sample_digest"):
         assert len({run[key] for run in (mixed, *alone)}) == 3, key
     assert mixed["target_tokens"] == 199  # both splits in one line
-    assert evaluate(tmp_path / "mixed", None, "val", World())["val_loss"] == mixed["val_loss"]
-    assert evaluate(tmp_path / "mixed", shards["text2"], "val", World())["target_tokens"] == 99
+    assert evaluate(tmp_path / "mixed", [], "val", World())["val_loss"] == mixed["val_loss"]
+    assert evaluate(tmp_path / "mixed", [shards["text2"]], "val", World())["target_tokens"] == 99
 
 
 def test_a_mixture_goes_on_with_its_own_weights_only(go: Train, shards: dict[str, Path]):
@@ -274,6 +274,6 @@ def test_labels_of_other_names_are_refused(go: Train, shards: dict[str, Path], t
     manifest = read_manifest(other)
     names = tuple("awful" if name == "bad" else name for name in manifest.label_names)
     write_manifest(other, replace(manifest, label_names=names))
-    assert evaluate(tmp_path / "run", shards["labels"], "val", World())["rows"] == 11
+    assert evaluate(tmp_path / "run", [shards["labels"]], "val", World())["rows"] == 11
     with pytest.raises(HvdtrainError, match=r"another list of labels than .*awful"):
-        evaluate(tmp_path / "run", other, "val", World())
+        evaluate(tmp_path / "run", [other], "val", World())
