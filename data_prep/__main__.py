@@ -45,6 +45,12 @@ _LEFT_OUT = {
     "too_long": "above --max-tokens left out",
     "empty_side": "pairs with an empty side left out",
     "cut_short": "cut at --max-tokens",
+    "kept_in_training": "of labels that only validation had kept in training",
+    "questions_without_answer": "questions that have no answer",
+    "questions_unlabelled": "questions of a test set, whose answers are not told",
+    "answers_moved": "answers found elsewhere in their paragraph than the file says",
+    "answers_in_no_window": "answers that fit no window, so that none has them",
+    "questions_cut": "questions cut at --question-tokens",
     "overlapping_windows": "more windows for long paragraphs",
     "replaced_characters": "characters replaced by U+FFFD",
     "byte_order_marks": "byte order marks taken off",
@@ -181,7 +187,9 @@ def _labels(words: argparse.Namespace, ranks: Ranks) -> int:
         if squad and len(squad) < len(files):
             raise ConfigError(f"SQuAD .json and labelled tables in one folder of shards: {squad[0].path} and others")
         if squad:
-            return QuestionsKind(SquadReader(files), frame, words.max_tokens or 384, words.stride)
+            reader = SquadReader(files, _cleaning(words), words.skip_bad)
+            most = 384 if words.max_tokens is None else words.max_tokens
+            return QuestionsKind(reader, frame, most, words.stride, words.question_tokens)
         fields = [words.label_field, words.field, *([words.second_field] if words.second_field else [])]
         most = 512 if words.max_tokens is None else words.max_tokens
         reader = TableReader(

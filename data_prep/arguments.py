@@ -235,6 +235,9 @@ def _add_labels(commands, parents: list[argparse.ArgumentParser]) -> None:
     labels.add_argument(
         "--stride", type=_positive, default=128, metavar="N", help="SQuAD: tokens from window to window (default: 128)"
     )
+    labels.add_argument(
+        "--question-tokens", type=_positive, default=64, metavar="N", help="SQuAD: of a question, at most (default: 64)"
+    )
 
 
 def _more_splits(command: argparse.ArgumentParser) -> None:

@@ -28,6 +28,9 @@ KINDS = {
     "field": "without a field, or with one of another type",
     "cells": "with more or fewer cells than columns",
     "label": "without a label",
+    "unseen": "with a label that training never has",
+    "question": "not a question as SQuAD has it",
+    "answer": "with an answer that is not in its paragraph",
 }
 
 

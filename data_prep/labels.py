@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.bad import BadItem, leave_out
 from data_prep.encoder import Encoder
 from data_prep.pieces import Unit
 from data_prep.prepare import SplitsOf
-from data_prep.readers import Item, Reader
+from data_prep.readers import Item
+from data_prep.tables import TableReader
 from hvdtrain.comm.ranks import Ranks
 from hvdtrain.data.shards import SPLITS
 from hvdtrain.errors import ConfigError, DataError
@@ -37,10 +39,11 @@ def check_room(max_tokens: int, taken: int) -> None:
 class LabelsKind:
     """frame: ids of [cls] and [sep]. A text above ``max_tokens`` (0: no limit) loses its end, and that is counted.
 
-    Errors: DataError for a label in another split that training never has; ConfigError for too small a ``max_tokens``.
+    Errors: DataError for a label in another split that training never has, unless the reader skips what is bad;
+    ConfigError for too small a ``max_tokens``.
     """
 
-    reader: Reader
+    reader: TableReader
     frame: tuple[int, int]
     max_tokens: int = 512
 
@@ -57,41 +60,62 @@ class LabelsKind:
         self._encoder = encoder
 
     def scan(self, splits_of: SplitsOf, units: Sequence[Unit], mine: Sequence[int], ranks: Ranks) -> None:
-        """Which labels are there? Numbers are ordered as numbers, names by their letters."""
+        """Which labels are there? Numbers are ordered as numbers, names by their letters.
+
+        A label of which chance gave every text to validation keeps one in training: that with the highest digest, which
+        was the last to go there. So all else stays where it was.
+        """
         found = ranks.together(lambda: self._labels(splits_of, units, mine))
         seen: dict[str, dict[str, str]] = {name: {} for name in SPLITS}  # split -> label -> a file that has it
-        for part in ranks.all_gather_object(found):
+        spare: dict[str, bytes] = {}
+        for part, by_chance in ranks.all_gather_object(found):
             for split, labels in part.items():
                 seen[split] = labels | seen[split]
-        train = seen["train"]
+            spare |= {label: max(digest, spare.get(label, b"")) for label, digest in by_chance.items()}
+        splits_of.kept = frozenset(digest for label, digest in spare.items() if label not in seen["train"])
+        train = {*seen["train"], *spare}
         numbers = all(label.removeprefix("-").isdecimal() for label in train)
         self.label_names = tuple(sorted(train, key=lambda label: (int(label) if numbers else 0, label)))
         self._numbers = {label.encode(): number for number, label in enumerate(self.label_names)}
+        known = f"training, which has {len(train)}: {', '.join(self.label_names[:20])}{', ...' * (len(train) > 20)}"
+        self._strange: dict[bytes, str] = {}
+        for split in SPLITS[1:]:
+            for label in sorted({*seen[split]} - train):
+                message = f"{seen[split][label]}: label {label!r} of the {split} split is never seen in {known}"
+                self._strange.setdefault(label.encode(), message)
 
         def check() -> None:
-            known = ", ".join(self.label_names[:20]) + ", ..." * (len(train) > 20)
-            for split in SPLITS[1:]:
-                if strange := sorted(set(seen[split]) - set(train)):
-                    raise DataError(
-                        f"{seen[split][strange[0]]}: label {strange[0]!r} of the {split} split is never seen in "
-                        f"training, which has {len(train)}: {known}"
-                    )
+            if self._strange and not self.reader.skip_bad:
+                raise DataError(f"{next(iter(self._strange.values()))} (--skip-bad leaves such texts out)")
 
         ranks.together(check)
 
-    def _labels(self, splits_of: SplitsOf, units: Sequence[Unit], mine: Sequence[int]) -> dict[str, dict[str, str]]:
+    def _labels(
+        self, splits_of: SplitsOf, units: Sequence[Unit], mine: Sequence[int]
+    ) -> tuple[dict[str, dict[str, str]], dict[str, bytes]]:
+        """Split -> label -> a file that has it; and the highest digest of each label's texts that validation has by
+        chance.
+        """
         found: dict[str, dict[str, str]] = {name: {} for name in SPLITS}
+        by_chance: dict[str, bytes] = {}
         for number in mine:
             for piece in units[number].pieces:
                 for items in self.reader.items(piece, Counter()):
                     for item in items:
-                        found[splits_of(item, piece)[0]].setdefault(item[0].decode(), str(piece.file.path))
-        return found
+                        split, digest = splits_of(item, piece)
+                        label = item[0].decode()
+                        if split == "val" and piece.split is None:
+                            by_chance[label] = max(digest, by_chance.get(label, b""))
+                        else:
+                            found[split].setdefault(label, str(piece.file.path))
+        return found, by_chance
 
     def encode(self, items: list[Item], counts: Counter) -> dict[str, np.ndarray]:
         first, last = self.frame
-        sides = [self._encoder.encode([item[side] for item in items], counts) for side in range(1, len(items[0]))]
-        rows = []
+        texts = len(items[0]) - 1
+        items = [item for item in items if not self._is_strange(item, counts)]
+        sides = [self._encoder.encode([item[side] for item in items], counts) for side in range(1, texts + 1)]
+        rows = [np.empty(0, np.int64)]
         for number in range(len(items)):
             parts = [tokens[offsets[number] : offsets[number + 1]] for tokens, offsets in sides]
             if self.max_tokens and sum(map(len, parts)) + len(parts) + 1 > self.max_tokens:
@@ -100,9 +124,15 @@ class LabelsKind:
             rows.append(np.concatenate([[first], *(np.append(part, last) for part in parts)]))
         return {
             "tokens": np.concatenate(rows),
-            "doc_offsets": np.array([len(row) for row in rows], np.int64),
+            "doc_offsets": np.array([len(row) for row in rows[1:]], np.int64),
             "labels": np.array([self._numbers[item[0]] for item in items], np.int64),
         }
+
+    def _is_strange(self, item: Item, counts: Counter) -> bool:
+        if item[0] not in self._strange:
+            return False
+        leave_out(BadItem("unseen", self._strange[item[0]]), True, counts)
+        return True
 
 
 def _shortened(parts: list[np.ndarray], room: int) -> list[np.ndarray]:

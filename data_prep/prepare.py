@@ -90,7 +90,11 @@ class Kind(Protocol):
 
 
 class SplitsOf:
-    """Which split does an item belong to, and what is its digest?"""
+    """Which split does an item belong to, and what is its digest? ``kept``: digests of items that stay in training,
+    though chance gave them to validation.
+    """
+
+    kept: frozenset[bytes] = frozenset()
 
     def __init__(self, options: PrepareOptions):
         by_hash = options.val_fraction if options.val_split == "hash" else 0.0
@@ -98,7 +102,7 @@ class SplitsOf:
 
     def __call__(self, item: Item, piece: Piece) -> tuple[str, bytes]:
         digest = hashlib.sha256(item[0] if len(item) == 1 else b"\0".join(item)).digest()
-        return piece.split or ("val" if digest[:8] < self._limit else "train"), digest
+        return piece.split or ("val" if digest[:8] < self._limit and digest not in self.kept else "train"), digest
 
 
 def prepare(
@@ -256,8 +260,10 @@ class _Job:
         return digest.hexdigest()[:32]
 
     def _others_part(self, unit: Unit, dropped: "duplicates.Dropped") -> str:
-        """A digest of what the other units have a say in: which documents are left out, and the labels' numbers."""
-        said = (sorted(dropped.of_unit(unit.number)), self.kind.label_names)
+        """A digest of what the other units have a say in: which documents are left out or stay in training, and the
+        labels' numbers.
+        """
+        said = (sorted(dropped.of_unit(unit.number)), self.kind.label_names, sorted(self.splits_of.kept))
         return hashlib.sha256(repr(said).encode()).hexdigest()[:16]
 
     def _is_done(self, unit: Unit, dropped: "duplicates.Dropped") -> bool:
@@ -287,6 +293,8 @@ class _Job:
                     counts["duplicates"] += 1
                 else:
                     waiting[split].append(item)
+                    if split == "train" and one in self.splits_of.kept:
+                        counts["kept_in_training"] += 1
                     size += sum(map(len, item))
                 seen += 1
                 if size >= min(_BATCH_BYTES, self.unit_bytes):

@@ -6,6 +6,7 @@ answer, or 0, 0 where the window has none; ``examples`` the number of the questi
 """
 
 import json
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from data_prep.bad import KINDS, BadItem, leave_out
+from data_prep.cleaning import EXACT, Cleaning
 from data_prep.corpus import InputFile
 from data_prep.encoder import Encoder
 from data_prep.labels import check_room
@@ -20,64 +23,134 @@ from data_prep.pieces import Piece, Unit
 from data_prep.prepare import SplitsOf
 from data_prep.readers import Item
 from hvdtrain.comm.ranks import Ranks
-from hvdtrain.errors import DataError
+from hvdtrain.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
 class SquadReader:
-    """``.json`` files as SQuAD 1.1 and 2.0 have them.
+    """``.json`` files as SQuAD 1.1 and 2.0 have them; those of a test set need not tell the answers.
 
-    Item: (number, question, paragraph, answer's first character, answer). A question without an
-    answer has -1 and an empty text. A file is read whole.
+    Item: (number, question, paragraph, answer's first character, answer). A question without an answer has -1 and an
+    empty text; of several answers the first that is found counts. A file is read whole.
     """
 
     files: Sequence[InputFile]
+    cleaning: Cleaning = EXACT
+    skip_bad: bool = False
 
     can_begin_anywhere: ClassVar[bool] = False
 
+    def __post_init__(self) -> None:
+        if self.cleaning.nfc:
+            raise ConfigError("--normalise nfc would move the answers of SQuAD's files; leave it out")
+
     def identity(self) -> dict[str, Any]:
-        return {}
+        return {"invalid_utf8": self.cleaning.invalid, "skip_bad": self.skip_bad}
 
     def pieces(self, unit_bytes: int, tail_fraction: float = 0.0) -> list[Piece]:
         return [Piece(file, 0, file.bytes, file.split) for file in self.files if file.bytes]
 
     def items(self, piece: Piece, counts: Counter) -> Iterator[list[Item]]:
-        path = piece.file.path
         number = 0
-        for article, paragraph in _paragraphs(piece.file):
-            try:
-                context, items = paragraph["context"], []
-                for question in paragraph["qas"]:
-                    answers = [] if question.get("is_impossible") else question["answers"]
-                    start, answer = (answers[0]["answer_start"], answers[0]["text"]) if answers else (-1, "")
-                    if answers and context[start : start + len(answer)] != answer:
-                        raise DataError(
-                            f"{path}: the answer {answer!r} of question {question.get('id')!r} does not stand at "
-                            f"character {start} of its paragraph"
-                        )
-                    fields = (str(number), question["question"], context, str(start), answer)
-                    items.append(tuple(field.encode() for field in fields))
-                    number += 1
-            except (KeyError, TypeError, IndexError, AttributeError, UnicodeEncodeError) as error:
-                raise DataError(
-                    f"{path}: article {article} is not as SQuAD has it ({type(error).__name__}: {error})"
-                ) from None
+        for place, paragraph in _paragraphs(piece.file):
+            items = []
+            for question in _questions(paragraph):
+                counts["questions"] += 1
+                try:
+                    items.append((str(number).encode(), *self._item(paragraph, question, piece.file, counts)))
+                except BadItem as bad:
+                    name = repr(question["id"]) if isinstance(question, dict) and "id" in question else "without id"
+                    message = f"{piece.file.path}, {place}: question {name} {bad}"
+                    leave_out(BadItem(bad.kind, message), self.skip_bad, counts)
+                number += 1
             yield items
 
+    def _item(self, paragraph: Any, question: Any, file: InputFile, counts: Counter) -> Item:
+        """All but the number. Errors: BadItem, whose message begins with the verb."""
+        context = self._text(paragraph, "context", file, counts)
+        asked = self._text(question, "question", file, counts)
+        impossible = question.get("is_impossible", False)
+        if not isinstance(impossible, bool):
+            raise BadItem("question", f"has is_impossible {impossible!r}, which is neither true nor false")
+        if not impossible and "answers" not in question:
+            if file.split != "test":
+                raise BadItem("question", 'has no "answers"; a test set without them is given as --test-input')
+            counts["questions_unlabelled"] += 1
+            return asked, context, b"-1", b""
+        answers = [] if impossible else question["answers"]
+        if not isinstance(answers, list):
+            raise BadItem("question", f'has "answers" that are no list but {type(answers).__name__}')
+        if not answers:
+            counts["questions_without_answer"] += 1
+            return asked, context, b"-1", b""
+        for answer in answers:
+            text = self._text(answer, "text", file, counts).decode()
+            start = answer.get("answer_start")
+            if type(start) is not int:
+                raise BadItem("question", f'has an "answer_start" of {start!r}, which is no whole number')
+            if (found := find_answer(context.decode(), text, start)) is not None:
+                counts["questions_answered"] += 1
+                if found != (start, text):
+                    counts["answers_moved"] += 1
+                return asked, context, str(found[0]).encode(), found[1].encode()
+        raise BadItem("answer", f"has the answer {text!r} at character {start}, which is not in its paragraph")
 
-def _paragraphs(file: InputFile) -> Iterator[tuple[int, dict]]:
+    def _text(self, holder: Any, name: str, file: InputFile, counts: Counter) -> bytes:
+        value = holder.get(name) if isinstance(holder, dict) else None
+        if not isinstance(value, str):
+            raise BadItem("question", f'has no text as its "{name}"')
+        try:
+            return self.cleaning.clean_text(value, file.path, 0, counts)
+        except BadItem as bad:
+            raise BadItem(bad.kind, f'is {KINDS[bad.kind]} in its "{name}" (--invalid-utf8 replace)') from None
+
+
+def find_answer(context: str, answer: str, start: int) -> tuple[int, str] | None:
+    """Where the answer stands, and its text as it stands there; None where it does not, or where that is not certain.
+
+    Tools count differently: ``start`` may be of bytes or of UTF-16, or wrong by some white space. Where it is wrong
+    otherwise, the answer is the nearest that has the same text; where it is no place in the paragraph, the only one.
+    """
+    if start >= 0 and answer and context.startswith(answer, start):
+        return start, answer
+    forms = [unicodedata.normalize(form, answer.strip()) for form in ("NFC", "NFD")]
+    for text in dict.fromkeys([answer, answer.strip(), *forms]):
+        places = [at for at in range(len(context)) if text and context.startswith(text, at)]
+        for at in (start, _characters(context, start, "utf-16-le", 2), _characters(context, start, "utf-8", 1)):
+            if at in places:
+                return at, text
+        if places and (0 <= start < len(context) or len(places) == 1):
+            return min(places, key=lambda at: abs(at - start)), text
+    return None
+
+
+def _characters(text: str, count: int, encoding: str, unit: int) -> int:
+    """How many characters come before ``count`` units of an encoding."""
+    return len(text.encode(encoding)[: count * unit].decode(encoding, "ignore")) if count >= 0 else -1
+
+
+def _paragraphs(file: InputFile) -> Iterator[tuple[str, Any]]:
+    """(where it is, paragraph). Errors: DataError where there are none to be found."""
+    raw = file.read_all()
     try:
-        articles = json.loads(file.read_all())["data"]
-        yield from (
-            (number, paragraph) for number, article in enumerate(articles) for paragraph in article["paragraphs"]
-        )
+        articles = json.loads(raw)["data"]
+        for number, article in enumerate(articles):
+            for place, paragraph in enumerate(article["paragraphs"]):
+                yield f"article {number}, paragraph {place}", paragraph
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{file.path} is not SQuAD JSON ({type(error).__name__}: {error})") from None
 
 
+def _questions(paragraph: Any) -> list[Any]:
+    """Those of a paragraph; where they cannot be told, one that is none."""
+    questions = paragraph.get("qas") if isinstance(paragraph, dict) else None
+    return questions if isinstance(questions, list) else [None]
+
+
 @dataclass
 class QuestionsKind:
-    """``frame``: ids of [cls] and [sep]. Of the question, the first ``question_tokens`` are kept.
+    """``frame``: ids of [cls] and [sep]. Of the question, the first ``question_tokens`` are kept; longer ones are
+    counted, as are answers that no window holds, whose question then has none.
 
     Errors: ConfigError where ``max_tokens`` leave no room for the paragraph.
     """
@@ -92,6 +165,8 @@ class QuestionsKind:
     label_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if not self.max_tokens:
+            raise ConfigError("--max-tokens 0: a window of SQuAD's paragraphs has a length")
         check_room(self.max_tokens, self.question_tokens + 3)
 
     def identity(self) -> dict[str, Any]:
@@ -112,19 +187,24 @@ class QuestionsKind:
         for number, (question, context) in enumerate(zip(*encoded, strict=True)):
             start = int(items[number][3])
             answer = self._tokens_of(context.offsets, start, start + len(texts[2][number])) if start >= 0 else None
+            if len(question.ids) > self.question_tokens:
+                counts["questions_cut"] += 1
             head = [first, *question.ids[: self.question_tokens], last]
             room = self.max_tokens - len(head) - 1
-            begin = 0
+            begin, fits = 0, start < 0
             while True:
                 window = context.ids[begin : begin + room]
                 rows.append([*head, *window, last])
                 inside = answer and begin <= answer[0] and answer[1] < begin + len(window)
+                fits = fits or bool(inside)
                 spans.append([len(head) + at - begin for at in answer] if inside else [0, 0])
                 examples.append(int(items[number][0]))
                 if begin + room >= len(context.ids):
                     break
                 counts["overlapping_windows"] += 1
                 begin += min(self.stride, room)
+            if not fits:
+                counts["answers_in_no_window"] += 1
         return {
             "tokens": np.array([token for row in rows for token in row], np.int64),
             "doc_offsets": np.array([len(row) for row in rows], np.int64),

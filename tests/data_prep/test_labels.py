@@ -1,6 +1,8 @@
 """Labelled texts: how labels are numbered, how long texts are cut, and what a label without training data is."""
 
+import hashlib
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -11,11 +13,13 @@ from hypothesis import strategies as st
 from preparing import ODD_TEXTS, files_of, run, shards_of, snapshot, token_rows, write
 from tokenizers import Tokenizer
 
+from data_prep import prepare as prepare_module
+from data_prep.__main__ import main
 from data_prep.labels import LabelsKind, _shortened, frame_tokens
 from data_prep.tables import TableReader
 from data_prep.tokenizer_file import load_tokenizer
 from hvdtrain.data.shards import Manifest, read_manifest
-from hvdtrain.errors import ConfigError, HvdtrainError
+from hvdtrain.errors import EXIT_BAD_DATA, EXIT_OK, ConfigError, HvdtrainError
 
 
 def table(rows: list[tuple[str, ...]], head: tuple[str, ...] = ("label", "text")) -> str:
@@ -126,7 +130,7 @@ def test_a_label_that_training_never_has_is_named_with_its_file(labels: Labels, 
 def test_many_labels_are_not_all_listed(labels: Labels):
     write(labels.folder / "train", **{"a.tsv": table([(f"{n}", "x") for n in range(50)])})
     write(labels.folder / "val", **{"b.tsv": table([("51", "x")])})
-    with pytest.raises(HvdtrainError, match=r"which has 50: 0, 1, .*, 19, \.\.\.$"):
+    with pytest.raises(HvdtrainError, match=r"which has 50: 0, 1, .*, 19, \.\.\. \(--skip-bad"):
         labels.prepare()
 
 
@@ -202,3 +206,138 @@ def test_equal_texts_are_left_out_where_their_labels_are_equal_too(labels: Label
     write(labels.folder / "train", **{"a.tsv": table([("1", "x"), ("0", "x"), ("1", "x"), ("1", "y")])})
     assert labels.prepare(deduplicate=True).source["duplicates"] == 1
     assert Counter(label for label, _ in labels.rows()) == {"1": 2, "0": 1}
+
+
+# --- rare labels -------------------------------------------------------------------------------------------------
+
+
+def in_validation(label: str, text: str, fraction: float) -> bool:
+    """By the digest alone."""
+    digest = hashlib.sha256(f"{label}\0{text}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") < int(fraction * 2**64)
+
+
+def rare_rows() -> list[tuple[str, str]]:
+    """Two labels with texts enough, and several of which chance gives every text to validation."""
+    common = [(f"{number % 2}", f"text {number}") for number in range(60)]
+    chance = [(f"rare{label}", f"{label} {number}") for label in range(40) for number in range(2)]
+    by_label = [chance[at : at + 2] for at in range(0, len(chance), 2)]
+    rare = [pair for pair in by_label if all(in_validation(*row, 0.5) for row in pair)]
+    assert 5 < len(rare) < 15
+    singles = [(f"single{number}", "x") for number in range(20) if in_validation(f"single{number}", "x", 0.5)]
+    return [row for rows in ([common], rare, [singles]) for part in rows for row in part]
+
+
+def test_a_rare_label_keeps_one_text_in_training(labels: Labels):
+    """Ours refused its own split: the label of the val split is never seen in training."""
+    rows = rare_rows()
+    write(labels.folder / "train", **{"a.tsv": table(rows[::2]), "b.tsv": table(rows[1::2])})
+    manifest = labels.prepare(val_fraction=0.5)
+    trained, validated = (labels.rows(split) for split in ("train", "val"))
+    assert {label for label, _ in trained} == {label for label, _ in rows}
+    moved = [row for row in rows if in_validation(*row, 0.5) and (row[0], labels.framed(row[1])) in trained]
+    # One text of each rare label, that with the highest digest; every other one is where its digest puts it.
+    rare = {label for label, _ in rows} - {label for label, text in rows if not in_validation(label, text, 0.5)}
+    assert sorted(label for label, _ in moved) == sorted(rare)
+    for label, text in moved:
+        digests = {hashlib.sha256(f"{label}\0{other}".encode()).digest() for one, other in rows if one == label}
+        assert hashlib.sha256(f"{label}\0{text}".encode()).digest() == max(digests)
+    expected = [row for row in rows if in_validation(*row, 0.5) and row not in moved]
+    assert Counter((label, tuple(row)) for label, row in validated) == Counter(
+        (label, tuple(labels.framed(text))) for label, text in expected
+    )
+    assert manifest.source["kept_in_training"] == len(rare)
+
+
+def test_what_is_kept_does_not_depend_on_ranks_or_files(labels: Labels):
+    rows = rare_rows()
+    write(labels.folder / "train", **{f"{number}.tsv": table(rows[number::5]) for number in range(5)})
+    for ranks in (1, 3):
+        labels.out = labels.folder / f"out{ranks}"
+        labels.prepare(ranks, val_fraction=0.5, shard_tokens=20)
+    assert snapshot(labels.folder / "out1") == snapshot(labels.folder / "out3")
+    whole = sorted(labels.rows("val"))
+    for path in (labels.folder / "train").iterdir():
+        path.unlink()
+    write(labels.folder / "train", **{"all.tsv": table(rows[::-1])})
+    labels.out = labels.folder / "one file"
+    labels.prepare(val_fraction=0.5)
+    assert sorted(labels.rows("val")) == whole
+
+
+def test_equal_texts_of_a_rare_label_stay_together(labels: Labels):
+    """Or validation would hold what was trained on."""
+    label, text = next((f"r{n}", "x") for n in range(99) if in_validation(f"r{n}", "x", 0.5))
+    write(labels.folder / "train", **{"a.tsv": table([("0", f"{n}") for n in range(20)] + [(label, text)] * 3)})
+    assert labels.prepare(val_fraction=0.5).source["kept_in_training"] == 3
+    assert label not in {one for one, _ in labels.rows("val")}
+
+
+def test_an_interrupted_preparation_keeps_the_same(labels: Labels, monkeypatch: pytest.MonkeyPatch):
+    """Another file is added meanwhile, which has a rare label's text for training: then none needs to be kept."""
+    label = next(f"r{n}" for n in range(99) if in_validation(f"r{n}", "x", 0.5))
+    other = next(f"y{n}" for n in range(99) if not in_validation(label, f"y{n}", 0.5))
+    write(labels.folder / "train", **{"a.tsv": table([("0", f"{n}") for n in range(9)] + [(label, "x")])})
+    write(labels.folder / "train", **{"b.tsv": table([("1", f"{n}") for n in range(9)])})
+    finish = prepare_module._Job._finish
+
+    def stopped(job) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare_module._Job, "_finish", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        labels.prepare(val_fraction=0.5, shard_tokens=1)
+    monkeypatch.setattr(prepare_module._Job, "_finish", finish)
+    times = [path.stat().st_mtime_ns for path in sorted((labels.out).glob("*.h5"))]
+    assert labels.prepare(val_fraction=0.5, shard_tokens=1).source["kept_in_training"] == 1
+    assert [path.stat().st_mtime_ns for path in sorted((labels.out).glob("*.h5"))] == times  # nothing was made anew
+    # Now the same size of b.tsv, and in it a text of the rare label.
+    shutil.rmtree(labels.out)
+    monkeypatch.setattr(prepare_module._Job, "_finish", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        labels.prepare(val_fraction=0.5, shard_tokens=1)
+    monkeypatch.setattr(prepare_module._Job, "_finish", finish)
+    path = labels.folder / "train" / "b.tsv"
+    content = table([(label, other)])
+    path.write_text(content + table([("1", "filler".ljust(path.stat().st_size - len(content) - 3, "."))], ())[1:])
+    size = path.stat().st_size
+    assert labels.prepare(val_fraction=0.5, shard_tokens=1).source.get("kept_in_training") is None, size
+    assert (label, labels.framed("x")) in labels.rows("val")
+
+
+def test_labels_of_explicit_splits_that_training_lacks_can_be_left_out(tmp_path: Path, bpe: Path, capsys):
+    write(tmp_path, **{"train.tsv": table([("pos", "x"), ("neg", "y")])})
+    write(
+        tmp_path, **{"val.tsv": table([("pos", "a"), ("neutral", "b"), ("neg", "c")]), "test.tsv": table([("?", "d")])}
+    )
+    words = ["labels", "--input", tmp_path / "train.tsv", "--val-input", tmp_path / "val.tsv"]
+    words += ["--test-input", tmp_path / "test.tsv", "--tokenizer", bpe, "--out", tmp_path / "out"]
+    assert main([*map(str, words)]) == EXIT_BAD_DATA
+    assert "label 'neutral' of the val split is never seen in training" in capsys.readouterr().err
+    assert main([*map(str, words), "--skip-bad"]) == EXIT_OK
+    manifest = read_manifest(tmp_path / "out")
+    assert (manifest.source["bad_unseen"], manifest.label_names) == (2, ("neg", "pos"))
+    assert [shard["labels"] for shard in shards_of(tmp_path / "out", "val")] == [[1, 0]]
+    assert not manifest.split("test")
+    printed = capsys.readouterr()
+    assert "left out as bad: 2 with a label that training never has" in printed.out
+    assert "left out: " in printed.err
+    assert "val.tsv: label 'neutral' of the val split" in printed.err
+
+
+def test_the_count_of_kept_texts_is_said(tmp_path: Path, bpe: Path, capsys: pytest.CaptureFixture):
+    write(tmp_path, **{"in.tsv": table(rare_rows())})
+    words = [
+        "labels",
+        "--input",
+        tmp_path / "in.tsv",
+        "--val-fraction",
+        0.5,
+        "--tokenizer",
+        bpe,
+        "--out",
+        tmp_path / "o",
+    ]
+    assert main([*map(str, words)]) == EXIT_OK
+    count = read_manifest(tmp_path / "o").source["kept_in_training"]
+    assert f"{count} of labels that only validation had kept in training" in capsys.readouterr().out

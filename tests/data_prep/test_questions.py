@@ -10,12 +10,14 @@ from hypothesis import strategies as st
 from preparing import files_of, run, shards_of, snapshot, token_rows, write
 from tokenizers import Tokenizer
 
+from data_prep.__main__ import main
+from data_prep.cleaning import Cleaning
 from data_prep.labels import frame_tokens
-from data_prep.questions import QuestionsKind, SquadReader
+from data_prep.questions import QuestionsKind, SquadReader, find_answer
 from data_prep.tokenizer_file import load_tokenizer
 from hvdtrain.data.check import check_shards
 from hvdtrain.data.shards import Manifest, read_manifest
-from hvdtrain.errors import EXIT_BAD_DATA, ConfigError, HvdtrainError
+from hvdtrain.errors import EXIT_BAD_DATA, EXIT_OK, ConfigError, HvdtrainError
 
 PARAGRAPH = "漢字とかな \U0001f468\u200d\U0001f469\u200d\U0001f467 e\u0301, then Ada Lovelace wrote Note G in 1843. 終"
 
@@ -174,14 +176,24 @@ def _wrong(context: str, **answer: Any) -> str:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (_wrong("one two", answer_start=3), "the answer 'two' of question 'the id' does not stand at character 3"),
-        (_wrong("one two", answer_start=99), "does not stand at character 99"),
-        (_wrong("one two", answer_start=-3), "does not stand at character -3"),
-        (_wrong("\U0001f600 one two", answer_start=7), "does not stand at character 7"),  # counted as UTF-16
-        (_wrong("one two", answer_start="4"), r"article 0 is not as SQuAD has it \(TypeError"),
-        (_wrong("one two \ud83d"), r"article 0 is not as SQuAD has it \(UnicodeEncodeError: .*surrogates"),
-        (squad(("x", [{"id": 1, "question": "q"}])), r"article 0 is not as SQuAD has it \(KeyError: 'answers'"),
-        (squad(("x", []), ("y", ["q"])), r"article 1 is not as SQuAD has it"),
+        (_wrong("one 2", answer_start=3), "question 'the id' has the answer 'two' at character 3, which is not in"),
+        (_wrong("two and two", answer_start=99), "has the answer 'two' at character 99, which is not in"),  # which?
+        (_wrong("two and two", answer_start=-1), "has the answer 'two' at character -1, which is not in"),
+        (_wrong("one two", text=""), "has the answer '' at character 4, which is not in"),
+        (
+            _wrong("one two", answer_start="4"),
+            "question 'the id' has an \"answer_start\" of '4', which is no whole",
+        ),
+        (_wrong("one two", answer_start=True), 'has an "answer_start" of True'),
+        (_wrong("one two", text=None), "question 'the id' has no text as its \"text\""),
+        (_wrong("one two \ud83d"), 'is with half a surrogate pair in its "context"'),
+        (_wrong("one two \0"), r'is binary \(a zero byte\) in its "context"'),
+        (squad(("x", [{"id": 1, "question": "q"}])), 'question 1 has no "answers"; a test set .* --test-input'),
+        (squad(("x", [{"id": 1, "question": "q", "answers": {}}])), 'has "answers" that are no list but dict'),
+        (squad(("x", [{"id": 1, "question": 7, "answers": []}])), 'question 1 has no text as its "question"'),
+        (squad(("x", [{"id": 1, "question": "q", "is_impossible": "no"}])), "has is_impossible 'no', which is neither"),
+        (squad(("x", []), ("y", ["q"])), "article 1, paragraph 0: question without id has no text"),
+        (json.dumps({"data": [{"paragraphs": [{"context": "x"}]}]}), "paragraph 0: question without id has no text"),
         (json.dumps({"data": [{"title": "t"}]}), "is not SQuAD JSON .*paragraphs"),
         (json.dumps([1, 2]), "is not SQuAD JSON"),
         (json.dumps({"version": "1"}), "is not SQuAD JSON .*data"),
@@ -206,3 +218,197 @@ def test_no_room_for_the_paragraph_is_refused(byte: Path):
     with pytest.raises(ConfigError, match="--max-tokens 67 leaves no room for text; it must be above 67"):
         QuestionsKind(SquadReader([]), (0, 0), max_tokens=67)
     QuestionsKind(SquadReader([]), (0, 0), max_tokens=68)
+
+
+def test_a_window_needs_a_length_and_an_answer_its_place():
+    with pytest.raises(ConfigError, match="--max-tokens 0: a window of SQuAD's paragraphs has a length"):
+        QuestionsKind(SquadReader([]), (0, 0), max_tokens=0)
+    with pytest.raises(ConfigError, match="--normalise nfc would move the answers"):
+        SquadReader([], Cleaning(nfc=True))
+
+
+# --- answers that stand elsewhere --------------------------------------------------------------------------------
+
+EMOJI = "\U0001f600 one two three two"  # the emoji is two units of UTF-16 and four of UTF-8
+
+
+@pytest.mark.parametrize(
+    ("context", "answer", "start", "found"),
+    [
+        ("one two three two", "two", 4, (4, "two")),
+        ("one two three two", "two", 14, (14, "two")),
+        ("one two three two", "two", 3, (4, "two")),
+        ("one two three two", "two", 9, (4, "two")),  # as near as the other: the first
+        ("one two three two", "two", 10, (14, "two")),
+        ("one two three two", "two", 99, None),  # no place of the paragraph, and two that may be meant
+        ("one two three two", "two", -1, None),
+        ("one two three", "two", 99, (4, "two")),
+        ("one two three", "two", -1, (4, "two")),
+        ("one two three", "Two", 4, None),
+        (EMOJI, "two", 7, (6, "two")),
+        (EMOJI, "two", 17, (16, "two")),
+        ("漢字漢字漢字", "漢字", 12, (4, "漢字")),  # bytes: the nearest to 12 would be right by chance only
+        ("漢字漢字漢字漢字", "漢字", 6, (6, "漢字")),  # where it stands as it says it is taken as it says
+        ("漢字、漢字、漢字、漢字", "漢字", 9, (9, "漢字")),
+        ("漢字、漢字、漢字、漢字。漢字", "漢字", 18, (6, "漢字")),
+        ("one two three", " two ", 3, (3, " two ")),
+        ("one two, three", " two ", 3, (4, "two")),
+        ("caf\u00e9 one", "cafe\u0301", 0, (0, "caf\u00e9")),
+        ("cafe\u0301 one", "caf\u00e9", 0, (0, "cafe\u0301")),
+        ("one two", "", 4, None),
+        ("one two", " ", 3, (3, " ")),
+        ("one", "two", 0, None),
+    ],
+)
+def test_where_an_answer_stands(context: str, answer: str, start: int, found: tuple[int, str] | None):
+    assert find_answer(context, answer, start) == found
+
+
+@given(st.data())
+def test_what_is_found_stands_there(data: st.DataObject):
+    context = data.draw(st.text("ab é漢\U0001f600\u0301", max_size=12))
+    answer, start = data.draw(st.text("ab é\u0301", max_size=3)), data.draw(st.integers(-3, 15))
+    found = find_answer(context, answer, start)
+    if found is not None:
+        assert found[1] and context.startswith(*found[::-1])
+    if answer and start >= 0 and context.startswith(answer, start):
+        assert found == (start, answer)
+
+
+def test_moved_answers_are_counted_and_their_spans_are_right(tmp_path: Path, byte: Path):
+    questions = Questions(tmp_path, byte)
+    wrong = [(EMOJI, "two", 17), (EMOJI, "one", 3), ("x two", " two. ", 0), ("x two", "two", 2)]
+    asked = [
+        {"id": n, "question": "q", "answers": [{"text": a, "answer_start": at}]} for n, (_, a, at) in enumerate(wrong)
+    ]
+    with pytest.raises(HvdtrainError, match=r"question 2 has the answer ' two\. ' at character 0, which is not in its"):
+        questions.prepare(squad(*((context, [one]) for (context, _, _), one in zip(wrong, asked, strict=True))))
+    del wrong[2], asked[2]
+    manifest = questions.prepare(
+        squad(*((context, [one]) for (context, _, _), one in zip(wrong, asked, strict=True))), out="out", name="b.json"
+    )
+    assert [questions.answer(row, span) for row, span, _ in questions.rows()] == ["two", "one", "two"]
+    assert (manifest.source["answers_moved"], manifest.source["questions_answered"]) == (2, 3)
+
+
+def test_the_next_of_several_answers_is_taken_where_the_first_is_not_there(tmp_path: Path, byte: Path):
+    questions = Questions(tmp_path, byte)
+    asked = question("q?", "one two", "two")
+    asked["answers"].insert(0, {"text": "2", "answer_start": 4})
+    questions.prepare(squad(("one two", [asked])))
+    ((row, span, _),) = questions.rows()
+    assert questions.answer(row, span) == "two"
+
+
+# --- every question is accounted for -----------------------------------------------------------------------------
+
+
+def accounted(source: dict[str, Any]) -> int:
+    kinds = ("questions_answered", "questions_without_answer", "questions_unlabelled", "bad_question", "bad_answer")
+    return sum(source.get(kind, 0) for kind in kinds)
+
+
+def test_bad_questions_are_left_out_counted_and_named(tmp_path: Path, byte: Path, capsys: pytest.CaptureFixture):
+    good = question("good", "one two", "two")
+    bad = [
+        {"id": "away", "question": "q", "answers": [{"text": "four", "answer_start": 4}]},
+        {"id": "mute", "question": "q"},
+        {"id": "none", "question": None, "answers": []},
+        "no question",
+        {"id": "half", "question": "q \ud83d", "answers": []},
+    ]
+    articles = json.loads(squad(("one two", [good, *bad, {**good, "id": "again", "question": "b"}]), ("x", [])))
+    articles["data"].append({"paragraphs": [{"context": None, "qas": [good, good]}, {"context": "x"}, 3]})
+    write(tmp_path, **{"a.json": json.dumps(articles)})
+    words = ["labels", "--input", tmp_path / "a.json", "--tokenizer", byte, "--val-fraction", 0]
+    assert main([*map(str, words), "--out", str(tmp_path / "out")]) == EXIT_BAD_DATA
+    assert "question 'away' has the answer 'four' at character 4" in capsys.readouterr().err
+    assert main([*map(str, words), "--out", str(tmp_path / "out"), "--skip-bad"]) == EXIT_OK
+    source = read_manifest(tmp_path / "out").source
+    # Two good ones, five bad, two of a paragraph without a text, and one each of two that hold no list of questions.
+    assert source["questions"] == 11 == accounted(source) + source["bad_surrogate"]
+    assert (source["questions_answered"], source["bad_answer"], source["bad_question"]) == (2, 1, 7)
+    (shard,) = shards_of(tmp_path / "out", "train")
+    assert shard["examples"] == [0, 6]  # their numbers in the file
+    printed = capsys.readouterr()
+    assert "1 with half a surrogate pair, 7 not a question as SQuAD has it, 1 with an answer that is not" in printed.out
+    assert printed.err.count("left out: ") == 5
+    assert f"left out: {tmp_path}/a.json, article 0, paragraph 0: question 'away' has the answer 'four'" in printed.err
+    assert (
+        main([*map(str, words), "--out", str(tmp_path / "more"), "--skip-bad", "--invalid-utf8", "replace"]) == EXIT_OK
+    )
+    source = read_manifest(tmp_path / "more").source
+    assert (accounted(source), source["replaced_characters"]) == (11, 1)
+
+
+def test_a_test_set_needs_no_answers(tmp_path: Path, byte: Path, capsys: pytest.CaptureFixture):
+    asked = [{"id": f"{number}", "question": f"q{number}"} for number in range(3)]
+    impossible = {**question("no?", PARAGRAPH, None), "is_impossible": True}
+    write(tmp_path, **{"train.json": squad(("one two", [question("q", "one two", "two")]))})
+    write(tmp_path, **{"test.json": squad((PARAGRAPH, [*asked, impossible]))})
+    words = ["labels", "--input", tmp_path / "train.json", "--tokenizer", byte, "--val-fraction", 0]
+    assert (
+        main([*map(str, words), "--val-input", str(tmp_path / "test.json"), "--out", str(tmp_path / "o")])
+        == EXIT_BAD_DATA
+    )
+    assert (
+        "question '0' has no \"answers\"; a test set without them is given as --test-input" in capsys.readouterr().err
+    )
+    assert (
+        main([*map(str, words), "--test-input", str(tmp_path / "test.json"), "--out", str(tmp_path / "out")]) == EXIT_OK
+    )
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest.source["questions"] == 5 == accounted(manifest.source)
+    assert manifest.source["questions_unlabelled"] == 3
+    (shard,) = shards_of(tmp_path / "out", "test")
+    assert (shard["spans"], shard["examples"]) == ([[0, 0]] * 4, [0, 1, 2, 3])
+    assert check_shards(tmp_path / "out", manifest, manifest.shards) == []
+    said = "1 questions that have no answer, 3 questions of a test set, whose answers are not told"
+    assert said in capsys.readouterr().out
+
+
+def test_what_fits_no_window_and_what_is_cut_is_counted(tmp_path: Path, byte: Path, capsys: pytest.CaptureFixture):
+    context = "".join(chr(97 + number % 26) for number in range(60))
+    asked = [
+        question("four", context, context[2:6]),  # in the first window
+        question("five letters", context, context[5:25]),  # longer than any window
+        question("six", context, context[18:23]),  # over the border of two windows
+        question("sevens", context, None),
+    ]
+    write(tmp_path, **{"a.json": squad((context, asked))})
+    words = ["labels", "--input", tmp_path / "a.json", "--tokenizer", byte, "--val-fraction", 0]
+    words += ["--max-tokens", 27, "--question-tokens", 5, "--stride", 100]
+    assert main([*map(str, words), "--out", str(tmp_path / "out")]) == EXIT_OK
+    manifest = read_manifest(tmp_path / "out")
+    assert (manifest.source["answers_in_no_window"], manifest.source["questions_cut"]) == (2, 2)
+    assert manifest.source["question_tokens"] == 5
+    assert manifest.source["questions"] == 4 == accounted(manifest.source)
+    answered = {example for shard in shards_of(tmp_path / "out", "train")
+                for span, example in zip(shard["spans"], shard["examples"], strict=True) if span != [0, 0]}  # fmt: skip
+    assert answered == {0}
+    printed = capsys.readouterr().out
+    assert "2 answers that fit no window, so that none has them, 2 questions cut at --question-tokens" in printed
+    rows = token_rows(tmp_path / "out", "train")
+    assert max(map(len, rows)) == 27
+
+
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+REAL = {"policyqa/test.json.gz": 4152, "xquad/xquad.en.json.gz": 1190, "xquad/xquad.zh.json.gz": 1190}
+
+
+@pytest.mark.skipif(not (SHARED / "xquad").is_dir(), reason="no real question sets in ../shared")
+@pytest.mark.parametrize("name", REAL)
+def test_every_question_of_a_real_set_is_accounted_for(tmp_path: Path, bpe: Path, name: str):
+    questions = Questions(tmp_path, bpe, max_tokens=400)
+    files = files_of(SHARED / name)
+    kind = QuestionsKind(SquadReader(files), (questions.cls, questions.sep), 400)
+    manifest, _ = run(lambda: kind, bpe, tmp_path / "out")
+    assert manifest.source["questions"] == REAL[name] == accounted(manifest.source)
+    rows = questions.rows()
+    assert {example for _, _, example in rows} == {*range(REAL[name])}
+    paragraphs = (one for article in json.loads(files[0].read_all())["data"] for one in article["paragraphs"])
+    answers = [asked["answers"][0]["text"] for paragraph in paragraphs for asked in paragraph["qas"]]
+    spans = [(example, questions.answer(row, span)) for row, span, example in rows if span != [0, 0]]
+    assert all(answers[example] in text for example, text in spans)
+    missing = REAL[name] - len({example for example, _ in spans})
+    assert missing == manifest.source.get("answers_in_no_window", 0)
