@@ -6,12 +6,13 @@ many at once as fit into memory, and of equal ones all but the first are noted d
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from data_prep.pieces import Unit
 from hvdtrain.comm.ranks import Ranks
-from hvdtrain.data.shards import writing
+from hvdtrain.files import exists, write
 
 _AT_ONCE = 1 << 23  # digests sorted in memory at a time
 
@@ -37,14 +38,14 @@ def find(
     """
     for number in mine:
         path = _hash_file(folder, units[number])
-        if not path.exists():
-            with writing(path) as temporary, open(temporary, "wb") as file:
-                file.writelines(hashes_of(units[number]))
+        if not exists(path):
+            _save(path, lambda file, unit=units[number]: file.writelines(hashes_of(unit)))
     ranks.barrier()
     columns = [_mapped(_hash_file(folder, unit)) for unit in units]
     bits = max(0, (sum(map(len, columns)) - 1) // _AT_ONCE).bit_length()
     for part in range(ranks.rank, 1 << bits, ranks.size):
-        _save(folder / f"duplicates-{part}.npy", _later_copies(columns, part, bits))
+        copies = _later_copies(columns, part, bits)
+        _save(folder / f"duplicates-{part}.npy", lambda file, copies=copies: np.save(file, copies))
     ranks.barrier()
     return Dropped(np.concatenate([np.load(folder / f"duplicates-{part}.npy") for part in range(1 << bits)]))
 
@@ -80,6 +81,9 @@ def _hash_file(folder: Path, unit: Unit) -> Path:
     return folder / f"{unit.number:05d}-{unit.stamp}.hashes"
 
 
-def _save(path: Path, values: np.ndarray) -> None:
-    with writing(path) as temporary, open(temporary, "wb") as file:
-        np.save(file, values)
+def _save(path: Path, put: Callable[[BinaryIO], object]) -> None:
+    def fill(temporary: Path) -> None:
+        with open(temporary, "wb") as file:
+            put(file)
+
+    write(path, fill)

@@ -45,11 +45,10 @@ from hvdtrain.data.shards import (
     read_manifest,
     token_dtype,
     tokenizer_vocab_size,
-    write_json,
     write_manifest,
-    writing,
 )
 from hvdtrain.errors import ConfigError, DataError, OutputError, say
+from hvdtrain.files import exists, make_folder, write, write_json
 
 _BATCH_BYTES = 1 << 23  # of text encoded at once; bounds the memory
 _TEMPORARY = re.compile(rf"\.({SHARD_NAME.pattern}|manifest\.json|tokenizer\.json)\.\d+\.tmp")
@@ -117,7 +116,7 @@ def prepare(
     job = ranks.together(lambda: _Job(kind, options, tokenizer, out, ranks))
     ranks.agree(job.identity, "what is to be prepared")
     with ranks.together(lambda: _locked(out) if ranks.rank == 0 else nullcontext()):
-        if ranks.together(lambda: (out / "manifest.json").exists()):
+        if ranks.together(lambda: exists(out / "manifest.json")):
             return job.reuse(), True
         ranks.together(job.clear_leftovers)
         return job.run(), False
@@ -205,8 +204,8 @@ class _Job:
             if _TEMPORARY.fullmatch(path.name):
                 path.unlink()
         known = self.parts / "identity.json"
-        if known.exists() and read_json(known) == self.identity:
-            if done := sum((self.parts / _record_name(unit)).exists() for unit in self.units):
+        if exists(known) and read_json(known) == self.identity:
+            if done := sum(exists(self.parts / _record_name(unit)) for unit in self.units):
                 say(f"going on with an interrupted preparation: {done} of {len(self.units)} units are there")
             return
         shutil.rmtree(self.parts, ignore_errors=True)
@@ -216,8 +215,7 @@ class _Job:
         try:
             self.parts.mkdir()
             if self.tokenizer.path.resolve() != (self.out / "tokenizer.json").resolve():
-                with writing(self.out / "tokenizer.json") as temporary:
-                    temporary.write_bytes(self.tokenizer.content)
+                write(self.out / "tokenizer.json", lambda temporary: temporary.write_bytes(self.tokenizer.content))
             elif self.tokenizer.path.read_bytes() != self.tokenizer.content:
                 raise ConfigError(
                     f"{self.tokenizer.path} must be changed for use ({self.tokenizer.notes[-1]}); move it out of --out"
@@ -268,14 +266,14 @@ class _Job:
 
     def _is_done(self, unit: Unit, dropped: "duplicates.Dropped") -> bool:
         path = self.parts / _record_name(unit)
-        if not path.exists():
+        if not exists(path):
             return False
         record = read_json(path)
         if record["others_part"] != self._others_part(unit, dropped):
             return False
         for shard in record["shards"]:
             file = self.out / shard["file"]
-            if not file.exists() or file.stat().st_size != shard["file_bytes"]:
+            if not exists(file) or file.stat().st_size != shard["file_bytes"]:
                 return False
         return record["stamp"] == unit.stamp or record["digest"] == self._digest(unit)
 
@@ -381,7 +379,7 @@ def _on_all_ranks(error: ConfigError) -> ConfigError:
 def _locked(out: Path) -> TextIO:
     """One preparation at a time in a folder. The lock goes with the process, however that ends."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         handle = open(out / ".lock", "w")  # noqa: SIM115
     except OSError as error:
         raise OutputError(f"cannot write to {out}: {error.strerror}") from None

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from data_prep.pieces import Unit
 from hvdtrain.comm.ranks import Ranks
 from hvdtrain.errors import say
+from hvdtrain.files import seen
 
 _LOOK_EVERY_S = 1.0
 _LINE_EVERY_S = 30.0
@@ -62,7 +63,7 @@ class Progress:
         """Finished bytes, by the records that are there."""
         if self._is_main:
             self._finished.update(
-                name for name in self._names if name not in self._finished and (self._records / name).exists()
+                name for name in self._names if name not in self._finished and seen(self._records / name)
             )
         return sum(self._weights[name] for name in self._finished)
 

@@ -17,8 +17,9 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data_prep.roles import SPECIAL_TOKENS
-from hvdtrain.data.shards import read_json, write_json, writing
+from hvdtrain.data.shards import read_json
 from hvdtrain.errors import ConfigError, DataError, OutputError
+from hvdtrain.files import exists, make_folder, write_json, write_text
 
 KINDS = ("bpe", "unigram", "char", "byte")
 
@@ -162,8 +163,8 @@ def train_tokenizer(
     """
     record = {"kind": kind, "asked_vocab_size": vocab_size, "special": list(special), **identity}
     record_path = out.with_name(f"{out.stem}.record.json")
-    if out.exists():
-        before = read_json(record_path) if record_path.exists() else {}
+    if exists(out):
+        before = read_json(record_path) if exists(record_path) else {}
         if {key: before.get(key) for key in record} == record:
             return {**before, "reused": True}
         raise ConfigError(
@@ -180,10 +181,9 @@ def train_tokenizer(
     tokenizer = build_tokenizer(counted(), kind, vocab_size, special)
     record |= {"vocab_size": tokenizer.get_vocab_size(), "documents": sizes[0], "trained_on_bytes": sizes[1]}
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(out.parent)
     except OSError as error:
         raise OutputError(f"cannot make {out.parent}: {error.strerror}") from None
     write_json(record_path, record)
-    with writing(out) as temporary:
-        temporary.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+    write_text(out, tokenizer.to_str(pretty=True))
     return {**record, "reused": False}

@@ -14,6 +14,7 @@ from hvdtrain.errors import (
     LaunchError,
     crash_code,
     describe_crash,
+    give_up_output,
     is_out_of_memory,
     let_rank_0_speak,
     report,
@@ -42,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         print("hvdtrain: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # whoever read our output has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its exit
+        give_up_output()
         return EXIT_IO
     except Exception as error:
         if not is_out_of_memory(error):

@@ -20,8 +20,8 @@ from hvdtrain.checkpoint import CheckpointOptions, Progress, folder_of
 from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.comm.world import World
 from hvdtrain.data.carried import carry_over
-from hvdtrain.data.shards import sync_folder, writing
 from hvdtrain.errors import CheckpointError, ConfigError, OutputError, say
+from hvdtrain.files import make_folder, move_folder, write
 from hvdtrain.metrics import versions
 from hvdtrain.run_folder import read_config
 
@@ -105,13 +105,11 @@ def _write_run(run_dir: Path, out: Path, tensors: dict[str, torch.Tensor], progr
     partial = out.with_name(f".{out.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        with writing(partial / "config.yaml") as temporary:
-            shutil.copyfile(run_dir / "config.yaml", temporary)
+        make_folder(partial)
+        write(partial / "config.yaml", lambda temporary: shutil.copyfile(run_dir / "config.yaml", temporary))
         carry_over(run_dir, partial)
         checkpoint.save_tensors(partial, tensors, progress, LocalGroup(), CheckpointOptions(keep_last=0))
-        os.replace(partial, out)
-        sync_folder(out.parent)
+        move_folder(partial, out)
     except OSError as error:
         raise OutputError(f"cannot write {out}: {error.strerror or error}") from error
     finally:

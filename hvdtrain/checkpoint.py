@@ -9,6 +9,7 @@ Everything happens in ``.step-00000200.partial`` and is renamed when it is whole
 them may read. Where weights are averaged, ``ema_began`` (int64 scalar) is the step that the average began with.
 """
 
+import errno
 import math
 import os
 import re
@@ -22,8 +23,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from hvdtrain.comm.group import Group
-from hvdtrain.data.shards import fields_sha256, file_sha256, sync_folder, write_json
+from hvdtrain.data.shards import fields_sha256, file_sha256
 from hvdtrain.errors import CheckpointError, ConfigError, OutputError
+from hvdtrain.files import again, is_there, listed, move_folder, optional, sync_folder, write_json
 from hvdtrain.manifest import Part, Progress, check_is_file, fields_of, part_name, read_manifest
 from hvdtrain.optim.ema import Ema
 from hvdtrain.options import Options, option
@@ -42,6 +44,7 @@ from hvdtrain.retention import (
 from hvdtrain.retention import set_aside as set_aside  # callers know checkpoints by this module alone
 
 Weights = Literal["raw", "ema"]  # of the last step; averaged over the last steps
+_NOT_YET = (errno.ENOENT,)  # NFS shows what another node has just made a little later
 _OS_ERROR = re.compile(r"os error ([0-9]+)")  # in the text of an error of safetensors
 
 
@@ -119,9 +122,15 @@ def save_tensors(
 
 def begin(run_dir: Path, step: int) -> None:
     """Make the folder to write into (rank 0, before any part), where killed runs left nothing. Errors: OutputError."""
-    try:
+    partial = partial_of(run_dir, step)
+
+    def make() -> None:
         remove_left_over(run_dir)
-        partial_of(run_dir, step).mkdir(parents=True)
+        remove(partial)
+        partial.mkdir(parents=True)
+
+    try:
+        again(make, partial)
     except OSError as error:
         raise _cannot_save(run_dir, step, error) from error
 
@@ -132,12 +141,17 @@ def write_part(run_dir: Path, step: int, tensors: Mapping[str, torch.Tensor], ra
     Errors: OutputError.
     """
     path = partial_of(run_dir, step) / part_name(rank, size)
-    try:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
+
+    def write() -> Part:
+        path.unlink(missing_ok=True)  # what one fsync could not write is lost, and the next would say that all is well
+        _save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
         path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets nobody else read, whatever the umask
         with open(path, "rb+") as file:
             os.fsync(file.fileno())
         return Part(path.name, path.stat().st_size, file_sha256(path))
+
+    try:
+        return again(write, path, _NOT_YET)
     except (OSError, SafetensorError) as error:
         raise _cannot_save(run_dir, step, error) from error
 
@@ -152,15 +166,19 @@ def finish(
     """When all ``parts`` are on disk (rank 0): the manifest, the final name; then drop what is too old.
 
     val_loss: of the validation of this very step, for ``keep_best``; None: not known.
-    Errors: OutputError; up to the final name, nothing else was changed.
+    Errors: OutputError; up to the final name, nothing else was changed. What is too old and cannot be dropped stays.
     """
     partial, final = partial_of(run_dir, progress.step), folder_of(run_dir, progress.step)
-    missing = [part.file for part in parts if not (partial / part.file).exists()]
-    if missing:
-        raise OutputError(
-            f"{partial / missing[0]} was written but rank 0 does not see it: "
-            "the run folder must be on a file system that all nodes share"
-        )
+    for part in parts:
+        try:
+            again((partial / part.file).stat, partial / part.file, _NOT_YET)
+        except FileNotFoundError:
+            raise OutputError(
+                f"{partial / part.file} was written but rank 0 does not see it: "
+                "the run folder must be on a file system that all nodes share"
+            ) from None
+        except OSError as error:
+            raise _cannot_save(run_dir, progress.step, error) from error
     fields = fields_of(progress, parts)
     write_json(partial / "manifest.json", {**fields, "manifest_sha256": fields_sha256(fields)})
     try:
@@ -169,7 +187,8 @@ def finish(
         raise _cannot_save(run_dir, progress.step, error) from error
     if options.keep_best and is_better(val_loss, best_of(run_dir)):
         mark_best(run_dir, progress.step, val_loss)
-    drop_old(run_dir, options.keep_last, options.keep_every, options.keep_best)
+    keep = options.keep_last, options.keep_every, options.keep_best
+    optional(lambda: drop_old(run_dir, *keep), "old checkpoints stay until the next is saved", None)
 
 
 def is_better(val_loss: float | None, best: float | None) -> bool:
@@ -184,17 +203,24 @@ def best_of(run_dir: Path) -> float | None:
 
 
 def _cannot_save(run_dir: Path, step: int, error: OSError | SafetensorError) -> OutputError:
-    number = _OS_ERROR.search(str(error)) if isinstance(error, SafetensorError) else None
-    reason = os.strerror(int(number[1])) if number else getattr(error, "strerror", None) or error
-    return OutputError(f"cannot save {folder_of(run_dir, step)}: {reason}")
+    return OutputError(f"cannot save {folder_of(run_dir, step)}: {getattr(error, 'strerror', None) or error}")
+
+
+def _save_file(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Errors: OSError; SafetensorError only where the system has not said why."""
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        if (number := _OS_ERROR.search(str(error))) is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 def _publish(partial: Path, final: Path) -> None:
-    sync_folder(partial)
-    if os.path.lexists(final):  # an unfinished or damaged one of the same step: keep it, out of the way
-        os.replace(final, free_name(final))
-    os.replace(partial, final)
-    sync_folder(final.parent)
+    again(lambda: sync_folder(partial), partial)
+    if again(lambda: is_there(final), final):  # an unfinished or damaged one of the same step: keep it, out of the way
+        move_folder(final, free_name(final))
+    move_folder(partial, final)
 
 
 def _named_tensors(
@@ -239,14 +265,15 @@ def read_progress(folder: Path, rank: int = 0, size: int = 1) -> Progress:
     try:
         for number, part in enumerate(parts):
             path = folder / part.file
-            if not os.path.lexists(path):
-                raise CheckpointError(f"{path} is missing")
-            found_bytes = check_is_file(path)
+            try:
+                found_bytes = check_is_file(path)
+            except FileNotFoundError:
+                raise CheckpointError(f"{path} is missing") from None
             if found_bytes != part.bytes:
                 raise CheckpointError(f"{path} has {found_bytes} bytes instead of {part.bytes}")
             if number % size == rank and file_sha256(path) != part.sha256:
                 raise CheckpointError(f"{path} does not match its digest")
-        strangers = {path.name for path in folder.glob("part-*.safetensors")} - {part.file for part in parts}
+        strangers = {path.name for path in listed(folder, "part-*.safetensors")} - {part.file for part in parts}
     except OSError as error:
         raise CheckpointError(f"cannot read {error.filename or folder}: {error.strerror}") from None
     if strangers:
@@ -343,8 +370,8 @@ def read_tensors(folder: Path, prefixes: str | tuple[str, ...]) -> dict[str, tor
     """A checkpoint's tensors whose names begin so, on the CPU (local; the files were checked before)."""
     tensors: dict[str, torch.Tensor] = {}
     try:
-        for path in sorted(folder.glob("part-*.safetensors")):
-            with safe_open(path, framework="pt", device="cpu") as file:
+        for path in listed(folder, "part-*.safetensors"):
+            with again(lambda path=path: safe_open(path, framework="pt", device="cpu"), path) as file:
                 names = [name for name in file.keys() if name.startswith(prefixes)]  # noqa: SIM118
                 if twice := tensors.keys() & set(names):
                     raise CheckpointError(f"{path} holds {min(twice)}, which another part holds too")

@@ -24,6 +24,7 @@ from hvdtrain.data.corpora import DataOptions
 from hvdtrain.data.loader import Feed
 from hvdtrain.data.ramp import Ramp
 from hvdtrain.errors import ConfigError
+from hvdtrain.files import read_text
 from hvdtrain.metrics import MetricsOptions
 from hvdtrain.models.recompute import RecomputeOptions
 from hvdtrain.models.transformer import TransformerOptions
@@ -239,7 +240,7 @@ def recipe_text(recipe: str) -> str:
     """The YAML of a built-in recipe, or of a file where ``recipe`` is a path (it has a slash or ends in .yaml)."""
     if "/" in recipe or recipe.endswith((".yaml", ".yml")):
         try:
-            return Path(recipe).read_text(encoding="utf-8")
+            return read_text(Path(recipe))
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"cannot read recipe file {recipe}: {getattr(error, 'strerror', error)}") from None
     if recipe not in recipe_names():

@@ -50,6 +50,7 @@ from hvdtrain.errors import (
     describe,
     say,
 )
+from hvdtrain.files import listed, optional, seen
 
 if TYPE_CHECKING:
     from hvdtrain.config import RunConfig
@@ -284,7 +285,9 @@ class _Left(Exception):
 
 def newest_step(run_dir: Path) -> str | None:
     """The name of the newest checkpoint's folder, checked or not; None: there is none."""
-    return max((path.parent.name for path in run_dir.glob("checkpoints/step-*/manifest.json")), default=None)
+    folder = run_dir / "checkpoints"
+    steps = optional(lambda: listed(folder, "step-*"), f"cannot read {folder}", [])
+    return max((path.name for path in steps if seen(path / "manifest.json")), default=None)
 
 
 def _count(number: int) -> str:

@@ -58,7 +58,7 @@ class CheckpointError(HvdtrainError):
 
 
 class OutputError(HvdtrainError):
-    """Writing failed: disk full, quota, read-only file system."""
+    """Writing failed, or a file system does not tell what is there: disk full, quota, read-only, I/O errors."""
 
     exit_code = EXIT_IO
 
@@ -141,11 +141,21 @@ def let_rank_0_speak() -> None:
     time.sleep(1)
 
 
+def give_up_output() -> None:
+    """Lead standard output nowhere, with what it still holds back, at which Python would complain as it exits."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+
+
 def say(message: str) -> None:
     """One line on standard error, after what standard output still holds back."""
-    sys.stdout.flush()
-    sys.stderr.write(f"hvdtrain: {message}\n")  # in one write, or launchers cut it where they add the rank
-    sys.stderr.flush()
+    line = f"hvdtrain: {message}\n"  # in one write, or launchers cut it where they add the rank
+    with contextlib.suppress(OSError):  # a log whose disk is full is not worth a run
+        sys.stdout.flush()
+    with contextlib.suppress(OSError):
+        sys.stderr.write(line)
+        sys.stderr.flush()
 
 
 def say_from(rank: int, message: str, past_locks: bool = False) -> None:

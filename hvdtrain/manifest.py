@@ -15,6 +15,7 @@ from pydantic import ConfigDict, Field, TypeAdapter
 
 from hvdtrain.data.shards import fields_sha256
 from hvdtrain.errors import CheckpointError
+from hvdtrain.files import again, read_text
 
 FORMAT_VERSION = 1
 _MOST_BYTES = 1 << 28  # of a manifest: two million parts
@@ -107,7 +108,7 @@ def check_is_file(path: Path) -> int:
 
     Errors: CheckpointError; OSError where it is not there.
     """
-    found = path.lstat()
+    found = again(path.lstat, path)
     if not stat.S_ISREG(found.st_mode):
         raise CheckpointError(f"{path} is not a regular file of its own; a link could lead out of the checkpoint")
     return found.st_size
@@ -117,7 +118,7 @@ def _read_text(path: Path) -> str:
     size = check_is_file(path)
     if size > _MOST_BYTES:
         raise CheckpointError(f"{path} is damaged (it has {size} bytes)")
-    return path.read_text(encoding="utf-8")
+    return read_text(path)
 
 
 def _refuse(constant: str) -> None:

@@ -6,19 +6,23 @@ Rank 0 writes. Numbers that live on the device are read only at the steps that a
 import importlib.metadata
 import json
 import math
+import os
+import socket
 import subprocess
 import sys
 import time
 from collections import deque
 from collections.abc import Iterable
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
 import torch
 from pydantic import field_validator
 
-from hvdtrain.data.shards import write_json
-from hvdtrain.errors import DivergedError, OutputError
+from hvdtrain.errors import DivergedError, OutputError, give_up_output
+from hvdtrain.files import again, exists, make_folder, note, optional, write_json, write_text
 from hvdtrain.meter import Laps, StepTimes, memory_peak_mib
 from hvdtrain.optim.noise_scale import NoiseScale
 from hvdtrain.options import Options, option
@@ -78,13 +82,14 @@ class Metrics:
         # Of all intervals but the first, which holds the start-up.
         self._rate_tokens, self._rate_flops, self._rate_s = 0, 0, 0.0
         self._intervals = 0
-        self._file: TextIO | None = None
+        self._log_file: _LogFile | None = None
         self._board: _Board | None = None
+        self._board_start = start_step
         self._bar: Any = None
         self.last_loss = math.nan
         self.skipped = 0  # steps, by a guard
         if is_main:
-            self._file = _continue_log(run_dir / "metrics.jsonl", start_step)
+            self._log_file = _LogFile(run_dir / "metrics.jsonl", start_step)
             if sys.stderr.isatty():
                 from tqdm import tqdm
 
@@ -193,16 +198,16 @@ class Metrics:
         grad = "overflow" if overflowed else f"{grad_norm:.2f}"
         if guard is not None and self.skipped:
             grad += f"  skipped {self.skipped}"
-        text = f"loss {loss:.4f}  lr {lr:.2e}  grad {grad}  {rate:,.0f} tokens/s"
+        text, speed = f"loss {loss:.4f}  lr {lr:.2e}  grad {grad}  ", f"{rate:,.0f} tokens/s"
         if self._flops_since and seconds:
             flops_per_s = self._flops_since / seconds
             line["model_tflops_per_s"] = round(flops_per_s / 1e12, 6)
             if self.peak:
                 line["mfu"] = round(flops_per_s / self.peak, 4)
-                text += f"  {flops_per_s / self.peak:.0%} MFU"
+                speed += f"  {flops_per_s / self.peak:.0%} MFU"
         self._intervals += 1
         self._tokens_at_log, self._steps_since, self._since, self._flops_since = self.tokens, 0, StepTimes(), 0
-        self._write(line, text)
+        self._write(line, text + speed)
 
     def add_evaluation(self, step: int, scores: dict[str, float]) -> None:
         """Note the scores of the validation split. Errors: DivergedError, on all ranks alike."""
@@ -218,8 +223,14 @@ class Metrics:
         if self._bar is not None:
             self._bar.write(message, file=sys.stderr)
         elif self._is_main:
-            sys.stdout.write(f"{message}\n")  # in one write, or launchers cut it where they add the rank
-            sys.stdout.flush()
+            try:
+                sys.stdout.write(f"{message}\n")  # in one write, or launchers cut it where they add the rank
+                sys.stdout.flush()
+            except BrokenPipeError:  # `train | head` ends the run
+                raise
+            except OSError as error:
+                give_up_output()
+                note(f"cannot write to standard output: {error.strerror}; nothing more is printed there")
 
     def say_all(self, messages: Iterable[str]) -> None:
         for message in messages:
@@ -228,78 +239,119 @@ class Metrics:
     def _write(self, line: dict[str, Any], text: str) -> None:
         if not self._is_main:
             return
-        try:
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
-            if self._options.tensorboard:
-                self._board = self._board or _Board(self._run_dir / "tensorboard", self._start_step)
-                self._board.add(line)
-        except OSError as error:
-            raise OutputError(f"cannot write {self._run_dir}/metrics.jsonl: {error.strerror or error}") from error
+        self._log_file.append(line)
+        if self._options.tensorboard:
+            optional(lambda: self._show(line), f"cannot write {self._run_dir}/tensorboard", None)
         if self._bar is not None and line["kind"] == "train":
             self._bar.set_postfix_str(text)
         else:
             width = len(str(self._steps))
             self.say(f"step {line['step']:>{width}}/{self._steps}  {text}")
 
+    def _show(self, line: dict[str, Any]) -> None:
+        """On the board. Where it fails, a new event file begins with the next line."""
+        board, self._board = self._board, None
+        board = board or _Board(self._run_dir / "tensorboard", self._board_start)
+        self._board_start = line["step"]
+        board.add(line)
+        self._board = board
+
     def close(self) -> None:
-        """Errors: OutputError where what was still buffered cannot be written; not while an error is on its way."""
-        failure = None
-        for part in (self._bar, self._file, self._board):
-            try:
-                if part is not None:
-                    part.close()
-            except OSError as error:
-                failure = failure or error
-        if failure is not None and sys.exc_info()[0] is None:
-            raise OutputError(
-                f"cannot write the metrics in {self._run_dir}: {failure.strerror or failure}"
-            ) from failure
+        if self._bar is not None:
+            self._bar.close()
+        if self._log_file is not None:
+            self._log_file.close()
+        if self._board is not None:
+            optional(self._board.close, f"cannot write {self._run_dir}/tensorboard", None)
 
 
 class _Board:
-    """A TensorBoard event file. Made at the first line, so that its imports do not delay the first step."""
+    """A TensorBoard event file. Made at the first line, so that its imports do not delay the first step.
+
+    Written here and now: TensorBoard's own writer fails on a thread, which prints a traceback. Errors: OSError.
+    """
 
     def __init__(self, folder: Path, start_step: int):
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.compat.proto.summary_pb2 import Summary
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
         self._event, self._summary = Event, Summary
-        folder.mkdir(parents=True, exist_ok=True)
-        self._writer = EventFileWriter(str(folder))
+        make_folder(folder)
+        now = time.time()
+        path = folder / f"events.out.tfevents.{now:.6f}.{socket.gethostname()}.{os.getpid()}"
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115
+        self._records = RecordWriter(self._file)
+        self._put(Event(wall_time=now, file_version="brain.Event:2"))
         # Tells TensorBoard to forget what an earlier, killed run wrote beyond the step that this one resumes from.
-        self._writer.add_event(Event(wall_time=time.time(), step=start_step + 1, session_log=SessionLog(status=1)))
+        self._put(Event(wall_time=now, step=start_step + 1, session_log=SessionLog(status=1)))
 
     def add(self, line: dict[str, Any]) -> None:
         numbers = {key: value for key, value in line.items() if isinstance(value, int | float) and key != "step"}
         values = [
             self._summary.Value(tag=f"{line['kind']}/{key}", simple_value=value) for key, value in numbers.items()
         ]
-        self._writer.add_event(
-            self._event(wall_time=time.time(), step=line["step"], summary=self._summary(value=values))
-        )
+        self._put(self._event(wall_time=time.time(), step=line["step"], summary=self._summary(value=values)))
+
+    def _put(self, event: Any) -> None:
+        try:
+            self._records.write(event.SerializeToString())
+        except OSError:
+            self._file.close()
+            raise
 
     def close(self) -> None:
-        self._writer.close()
+        self._file.close()
 
 
-def _continue_log(path: Path, start_step: int) -> TextIO:
-    """Open metrics.jsonl for appending after ``start_step``; later lines, of a killed run, go."""
-    try:
-        kept = [line for line in read_log(path) if line["step"] <= start_step] if path.exists() else []
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        temporary.replace(path)
-        return open(path, "a", encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+class _LogFile:
+    """metrics.jsonl, gone on with after ``start_step``; later lines, of a killed run, go. Errors: OutputError.
+
+    A line that could not be written is written again, from where it began: never twice.
+    """
+
+    def __init__(self, path: Path, start_step: int):
+        self._path, self._handle = path, None
+        try:
+            kept = [line for line in read_log(path) if line["step"] <= start_step] if exists(path) else []
+        except OSError as error:
+            raise OutputError(f"cannot read {path}: {error.strerror or error}") from error
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        write_text(path, text)
+        self._size = len(text.encode())
+
+    def append(self, line: dict[str, Any]) -> None:
+        content = f"{json.dumps(line)}\n".encode()
+        try:
+            again(lambda: self._append(content), self._path)
+        except OSError as error:
+            raise OutputError(f"cannot write {self._path}: {error.strerror or error}") from error
+        self._size += len(content)
+
+    def _append(self, content: bytes) -> None:
+        if self._handle is None:
+            self._handle = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            if os.fstat(self._handle).st_size > self._size:  # part of a line that failed
+                os.ftruncate(self._handle, self._size)
+        try:
+            rest = memoryview(content)
+            while rest:
+                rest = rest[os.write(self._handle, rest) :]
+        except OSError:
+            self.close()  # a handle that went stale stays so
+            raise
+
+    def close(self) -> None:
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            with suppress(OSError):  # as after each line: what a server loses later, nobody is told
+                os.close(handle)
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; a last line that a killed run left half-written is dropped."""
     lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for text in again(lambda: path.read_text(encoding="utf-8", errors="replace"), path).splitlines():
         try:
             line = json.loads(text)
         except ValueError:
@@ -309,8 +361,13 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+@cache  # of this process: its packages were loaded once, and lie on a file system that may fail
 def versions() -> dict[str, str]:
     """Versions of what a result depends on, read from the installed packages' metadata."""
+    return optional(lambda: again(_versions, "versions"), "cannot read the versions of the installed packages", {})
+
+
+def _versions() -> dict[str, str]:
     found = {"python": sys.version.split()[0]}
     for name in ("hvdtrain", "torch", "horovod", "mpi4py", "h5py", "numpy", "tokenizers", "safetensors"):
         try:

@@ -9,13 +9,12 @@ profiled steps are slower than others, and so is their tokens/s.
 
 import contextlib
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hvdtrain.errors import OutputError
+from hvdtrain.files import make_folder, optional
 
 RANKS = 8
 _OPERATORS = 30  # lines of the table
@@ -54,7 +53,7 @@ class Profiler:
     def step(self, number: int) -> bool:
         """Step ``number`` begins; True where what was profiled has just been written.
 
-        Outside of the clock: starting and writing take seconds. Errors: OutputError.
+        Outside of the clock: starting and writing take seconds. A trace that cannot be written is no error.
         """
         if not self._steps:
             return False
@@ -70,14 +69,8 @@ class Profiler:
         return _NOTHING if self._profile is None else torch.profiler.record_function(name)
 
     def close(self) -> bool:
-        """Write what is not written yet; True where something was. Errors: OutputError, not over one on its way."""
-        is_failing = sys.exc_info()[0] is not None
-        try:
-            return self._profile is not None and self._write()
-        except OutputError:
-            if is_failing:
-                return False
-            raise
+        """Write what is not written yet; True where something was."""
+        return self._profile is not None and self._write()
 
     def _start(self) -> None:
         activities = [torch.profiler.ProfilerActivity.CPU]
@@ -98,14 +91,14 @@ class Profiler:
         self._next_step(None)
         profile, self._profile = self._profile, None
         profile.stop()  # which waits for the device
+        return optional(lambda: self._save(profile), f"cannot write {self._trace}", False)
+
+    def _save(self, profile: Any) -> bool:
         by = "self_device_time_total" if self._is_cuda else "self_cpu_time_total"
         temporary = self._trace.with_name(f".{self._trace.name}")
-        try:
-            self._trace.parent.mkdir(parents=True, exist_ok=True)
-            profile.export_chrome_trace(str(temporary))
-            temporary.replace(self._trace)
-            table = profile.key_averages().table(sort_by=by, row_limit=_OPERATORS)
-            self._trace.with_suffix("").with_suffix(".txt").write_text(f"{table}\n", encoding="utf-8")
-        except OSError as error:
-            raise OutputError(f"cannot write {self._trace}: {error.strerror or error}") from error
+        make_folder(self._trace.parent)
+        profile.export_chrome_trace(str(temporary))
+        temporary.replace(self._trace)
+        table = profile.key_averages().table(sort_by=by, row_limit=_OPERATORS)
+        self._trace.with_suffix("").with_suffix(".txt").write_text(f"{table}\n", encoding="utf-8")
         return True

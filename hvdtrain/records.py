@@ -30,8 +30,8 @@ from pydantic import BaseModel
 
 from hvdtrain.comm.group import Group
 from hvdtrain.comm.world import World
-from hvdtrain.data.shards import writing
 from hvdtrain.errors import HvdtrainError
+from hvdtrain.files import make_folder, read_text, write
 from hvdtrain.metrics import git_state
 
 LIMIT_S = 2.0
@@ -106,12 +106,14 @@ def close_job(folder: Path, exit_code: int, reason: str, step: int) -> list[str]
     ended = {"ended": _now(), "exit_code": exit_code, "reason": reason, "step_ended": step}
 
     def add() -> None:
+        if not folder.is_dir():
+            return
         fields = {}
         with suppress(OSError, ValueError):
-            fields = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+            fields = json.loads(read_text(folder / "job.json"))
         _write_json(folder / "job.json", {**fields, **ended} if isinstance(fields, dict) else ended)
 
-    return _bounded(add, folder) if folder.is_dir() else []
+    return _bounded(add, folder)
 
 
 def job_name(env: Mapping[str, str]) -> str:
@@ -169,7 +171,7 @@ def _now() -> str:
 
 def _new_folder(wanted: Path) -> Path:
     """``wanted``, or with a number where one job trains in the same run folder again."""
-    wanted.parent.mkdir(exist_ok=True)
+    make_folder(wanted.parent)
     for number in range(2, 10000):
         try:
             wanted.mkdir()
@@ -238,5 +240,4 @@ def _show_job(job_id: str) -> str:
 def _write_json(path: Path, fields: Mapping[str, Any]) -> None:
     # A variable's or a word's bytes need not be UTF-8; JSON can tell them all the same.
     text = json.dumps(fields, indent=1, ensure_ascii=False, default=str) + "\n"
-    with writing(path) as temporary:
-        temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
+    write(path, lambda temporary: temporary.write_bytes(text.encode("utf-8", "backslashreplace")))

@@ -7,6 +7,7 @@ from typing import Any
 
 from hvdtrain import checkpoint
 from hvdtrain.errors import CheckpointError, OutputError
+from hvdtrain.files import again, make_folder, read_text, seen
 from hvdtrain.metrics import read_log
 from hvdtrain.optim.noise_scale import advice
 
@@ -21,7 +22,7 @@ def report(run_dirs: list[Path], out: Path | None) -> str:
         lines += _advice(run)
         saved = checkpoint.steps_saved(run["dir"])
         board = run["dir"] / "tensorboard"
-        lines += [f"tensorboard  {board}"] if board.exists() else []
+        lines += [f"tensorboard  {board}"] if seen(board) else []
         lines += [f"checkpoint   {checkpoint.folder_of(run['dir'], saved[0])}"] if saved else []
     return "\n".join(lines)
 
@@ -42,7 +43,7 @@ def _read(run_dir: Path, name: str) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{run_dir} is not a run folder: cannot read {path.name}: {error.strerror}") from None
     try:
-        summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+        summary = json.loads(read_text(run_dir / "summary.json"))
     except (OSError, ValueError):
         summary = None
     return {
@@ -115,8 +116,8 @@ def _draw(runs: list[dict[str, Any]], picture: Path) -> None:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     try:
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(picture)
+        make_folder(picture.parent)
+        again(lambda: figure.savefig(picture), picture)
     except OSError as error:
         raise OutputError(f"cannot write {picture}: {error.strerror or error}") from None
 

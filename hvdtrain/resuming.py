@@ -8,6 +8,7 @@ from hvdtrain.checkpoint import Progress
 from hvdtrain.comm.group import Group
 from hvdtrain.config import RunConfig
 from hvdtrain.errors import CheckpointError, ConfigError
+from hvdtrain.files import exists
 
 
 def find_start(
@@ -40,7 +41,7 @@ def find_start(
 
 
 def _refuse_to_overwrite(run_dir: Path) -> None:
-    if checkpoint.steps_saved(run_dir) or (run_dir / "summary.json").exists():
+    if checkpoint.steps_saved(run_dir) or exists(run_dir / "summary.json"):
         raise ConfigError(f"{run_dir} already holds a run; use --resume auto to go on with it, or another --run-dir")
 
 

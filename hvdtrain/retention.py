@@ -15,10 +15,11 @@ import os
 import re
 import shutil
 from contextlib import suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 
-from hvdtrain.data.shards import write_json
-from hvdtrain.errors import OutputError
+from hvdtrain.errors import CheckpointError, OutputError
+from hvdtrain.files import listed, move_folder, optional, read_text, write_json
 
 _NAME = re.compile(r"step-([0-9]{8,})")
 _LEFT_OVER = (".step-*.partial", ".step-*.old", ".best.json.*.tmp")
@@ -39,8 +40,15 @@ def step_of(folder: Path) -> int:
 
 
 def steps_saved(run_dir: Path) -> list[int]:
-    """Steps of the checkpoints under ``run_dir``, newest first, valid or not."""
-    names = [_NAME.fullmatch(path.name) for path in (run_dir / "checkpoints").glob("step-*")]
+    """Steps of the checkpoints under ``run_dir``, newest first, valid or not.
+
+    Errors: CheckpointError where the folder cannot be read: none that is seen is not none that is there.
+    """
+    folder = run_dir / "checkpoints"
+    try:
+        names = [_NAME.fullmatch(path.name) for path in listed(folder, "step-*")]
+    except OSError as error:
+        raise CheckpointError(f"cannot read {folder}: {error.strerror}") from None
     return sorted((int(match[1]) for match in names if match), reverse=True)
 
 
@@ -49,7 +57,7 @@ def set_aside(run_dir: Path, step: int) -> None:
     for newer in (s for s in steps_saved(run_dir) if s > step):
         folder = folder_of(run_dir, newer)
         try:
-            os.replace(folder, free_name(folder))
+            move_folder(folder, free_name(folder))
         except OSError as error:
             raise OutputError(f"cannot set aside the damaged {folder}: {error.strerror}") from error
 
@@ -64,8 +72,10 @@ def free_name(path: Path) -> Path:
 
 def remove_left_over(run_dir: Path) -> None:
     """Remove what a killed run was writing or deleting (rank 0, while nothing is being saved). Never fails."""
-    for pattern in _LEFT_OVER:
-        for path in (run_dir / "checkpoints").glob(pattern):
+    folder = run_dir / "checkpoints"
+    found = optional(lambda: listed(folder, ".*"), f"cannot look for leftovers in {folder}", [])
+    for path in found:
+        if any(fnmatchcase(path.name, pattern) for pattern in _LEFT_OVER):
             remove(path)
 
 
@@ -81,7 +91,7 @@ def remove(path: Path) -> None:
 def drop_old(run_dir: Path, keep_last: int, keep_every: int = 0, keep_best: bool = False) -> None:
     """Delete all but the ``keep_last`` newest (0: none), multiples of ``keep_every`` (0: none) and the best (rank 0).
 
-    Errors: OutputError where one cannot be deleted.
+    Errors: OutputError where one cannot be deleted, CheckpointError where it cannot be told which.
     """
     best = read_best(run_dir) if keep_best else None
     for step in steps_saved(run_dir)[keep_last:] if keep_last else []:
@@ -103,13 +113,20 @@ def mark_best(run_dir: Path, step: int, val_loss: float) -> None:
 
 
 def read_best(run_dir: Path) -> tuple[int, float] | None:
-    """Step and validation loss of the best one; None where none is named, or what is named is not there."""
+    """Step and validation loss of the best one; None where none is named, or what is named is not there.
+
+    Errors: CheckpointError where the file cannot be read: the best one would lose its name, and be deleted.
+    """
     path = run_dir / "checkpoints" / "best.json"
     try:
-        fields = json.loads(path.read_text(encoding="utf-8")) if path.stat().st_size < 1 << 16 else None
+        fields = json.loads(read_text(path)) if path.stat().st_size < 1 << 16 else None
         step, val_loss = fields["step"], fields["val_loss"]
         if type(step) is int and type(val_loss) is float and math.isfinite(val_loss) and step >= 0:
-            return (step, val_loss) if folder_of(run_dir, step).is_dir() else None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return (step, val_loss) if step in steps_saved(run_dir) else None
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return None
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
         pass
     return None

@@ -23,6 +23,7 @@ from hvdtrain.config import RunConfig, make_config, parse_yaml
 from hvdtrain.data.carried import Carried, read_carried
 from hvdtrain.data.corpora import Corpora, folders_of, open_corpora, open_folders
 from hvdtrain.errors import CheckpointError, ConfigError, DataError
+from hvdtrain.files import read_text
 from hvdtrain.tasks import make_task
 from hvdtrain.tasks.task import check_kind
 
@@ -65,7 +66,7 @@ def read_config(run_dir: Path) -> RunConfig:
     """The resolved configuration of a run. Errors: CheckpointError where there is none."""
     path = run_dir / "config.yaml"
     try:
-        tree = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+        tree = parse_yaml(read_text(path), str(path))
         return make_config(tree if isinstance(tree, dict) else {}, str(path))
     except FileNotFoundError:
         raise CheckpointError(f"{run_dir} is not a run folder: it has no config.yaml") from None

@@ -21,11 +21,13 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from hvdtrain.comm.world import World
 from hvdtrain.errors import ConfigError, LaunchError, OutputError, say
+from hvdtrain.files import again, exists, listed, make_folder, optional, read_text, seen
 
 _OPTION = re.compile(r"#SBATCH\s+--([a-z][a-z-]*)(?:=(\S*))?(\s+#.*)?\s*")
 _PLAIN = re.compile(r"[\w.,:@%+=/-]+", re.ASCII)
@@ -215,7 +217,7 @@ def check(job: Job, template: str) -> list[str]:
         config.scale(ranks, 0)
     _check_run_dir(job)
     names = list(config.data.mixture) or [config.data.dir]
-    missing = [name for name in names if not (job.folder / name / "manifest.json").exists()]
+    missing = [name for name in names if not seen(job.folder / name / "manifest.json")]
     return [f"note: no shards in {name} yet; the job needs them when it starts" for name in missing]
 
 
@@ -239,7 +241,7 @@ def _check_site(job: Job) -> None:
 
 def _check_run_dir(job: Job) -> None:
     run_dir = job.folder / job.run_dir
-    if (run_dir / "stop").exists():
+    if exists(run_dir / "stop"):
         raise ConfigError(f"{job.run_dir}/stop tells the run to stop; remove that file first")
     if queue := ask_queue(job_ids(run_dir)):
         job_id, queued = next(iter(queue.items()))
@@ -300,8 +302,8 @@ def submit(job: Job, dry_run: bool, world: World) -> str:
 
 def _write(path: Path, text: str) -> Path:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(os.fsencode(text))  # names of files need not be UTF-8
+        make_folder(path.parent)
+        again(lambda: path.write_bytes(os.fsencode(text)), path)  # names of files need not be UTF-8
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from None
     return path
@@ -344,8 +346,10 @@ class Queued:
 
 def job_ids(run_dir: Path) -> list[str]:
     """Ids of the Slurm jobs that a run folder knows of: those submitted, and those that left a record."""
-    found = {str(read_object(path).get("job_id")) for path in (run_dir / "jobs").glob("submit-*.json")}
-    found |= {id_of(path.name) or "" for path in (run_dir / "jobs").glob("*-*")}
+    folder = run_dir / "jobs"
+    records = optional(lambda: listed(folder, "*-*"), f"cannot read {folder}", [])
+    found = {str(read_object(path).get("job_id")) for path in records if fnmatchcase(path.name, "submit-*.json")}
+    found |= {id_of(path.name) or "" for path in records}
     return sorted((job_id for job_id in found if re.fullmatch(r"\d{1,10}", job_id, re.ASCII)), key=int)
 
 
@@ -358,7 +362,7 @@ def id_of(record: str) -> str | None:
 def read_object(path: Path) -> dict[str, Any]:
     """A JSON object from a file; an empty one where it is missing or damaged."""
     with suppress(OSError, ValueError, RecursionError):
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_text(path))
         return found if isinstance(found, dict) else {}
     return {}
 

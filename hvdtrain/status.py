@@ -25,6 +25,7 @@ from typing import Any
 import yaml
 
 from hvdtrain.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_STOPPED_EARLY, CheckpointError, HvdtrainError
+from hvdtrain.files import exists, listed, optional, read_text, seen
 from hvdtrain.slurm import Queued, ask_queue, id_of, job_ids, read_object
 
 _TAIL_BYTES = 1 << 20  # of metrics.jsonl: some two thousand lines
@@ -66,7 +67,7 @@ def status(run_dirs: Sequence[Path], as_json: bool = False) -> str:
     Errors: CheckpointError for a folder that holds nothing of a run.
     """
     for run_dir in run_dirs:
-        if not any((run_dir / name).exists() for name in ("config.yaml", "metrics.jsonl", "summary.json", "jobs")):
+        if not any(exists(run_dir / name) for name in ("config.yaml", "metrics.jsonl", "summary.json", "jobs")):
             raise CheckpointError(
                 f"{run_dir} is not a run folder: it has no config.yaml, metrics.jsonl, summary.json or jobs"
             )
@@ -97,7 +98,7 @@ def status_of(run_dir: Path, queue: Mapping[str, Queued] | None, now: float) -> 
     quiet_s = max(_SILENCE_S, 10 * step_s * _steps_per_line(train)) if step_s else _SILENCE_S
 
     state, why = _judge(job_ids(run_dir), queue, last_job, is_finished, silence_s, quiet_s)
-    if (run_dir / "stop").exists():
+    if seen(run_dir / "stop"):
         why = f"{why}; " * bool(why) + f"remove {run_dir}/stop to let it go on"
     steps = step if state == "finished" else _steps(run_dir, last_job)
     left_s = None
@@ -197,7 +198,10 @@ class _JobRecord:
 def _read_jobs(folder: Path) -> list[_JobRecord]:
     """In the order in which they began."""
     found = []
-    for path in folder.glob("*/job.json"):
+    for path in _listed(folder):
+        path /= "job.json"
+        if not seen(path):
+            continue
         fields = read_object(path)
         code, ranks, steps = (_number(fields, key) for key in ("exit_code", "world_size", "steps"))
         job_id, reason = fields.get("job_id") or id_of(path.parent.name), fields.get("reason")
@@ -244,11 +248,15 @@ def read_tail(path: Path, size: int = _TAIL_BYTES) -> list[dict[str, Any]]:
     return lines
 
 
+def _listed(folder: Path, pattern: str = "*") -> list[Path]:
+    return optional(lambda: listed(folder, pattern), f"cannot read {folder}", [])
+
+
 def _newest_checkpoint(run_dir: Path) -> tuple[int | None, float | None]:
     """Its step and when it was whole. The manifest is written last; digests are not looked at."""
     found = [
         (int(name[1]), at)
-        for path in (run_dir / "checkpoints").glob("step-*")
+        for path in _listed(run_dir / "checkpoints", "step-*")
         if (name := _CHECKPOINT.fullmatch(path.name)) and (at := _changed_at(path / "manifest.json")) is not None
     ]
     return max(found, default=(None, None))
@@ -259,7 +267,7 @@ def _steps(run_dir: Path, job: _JobRecord) -> int | None:
     if job.steps is not None:
         return job.steps
     try:
-        tree = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+        tree = yaml.safe_load(read_text(run_dir / "config.yaml"))
         train, scaling = tree["train"], tree.get("scaling", {})
         is_open = train.get("tokens") or train.get("epochs")
         is_scaled = scaling.get("base_batch") or scaling.get("base_tokens") or scaling.get("per_rank")

@@ -19,6 +19,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from hvdtrain.errors import ConfigError
+from hvdtrain.files import exists, seen
 from hvdtrain.options import Options, option
 
 if TYPE_CHECKING:
@@ -93,8 +94,8 @@ class Stopping:
         self._late: tuple[torch.Tensor, Any] | None = None
 
     def check_start(self) -> None:
-        """Errors: ConfigError where the stop file is there (rank 0)."""
-        if self._is_main and self._file.exists():
+        """Errors: ConfigError where the stop file is there, OutputError where that cannot be told (rank 0)."""
+        if self._is_main and exists(self._file):
             raise ConfigError(f"{self._file} asks this run to stop; remove it, and the same command goes on")
 
     @contextmanager
@@ -113,7 +114,7 @@ class Stopping:
         flags = self._signals.flags
         if self._is_main:
             if not self._file_found and time.monotonic() - self._looked_s >= _LOOK_S:
-                self._file_found, self._looked_s = self._file.exists(), time.monotonic()
+                self._file_found, self._looked_s = seen(self._file), time.monotonic()
             flags |= _FILE * self._file_found
             if self._end_s is not None:
                 margin_s = self._options.margin_s + 2 * sum(self._needed_s.values())

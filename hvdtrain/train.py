@@ -5,6 +5,7 @@ import json
 import math
 import os
 import socket
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,9 +24,9 @@ from hvdtrain.config import RunConfig, dump_yaml, flatten, load_config
 from hvdtrain.data.carried import carry
 from hvdtrain.data.corpora import Corpora, check_corpora, open_corpora, stage
 from hvdtrain.data.loader import TrainLoader
-from hvdtrain.data.shards import writing
 from hvdtrain.data.stream import read_through_note
 from hvdtrain.errors import EXIT_OK, EXIT_STOPPED_EARLY, OutputError, crash_code, say
+from hvdtrain.files import make_folder, read_text, troubles, write_text
 from hvdtrain.malloc import keep_freed_memory
 from hvdtrain.meter import StepClock, memory_peak_mib
 from hvdtrain.metrics import Metrics, git_state, versions, write_summary
@@ -336,7 +337,7 @@ class _Run:
     def _finished_summary(self) -> dict[str, Any] | None:
         """The summary of a run that has nothing left to do, or None where it was not written yet."""
         try:
-            summary = json.loads((self.run_dir / "summary.json").read_text(encoding="utf-8"))
+            summary = json.loads(read_text(self.run_dir / "summary.json"))
         except (OSError, ValueError):
             return None
         finished = isinstance(summary, dict) and summary.get("step") == self.progress.step
@@ -346,11 +347,10 @@ class _Run:
         if not self.is_main:
             return
         try:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
+            make_folder(self.run_dir)
         except OSError as error:
             raise OutputError(f"cannot make run folder {self.run_dir}: {error.strerror}") from None
-        with writing(self.run_dir / "config.yaml") as temporary:
-            temporary.write_text(dump_yaml(self.recipe), encoding="utf-8")
+        write_text(self.run_dir / "config.yaml", dump_yaml(self.recipe))
         carry(self.run_dir, self.config.data, self.data.corpora)
 
     def _announce(self, metrics: Metrics, model: torch.nn.Module) -> None:
@@ -423,6 +423,7 @@ class _Run:
             "data_digest": self.data.corpora.data_digest,
             "sample_digest": f"{progress.fingerprint:016x}",
             "fallbacks": self.fallbacks,
+            "file_troubles": dict(sum(map(Counter, self.group.all_gather_object(troubles())), Counter())),
             "versions": versions(),
             "git": git_state(Path(__file__).parent),
         }

@@ -122,10 +122,7 @@ class Watchdog(contextlib.AbstractContextManager):
         faulthandler.cancel_dump_traceback_later()
         if self._thread.is_alive():  # a file system that does not answer: it keeps its files
             return
-        for descriptor in (self._file, self._stacks):
-            if descriptor is not None:
-                os.close(descriptor)
-        self._file = self._stacks = None
+        self._file, self._stacks = self._closed(self._file), self._closed(self._stacks)
         with contextlib.suppress(OSError):
             if kind is None:
                 self._path("json").unlink(missing_ok=True)
@@ -163,6 +160,7 @@ class Watchdog(contextlib.AbstractContextManager):
         except FileNotFoundError:  # the run folder is not there yet
             pass
         except OSError as error:
+            self._file = self._closed(self._file)  # one that went stale stays so: the next beat opens it again
             if not self._told_of_files and self._group.rank == 0:
                 told = f"note: cannot write {self._folder}: {error.strerror}; a rank that hangs is noticed without"
                 say_from(self._group.rank, told, past_locks=True)
@@ -207,6 +205,11 @@ class Watchdog(contextlib.AbstractContextManager):
         told = f"no progress for {idle_s:.0f} s in {_at(mine)}{others}; stacks: {stacks or 'above'}"
         say_from(self._group.rank, told, past_locks=True)
         self._group.abort(EXIT_CRASH)
+
+    def _closed(self, descriptor: int | None) -> None:
+        if descriptor is not None:
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
 
     def _read_all(self) -> Iterator[Heartbeat | None]:
         for rank in range(self._group.size):

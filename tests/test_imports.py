@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the bottom up. A room imports what lies below it, never a neighbour on its own line.
 TABLE = [
     {"errors", "malloc", "options", "version"},
+    {"files"},
     {"comm"},
     {"data", "models", "optim"},
     {"tasks"},
@@ -32,7 +33,8 @@ TABLE = [
 ]
 LEVEL = {room: level for level, rooms in enumerate(TABLE) for room in rooms}
 # Those two learn nothing of ranks: a row's place and a model's layers do not depend on who is there.
-ONLY_THE_BOTTOM = TABLE[2]
+BOTTOM = TABLE[0] | TABLE[1]
+ONLY_THE_BOTTOM = TABLE[3]
 TALKS_TO_RANKS = {"hvdtrain.comm", "hvdtrain.doctor", "hvdtrain.elastic"}
 # The format and its checks, and ranks that share work: without torch and Horovod, which preparing text does not need.
 DATA_PREP_MAY = {
@@ -43,6 +45,7 @@ DATA_PREP_MAY = {
     "hvdtrain.comm.session",
     "hvdtrain.comm.world",
     "hvdtrain.errors",
+    "hvdtrain.files",
     "hvdtrain.malloc",
 }
 
@@ -84,8 +87,8 @@ def why_not(module: str, imported: str) -> str | None:
     room, target = (name.split(".")[1] if "." in name else "version" for name in (module, imported))
     if room == target:
         return None
-    if room in ONLY_THE_BOTTOM and target not in TABLE[0]:
-        return f"{room} imports only {sorted(TABLE[0])}"
+    if room in ONLY_THE_BOTTOM and target not in BOTTOM:
+        return f"{room} imports only {sorted(BOTTOM)}"
     return None if LEVEL[target] < LEVEL[room] else f"{target} is not below {room}"
 
 

@@ -10,13 +10,15 @@ import hashlib
 import json
 import shutil
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from pydantic import TypeAdapter
 
 from hvdtrain.data.corpora import Corpora, DataOptions, folders_of
-from hvdtrain.data.shards import Manifest, check_tokenizer, fields_sha256, writing
+from hvdtrain.data.shards import Manifest, check_tokenizer, fields_sha256
 from hvdtrain.errors import CheckpointError, DataError, OutputError
+from hvdtrain.files import again, exists, make_folder, read_text, write
 
 FORMAT_VERSION = 1
 _NAMES = ("tokenizer.json", "corpora.json")
@@ -38,7 +40,7 @@ def carry(run_dir: Path, options: DataOptions, corpora: Corpora) -> None:
     """
     folder, source = run_dir / "data", corpora.entries[0][0] / "tokenizer.json"
     try:
-        tokenizer = source.read_bytes()
+        tokenizer = again(source.read_bytes, source)
     except OSError as error:
         raise DataError(f"cannot read {source}: {error.strerror}") from None
     if hashlib.sha256(tokenizer).hexdigest() != corpora.manifest.tokenizer_sha256:
@@ -51,21 +53,19 @@ def carry(run_dir: Path, options: DataOptions, corpora: Corpora) -> None:
     }
     text = json.dumps({**fields, "corpora_sha256": fields_sha256(fields)}, indent=1)  # ASCII: a path may be any bytes
     try:
-        folder.mkdir(exist_ok=True)
+        make_folder(folder)
     except OSError as error:
         raise OutputError(f"cannot make {folder}: {error.strerror}") from None
     for name, content in zip(_NAMES, (tokenizer, text.encode()), strict=True):
-        with writing(folder / name) as temporary:
-            temporary.write_bytes(content)
+        write(folder / name, lambda temporary, content=content: temporary.write_bytes(content))
 
 
 def carry_over(run_dir: Path, to: Path) -> None:
     """What ``run_dir`` carries, if anything, into another run folder. Errors: OutputError, OSError."""
-    if (run_dir / "data" / "corpora.json").exists():
-        (to / "data").mkdir()
+    if exists(run_dir / "data" / "corpora.json"):
+        make_folder(to / "data")
         for name in _NAMES:
-            with writing(to / "data" / name) as temporary:
-                shutil.copyfile(run_dir / "data" / name, temporary)
+            write(to / "data" / name, partial(shutil.copyfile, run_dir / "data" / name))
 
 
 def read_carried(run_dir: Path) -> Carried | None:
@@ -75,7 +75,7 @@ def read_carried(run_dir: Path) -> Carried | None:
     """
     path = run_dir / "data" / "corpora.json"
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = json.loads(read_text(path))
         if fields["format"] != FORMAT_VERSION:
             raise CheckpointError(f"{path} has format version {fields['format']}; this hvdtrain reads {FORMAT_VERSION}")
         if fields.pop("corpora_sha256") != fields_sha256(fields):

@@ -18,6 +18,7 @@ from hvdtrain.data.shards import (
     offsets_of,
 )
 from hvdtrain.errors import DataError
+from hvdtrain.files import again
 
 _AT_ONCE = 1 << 22  # numbers looked at together
 
@@ -35,7 +36,7 @@ def check_shards(folder: Path, manifest: Manifest, infos: Sequence[ShardInfo], t
 def _problems(folder: Path, manifest: Manifest, info: ShardInfo) -> Iterator[str]:
     path = folder / info.file
     try:
-        damaged = list(_damaged_blocks(path, info))
+        damaged = again(lambda: list(_damaged_blocks(path, info)), path)
         if damaged:  # what such a file holds means nothing
             yield from damaged
         else:

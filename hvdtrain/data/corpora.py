@@ -6,12 +6,14 @@ import shutil
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from hvdtrain.data.check import check_shards
-from hvdtrain.data.shards import BLOCK_BYTES, Manifest, ShardInfo, check_files, read_manifest, write_json, writing
+from hvdtrain.data.shards import BLOCK_BYTES, Manifest, ShardInfo, check_files, read_block, read_manifest
 from hvdtrain.errors import ConfigError, DataError, OutputError
+from hvdtrain.files import exists, make_folder, write, write_json
 from hvdtrain.options import Options, option
 
 
@@ -129,7 +131,7 @@ def stage(
 
 def _check_room(corpora: Corpora, places: Sequence[Path], target: Path) -> None:
     try:
-        target.mkdir(parents=True, exist_ok=True)
+        make_folder(target)
         free = shutil.disk_usage(target).free
     except OSError as error:
         raise OutputError(f"cannot stage to {target} on {socket.gethostname()}: {error.strerror}") from None
@@ -145,20 +147,18 @@ def _check_room(corpora: Corpora, places: Sequence[Path], target: Path) -> None:
 
 def _is_there(place: Path, info: ShardInfo) -> bool:
     path = place / info.file
-    return path.exists() and path.stat().st_size == info.file_bytes
+    return exists(path) and path.stat().st_size == info.file_bytes
 
 
 def _copy_folder(folder: Path, manifest: Manifest, place: Path) -> None:
     try:
-        place.mkdir(parents=True, exist_ok=True)
-        with writing(place / "tokenizer.json") as temporary:
-            shutil.copyfile(folder / "tokenizer.json", temporary)
+        make_folder(place)
     except OSError as error:
         raise OutputError(f"cannot write to {place}: {error.strerror}") from None
+    write(place / "tokenizer.json", partial(shutil.copyfile, folder / "tokenizer.json"))
     for info in manifest.shards:
         if not _is_there(place, info):
-            with writing(place / info.file) as temporary:
-                _copy_shard(folder / info.file, info, temporary)
+            write(place / info.file, partial(_copy_shard, folder / info.file, info))
     write_json(place / "source.json", {"copy_of": str(folder.resolve()), "host": socket.gethostname()})
 
 
@@ -173,16 +173,16 @@ def _copy_shard(path: Path, info: ShardInfo, to: Path) -> None:
 def _whole_blocks(path: Path, info: ShardInfo) -> Iterator[bytes]:
     """A shard block by block, each checked. Errors: DataError; what is raised for the copy is about the copy."""
     try:
-        with open(path, "rb") as source:  # buffered: a read gives less than a block only at the end
-            for number, known in enumerate(info.block_sha256):
-                block = source.read(BLOCK_BYTES)
-                if hashlib.sha256(block).hexdigest() != known:
-                    first = number * BLOCK_BYTES
-                    raise DataError(
-                        f"shard {path} is damaged in block {number}, bytes {first} to {first + len(block) - 1}: "
-                        "they are not those that were written (SHA-256)"
-                    )
-                yield block
+        for number, known in enumerate(info.block_sha256):
+            block = read_block(path, number)
+            if hashlib.sha256(block).hexdigest() != known:
+                first = number * BLOCK_BYTES
+                raise DataError(
+                    f"shard {path} is damaged in block {number}, bytes {first} to {first + len(block) - 1}: "
+                    "they are not those that were written (SHA-256)"
+                )
+            yield block
+        with open(path, "rb") as source:
             os.posix_fadvise(source.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     except OSError as error:
         raise DataError(f"cannot read shard {path}: {error.strerror}") from None

@@ -23,7 +23,7 @@ import os
 import re
 import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -33,7 +33,8 @@ import numpy as np
 from h5py._objects import phil
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from hvdtrain.errors import DataError, OutputError
+from hvdtrain.errors import DataError
+from hvdtrain.files import again, read_text, seen, write, write_json
 
 FORMAT_VERSION = 1
 BLOCK_BYTES = 1 << 24
@@ -126,45 +127,10 @@ def token_dtype(vocab_size: int) -> np.dtype:
 # --- writing -----------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def writing(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside ``path``; on success flush it to disk and rename it, on failure remove it.
-
-    Errors: OutputError (exit 74) with the path and the system's reason.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        with suppress(OSError):  # such as a parent that is no folder; the error on its way says so
-            temporary.unlink(missing_ok=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames inside ``folder`` survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as JSON, whole or not at all."""
-    with writing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Errors: DataError naming it."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_text(path))
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read {path}: {error}") from None
     if not isinstance(value, dict):
@@ -178,9 +144,23 @@ def file_blocks(path: Path) -> tuple[str, ...]:
         return tuple(hashlib.sha256(block).hexdigest() for block in iter(lambda: file.read(BLOCK_BYTES), b""))
 
 
+def read_block(path: Path, number: int) -> bytes:
+    """The bytes of one block; fewer only at the file's end. Errors: OSError."""
+
+    def read() -> bytes:
+        with open(path, "rb") as file:  # buffered: a read gives less than is asked for only at the end
+            file.seek(number * BLOCK_BYTES)
+            return file.read(BLOCK_BYTES)
+
+    return again(read, path)
+
+
 def file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    def digest() -> str:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    return again(digest, path)
 
 
 def write_shard(folder: Path, split: str, number: int, datasets: Mapping[str, np.ndarray], part: int = 0) -> ShardInfo:
@@ -198,8 +178,7 @@ def write_shard(folder: Path, split: str, number: int, datasets: Mapping[str, np
         for key, values in datasets.items():
             file.create_dataset(key, data=values)
     content = image.getbuffer()
-    with writing(path) as temporary:
-        temporary.write_bytes(content)
+    write(path, lambda temporary: temporary.write_bytes(content))
     blocks = [content[start : start + BLOCK_BYTES] for start in range(0, len(content), BLOCK_BYTES)]
     digests = tuple(hashlib.sha256(block).hexdigest() for block in blocks)
     tokens, *targets = (len(datasets[key]) for key in datasets if key.endswith("tokens"))
@@ -228,14 +207,14 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / "manifest.json"
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = json.loads(read_text(path))
         version = fields["version"]
         if version != FORMAT_VERSION:
             raise DataError(f"{path} has format version {version}; this hvdtrain reads {FORMAT_VERSION}")
         known = fields.pop("manifest_sha256", None)  # shards of before it was written have none
         manifest = TypeAdapter(Manifest).validate_json(json.dumps(fields))
     except FileNotFoundError:
-        hint = "" if folder.is_dir() else " (there is no such folder)"
+        hint = "" if seen(folder) else " (there is no such folder)"
         raise DataError(
             f"no shards in {folder}{hint}: manifest.json is missing; make them with "
             f"`python -m data_prep text --input PATH --tokenizer FILE --out {folder}`"
@@ -267,6 +246,8 @@ def check_tokenizer(folder: Path, manifest: Manifest) -> None:
         digest = file_sha256(path)
     except FileNotFoundError:
         raise DataError(f"{path} is missing; it belongs to the shards") from None
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
     if vocab_size != manifest.vocab_size:
         raise DataError(
             f"vocabulary mismatch: the shards in {folder} were made with {manifest.vocab_size} tokens, "
@@ -282,7 +263,7 @@ def check_tokenizer(folder: Path, manifest: Manifest) -> None:
 def tokenizer_vocab_size(path: Path) -> int:
     """Highest token id plus one, read from a Hugging Face `tokenizers` file without loading it."""
     try:
-        return vocab_size_of(json.loads(path.read_text(encoding="utf-8")))
+        return vocab_size_of(json.loads(read_text(path)))
     except FileNotFoundError:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -307,13 +288,8 @@ def check_files(folder: Path, manifest: Manifest) -> None:
 
 def file_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
     """What ``check_files`` finds: missing, truncated or replaced, and strange shards, one after another."""
-    sizes: dict[str, int] = {}
     try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if SHARD_NAME.fullmatch(entry.name):
-                    with suppress(FileNotFoundError):  # a link that leads nowhere
-                        sizes[entry.name] = entry.stat().st_size
+        sizes = again(lambda: _sizes(folder), folder)
     except OSError as error:
         raise DataError(f"cannot read {folder}: {error.strerror}") from None
     for info in manifest.shards:
@@ -327,6 +303,17 @@ def file_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
             )
     for name in sorted(sizes):
         yield f"shard {folder / name} is not listed in the manifest: it belongs to another preparation; remove it"
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Bytes of each shard in a folder, by its name."""
+    sizes = {}
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if SHARD_NAME.fullmatch(entry.name):
+                with suppress(FileNotFoundError):  # a link that leads nowhere
+                    sizes[entry.name] = entry.stat().st_size
+    return sizes
 
 
 class ReadThrough:
@@ -348,10 +335,14 @@ class ReadThrough:
         with phil:
             try:
                 if self._pid != os.getpid():
-                    self._file, self._pid = h5py.File(self._path, "r", locking=False), os.getpid()
+                    self._file, self._pid = _open_shard(self._path), os.getpid()
                 return self._file[self._name][part]
             except (OSError, KeyError, RuntimeError) as error:
                 raise DataError(f"cannot read /{self._name} of shard {self._path} through HDF5: {error}") from None
+
+
+def _open_shard(path: Path) -> h5py.File:
+    return again(lambda: h5py.File(path, "r", locking=False), path)
 
 
 def map_shard(folder: Path, info: ShardInfo, manifest: Manifest) -> dict[str, np.ndarray | ReadThrough]:
@@ -365,7 +356,7 @@ def map_shard(folder: Path, info: ShardInfo, manifest: Manifest) -> dict[str, np
     places: dict[str, int | None] = {}
     shapes: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
     try:
-        with h5py.File(path, "r", locking=False) as file:
+        with _open_shard(path) as file:
             for name, dataset in file.items():
                 places[name], shapes[name] = dataset.id.get_offset(), (dataset.shape, dataset.dtype)
     except FileNotFoundError:
@@ -405,11 +396,17 @@ def map_file(path: Path) -> np.ndarray:
 
     Unlike Python's own mmap it keeps no file open: ten thousand shards would exceed the limit on open files.
     """
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
+    try:
+        handle = again(lambda: os.open(path, os.O_RDONLY | os.O_CLOEXEC), path)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
+    try:
+        size = os.fstat(handle).st_size
         if size == 0:
             return np.empty(0, np.uint8)
-        address = _libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0)
+        address = _libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, handle, 0)
+    finally:
+        os.close(handle)
     if address in (None, ctypes.c_void_p(-1).value):
         raise DataError(f"cannot map {path} into memory: {os.strerror(ctypes.get_errno())}")
     memory = (ctypes.c_uint8 * size).from_address(address)

@@ -11,6 +11,7 @@ from hvdtrain.config import RunConfig, load_config
 from hvdtrain.data.corpora import open_corpora
 from hvdtrain.data.records import Records
 from hvdtrain.errors import ConfigError
+from hvdtrain.files import exists
 from hvdtrain.models.cpu import use_fast_matmul
 from hvdtrain.planner.memory import CorpusFacts, Memory, Workload, check_ranks, memory, workload
 from hvdtrain.tasks import make_task
@@ -75,7 +76,7 @@ def read_facts(config: RunConfig, ranks: int, vocab_size: int = 0) -> tuple[Corp
     config: with the batch of these ranks.
     """
     names = list(config.data.mixture) or [config.data.dir]
-    missing = [name for name in names if not (Path(name) / "manifest.json").exists()]
+    missing = [name for name in names if not exists(Path(name) / "manifest.json")]
     if missing:
         if vocab_size < 1:
             raise ConfigError(

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import h5py
@@ -29,12 +30,11 @@ from hvdtrain.data.shards import (
     map_shard,
     read_json,
     read_manifest,
-    write_json,
     write_shard,
-    writing,
 )
 from hvdtrain.data.stream import TokenStream
 from hvdtrain.errors import DataError, OutputError
+from hvdtrain.files import write, write_json
 
 
 @pytest.fixture
@@ -482,12 +482,15 @@ def test_read_json_names_the_file(tmp_path: Path, text: str, why: str):
 def test_a_failed_write_leaves_what_was_there(tmp_path: Path):
     path = tmp_path / "x.json"
     write_json(path, {"a": "é😀"})
-    with pytest.raises(ZeroDivisionError), writing(path) as temporary:
+
+    def half(temporary: Path, error: Exception) -> None:
         temporary.write_text("half")
-        raise ZeroDivisionError
-    with pytest.raises(OutputError, match=r"cannot write .*x\.json: No space left"), writing(path) as temporary:
-        temporary.write_text("half")
-        raise OSError(28, os.strerror(28))
+        raise error
+
+    with pytest.raises(ZeroDivisionError):
+        write(path, partial(half, error=ZeroDivisionError()))
+    with pytest.raises(OutputError, match=r"cannot write .*x\.json: No space left"):
+        write(path, partial(half, error=OSError(28, os.strerror(28))))
     assert [file.name for file in tmp_path.iterdir()] == ["x.json"]
     assert read_json(path) == {"a": "é😀"}
 
