@@ -10,6 +10,7 @@ A unit's shards are written beside their names and renamed, then its record; so 
 units that have no record, on any number of ranks.
 """
 
+import errno
 import fcntl
 import hashlib
 import re
@@ -53,6 +54,7 @@ from hvdtrain.files import exists, make_folder, write, write_json
 _BATCH_BYTES = 1 << 23  # of text encoded at once; bounds the memory
 _TEMPORARY = re.compile(rf"\.({SHARD_NAME.pattern}|manifest\.json|tokenizer\.json)\.\d+\.tmp")
 _PARTS = ".parts"
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # as on Lustre that is mounted without flock
 
 
 @dataclass(frozen=True)
@@ -390,4 +392,8 @@ def _locked(out: Path) -> TextIO:
         raise ConfigError(
             f"another process is preparing {out}; to share the work, start one job: mpirun -np N python -m data_prep"
         ) from None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise OutputError(f"cannot lock {out}: {error.strerror}") from None
+        say(f"note: {out} cannot be locked there ({error.strerror}): see that no other process prepares it meanwhile")
     return handle

@@ -2,11 +2,12 @@
 
 import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
 from failing_files import FailingFiles, Fault
-from launch import HVDTRAIN, TRACE, Prepared, launch, succeed, summary
+from launch import DATA_PREP, HVDTRAIN, TRACE, Prepared, launch, snapshot, succeed, summary
 
 EIO, STALE, DENIED = errno.EIO, errno.ESTALE, errno.EACCES
 
@@ -127,3 +128,21 @@ def test_a_log_on_a_full_disk_is_not_worth_the_run(prepared: Prepared, tmp_path:
     trouble = "cannot write to standard output: No space left on device; nothing more is printed there"
     assert done.messages == [f"hvdtrain: note: {trouble}"], done
     assert summary(tmp_path / "run")["file_troubles"] == {trouble: 1}
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP], ids=errno.errorcode.get)
+def test_a_file_system_without_locks(tmp_path: Path, prepared: Prepared, failing: FailingFiles, number: int):
+    """Lustre, where it is mounted without flock: said once, and the shards are the same."""
+    words = ["text", "--input", prepared.corpus, "--tokenizer", prepared.tokenizer]
+    words += ["--val-split", "tail", "--val-fraction", 0.1, "--out", tmp_path / "out"]
+    faults = [Fault("flock", "/out/.lock", number, times=9)]
+    faults += [Fault("write", "/out/", EIO), Fault("rename", "/out/manifest.json", STALE)]
+    done = succeed(*words, program=DATA_PREP, env=failing.env(*faults))
+    failing.assert_all_failed(faults)
+    assert [line for line in done.messages if "lock" in line] == [
+        f"hvdtrain: note: {tmp_path}/out cannot be locked there ({os.strerror(number)}): "
+        "see that no other process prepares it meanwhile"
+    ]
+    assert snapshot(tmp_path / "out").keys() == snapshot(prepared.shards).keys()
+    shards = [name for name in snapshot(prepared.shards) if name.endswith(".h5")]
+    assert [snapshot(tmp_path / "out")[name] for name in shards] == [snapshot(prepared.shards)[name] for name in shards]
