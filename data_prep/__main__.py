@@ -19,6 +19,7 @@ from data_prep.formats import SQUAD, endings_of, notes, resolve
 from hvdtrain.comm.cores import set_library_threads
 from hvdtrain.comm.ranks import Ranks
 from hvdtrain.comm.session import open_ranks, threads_of_rank
+from hvdtrain.comm.terminal import take_terminal
 from hvdtrain.comm.world import detect_world
 from hvdtrain.errors import (
     EXIT_BAD_DATA,
@@ -277,6 +278,7 @@ def main(argv: list[str] | None = None) -> int:
     set_library_threads(os.environ)  # numpy is loaded by the commands, above
     try:
         world = detect_world()
+        take_terminal(world)
         is_main = world.is_main
         words = make_parser().parse_args(argv)
         with open_ranks(world) as ranks:

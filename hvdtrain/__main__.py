@@ -6,6 +6,7 @@ import traceback
 
 from hvdtrain import cli
 from hvdtrain.comm.cores import set_library_threads
+from hvdtrain.comm.terminal import take_terminal
 from hvdtrain.comm.world import World, detect_world
 from hvdtrain.errors import (
     EXIT_INTERRUPTED,
@@ -33,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         except LaunchError:
             if cli.works_on_ranks(words):
                 raise
+        take_terminal(world)
         return cli.run(words, world)
     except HvdtrainError as error:
         report(error, world.is_main)

@@ -149,12 +149,15 @@ def give_up_output() -> None:
 
 
 def say(message: str) -> None:
-    """One line on standard error, after what standard output still holds back."""
+    """One line on standard error, after what standard output still holds back, and above a progress bar."""
     line = f"hvdtrain: {message}\n"  # in one write, or launchers cut it where they add the rank
     with contextlib.suppress(OSError):  # a log whose disk is full is not worth a run
         sys.stdout.flush()
     with contextlib.suppress(OSError):
-        sys.stderr.write(line)
+        if "tqdm" in sys.modules and sys.stderr.isatty():
+            sys.modules["tqdm"].tqdm.write(line, file=sys.stderr, end="")
+        else:
+            sys.stderr.write(line)
         sys.stderr.flush()
 
 

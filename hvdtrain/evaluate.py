@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from hvdtrain.bar import evaluating
 from hvdtrain.checkpoint import Weights
 from hvdtrain.comm.session import open_group, threads_of_rank
 from hvdtrain.comm.world import World
@@ -51,4 +52,5 @@ def evaluate(
         }
         step, kind = run.progress.step, trained.weights
         about = {"run": str(run_dir), "step": step, "split": split, "weights": kind, "data": data}
-        return {**about, **plan.evaluate(batches(), task)}
+        shown = evaluating(batches(), batches.count, world.is_main)
+        return {**about, **plan.evaluate(shown, task)}

@@ -16,11 +16,12 @@ from collections.abc import Iterable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from pydantic import field_validator
 
+from hvdtrain.bar import Bar, is_for_people
 from hvdtrain.errors import DivergedError, OutputError, give_up_output
 from hvdtrain.files import again, exists, make_folder, note, optional, write_json, write_text
 from hvdtrain.meter import Laps, StepTimes, memory_peak_mib
@@ -29,6 +30,8 @@ from hvdtrain.options import Options, option
 from hvdtrain.parallel.allreduce import StepSums
 from hvdtrain.parallel.guard import Guard
 from hvdtrain.profiler import parse_steps
+
+T = TypeVar("T")
 
 # Of a sum over thousands of targets; fairseq gives up at 1e-4, of a mean (--min-loss-scale).
 _LEAST_LOSS_SCALE = 2.0**-24
@@ -85,15 +88,13 @@ class Metrics:
         self._log_file: _LogFile | None = None
         self._board: _Board | None = None
         self._board_start = start_step
-        self._bar: Any = None
+        self._bar: Bar | None = None
         self.last_loss = math.nan
         self.skipped = 0  # steps, by a guard
         if is_main:
             self._log_file = _LogFile(run_dir / "metrics.jsonl", start_step)
-            if sys.stderr.isatty():
-                from tqdm import tqdm
-
-                self._bar = tqdm(total=steps, initial=start_step, unit="step", dynamic_ncols=True)
+            if is_for_people():
+                self._bar = Bar(steps, start_step)
 
     @property
     def tokens_per_s(self) -> float:
@@ -138,7 +139,7 @@ class Metrics:
         self._read_times(only_ready=True)  # so that few wait, however seldom a line is written
         self._steps_since += 1
         if self._bar is not None:
-            self._bar.update()
+            self._bar.step(sums.loss)
         if step % self._options.every == 0 or step in (self._start_step + 1, self._steps):
             self._log(step, epoch, sums, lr, guard)
 
@@ -208,6 +209,17 @@ class Metrics:
         self._intervals += 1
         self._tokens_at_log, self._steps_since, self._since, self._flops_since = self.tokens, 0, StepTimes(), 0
         self._write(line, text + speed)
+        if self._bar is not None:
+            self._bar.log(loss, speed)
+
+    def evaluating(self, batches: Iterable[T], count: int) -> Iterable[T]:
+        """``batches`` of an evaluation, about ``count``; the bar moves with them."""
+        return batches if self._bar is None else self._bar.evaluating(batches, count)
+
+    def doing(self, what: str) -> None:
+        """What the bar shows until the next step, like "saving"."""
+        if self._bar is not None:
+            self._bar.doing(what)
 
     def add_evaluation(self, step: int, scores: dict[str, float]) -> None:
         """Note the scores of the validation split. Errors: DivergedError, on all ranks alike."""
@@ -217,11 +229,13 @@ class Metrics:
             )
         words = (f"{k} {v:,}" if isinstance(v, int) else f"{k} {v:.4f}" for k, v in scores.items())
         self._write({"kind": "eval", "step": step, **scores}, "  ".join(words))
+        if self._bar is not None:
+            self._bar.validated(scores["val_loss"])
 
     def say(self, message: str) -> None:
         """Print one line for the user, from rank 0."""
         if self._bar is not None:
-            self._bar.write(message, file=sys.stderr)
+            self._bar.say(message)
         elif self._is_main:
             try:
                 sys.stdout.write(f"{message}\n")  # in one write, or launchers cut it where they add the rank
@@ -242,9 +256,7 @@ class Metrics:
         self._log_file.append(line)
         if self._options.tensorboard:
             optional(lambda: self._show(line), f"cannot write {self._run_dir}/tensorboard", None)
-        if self._bar is not None and line["kind"] == "train":
-            self._bar.set_postfix_str(text)
-        else:
+        if self._bar is None or line["kind"] != "train":
             width = len(str(self._steps))
             self.say(f"step {line['step']:>{width}}/{self._steps}  {text}")
 

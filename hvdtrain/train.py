@@ -218,7 +218,7 @@ class _Run:
             if eval_is_due:
                 phases.after("evaluation")
                 with stopping.measured("evaluation"):
-                    scores = self._evaluate(plan)
+                    scores = self._evaluate(plan, metrics)
                 val_loss = scores["val_loss"]
                 best = val_loss if best is None else min(best, val_loss)
                 metrics.add_evaluation(step, scores)
@@ -228,6 +228,7 @@ class _Run:
             if save_is_due or _due(step, config.watchdog.check_replicas_every, last=0):
                 replicas.check(tensors_of(plan.model), step)
             if save_is_due:
+                metrics.doing("saving")
                 plan.check_finite(step)
                 progress = self._progress(step, loader, plan, metrics, best)
                 ends = is_last or bool(stop_reason)
@@ -240,7 +241,7 @@ class _Run:
 
         if not scores:  # resumed after the last step, but before its summary was written
             phases.after("evaluation")
-            scores = self._evaluate(plan)
+            scores = self._evaluate(plan, metrics)
             best = scores["val_loss"] if best is None else min(best, scores["val_loss"])
         self.fallbacks += saver.failures
         self._measure_peak(metrics)
@@ -248,10 +249,11 @@ class _Run:
         self.group.together(lambda: write_summary(self.run_dir, summary) if self.is_main else None)
         return summary
 
-    def _evaluate(self, plan: Plan) -> dict[str, float]:
+    def _evaluate(self, plan: Plan, metrics: Metrics) -> dict[str, float]:
         """Scores of the validation split; of the averaged weights, where there are any."""
         with self.ema.swapped(plan.publish) if self.ema is not None else contextlib.nullcontext():
-            return plan.evaluate(self.watchdog.each(self.data.val()), self.task)
+            batches = metrics.evaluating(self.data.val(), self.data.val.count)
+            return plan.evaluate(self.watchdog.each(batches), self.task)
 
     def _open_metrics(self) -> Metrics:
         progress, steps = self.progress, self.config.train.steps

@@ -1,5 +1,7 @@
 """Classification and sentiment: predict a text's label."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -40,7 +42,8 @@ class Classification:
 
     def open_evaluation(self, corpora: Corpora, split: str, feed: Feed, rows: int) -> Evaluation:
         records, make_batch = self._open(corpora, split, feed)
-        return lambda: eval_rows(records, rows, feed.rank, feed.size, make_batch)
+        batches = partial(eval_rows, records, rows, feed.rank, feed.size, make_batch)
+        return Evaluation.of(batches, len(records.lengths), rows, feed)
 
     def _open(self, corpora: Corpora, split: str, feed: Feed):
         records = open_records(corpora, split)

@@ -1,6 +1,7 @@
 """Language-model pretraining: predict the next token."""
 
 import math
+from functools import partial
 from typing import Literal
 
 import torch
@@ -86,7 +87,8 @@ class LanguageModel:
             )
         if len(stream) < 2:
             raise DataError(f"the {split} split of {corpora.names} has {len(stream)} tokens; nothing to predict")
-        return lambda: eval_windows(stream, feed.context, rows, feed.rank, feed.size)
+        batches = partial(eval_windows, stream, feed.context, rows, feed.rank, feed.size)
+        return Evaluation.of(batches, -(-(len(stream) - 1) // feed.context), rows, feed)
 
     def loss(self, model: nn.Module, batch: Batch) -> LossSum:
         terms = LossTerms(self._options.label_smoothing, self._options.z_loss, IGNORE)

@@ -1,6 +1,7 @@
 """Translation and summarisation: predict the target from the source (Vaswani et al. 2017)."""
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +47,8 @@ class SequenceToSequence:
 
     def open_evaluation(self, corpora: Corpora, split: str, feed: Feed, rows: int) -> Evaluation:
         records, make_batch = self._open(corpora, split, feed)
-        return lambda: eval_rows(records, rows, feed.rank, feed.size, make_batch)
+        batches = partial(eval_rows, records, rows, feed.rank, feed.size, make_batch)
+        return Evaluation.of(batches, len(records.lengths), rows, feed)
 
     def _open(self, corpora: Corpora, split: str, feed: Feed):
         records = open_records(corpora, split)

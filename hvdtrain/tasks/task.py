@@ -12,6 +12,7 @@ from torch import nn
 from hvdtrain.data.batch import AnyBatch
 from hvdtrain.data.corpora import Corpora
 from hvdtrain.data.loader import Feed, Source
+from hvdtrain.data.sampler import even_parts
 from hvdtrain.data.shards import Manifest
 from hvdtrain.errors import DataError
 from hvdtrain.models.transformer import TransformerOptions
@@ -37,7 +38,20 @@ class Training:
     about: str
 
 
-Evaluation = Callable[[], Iterator[AnyBatch]]  # this rank's part of a split, batch after batch
+@dataclass(frozen=True)
+class Evaluation:
+    """This rank's part of a split: called, it gives batch after batch, about ``count`` of them."""
+
+    batches: Callable[[], Iterator[AnyBatch]]
+    count: int
+
+    @classmethod
+    def of(cls, batches: Callable[[], Iterator[AnyBatch]], split_rows: int, rows: int, feed: Feed) -> "Evaluation":
+        """split_rows: of the whole split; rows: of a batch."""
+        return cls(batches, -(-even_parts(split_rows, feed.size)[feed.rank][1] // rows))
+
+    def __call__(self) -> Iterator[AnyBatch]:
+        return self.batches()
 
 
 class Task(Protocol):

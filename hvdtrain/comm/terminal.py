@@ -1,0 +1,88 @@
+"""Rank 0 speaks to the terminal itself, where its launcher was started on one.
+
+    horovodrun -np 2 ...   standard output and error: the terminal, in whose foreground it is
+      rank 0               the launcher's pipes -> the same terminal: plain lines, and a progress bar
+      rank 1               the launcher's pipes, which put "[1,1]<stdout>:" before each line
+
+Launchers have no switch for that: their ranks see pipes, whatever they were started on. Where either of a launcher's
+outputs leads into a file or a pipe, or it runs in the background, or was asked for files or times, rank 0 goes by way
+of it as all others do.
+"""
+
+import os
+import signal
+import stat
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from hvdtrain.comm.world import World
+
+_LAUNCHERS = {"horovodrun", "mpirun", "orterun", "mpiexec", "mpiexec.hydra", "prterun"}
+_ASKED_FOR = ("output-filename", "timestamp-output", "prefix-timestamp", "prefix-output-with-timestamp")
+
+
+def take_terminal(world: World) -> bool:
+    """Lead this process's outputs to its launcher's terminal, where there is one and it is rank 0. Did it? (local)"""
+    if not world.is_main or world.launcher == "none":
+        return False
+    try:
+        terminal = _terminal_of_launcher()
+    except (OSError, ValueError):  # another user's process, or none any more
+        return False
+    if terminal is None:
+        return False
+    signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # mpirun puts its ranks in the background: `stty tostop` stops them
+    sys.stdout.flush()
+    sys.stderr.flush()
+    for output in (1, 2):
+        os.dup2(terminal, output)
+    os.close(terminal)
+    sys.stdout.reconfigure(line_buffering=True)
+    return True
+
+
+def _terminal_of_launcher() -> int | None:
+    """An open descriptor of it; None: this rank is not to write there."""
+    mine = _outputs("self")
+    if any(stat.S_ISREG(os.fstat(output).st_mode) for output in (1, 2)):
+        return None
+    others = []
+    for pid in _ancestors():
+        words = [word.rpartition("/")[2] for word in Path(f"/proc/{pid}/cmdline").read_text().split("\0")]
+        if not _LAUNCHERS & set(words[:2]):  # a script's name follows that of its interpreter
+            others.append(_outputs(pid))
+            continue
+        is_plain = not any(word.lstrip("-").partition("=")[0] in _ASKED_FOR for word in words)
+        theirs = _outputs(pid)
+        # What lies between may be a shell of the launcher; one of the user's may have led the output elsewhere.
+        if not is_plain or any(other not in (mine, theirs) for other in others):
+            return None
+        return _open_if_in_front(pid)
+    return None
+
+
+def _open_if_in_front(pid: int) -> int | None:
+    state = _stat(pid)
+    group, terminal, group_in_front = int(state[2]), int(state[4]), int(state[5])
+    devices = [os.stat(f"/proc/{pid}/fd/{output}").st_rdev for output in (1, 2)]
+    number = os.makedev(terminal >> 8 & 0xFFF, terminal & 0xFF | terminal >> 12 & 0xFFF00)
+    if not terminal or group != group_in_front or devices != [number, number]:
+        return None
+    return os.open(f"/proc/{pid}/fd/1", os.O_WRONLY | os.O_NOCTTY | os.O_CLOEXEC)
+
+
+def _ancestors() -> Iterator[int]:
+    pid = os.getppid()
+    while pid > 1:
+        yield pid
+        pid = int(_stat(pid)[1])
+
+
+def _stat(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat after the name: state, parent, group, session, terminal, group in its foreground."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+
+
+def _outputs(pid: int | str) -> tuple[str, str]:
+    return os.readlink(f"/proc/{pid}/fd/1"), os.readlink(f"/proc/{pid}/fd/2")
