@@ -16,9 +16,10 @@ import hashlib
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -49,7 +50,7 @@ from hvdtrain.data.shards import (
     write_manifest,
 )
 from hvdtrain.errors import ConfigError, DataError, OutputError, say
-from hvdtrain.files import exists, make_folder, write, write_json
+from hvdtrain.files import again, exists, listed, make_folder, write, write_json
 
 _BATCH_BYTES = 1 << 23  # of text encoded at once; bounds the memory
 _TEMPORARY = re.compile(rf"\.({SHARD_NAME.pattern}|manifest\.json|tokenizer\.json)\.\d+\.tmp")
@@ -202,20 +203,16 @@ class _Job:
         """Make the folder ready; keep the units of an interrupted preparation only if it was this one (rank 0)."""
         if self.ranks.rank:
             return
-        for path in self.out.iterdir():
-            if _TEMPORARY.fullmatch(path.name):
-                path.unlink()
+        _remove(self.out, _TEMPORARY.fullmatch)
         known = self.parts / "identity.json"
         if exists(known) and read_json(known) == self.identity:
             if done := sum(exists(self.parts / _record_name(unit)) for unit in self.units):
                 say(f"going on with an interrupted preparation: {done} of {len(self.units)} units are there")
             return
         shutil.rmtree(self.parts, ignore_errors=True)
-        for path in self.out.iterdir():
-            if SHARD_NAME.fullmatch(path.name):
-                path.unlink()
+        _remove(self.out, SHARD_NAME.fullmatch)
         try:
-            self.parts.mkdir()
+            make_folder(self.parts)
             if self.tokenizer.path.resolve() != (self.out / "tokenizer.json").resolve():
                 write(self.out / "tokenizer.json", lambda temporary: temporary.write_bytes(self.tokenizer.content))
             elif self.tokenizer.path.read_bytes() != self.tokenizer.content:
@@ -342,10 +339,9 @@ class _Job:
         shards = [ShardInfo(**{**row, "block_sha256": tuple(row["block_sha256"])}) for row in rows]
         if not shards:
             raise DataError("nothing is left of the input: all documents are empty or were left out")
-        listed = {shard.file for shard in shards}
-        for path in self.out.iterdir():  # of units that were made anew, after a file had changed
-            if SHARD_NAME.fullmatch(path.name) and path.name not in listed:
-                path.unlink()
+        of_manifest = {shard.file for shard in shards}
+        # Those of units that were made anew, after a file had changed.
+        _remove(self.out, lambda name: SHARD_NAME.fullmatch(name) and name not in of_manifest)
         counts = sum((Counter(record["counts"]) for record in records), Counter())
         vocab_size = tokenizer_vocab_size(self.out / "tokenizer.json")
         manifest = Manifest(
@@ -371,6 +367,16 @@ class _Job:
 
 def _record_name(unit: Unit) -> str:
     return f"{unit.number:05d}.json"
+
+
+def _remove(folder: Path, is_doomed: Callable[[str], Any]) -> None:
+    """Files of a folder, by their names. Errors: OutputError."""
+    try:
+        for path in listed(folder):
+            if is_doomed(path.name):
+                again(partial(path.unlink, missing_ok=True), path)
+    except OSError as error:
+        raise OutputError(f"cannot remove {error.filename}: {error.strerror}") from None
 
 
 def _on_all_ranks(error: ConfigError) -> ConfigError:
