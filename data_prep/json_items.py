@@ -25,7 +25,6 @@ _LONGEST = 1 << 28  # of an object
 _LONGEST_SIGN = 16  # characters of JSON that make sense only together, but for strings
 _BATCH_BYTES = 1 << 22
 _SPACE = re.compile(r"[ \t\r\n]*")
-_ELEMENTS = {JSON_ARRAY: "element", JSON_OBJECT: "object"}  # what an item is called; else a line
 
 
 @dataclass(frozen=True)
@@ -39,30 +38,48 @@ class JsonItems:
 
     def read(self, piece: Piece, counts: Counter) -> Iterator[list[tuple[bytes, ...]]]:
         """The items of a piece, some megabytes at a time."""
-        path, what = piece.file.path, _ELEMENTS.get(piece.file.how, "line")
-        for rows in self._rows(piece, counts):
-            items = []
-            for at, raw in rows:
-                try:
-                    items.append(self._item(raw, path, at, what, counts))
-                except BadItem as bad:
-                    leave_out(bad, self.skip_bad, counts)
-            yield items
-
-    def _rows(self, piece: Piece, counts: Counter) -> Iterator[Rows]:
+        path = piece.file.path
         if piece.file.how == JSON_ARRAY:
             rows = _elements(piece.file, counts)
-            yield from _batches(_at_places(rows, piece.places) if piece.places else rows)
+            for batch in _batches(_at_places(rows, piece.places) if piece.places else rows):
+                yield self._items(batch, path, "element", counts)
         elif piece.file.how == JSON_OBJECT:
-            yield [_whole(piece.file, counts)]
+            yield self._items([_whole(piece.file, counts)], path, "object", counts)
         else:
             for offset, raw in chunks(piece, "line"):
                 try:
-                    rows = _lines(*begin_file(raw, offset, piece.file.path, counts, by_lines=True))
+                    offset, raw = begin_file(raw, offset, path, counts, by_lines=True)
                 except BadItem as bad:
                     leave_out(bad, self.skip_bad, counts)
                     continue
-                yield rows
+                items = self._quick(raw)
+                yield self._items(_lines(raw, offset), path, "line", counts) if items is None else items
+
+    def _quick(self, raw: bytes) -> list[tuple[bytes, ...]] | None:
+        """What ``_items`` finds in lines that hold nothing odd, in half the time; None where one does."""
+        if self.cleaning.nfc or b"\\u0000" in raw:
+            return None
+        try:
+            lines = [line for line in raw.split(b"\n") if line and not line.isspace()]
+            first, *others = self.fields
+            if others:
+                items = [tuple([row[name].encode() for name in self.fields]) for row in map(from_json, lines)]
+            else:
+                items = [(row[first].encode(),) for row in map(from_json, lines)]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return None
+        if self.label and not all(item[0] for item in items):
+            return None
+        return items if all(raw.count(key) == len(items) for _, key in self._keys) else None
+
+    def _items(self, rows: Rows, path: Path, what: str, counts: Counter) -> list[tuple[bytes, ...]]:
+        items = []
+        for at, raw in rows:
+            try:
+                items.append(self._item(raw, path, at, what, counts))
+            except BadItem as bad:
+                leave_out(bad, self.skip_bad, counts)
+        return items
 
     def _item(self, raw: bytes, path: Path, at: int, what: str, counts: Counter) -> tuple[bytes, ...]:
         try:
@@ -130,7 +147,7 @@ def _refuse_twice(raw: bytes, name: str, path: Path, at: int, what: str) -> None
 # --- where objects begin and end -------------------------------------------------------------------------------------
 
 
-def _lines(offset: int, raw: bytes) -> Rows:
+def _lines(raw: bytes, offset: int) -> Rows:
     """Lines that are not empty."""
     for line in raw.split(b"\n"):
         if line.strip():

@@ -79,8 +79,10 @@ class TextReader:
             for items in JsonItems([self.field], None, self.cleaning, self.skip_bad).read(piece, counts):
                 yield [item for item in items if item[0]]
             return
+        is_whole = self.documents == "file"  # and may be white space alone
         for offset, raw in chunks(piece, self.documents):
-            yield [(text,) for text in self._documents(raw, offset, piece.file.path, counts) if text]
+            texts = self._documents(raw, offset, piece.file.path, counts)
+            yield [(text,) for text in texts if text and (is_whole or not text.isspace())]
 
     def _documents(self, raw: bytes, offset: int, path: Path, counts: Counter) -> list[bytes | None]:
         try:
@@ -90,7 +92,7 @@ class TextReader:
         except BadItem as bad:
             leave_out(bad, self.skip_bad, counts)
             return []
-        split = split_full_lines if self.documents == "line" else split_paragraphs
+        split = split_lines if self.documents == "line" else split_paragraphs
         return clean_parts(split, raw, offset, path, self.cleaning, self.skip_bad, counts)
 
 
@@ -134,14 +136,8 @@ def split_lines(text: bytes) -> list[bytes]:
     return [line[:-1] if line.endswith(b"\r") else line for line in lines] if b"\r" in text else lines
 
 
-def split_full_lines(text: bytes) -> list[bytes]:
-    """The lines that are not empty, nor white space alone."""
-    return [line for line in split_lines(text) if line.strip()]
-
-
 def split_paragraphs(text: bytes) -> list[bytes]:
     """What stands between blank lines (of white space), without the line ends around it."""
     begin = _BLANK_HEAD.match(text).end()  # type: ignore[union-attr]
     end = text.find(b"\n", len(text.rstrip(b" \t\r\n")))
-    parts = BLANK_LINES.split(text[begin : end if end >= 0 else None])
-    return [part.strip(b"\r\n") for part in parts if part.strip()]
+    return [part.strip(b"\r\n") for part in BLANK_LINES.split(text[begin : end if end >= 0 else None])]
