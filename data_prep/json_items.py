@@ -200,7 +200,7 @@ def _elements(file: InputFile, counts: Counter) -> Rows:
                 except RecursionError:
                     wrong = "nested too deep"
             if is_final or at_end or len(held) - at > _LONGEST:
-                where = "is broken" if is_final else "ends too early"
+                where = "ends too early" if place >= len(held) or wrong.startswith("Unterminated") else "is broken"
                 raise DataError(f"{file.path}: the JSON array {where} at byte {start + place}: {wrong}")
             more = file.read(handle, max(_READ_BYTES, len(held) - at))
             held, start, at, at_end = held[at:] + more.decode("latin-1"), start + at, 0, not more
