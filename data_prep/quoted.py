@@ -62,7 +62,7 @@ def _open_quote(file: InputFile, first: int, last: int) -> int:
     for number, line in enumerate(_lines(file, Counter()), 1):
         if number > last:
             break
-        if number >= first and line.count('"') % 2:
-            is_open = not is_open
+        if number >= first and (quotes := line.replace('""', "").count('"')):
+            is_open ^= bool(quotes % 2)
             opened = number if is_open else opened
     return opened
