@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from data_prep.cleaning import EXACT, Cleaning, begin_file
+from data_prep.cleaning import EXACT, Cleaning, begin_file, refuse_wide
 from data_prep.corpus import InputFile
 from data_prep.formats import check_plain
 from data_prep.pieces import PIECE_BYTES, Piece, cut_files, line_blocks, resolve
@@ -30,6 +30,8 @@ class LineIndex:
         counts, last = [], b"\n"
         with file.open() as handle:
             while block := file.read(handle, _BLOCK):
+                if not counts:
+                    refuse_wide(block, file.path)  # its line ends, if it has any, are not these
                 counts.append(block.count(b"\n"))
                 last = block[-1:]
         self.before = np.cumsum([0, *counts])

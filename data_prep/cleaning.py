@@ -104,15 +104,20 @@ def begin_file(raw: bytes, offset: int, path: Path, counts: Counter, by_lines: b
     """
     if offset:
         return offset, raw
-    wide = next((name for mark, name in _WIDE_MARKS.items() if raw.startswith(mark)), "")
-    if wide := wide or _wide_without_mark(raw):
-        raise _wide_item(path, wide)
+    refuse_wide(raw, path)
     if by_lines and b"\n" not in raw and b"\r" in raw.strip(b"\r"):  # the first bytes reach to a line end, if any
         raise DataError(f"{path} ends its lines with \\r alone, not with \\n; convert it: tr '\\r' '\\n'")
     if raw.startswith(codecs.BOM_UTF8):
         counts["byte_order_marks"] += 1
         return len(codecs.BOM_UTF8), raw[len(codecs.BOM_UTF8) :]
     return offset, raw
+
+
+def refuse_wide(raw: bytes, path: Path) -> None:
+    """Errors: BadItem where a file that begins so is UTF-16 or UTF-32."""
+    wide = next((name for mark, name in _WIDE_MARKS.items() if raw.startswith(mark)), "")
+    if wide := wide or _wide_without_mark(raw):
+        raise _wide_item(path, wide)
 
 
 def _wide_without_mark(raw: bytes) -> str:

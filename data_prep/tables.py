@@ -98,7 +98,8 @@ class TableReader:
                     hint = "; are its cells in quotes? (--quoted)" if bad.kind == "cells" and b'"' in line else ""
                     message = f"{path}: the line at byte {begins} {bad}: {_start(line)}{hint}"
                     leave_out(BadItem(bad.kind, message), self.skip_bad, counts)
-            counts["quoted_cells"] += len(_QUOTED_CELL.findall(raw)) if b'"' in raw else 0
+            if quoted := len(_QUOTED_CELL.findall(raw)) if b'"' in raw else 0:
+                counts["quoted_cells"] += quoted
             yield items
 
     # --- cells in quotes ---------------------------------------------------------------------------------------------
