@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from hvdtrain.comm.abort import end_all_ranks
+from hvdtrain.comm.gloo import check_own_address
 from hvdtrain.comm.group import Group, Pending
 from hvdtrain.comm.mpi import start_mpi
 from hvdtrain.comm.world import World, check_sizes
@@ -45,7 +46,7 @@ class HorovodGroup(Group):
     timeline: whether ``start_timeline`` will be called. Only then, because the thread that waits for something to write
     never sleeps.
 
-    Errors: LaunchError where Horovod joins another world than the launcher announced.
+    Errors: LaunchError where Horovod joins another world than the launcher announced, or Gloo would crash here.
     """
 
     def __init__(self, world: World, timeline: bool = False):
@@ -53,8 +54,11 @@ class HorovodGroup(Group):
         if timeline:
             os.environ["HOROVOD_TIMELINE"] = "DYNAMIC"  # it can then be started
         self._timeline: Path | None = None
-        # Before hvd.init(), or Horovod's shutdown finalises MPI under mpi4py's feet.
-        self._mpi = None if world.launcher.endswith("--gloo") else start_mpi(world)
+        if world.launcher.endswith("--gloo"):
+            check_own_address(world)
+            self._mpi = None
+        else:
+            self._mpi = start_mpi(world)  # before hvd.init(), whose end would finalise MPI under mpi4py's feet
         import horovod.torch as hvd
         from horovod.torch import mpi_ops
 
