@@ -13,7 +13,7 @@ import errno
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -81,13 +81,14 @@ def save(
     options: CheckpointOptions,
     ema: Ema | None = None,
     val_loss: float | None = None,
+    check_owner: Callable[[], None] = lambda: None,
 ) -> Path:
     """Write one checkpoint (collective: every rank writes its share) and drop those that are too old.
 
     Without ``ema`` the bytes are those of a run that knows nothing of averages. ``val_loss``, errors: see ``finish``,
-    ``save_tensors``.
+    ``save_tensors``. check_owner: raises where the run folder is not this run's any more (rank 0).
     """
-    return save_tensors(run_dir, _named_tensors(model, optimizer, ema), progress, group, options, val_loss)
+    return save_tensors(run_dir, _named_tensors(model, optimizer, ema), progress, group, options, val_loss, check_owner)
 
 
 def share(model: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None, group: Group) -> dict[str, torch.Tensor]:
@@ -102,17 +103,23 @@ def save_tensors(
     group: Group,
     options: CheckpointOptions,
     val_loss: float | None = None,
+    check_owner: Callable[[], None] = lambda: None,
 ) -> Path:
     """Write a checkpoint of ``tensors``, the same on all ranks (collective), and drop those that are too old.
 
     Errors: on all ranks, exit 74 where any of them could not write; what was saved before is untouched.
     """
     step, is_main = progress.step, group.rank == 0
+
+    def conclude(parts: list[Part]) -> None:
+        check_owner()
+        finish(run_dir, progress, parts, options, val_loss)
+
     try:
         group.together(lambda: begin(run_dir, step) if is_main else None)
         part = group.together(lambda: write_part(run_dir, step, _share(tensors, group), group.rank, group.size))
         parts = group.all_gather_object(part)
-        group.together(lambda: finish(run_dir, progress, parts, options, val_loss) if is_main else None)
+        group.together(lambda: conclude(parts) if is_main else None)
     except Exception:
         if is_main:
             remove(partial_of(run_dir, step))
@@ -282,20 +289,46 @@ def read_progress(folder: Path, rank: int = 0, size: int = 1) -> Progress:
 
 
 def newest_valid(run_dir: Path, group: Group) -> tuple[Path, Progress, list[str]] | None:
-    """The newest whole checkpoint (collective), with what was wrong with newer ones; None: there is none."""
+    """The newest whole checkpoint (collective), with what was wrong with newer ones; None: there is none.
+
+    A run that goes on meanwhile may drop what is being read here: that was no damage, and newer ones are there.
+    """
     damaged: list[str] = []
-    for step in group.all_gather_object(steps_saved(run_dir))[0]:
-        folder = folder_of(run_dir, step)
-        progress, problem = None, None
-        try:
-            progress = read_progress(folder, group.rank, group.size)
-        except CheckpointError as error:
-            problem = str(error)
-        problems = [other for other in group.all_gather_object(problem) if other]
-        if not problems and progress is not None:
+    seen: set[int] = set()
+    while left := [step for step in group.all_gather_object(steps_saved(run_dir))[0] if step not in seen]:
+        folder = folder_of(run_dir, left[0])
+        seen.add(left[0])
+        progress, problem = judge(folder, group)
+        if problem is None:
             return folder, progress, damaged
-        damaged.append(problems[0])
+        if group.all_gather_object(os.path.lexists(folder))[0]:
+            damaged.append(problem)
     return None
+
+
+def judge(folder: Path, group: Group) -> tuple[Progress | None, str | None]:
+    """Read a checkpoint (collective): its progress, or the first problem that a rank has with it."""
+    progress, problem = None, None
+    try:
+        progress = read_progress(folder, group.rank, group.size)
+    except CheckpointError as error:
+        problem = str(error)
+    return progress, next((other for other in group.all_gather_object(problem) if other), None)
+
+
+def set_aside_damaged(run_dir: Path, step: int, group: Group) -> bool:
+    """Rename what lies beyond ``step``, the newest whole checkpoint: it is damaged, and kept (collective; by the run
+    folder's owner). Each is read once more first. False: one is whole after all, and is the one to go on from.
+
+    Errors: OutputError where one cannot be renamed.
+    """
+    for newer in group.all_gather_object([s for s in steps_saved(run_dir) if s > step])[0]:
+        folder = folder_of(run_dir, newer)
+        _, problem = judge(folder, group)
+        if problem is None:
+            return False
+        group.together(lambda folder=folder: set_aside(folder) if group.rank == 0 else None)
+    return True
 
 
 def choose_valid(run_dir: Path, which: str, group: Group) -> tuple[Path, Progress] | None:

@@ -12,12 +12,13 @@ from hvdtrain.files import exists
 
 
 def find_start(
-    run_dir: Path, resume: str, identity: dict[str, Any], group: Group
+    run_dir: Path, resume: str, identity: dict[str, Any], group: Group, is_owner: bool = True
 ) -> tuple[Progress, Path | None, list[str]]:
     """The progress to go on from, its checkpoint (None: step 0), and what has to be said about it (collective).
 
     resume: ``auto``, ``never`` or a run's folder, as ``hvdtrain train --resume`` takes it. identity: the settings that
-    the run must share. Damaged checkpoints beyond the one that is taken are set aside.
+    the run must share. is_owner: of ``run_dir`` (see claim.py): damaged checkpoints beyond the one that is taken are
+    set aside; else nothing is written.
     Errors: ConfigError where the run there has another recipe, or must not be touched; CheckpointError where no
     checkpoint is whole.
     """
@@ -36,7 +37,8 @@ def find_start(
     group.together(lambda: checkpoint.check_resumable(folder))
     group.together(lambda: _check_identity(folder, progress, identity))
     own_step = progress.step if folder.parent.parent == run_dir else -1
-    group.together(lambda: checkpoint.set_aside(run_dir, own_step) if group.rank == 0 else None)
+    if is_owner and not checkpoint.set_aside_damaged(run_dir, own_step, group):
+        return find_start(run_dir, resume, identity, group, is_owner)
     return progress, folder, [f"damaged checkpoint skipped: {problem}" for problem in damaged]
 
 

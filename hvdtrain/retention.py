@@ -52,14 +52,14 @@ def steps_saved(run_dir: Path) -> list[int]:
     return sorted((int(match[1]) for match in names if match), reverse=True)
 
 
-def set_aside(run_dir: Path, step: int) -> None:
-    """Rename what lies beyond ``step``, the newest whole checkpoint: it is damaged, and kept (rank 0)."""
-    for newer in (s for s in steps_saved(run_dir) if s > step):
-        folder = folder_of(run_dir, newer)
-        try:
-            move_folder(folder, free_name(folder))
-        except OSError as error:
-            raise OutputError(f"cannot set aside the damaged {folder}: {error.strerror}") from error
+def set_aside(folder: Path) -> None:
+    """Rename a damaged checkpoint, where it is still there; it is kept (rank 0). Errors: OutputError."""
+    try:
+        move_folder(folder, free_name(folder))
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise OutputError(f"cannot set aside the damaged {folder}: {error.strerror}") from error
 
 
 def free_name(path: Path) -> Path:

@@ -80,9 +80,16 @@ class Saver(AbstractContextManager):
     "stop", or it is the last. Asynchronous, that is at the latest when the next one is due or the run ends.
     """
 
-    def __init__(self, run_dir: Path, group: Group, options: CheckpointOptions, step: int = 0):
-        """step: what the run has behind it."""
-        self._run_dir, self._group, self._options = run_dir, group, options
+    def __init__(
+        self,
+        run_dir: Path,
+        group: Group,
+        options: CheckpointOptions,
+        step: int = 0,
+        check_owner: Callable[[], None] = lambda: None,
+    ):
+        """step: what the run has behind it. check_owner: raises where the run folder is not ours any more (rank 0)."""
+        self._run_dir, self._group, self._options, self._check_owner = run_dir, group, options, check_owner
         self._is_main = group.rank == 0
         self._pool = ThreadPoolExecutor(1, "hvdtrain-saver") if options.asynchronous else None
         self._buffers: dict[str, torch.Tensor] = {}
@@ -201,7 +208,9 @@ class Saver(AbstractContextManager):
     ) -> list[str]:
         began_s = time.monotonic()
         try:
-            checkpoint.save(self._run_dir, model, optimizer, progress, self._group, self._options, ema, val_loss)
+            checkpoint.save(
+                self._run_dir, model, optimizer, progress, self._group, self._options, ema, val_loss, self._check_owner
+            )
         except RankError as error:
             return self._failed(error, progress.step, is_last)
         return self._whole(progress.step, val_loss, time.monotonic() - began_s)
@@ -277,6 +286,7 @@ class Saver(AbstractContextManager):
 
         def finish() -> float:
             if is_main:
+                self._check_owner()
                 checkpoint.finish(run_dir, save.progress, save.parts, options, save.val_loss)
             return time.monotonic()
 

@@ -15,6 +15,7 @@ import torch
 
 from hvdtrain import checkpoint
 from hvdtrain.checkpoint import Progress
+from hvdtrain.claim import Claim
 from hvdtrain.comm.cores import take_cores
 from hvdtrain.comm.device import pick_device
 from hvdtrain.comm.group import Group
@@ -25,8 +26,8 @@ from hvdtrain.data.carried import carry
 from hvdtrain.data.corpora import Corpora, check_corpora, open_corpora, stage
 from hvdtrain.data.loader import TrainLoader
 from hvdtrain.data.stream import read_through_note
-from hvdtrain.errors import EXIT_OK, EXIT_STOPPED_EARLY, OutputError, crash_code, say
-from hvdtrain.files import make_folder, read_text, troubles, write_text
+from hvdtrain.errors import EXIT_OK, EXIT_STOPPED_EARLY, crash_code, say
+from hvdtrain.files import read_text, troubles, write_text
 from hvdtrain.malloc import keep_freed_memory
 from hvdtrain.meter import StepClock, memory_peak_mib
 from hvdtrain.metrics import Metrics, git_state, versions, write_summary
@@ -75,9 +76,13 @@ def train(
         group.agree(flatten(config.model_dump()), "the configuration")
         run_dir = run_dir or Path("runs") / Path(recipe).stem
         words = [recipe, *overrides]
-        with memory_explained(config, group.size, world.local_size), Watchdog(config.watchdog, run_dir, group) as dog:
+        with (
+            Claim(run_dir, group) as claim,
+            memory_explained(config, group.size, world.local_size),
+            Watchdog(config.watchdog, run_dir, group) as dog,
+        ):
             # Held by nothing here, so that memory_explained can let go of it.
-            return _Run(words, config, run_dir, resume, world, group, timeline, signals, dog).run()
+            return _Run(words, config, run_dir, resume, world, group, timeline, signals, dog, claim).run()
 
 
 @dataclass(frozen=True)
@@ -103,8 +108,9 @@ class _Run:
         timeline: Path | None,
         signals: StopSignals | None,
         watchdog: Watchdog,
+        claim: Claim,
     ):
-        self.words, self.watchdog = words, watchdog
+        self.words, self.watchdog, self.claim = words, watchdog, claim
         self.recipe, self.run_dir, self.world, self.group = config, run_dir, world, group
         self.config = config = group.together(lambda: config.sized(group.size))
         self.is_main = group.rank == 0
@@ -126,17 +132,18 @@ class _Run:
             keep_freed_memory()
             self.matmul = use_fast_matmul(config.precision)
         self.identity = {**config.identity(), **self.data.corpora.identity()}
-        self.progress, self.resumed_from, notes = find_start(run_dir, resume, self.identity, group)
+        self.finished: dict[str, Any] | None = None
+        self.progress, self.resumed_from, notes = self._find_start(resume)
         self.fallbacks += notes
         if timeline is not None:
             self.fallbacks += group.together(lambda: group.start_timeline(timeline))
 
     def run(self) -> dict[str, Any]:
-        config, progress = self.config, self.progress
-        if progress.step >= config.train.steps and (done := self.group.together(self._finished_summary)):
+        if self.finished is not None:
             if self.is_main:
-                print(f"hvdtrain: {self.run_dir} is finished ({progress.step} steps); to train on, raise train.steps")
-            return done
+                steps = self.progress.step
+                print(f"hvdtrain: {self.run_dir} is finished ({steps} steps); to train on, raise train.steps")
+            return self.finished
         self.group.together(self.stopping.check_start)
         self.group.together(self._prepare_folder)
         with self._recorded():
@@ -168,7 +175,7 @@ class _Run:
             closing(plan.sync),
             closing(self._open_metrics()) as metrics,
             self._phases() as phases,
-            Saver(self.run_dir, self.group, config.checkpoint, progress.step) as saver,
+            Saver(self.run_dir, self.group, config.checkpoint, progress.step, self.claim.check) as saver,
         ):
             self._announce(metrics, model)
             return self._walk(loader, plan, optimizer, metrics, phases, saver)
@@ -203,6 +210,7 @@ class _Run:
                 plan.step(optimizer, lr)
                 if self.ema is not None:
                     self.ema.update(step)
+            self.claim.check()  # before anything is written
             metrics.add(step, loader.epoch, sums, lr, phases.end(), plan.flops, plan.guard)
             if stragglers is not None and _due(step, config.watchdog.stragglers_every, last=0):
                 self._tell(metrics, stragglers.compare(self.group.all_gather_object(own_seconds(metrics.spent)), step))
@@ -246,6 +254,7 @@ class _Run:
         self.fallbacks += saver.failures
         self._measure_peak(metrics)
         summary = self._summary(progress, scores, best, metrics, startup_s)
+        self.claim.check()
         self.group.together(lambda: write_summary(self.run_dir, summary) if self.is_main else None)
         return summary
 
@@ -336,24 +345,21 @@ class _Run:
 
         return group.together(open_splits)
 
-    def _finished_summary(self) -> dict[str, Any] | None:
-        """The summary of a run that has nothing left to do, or None where it was not written yet."""
-        try:
-            summary = json.loads(read_text(self.run_dir / "summary.json"))
-        except (OSError, ValueError):
-            return None
-        finished = isinstance(summary, dict) and summary.get("step") == self.progress.step
-        return summary if finished else None
+    def _find_start(self, resume: str) -> tuple[Progress, Path | None, list[str]]:
+        """Where to begin (collective). The run folder is ours from here on, unless nothing is left to do in it."""
+        summary = self.group.all_gather_object(_read_summary(self.run_dir))[0]
+        if summary.get("step", -1) >= self.config.train.steps:
+            found = find_start(self.run_dir, resume, self.identity, self.group, is_owner=False)
+            if found[0].step == summary["step"]:
+                self.finished = summary
+                return found
+        self.claim.take()
+        return find_start(self.run_dir, resume, self.identity, self.group)
 
     def _prepare_folder(self) -> None:
-        if not self.is_main:
-            return
-        try:
-            make_folder(self.run_dir)
-        except OSError as error:
-            raise OutputError(f"cannot make run folder {self.run_dir}: {error.strerror}") from None
-        write_text(self.run_dir / "config.yaml", dump_yaml(self.recipe))
-        carry(self.run_dir, self.config.data, self.data.corpora)
+        if self.is_main:
+            write_text(self.run_dir / "config.yaml", dump_yaml(self.recipe))
+            carry(self.run_dir, self.config.data, self.data.corpora)
 
     def _announce(self, metrics: Metrics, model: torch.nn.Module) -> None:
         world, ranks = self.world, _count(self.group.size, "rank")
@@ -429,6 +435,15 @@ class _Run:
             "versions": versions(),
             "git": git_state(Path(__file__).parent),
         }
+
+
+def _read_summary(run_dir: Path) -> dict[str, Any]:
+    """That of a run that has ended; else an empty one."""
+    with contextlib.suppress(OSError, ValueError):
+        summary = json.loads(read_text(run_dir / "summary.json"))
+        if isinstance(summary, dict) and isinstance(summary.get("step"), int):
+            return summary
+    return {}
 
 
 def _count(number: int, what: str) -> str:

@@ -20,10 +20,12 @@ from torch import nn
 from hvdtrain import checkpoint
 from hvdtrain.checkpoint import CheckpointOptions, Progress, folder_of, newest_valid, read_progress, steps_saved
 from hvdtrain.comm.local_group import LocalGroup
+from hvdtrain.config import RunConfig
 from hvdtrain.data.shards import fields_sha256
 from hvdtrain.errors import EXIT_IO, CheckpointError, OutputError, RankError
 from hvdtrain.optim.ema import Ema, EmaOptions
 from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
+from hvdtrain.resuming import find_start
 
 GROUP = LocalGroup()
 PART = "part-00000-of-00001.safetensors"
@@ -197,7 +199,7 @@ def test_each_rank_digests_its_share(run_dir: Path):
         rank, size = 1, 2
 
         def all_gather_object(self, value):
-            if isinstance(value, list):
+            if isinstance(value, list | bool):
                 return [value, value]
             try:
                 read_progress(folder_of(run_dir, 2 if not self.skipped else 1), 0, 2)
@@ -211,6 +213,44 @@ def test_each_rank_digests_its_share(run_dir: Path):
     folder, _, damaged = newest_valid(run_dir, Second())
     assert folder == folder_of(run_dir, 1)
     assert "does not match its digest" in damaged[0]
+
+
+def test_one_that_was_dropped_while_it_was_read_is_no_damage(run_dir: Path, monkeypatch: pytest.MonkeyPatch):
+    """The run goes on, and keeps one checkpoint; whoever reads it meanwhile finds the new one."""
+
+    def read_late(folder: Path, *rank: int) -> Progress:
+        if folder == folder_of(run_dir, 2):
+            save(run_dir, 3, keep_last=1)
+        return read_progress(folder, *rank)
+
+    monkeypatch.setattr(checkpoint, "read_progress", read_late)
+    folder, _, damaged = newest_valid(run_dir, GROUP)
+    assert (folder, damaged) == (folder_of(run_dir, 3), [])
+
+
+def test_what_could_not_be_read_once_is_not_set_aside(run_dir: Path, monkeypatch: pytest.MonkeyPatch):
+    """A file system may fail for a while. The second look finds the checkpoint whole, and the run goes on from it."""
+    failures = [CheckpointError("cannot read it: Input/output error")]
+
+    def read_first(folder: Path, *rank: int) -> Progress:
+        if failures and folder == folder_of(run_dir, 2):
+            raise failures.pop()
+        return read_progress(folder, *rank)
+
+    monkeypatch.setattr(checkpoint, "read_progress", read_first)
+    progress, folder, notes = find_start(run_dir, "auto", RunConfig().identity(), GROUP)
+    assert not failures
+    assert (progress.step, folder, notes) == (2, folder_of(run_dir, 2), [])
+    assert not any("damaged" in name for name in names(run_dir))
+
+
+def test_only_the_owner_sets_aside(run_dir: Path):
+    flip(folder_of(run_dir, 2) / PART)
+    before = names(run_dir)
+    _, folder, notes = find_start(run_dir, "auto", RunConfig().identity(), GROUP, is_owner=False)
+    assert (folder, len(notes), names(run_dir)) == (folder_of(run_dir, 1), 1, before)
+    find_start(run_dir, "auto", RunConfig().identity(), GROUP)
+    assert names(run_dir) != before
 
 
 def test_an_unfinished_one_is_written_again(run_dir: Path):
@@ -379,7 +419,7 @@ def test_a_disk_that_became_read_only(disk: Path):
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
     assert_save_fails(disk, 3, "Read-only file system")
     with pytest.raises(OutputError, match=r"cannot set aside the damaged .*Read-only file system"):
-        checkpoint.set_aside(disk, 1)
+        checkpoint.set_aside(folder_of(disk, 2))
 
 
 def test_a_limit_on_the_size_of_files(run_dir: Path):

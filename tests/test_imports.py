@@ -25,7 +25,7 @@ TABLE = [
     {"saving", "phases"},
     {"config"},
     {"run_folder", "records", "resuming", "slurm", "planner"},
-    {"preflight"},
+    {"preflight", "claim"},
     {"train", "evaluate", "generate", "averaging", "report", "doctor", "status", "sweep"},
     {"elastic"},
     {"cli"},
