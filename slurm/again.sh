@@ -36,6 +36,15 @@ find_run_dir() {
     fi
 }
 
+# refuse_shared_folder: the tasks of an array would all train in one run folder, unless its name has the task's number.
+refuse_shared_folder() {
+    local task=${SLURM_ARRAY_TASK_ID:-}
+    if [ -z "$task" ] || [ "${SLURM_ARRAY_TASK_COUNT:-}" = 1 ]; then return; fi
+    [[ ! $run_dir =~ (^|[^0-9])$task([^0-9]|$) ]] || return 0
+    fail "task $task of array ${SLURM_ARRAY_JOB_ID:-}: all its tasks would train in $run_dir, which belongs to one job;" \
+        "slurm/array.sbatch gives each a folder of its own, HVDTRAIN_CHAIN=1 makes jobs that follow one another"
+}
+
 which_attempt() {
     ((!${HVDTRAIN_LINK:-0})) || echo -n ", link $((HVDTRAIN_LINK + 1)) of its chain"
     ((!${SLURM_RESTART_COUNT:-0})) || echo -n ", restart $SLURM_RESTART_COUNT"

@@ -208,6 +208,30 @@ def test_the_run_folder_is_hvdtrains(job: Job, words: tuple[str, ...], run_dir: 
     assert job.words == passed
 
 
+@pytest.mark.parametrize("script", ["train", "elastic"])
+@pytest.mark.parametrize(
+    ("words", "env", "refused"),
+    [
+        (("demo",), {}, True),
+        (("demo", "--run-dir", "runs/x"), {}, True),
+        (("demo", "--run-dir", "runs/x-12"), {}, True),
+        (("demo", "--run-dir", "runs/x-2"), {}, False),
+        (("demo",), {"SLURM_ARRAY_TASK_COUNT": "1"}, False),
+        (("demo",), {"SLURM_ARRAY_TASK_ID": ""}, False),
+    ],
+)
+def test_tasks_of_an_array_do_not_share_a_run_folder(
+    job: Job, script: str, words: tuple[str, ...], env: dict[str, str], refused: bool
+):
+    task = {"SLURM_ARRAY_JOB_ID": "6", "SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_COUNT": "3"}
+    code = job.run(*words, script=script, **{**task, **env})
+    assert ("task 2 of array 6: all its tasks would train in " in job.log) == refused, job.log
+    assert ("slurm/array.sbatch gives each a folder of its own" in job.log) == refused
+    if refused:
+        assert code == 2
+        assert job.calls == []  # nothing has begun, nor begins again
+
+
 def test_a_job_that_goes_on_finds_what_it_began(job: Job):
     """With --resume never its second start would refuse its own run folder."""
     job.run("demo", "--resume", "never")
