@@ -72,6 +72,16 @@ named are: files of other endings; hidden ones, whose names begin with a dot (na
 with a dot); links that lead nowhere; pipes and devices; and what this program wrote (shards, tokenizers, runs). A pipe
 as --input is refused, for input is read more than once, and by every rank: write it to a file first."""
 
+_LINES = """
+Only \\n ends a line, alone or after \\r. A byte order mark at the beginning of a file is taken off and counted. Of a
+JSON object the field must be text; UTF-16, and lines that end with \\r alone, are refused with the command that
+converts them. What is bad is refused with file and place, or left out and counted with --skip-bad; but not what leaves
+open where the next item begins: a quote that never closes, an array that is no JSON."""
+
+_TABLES = """
+A row has as many cells as the header line (or --columns) has names; one with more or fewer is bad. So is a label that
+is empty or, in JSON, neither text nor a whole number. A file with quotes is read from its start, by one rank."""
+
 _ALIGNED = """
 --source and --target are plain text, a line each; of a folder all files are read, whatever their endings, in the order
 of their names."""
@@ -95,9 +105,9 @@ class _Help(argparse.HelpFormatter):
 
 def _formats(command: str) -> dict[str, Any]:
     """What ``--help`` says of files, for whoever wants to know what becomes of one."""
-    more = {"pairs": [_ALIGNED], "tokenizer": [_SAMPLED]}.get(command, [])
+    more = {"pairs": [_TABLES, _ALIGNED], "labels": [_TABLES], "tokenizer": [_SAMPLED]}.get(command, [])
     table = f"How files are read, by their endings:\n{describe(command)}"
-    return {"epilog": "\n".join([table, _FOLDERS, *more, _COMPRESSED]), "formatter_class": _Help}
+    return {"epilog": "\n".join([table, _LINES, *more, _FOLDERS, _COMPRESSED]), "formatter_class": _Help}
 
 
 def _source() -> argparse.ArgumentParser:

@@ -100,12 +100,14 @@ def check_plain(files: Sequence[InputFile]) -> None:
 
 
 def notes(files: Sequence[InputFile]) -> list[str]:
-    """What is to be said of how files are read whose ending alone does not tell."""
-    found: dict[str, list[InputFile]] = {}
+    """What is to be said of how files are read whose endings alone do not tell, or tell something else."""
+    found: dict[tuple[str, str], list[InputFile]] = {}
     for file in files:
-        if file.suffix.lower() == ".json":
-            found.setdefault(file.how, []).append(file)
+        ending = file.suffix.lower()
+        if ending == ".json" or (file.how == TEXT and ending in endings_of("labels")):
+            found.setdefault((ending, file.how), []).append(file)
     return [
-        f"{some[0].path}{f' and {len(some) - 1:,} more .json files' * (len(some) > 1)}: read as {how}"
-        for how, some in found.items()
+        f"{some[0].path}{f' and {len(some) - 1:,} more {ending} files' * (len(some) > 1)}: read as {how}"
+        f"{', all columns of it' * (how == TEXT)}"
+        for (ending, how), some in found.items()
     ]

@@ -117,7 +117,9 @@ class JsonItems:
             return str(value)
         if name not in row:
             raise BadItem(
-                "field", f"{path}: the {what} at byte {at} has no field {name!r}; it has: {_named(row)}{_within(row)}"
+                "field",
+                f"{path}: the {what} at byte {at} has no field {name!r}; it has: {_named(row)}; name one with a "
+                f"--*-field option, or leave the file out with --exclude{_within(row)}",
             )
         kinds = "neither text nor a whole number" if is_label else "not text"
         raise BadItem("field", f"{path}: field {name!r} of the {what} at byte {at} is {_shown(value)}, {kinds}")

@@ -2,6 +2,8 @@
 
 import csv
 import io
+import json
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from preparing import compressed, files_of, items_of, small_pieces, write
 
-from data_prep import quoted, tables
+from data_prep import json_items, quoted, tables
 from data_prep.cleaning import Cleaning
 from data_prep.tables import TableReader
 from hvdtrain.errors import DataError
@@ -65,6 +67,26 @@ def test_a_quoted_file_is_read_from_its_start_by_one(tmp_path: Path):
         (piece,) = TableReader(files_of(tmp_path / "a.csv"), ["label", "text"]).pieces(50)
     assert piece.is_stream
     assert (piece.begin, piece.end) == (0, (tmp_path / "a.csv").stat().st_size)
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.json"])
+def test_what_cannot_be_cut_is_not_held_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
+    """8 MB in a tenth of that, with blocks of 64 KiB instead of megabytes."""
+    for module, size in ((quoted, "_BLOCK"), (tables, "_BATCH_BYTES"), (json_items, "_READ_BYTES")):
+        monkeypatch.setattr(module, size, 1 << 16)
+    monkeypatch.setattr(json_items, "_BATCH_BYTES", 1 << 16)
+    row = '1,"' + "a\n" * 2000 + '"\n'
+    if name == "a.json":
+        row = json.dumps({"label": 1, "text": "a\n" * 2000})
+    content = "label,text\n" + row * 2000 if name == "a.csv" else f"[{','.join([row] * 1300)}]"
+    (tmp_path / name).write_text(content)
+    reader = TableReader(files_of(tmp_path / name), ["label", "text"], label="label")
+    (piece,) = reader.pieces(1 << 30)
+    tracemalloc.start()
+    rows = sum(len(items) for items in reader.items(piece, Counter()))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (rows, len(content) > 7_000_000, peak < 800_000) == (2000 if name == "a.csv" else 1300, True, True)
 
 
 def test_a_csv_without_a_header(tmp_path: Path):

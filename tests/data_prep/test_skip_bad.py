@@ -261,6 +261,19 @@ def test_how_a_json_was_read_is_said(command, tmp_path: Path):
     ]
 
 
+def test_a_table_that_is_read_as_text_is_said(command, tmp_path: Path):
+    write(tmp_path, **{"a.tsv": "label\ttext\n1\tx\n"})
+    code, _, said = command("tokenizer --kind byte --input a.tsv --out t.json")
+    assert (code, said) == (0, "hvdtrain: note: a.tsv: read as plain text, all columns of it\n")
+
+
+@pytest.mark.parametrize("name", ["a.tsv", "a.csv"])
+def test_a_header_alone_is_nothing(command, tmp_path: Path, name: str):
+    write(tmp_path, **{name: "label\ttext\n".replace("\t", "," if name == "a.csv" else "\t")})
+    code, _, said = command(f"labels --input {name} {{to}} out")
+    assert (code, "nothing is left of the input" in said) == (65, True)
+
+
 # --- a file's beginning ------------------------------------------------------------------------------------------
 
 MARK = codecs.BOM_UTF8
