@@ -26,7 +26,7 @@ from hvdtrain.comm.group import Group
 from hvdtrain.data.shards import fields_sha256, file_sha256
 from hvdtrain.errors import CheckpointError, ConfigError, OutputError
 from hvdtrain.files import again, is_there, listed, move_folder, optional, sync_folder, write_json
-from hvdtrain.manifest import Part, Progress, check_is_file, fields_of, part_name, read_manifest
+from hvdtrain.manifest import Part, Progress, cannot_read, check_is_file, fields_of, part_name, read_manifest
 from hvdtrain.optim.ema import Ema
 from hvdtrain.options import Options, option
 from hvdtrain.retention import (
@@ -264,7 +264,7 @@ def _share(tensors: Mapping[str, torch.Tensor], group: Group) -> dict[str, torch
 def read_progress(folder: Path, rank: int = 0, size: int = 1) -> Progress:
     """Check a checkpoint and return where it stands; ``rank`` of ``size`` digests its share of the parts.
 
-    Errors: CheckpointError that names the file.
+    Errors: CheckpointError that names the file; see ``cannot_read``.
     """
     progress, parts = read_manifest(folder)
     if folder_of(folder.parent.parent, progress.step).name != folder.name:
@@ -282,7 +282,7 @@ def read_progress(folder: Path, rank: int = 0, size: int = 1) -> Progress:
                 raise CheckpointError(f"{path} does not match its digest")
         strangers = {path.name for path in listed(folder, "part-*.safetensors")} - {part.file for part in parts}
     except OSError as error:
-        raise CheckpointError(f"cannot read {error.filename or folder}: {error.strerror}") from None
+        raise cannot_read(folder, error) from None
     if strangers:
         raise CheckpointError(f"{folder / min(strangers)} is not in the manifest: it belongs to another checkpoint")
     return progress

@@ -3,6 +3,7 @@
 A manifest may come from anywhere. Nothing in it leads out of its folder, and what does not fit is a CheckpointError.
 """
 
+import errno
 import json
 import math
 import stat
@@ -14,8 +15,8 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, TypeAdapter
 
 from hvdtrain.data.shards import fields_sha256
-from hvdtrain.errors import CheckpointError
-from hvdtrain.files import again, read_text
+from hvdtrain.errors import CheckpointError, HvdtrainError, OutputError
+from hvdtrain.files import PASSING, again, read_text
 
 FORMAT_VERSION = 1
 _MOST_BYTES = 1 << 28  # of a manifest: two million parts
@@ -80,7 +81,7 @@ def fields_of(progress: Progress, parts: Sequence[Part]) -> dict[str, Any]:
 def read_manifest(folder: Path) -> tuple[Progress, list[Part]]:
     """The manifest of the checkpoint in ``folder``, checked against its own digest; touches no part.
 
-    Errors: CheckpointError that names the file.
+    Errors: CheckpointError that names the file; see ``cannot_read``.
     """
     path = folder / "manifest.json"
     try:
@@ -93,7 +94,7 @@ def read_manifest(folder: Path) -> tuple[Progress, list[Part]]:
         fields["fingerprint"] = int(fields["fingerprint"], 16)
         progress = TypeAdapter(Progress).validate_json(json.dumps(fields, allow_nan=False))
     except OSError as error:
-        raise CheckpointError(f"cannot read {error.filename or path}: {error.strerror}") from None
+        raise cannot_read(path, error) from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {_short(error)})") from None
     if [part.file for part in parts] != [part_name(rank, len(parts)) for rank in range(len(parts))] or not parts:
@@ -101,6 +102,14 @@ def read_manifest(folder: Path) -> tuple[Progress, list[Part]]:
         what = f"names a part outside its folder: {named!r}" if named else "does not name one part of each rank"
         raise CheckpointError(f"{path} is damaged (it {what})")
     return progress, parts
+
+
+def cannot_read(path: Path, error: OSError) -> HvdtrainError:
+    """A file that is missing, or that its disk does not give back, is damage: CheckpointError; the checkpoint before is
+    taken. A file system that does not answer is none: OutputError (exit 74), and the checkpoint stays where it is.
+    """
+    kind = OutputError if error.errno in PASSING - {errno.EIO} else CheckpointError
+    return kind(f"cannot read {error.filename or path}: {error.strerror}")
 
 
 def check_is_file(path: Path) -> int:

@@ -18,7 +18,7 @@ from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from hvdtrain.errors import CheckpointError, OutputError
+from hvdtrain.errors import OutputError
 from hvdtrain.files import listed, move_folder, optional, read_text, write_json
 
 _NAME = re.compile(r"step-([0-9]{8,})")
@@ -42,13 +42,13 @@ def step_of(folder: Path) -> int:
 def steps_saved(run_dir: Path) -> list[int]:
     """Steps of the checkpoints under ``run_dir``, newest first, valid or not.
 
-    Errors: CheckpointError where the folder cannot be read: none that is seen is not none that is there.
+    Errors: OutputError where the folder cannot be read: none that is seen is not none that is there.
     """
     folder = run_dir / "checkpoints"
     try:
         names = [_NAME.fullmatch(path.name) for path in listed(folder, "step-*")]
     except OSError as error:
-        raise CheckpointError(f"cannot read {folder}: {error.strerror}") from None
+        raise OutputError(f"cannot read {folder}: {error.strerror}") from None
     return sorted((int(match[1]) for match in names if match), reverse=True)
 
 
@@ -91,7 +91,7 @@ def remove(path: Path) -> None:
 def drop_old(run_dir: Path, keep_last: int, keep_every: int = 0, keep_best: bool = False) -> None:
     """Delete all but the ``keep_last`` newest (0: none), multiples of ``keep_every`` (0: none) and the best (rank 0).
 
-    Errors: OutputError where one cannot be deleted, CheckpointError where it cannot be told which.
+    Errors: OutputError where one cannot be deleted, or it cannot be told which.
     """
     best = read_best(run_dir) if keep_best else None
     for step in steps_saved(run_dir)[keep_last:] if keep_last else []:
@@ -115,7 +115,7 @@ def mark_best(run_dir: Path, step: int, val_loss: float) -> None:
 def read_best(run_dir: Path) -> tuple[int, float] | None:
     """Step and validation loss of the best one; None where none is named, or what is named is not there.
 
-    Errors: CheckpointError where the file cannot be read: the best one would lose its name, and be deleted.
+    Errors: OutputError where the file cannot be read: the best one would lose its name, and be deleted.
     """
     path = run_dir / "checkpoints" / "best.json"
     try:
@@ -126,7 +126,7 @@ def read_best(run_dir: Path) -> tuple[int, float] | None:
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return None
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+        raise OutputError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, RecursionError):
         pass
     return None

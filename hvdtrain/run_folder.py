@@ -23,7 +23,7 @@ from hvdtrain.config import RunConfig, make_config, parse_yaml
 from hvdtrain.data.carried import Carried, read_carried
 from hvdtrain.data.corpora import Corpora, folders_of, open_corpora, open_folders
 from hvdtrain.errors import CheckpointError, ConfigError, DataError
-from hvdtrain.files import read_text
+from hvdtrain.files import exists, read_text
 from hvdtrain.tasks import make_task
 from hvdtrain.tasks.task import check_kind
 
@@ -170,7 +170,7 @@ def _open_given(run: Run, given: Sequence[Path]) -> Corpora:
 
 def _check_there(run: Run, folders: Sequence[Path]) -> None:
     for folder in folders:
-        if not (folder / "manifest.json").exists():
+        if not exists(folder / "manifest.json"):
             where = f"no shards in {folder.absolute()}, where those of {run.dir} "
             if run.carried is not None:
                 raise DataError(f"{where}were when it was trained; give --data DIR")

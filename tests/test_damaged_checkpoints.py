@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from tiny import tiny_decoder
 from torch import nn
 
-from hvdtrain import checkpoint
+from hvdtrain import checkpoint, files
 from hvdtrain.checkpoint import CheckpointOptions, Progress, folder_of, newest_valid, read_progress, steps_saved
 from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.config import RunConfig
@@ -242,6 +242,27 @@ def test_what_could_not_be_read_once_is_not_set_aside(run_dir: Path, monkeypatch
     assert not failures
     assert (progress.step, folder, notes) == (2, folder_of(run_dir, 2), [])
     assert not any("damaged" in name for name in names(run_dir))
+
+
+@pytest.mark.parametrize("what", ["part", "manifest", "folder"])
+def test_a_file_system_that_does_not_answer_is_no_damage(run_dir: Path, monkeypatch: pytest.MonkeyPatch, what: str):
+    """Not within the 7 seconds either: the run ends with 74, and its newest checkpoint stays the newest."""
+
+    def stale(*_args, **_named) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(files, "sleep", lambda seconds: None)
+    place = {
+        "part": "hvdtrain.checkpoint.file_sha256",
+        "manifest": "pathlib.Path.read_text",
+        "folder": "os.listdir",
+    }
+    with monkeypatch.context() as patch:
+        patch.setattr(place[what], stale)
+        with pytest.raises(OutputError, match=r"cannot read .*: Stale file handle"):
+            find_start(run_dir, "auto", RunConfig().identity(), GROUP)
+    assert names(run_dir) == {"step-00000001", "step-00000002"}
+    assert find_start(run_dir, "auto", RunConfig().identity(), GROUP)[0].step == 2
 
 
 def test_only_the_owner_sets_aside(run_dir: Path):
