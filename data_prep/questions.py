@@ -137,7 +137,7 @@ def _paragraphs(file: InputFile) -> Iterator[tuple[str, Any]]:
         for number, article in enumerate(articles):
             for place, paragraph in enumerate(article["paragraphs"]):
                 yield f"article {number}, paragraph {place}", paragraph
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{file.path} is not SQuAD JSON ({type(error).__name__}: {error})") from None
 
 

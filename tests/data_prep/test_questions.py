@@ -198,6 +198,7 @@ def _wrong(context: str, **answer: Any) -> str:
         (json.dumps([1, 2]), "is not SQuAD JSON"),
         (json.dumps({"version": "1"}), "is not SQuAD JSON .*data"),
         ('{"data": [', "is not SQuAD JSON .*JSONDecodeError"),
+        ('{"data": ' + "[" * 99_999, "is not SQuAD JSON .*RecursionError"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, byte: Path, content: str, message: str):
