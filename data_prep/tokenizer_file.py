@@ -40,7 +40,7 @@ class TokenizerFile:
 
     def tokenizer(self) -> Tokenizer:
         """A new one, to which the name of a special token in a text is text."""
-        return _made(self.fields())
+        return _made(self.content.decode())
 
 
 def load_tokenizer(path: Path, asked: Mapping[str, str] | None = None) -> TokenizerFile:
@@ -56,13 +56,14 @@ def load_tokenizer(path: Path, asked: Mapping[str, str] | None = None) -> Tokeni
     except ValueError as error:
         raise DataError(f"{path} is not a tokenizer file: {error}") from None
     try:
-        Tokenizer.from_str(content.decode())
+        tokenizer = _made(content.decode())
     except Exception as error:  # the library raises plain Exception
         raise DataError(f"{path} is not a tokenizer file: {error}") from None
     asked = asked or {}
     roles, notes = find_roles(fields, asked, claims_beside(path, fields), path)
     changes = [*_without_chance(fields), *_without_limits(fields), *_told_of_unknown(fields, asked)]
-    changes += [*_marked(fields, {name for role, name in roles.items() if role != "unk"}), *_names_are_text(fields)]
+    changes += _marked(fields, {name for role, name in roles.items() if role != "unk"})
+    changes += _names_are_text(fields, tokenizer if not changes else _made(json.dumps(fields)))
     ids = Vocabulary(fields).ids
     unknown = unknown_token(fields)
     return TokenizerFile(
@@ -75,8 +76,8 @@ def load_tokenizer(path: Path, asked: Mapping[str, str] | None = None) -> Tokeni
     )
 
 
-def _made(fields: Mapping[str, Any]) -> Tokenizer:
-    tokenizer = Tokenizer.from_str(json.dumps(fields))
+def _made(content: str) -> Tokenizer:
+    tokenizer = Tokenizer.from_str(content)
     tokenizer.encode_special_tokens = True
     return tokenizer
 
@@ -122,12 +123,12 @@ def _marked(fields: dict[str, Any], names: set[str]) -> Iterable[str]:
         yield f"{name} is marked special, so that in a text it is text"
 
 
-def _names_are_text(fields: dict[str, Any]) -> Iterable[str]:
+def _names_are_text(fields: dict[str, Any], tokenizer: Tokenizer) -> Iterable[str]:
     """Some models find special tokens by themselves: the best way to write "a</s>" in T5's pieces is "a" and </s>.
 
     A step more, last before the model, cuts such a name after its first character:  a</s>  ->  a < /s>
     """
-    found = _found_in_text(fields)
+    found = _found_in_text(fields, tokenizer)
     if not found:
         return
     rest: dict[str, list[str]] = {}
@@ -137,15 +138,15 @@ def _names_are_text(fields: dict[str, Any]) -> Iterable[str]:
     step = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     before = fields.get("pre_tokenizer")
     fields["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [before, step]} if before else step
-    if still := _found_in_text(fields):
+    if still := _found_in_text(fields, _made(json.dumps(fields))):
         raise DataError(f"the text {still[0]!r} would become the special token of that name; no way around it is known")
     names = ", ".join(found[:3]) + ", ..." * (len(found) > 3)
     yield f"{names} in a text is kept apart from the special token of that name"
 
 
-def _found_in_text(fields: Mapping[str, Any]) -> list[str]:
-    """Special tokens that their own name in a text becomes."""
-    tokenizer, vocabulary = _made(fields), Vocabulary(fields)
+def _found_in_text(fields: Mapping[str, Any], tokenizer: Tokenizer) -> list[str]:
+    """Special tokens that their own name in a text becomes. tokenizer: made of ``fields``."""
+    vocabulary = Vocabulary(fields)
     found = []
     for name in vocabulary.special:
         for text in (name, f"a {name} b", f"a{name}b"):
@@ -189,4 +190,4 @@ def marking(fields: Mapping[str, Any]) -> tuple[Tokenizer, int]:
     vocab = fields["model"]["vocab"]
     mark = max(Vocabulary(fields).ids.values()) + 1
     model = {**fields["model"], "vocab": {**vocab, "\0": mark}, "unk_token": "\0", "fuse_unk": False}
-    return _made({**fields, "model": model}), mark
+    return _made(json.dumps({**fields, "model": model})), mark

@@ -248,6 +248,7 @@ EMOJI = "\U0001f600 one two three two"  # the emoji is two units of UTF-16 and f
         ("one two three", "Two", 4, None),
         (EMOJI, "two", 7, (6, "two")),
         (EMOJI, "two", 17, (16, "two")),
+        ("\U0001f600\U0001f600\U0001f600a\U0001f600a\U0001f600", "a", 6, (3, "a")),  # in UTF-16; nearer is another
         ("漢字漢字漢字", "漢字", 12, (4, "漢字")),  # bytes: the nearest to 12 would be right by chance only
         ("漢字漢字漢字漢字", "漢字", 6, (6, "漢字")),  # where it stands as it says it is taken as it says
         ("漢字、漢字、漢字、漢字", "漢字", 9, (9, "漢字")),
