@@ -43,8 +43,13 @@ ROLES = ("pad", "bos", "unk", "mask", "sep", "cls")
 ALL_ROLES = ("eos", *ROLES)
 
 _WHAT_ROLES_ARE = {
-    "eos": "the tokenizer's token that ends a document",
-    "unk": "the token for what its vocabulary lacks",
+    "eos": "ends a document",
+    "pad": "fills up",
+    "bos": "begins a target; and a text with a label, where there is no cls",
+    "unk": "stands for what the vocabulary lacks",
+    "mask": "hides a token",
+    "sep": "ends a text with a label",
+    "cls": "begins a text with a label",
 }
 
 
@@ -82,6 +87,16 @@ _TABLES = """
 A row has as many cells as the header line (or --columns) has names; one with more or fewer is bad. So is a label that
 is empty or, in JSON, neither text nor a whole number. A file with quotes is read from its start, by one rank."""
 
+_LABELS = """
+A label of which chance would give every text to validation keeps one in training, counted. One that only --val-input or
+--test-input has is refused, or with --skip-bad its texts are left out."""
+
+_SQUAD = """
+Of SQuAD's questions the answer stands where the file says. Where it does not, it is looked for by its exact text, the
+nearest first, and counted; one that is not in its paragraph is bad, as is a question without answers outside of
+--test-input. A long paragraph becomes several windows; answers that fit none are counted, their questions then have
+none."""
+
 _ALIGNED = """
 --source and --target are plain text, a line each; of a folder all files are read, whatever their endings, in the order
 of their names."""
@@ -105,7 +120,8 @@ class _Help(argparse.HelpFormatter):
 
 def _formats(command: str) -> dict[str, Any]:
     """What ``--help`` says of files, for whoever wants to know what becomes of one."""
-    more = {"pairs": [_TABLES, _ALIGNED], "labels": [_TABLES], "tokenizer": [_SAMPLED]}.get(command, [])
+    tables = {"pairs": [_TABLES, _ALIGNED], "labels": [_TABLES, _LABELS, _SQUAD]}
+    more = tables.get(command, [_SAMPLED] if command == "tokenizer" else [])
     table = f"How files are read, by their endings:\n{describe(command)}"
     return {"epilog": "\n".join([table, _LINES, *more, _FOLDERS, _COMPRESSED]), "formatter_class": _Help}
 
@@ -152,9 +168,6 @@ def _cleaning() -> argparse.ArgumentParser:
 def _shards() -> argparse.ArgumentParser:
     shards = argparse.ArgumentParser(add_help=False)
     shards.add_argument("--tokenizer", type=Path, required=True, metavar="FILE", help="tokenizer.json to use")
-    for role in ALL_ROLES:
-        what = _WHAT_ROLES_ARE.get(role, f"its {role} token")
-        shards.add_argument(f"--{role}", metavar="NAME", help=f"{what} (default: what the tokenizer's files say)")
     shards.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the shards")
     shards.add_argument(
         "--val-fraction",
@@ -166,7 +179,18 @@ def _shards() -> argparse.ArgumentParser:
         "--shard-tokens", type=_positive, default=1 << 25, metavar="N", help="about so many a shard; default: 2**25"
     )
     shards.add_argument("--deduplicate", action="store_true", help="keep only the first of equal documents")
+    _roles(shards)
     return shards
+
+
+def _roles(shards: argparse.ArgumentParser) -> None:
+    group = shards.add_argument_group(
+        "tokens of the tokenizer",
+        "Default: what the files of its folder say, then it itself, then known names of tokens marked special. "
+        "Of several ends that of a document counts, not that of a turn; where it is not clear, --eos must be given.",
+    )
+    for role in ALL_ROLES:
+        group.add_argument(f"--{role}", metavar="NAME", help=_WHAT_ROLES_ARE[role])
 
 
 def _add_tokenizer(commands, parents: list[argparse.ArgumentParser]) -> None:

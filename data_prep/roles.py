@@ -56,9 +56,6 @@ class Vocabulary:
         self.added = [token["content"] for token in added]
         self.special = [token["content"] for token in added if token.get("special")]
 
-    def name_of(self, number: int) -> str | None:
-        return next((name for name, one in self.ids.items() if one == number), None)
-
 
 def find_roles(
     fields: Mapping[str, Any], asked: Mapping[str, str] | None = None, folder: Claims = (), path: Path = Path("it")

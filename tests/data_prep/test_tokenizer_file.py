@@ -201,6 +201,15 @@ def test_every_command_takes_the_roles(tmp_path: Path, command: str):
     assert special == {"unk": vocab["<unk>"], **{role: vocab[name] for role, name in chosen.items()}}
 
 
+def test_help_tells_which_token_is_taken(capsys: pytest.CaptureFixture):
+    for command in ("text", "pairs", "labels"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        prose = " ".join(capsys.readouterr().out.split())
+        assert "--eos NAME ends a document --pad NAME" in prose
+        assert "known names of tokens marked special" in prose
+
+
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
