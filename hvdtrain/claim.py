@@ -27,6 +27,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from hvdtrain.comm.ancestors import process_began
 from hvdtrain.comm.ranks import Ranks
 from hvdtrain.errors import ConfigError, HvdtrainError, OutputError, describe, say, say_from
 from hvdtrain.files import again, make_folder
@@ -182,11 +183,8 @@ class Claim(contextlib.AbstractContextManager):
             return
         self._ended.set()
         self._thread.join(BEAT_S)
-        with contextlib.suppress(OSError):
-            self._look()
-            if not self._lost:
-                with open(self._path(self._number), "r+b", buffering=0) as file:
-                    file.write(self._content(released=_date()))
+        with contextlib.suppress(OSError), open(self._path(self._number), "r+b", buffering=0) as file:
+            file.write(self._content(released=_date()))
 
     def _content(self, **more: str) -> bytes:
         text = json.dumps({**self._me, "beat": self._beats, **more})
@@ -222,12 +220,22 @@ def is_known_dead(owner: Mapping[str, Any], me: Mapping[str, Any]) -> bool:
     """Can its process write no more? False: that is not known."""
     is_here = owner.get("boot") and all(owner.get(key) == me[key] for key in ("boot", "namespace"))
     if is_here and isinstance(owner.get("pid"), int):
-        return process_began(owner["pid"]) != owner.get("process")
+        return _is_gone(owner["pid"], owner.get("process"))
     if not owner.get("job") or not me["cluster"] or owner.get("cluster") != me["cluster"]:
         return False  # job numbers are each cluster's own
     if owner["job"] == me["job"]:
         return _number(owner.get("restart")) < me["restart"]
     return has_ended(str(owner["job"]))
+
+
+def _is_gone(pid: int, began: str | None) -> bool:
+    try:
+        os.kill(pid, 0)  # /proc may hide other users' processes
+        return process_began(pid) != began
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
 
 
 def has_ended(job: str) -> bool:
@@ -237,15 +245,6 @@ def has_ended(job: str) -> bool:
     except OSError as error:
         return "Invalid job id" in str(error)  # one that it has forgotten
     return all(state in _ENDED for state in states)
-
-
-def process_began(pid: int) -> str:
-    """When a process began, in ticks since this machine's start; its number may be used again. Empty: it is gone.
-
-    One that has ended and whose parent has not asked for its exit code is gone.
-    """
-    fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
-    return "" if len(fields) < 20 or fields[0] in ("Z", "X") else fields[19]
 
 
 def name_of(owner: Mapping[str, Any]) -> str:

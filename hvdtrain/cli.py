@@ -194,6 +194,7 @@ def _parse_with_settings(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _train(words: argparse.Namespace, world: World) -> int:
+    from hvdtrain.comm.ancestors import Launcher
     from hvdtrain.stopping import StopSignals
 
     if words.elastic:
@@ -201,7 +202,10 @@ def _train(words: argparse.Namespace, world: World) -> int:
 
         if not elastic.in_round():
             return elastic.supervise(words.run_dir or Path("runs") / Path(words.recipe).stem, words.resume)
-    with StopSignals() as signals:
+    launcher = None if words.elastic else Launcher(world)  # elastic ranks end with their worker
+    if launcher is not None:
+        launcher.outlast()
+    with StopSignals(launcher) as signals:
         from hvdtrain.train import train  # which loads torch, for seconds
 
         if words.elastic and (place := elastic.enter(words.recipe, words.overrides, world)) is None:

@@ -6,7 +6,8 @@
     all                    save, exit 75      at the same step boundary
 
 USR2, because NCCL may use USR1. TERM is what a batch system sends before it kills. ``HVDTRAIN_END_TIME`` (seconds since
-1970) is when the job ends; the batch script sets it. A file ``RUN_DIR/stop`` is for the user.
+1970) is when the job ends; the batch script sets it. A file ``RUN_DIR/stop`` is for the user. Ranks whose launcher is
+gone (see comm/ancestors.py) save and stop too: nobody would end them.
 """
 
 import os
@@ -18,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from hvdtrain.comm.ancestors import Launcher
 from hvdtrain.errors import ConfigError
 from hvdtrain.files import exists, seen
 from hvdtrain.options import Options, option
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 # What a rank adds to the sum: counts up to a million ranks stay apart, and all of it exact in fp64.
 _ASKED = {signal.SIGUSR2: 1 << 0, signal.SIGTERM: 1 << 20}
 _FILE, _TIME = 1 << 40, 1 << 41
+_GONE = 1 << 42  # by one rank of each node that sees it
 _LOOK_S = 2.0  # between two looks for the stop file, which may lie on a busy file system
 
 
@@ -42,12 +45,13 @@ class StopOptions(Options):
 
 class StopSignals(AbstractContextManager):
     """``with StopSignals() as signals:`` USR2 and TERM set ``signals.flags`` instead of ending the process.
+    ``launcher``: its end asks for the same.
 
     Made before torch is loaded, which takes seconds. Only the main thread can listen; elsewhere nothing is changed.
     """
 
-    def __init__(self) -> None:
-        self.flags = 0
+    def __init__(self, launcher: Launcher | None = None) -> None:
+        self.flags, self.launcher = 0, launcher
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopSignals":
@@ -111,7 +115,9 @@ class Stopping:
 
     def asked(self) -> int:
         """What this rank adds to the sum of flags (local); 0: nobody asks."""
-        flags = self._signals.flags
+        flags, launcher = self._signals.flags, self._signals.launcher
+        if launcher is not None and launcher.asks:
+            flags |= _GONE * launcher.is_gone()
         if self._is_main:
             if not self._file_found and time.monotonic() - self._looked_s >= _LOOK_S:
                 self._file_found, self._looked_s = seen(self._file), time.monotonic()
@@ -131,6 +137,8 @@ class Stopping:
         flags = int(total)
         if not flags:
             return None
+        if flags >= _GONE:
+            return "its launcher is gone"
         if flags >= _TIME:
             return "the job's time ends"
         if flags & _FILE:

@@ -1,5 +1,6 @@
 """A run folder has one owner: two starts on one folder, and what becomes of a claim whose owner is gone."""
 
+import errno
 import multiprocessing
 import os
 import shutil
@@ -16,7 +17,8 @@ from command import until
 from launch import HVDTRAIN, Prepared, environment, launch, succeed, summary
 
 from hvdtrain import claim
-from hvdtrain.claim import Claim, describe_myself, has_ended, is_known_dead, newest_claim, process_began, read_owner
+from hvdtrain.claim import Claim, describe_myself, has_ended, is_known_dead, newest_claim, read_owner
+from hvdtrain.comm.ancestors import process_began
 from hvdtrain.comm.ranks import OneRank
 from hvdtrain.errors import EXIT_CRASH, EXIT_USAGE, OutputError, RankError
 from hvdtrain.metrics import read_log
@@ -178,6 +180,16 @@ def test_what_slurm_says_of_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr(claim, "_ANSWER_S", 1.0)
     assert has_ended("4711") == ended
+
+
+def test_another_users_process_is_not_gone_where_proc_hides_it(monkeypatch: pytest.MonkeyPatch):
+    """As with hidepid=2, on login nodes: the kernel still says that there is one."""
+
+    def kill(pid: int, number: int) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "kill", kill)
+    assert not is_known_dead({**describe_myself({}), "pid": 1 << 22}, describe_myself({}))
 
 
 def test_a_process_that_has_ended_but_was_not_asked_for_is_gone():
