@@ -286,7 +286,7 @@ def submit(job: Job, dry_run: bool, world: World) -> str:
         raise ConfigError("no sbatch on the PATH: this machine submits no Slurm jobs; --dry-run shows the script")
     path = _write(job.jobs_dir / time.strftime("submit-%Y%m%d-%H%M%S.sbatch"), script)
     try:
-        job_id = _sbatch(path, _environment(_sbatch_options(job)))
+        job_id = _sbatch(path, job.home, _environment(_sbatch_options(job)))
     except BaseException:
         path.unlink(missing_ok=True)
         raise
@@ -316,12 +316,15 @@ def _environment(asked: Mapping[str, Any]) -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in doomed}
 
 
-def _sbatch(script: Path, env: Mapping[str, str]) -> str:
-    """The job's id. Errors: ConfigError with sbatch's own words."""
+def _sbatch(script: Path, home: Path, env: Mapping[str, str]) -> str:
+    """The job's id. ``submit`` may itself run in a job, of which the new one shall know nothing (slurm/job.sh).
+
+    Errors: ConfigError with sbatch's own words.
+    """
+    words = '. "$1" && forget_this_job && exec sbatch --parsable "$2"'
+    command = ["bash", "-c", words, "bash", str(home / "slurm" / "job.sh"), str(script)]
     try:
-        done = subprocess.run(
-            ["sbatch", "--parsable", str(script)], env=env, capture_output=True, text=True, errors="replace"
-        )
+        done = subprocess.run(command, env=env, capture_output=True, text=True, errors="replace")
     except OSError as error:
         raise ConfigError(f"cannot start sbatch: {error.strerror}") from None
     said = [re.sub(r"^sbatch: (error: |fatal: )?", "", line) for line in done.stderr.splitlines() if line.strip()]

@@ -124,7 +124,7 @@ go_on_or_end() {
 
 # next_link WORDS...: submit this script again, with what this job was given, to start when it has ended.
 next_link() {
-    local options pair value without='' log
+    local options pair value without='' log link
     if [[ ${1:-} == --exclude=* ]]; then
         without=${1#*=}
         shift
@@ -141,10 +141,9 @@ next_link() {
         fi
         [ -z "$value" ] || options+=("--${pair%%=*}=${value//gres[:\/]/}")
     done
-    # The next job shall not take this one's variables for its own.
-    for value in ${!SLURM_*}; do [ "$value" = SLURM_CONF ] || unset "$value"; done
-    unset HVDTRAIN_RANKS HVDTRAIN_END_TIME HVDTRAIN_RENDEZVOUS SRUN_CPUS_PER_TASK
-    value=$(HVDTRAIN_LINK=$((${HVDTRAIN_LINK:-0} + 1)) sbatch --parsable "${options[@]}" "$0" "$@") || {
+    link=$((${HVDTRAIN_LINK:-0} + 1))
+    forget_this_job
+    value=$(HVDTRAIN_LINK=$link sbatch --parsable "${options[@]}" "$0" "$@") || {
         say "could not submit the next link; the same sbatch command goes on"
         return
     }

@@ -8,6 +8,28 @@ fail() { # wrong use: hvdtrain's exit code for it
     exit 2
 }
 
+# forget PATTERN...: variables of the environment, as if they had never been set.
+forget() {
+    local name pattern
+    for name in $(compgen -e); do
+        for pattern; do
+            # shellcheck disable=SC2053 # a pattern
+            [[ $name != $pattern || $name == SLURM_CONF ]] || unset "$name"
+        done
+    done
+}
+# What a launcher tells the ranks that it starts, and nobody else. PMI_* and PMIX_MCA_* hold settings of users too.
+of_ranks=(PMI_RANK PMI_SIZE PMI_FD PMI_PORT PMI_ID PMI_JOBID PMI_SPAWNED PMI_CONTROL_PORT PMI_SHARED_SECRET 'PMI2_*'
+    'PMIX_[!M]*' 'PALS_*' 'MPI_LOCAL*' 'OMPI_COMM_WORLD_*' 'OMPI_MCA_orte_*' 'OMPI_MCA_ess*' 'HOROVOD_*RANK'
+    'HOROVOD_*SIZE' 'HOROVOD_GLOO_RENDEZVOUS_*')
+
+# forget_outer_job: sbatch hands on what it finds, and may have been typed in another job, or in a step of one. How srun
+# bound that one, and its memory beside this one's, would bind the ranks wrongly or end srun. Before the site's file.
+forget_outer_job() { forget "${of_ranks[@]}" 'SLURM_STEP_*' SLURM_STEPID 'SLURM_CPU_BIND*' 'SLURM_MEM_BIND*' 'SLURM_MEM_PER_*'; }
+
+# forget_this_job: before sbatch: the next job shall not take this one's variables for its own.
+forget_this_job() { forget "${of_ranks[@]}" 'SLURM_*' SRUN_CPUS_PER_TASK HVDTRAIN_{RANKS,END_TIME,RENDEZVOUS,LINK}; }
+
 # enter_environment: the site's modules and variables, then the environment's programs first on the PATH.
 #   HVDTRAIN_SITE   a file of slurm/sites, without .sh, or a path (default: generic)
 #   HVDTRAIN_VENV   the environment (default: .venv in the folder of submission or of the project, if there is one)

@@ -186,6 +186,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "fake"
     (folder / "home" / "slurm" / "sites").mkdir(parents=True)
     (folder / "home" / "slurm" / "train.sbatch").write_text(TEMPLATE)
+    (folder / "home" / "slurm" / "job.sh").symlink_to(ROOT / "slurm" / "job.sh")
     (folder / "home" / "slurm" / "sites" / "generic.sh").touch()
     (folder / "queue").touch()
     for name, text in (("sbatch", SBATCH), ("squeue", SQUEUE)):
@@ -228,6 +229,29 @@ def test_a_job_is_submitted(fake: Path, prepared: Prepared, tmp_path: Path, monk
         submit(job, False, World())
     assert (fake / "looked").read_text() == "--jobs=4711\n"
     assert len(list(jobs_dir.iterdir())) == 2
+
+
+def test_a_job_that_is_submitted_from_inside_another_one(fake: Path, prepared: Prepared, monkeypatch):
+    """sbatch would hand its variables on: its binding, its memory, which ends srun, its PMI, which is gone."""
+    outer = dict.fromkeys(
+        (
+            "SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_STEP_ID", "SLURM_CPU_BIND", "SLURM_CPU_BIND_LIST",
+            "SLURM_MEM_PER_CPU", "SRUN_CPUS_PER_TASK", "PMI_RANK", "PMI_SIZE", "PMI2_RANK", "PMIX_RANK",
+            "PMIX_NAMESPACE", "OMPI_COMM_WORLD_SIZE", "HOROVOD_RANK", "HOROVOD_LOCAL_SIZE", "HVDTRAIN_RANKS",
+            "HVDTRAIN_END_TIME", "HVDTRAIN_RENDEZVOUS", "HVDTRAIN_LINK",
+        ),
+        "1",
+    )  # fmt: skip
+    users = dict.fromkeys(
+        ("SLURM_CONF", "SBATCH_QOS", "PMIX_MCA_gds", "PMI_NO_FORK", "OMPI_MCA_btl", "HOROVOD_CYCLE_TIME"), "mine"
+    )
+    for name, value in {**outer, **users}.items():
+        monkeypatch.setenv(name, value)
+    (fake / "sbatch").write_text('#!/bin/sh\nenv >"${0%/*}/env" && echo 4711\n')
+    submit(make_job(str(prepared.recipe), [], Path("a"), 1), False, World())
+    handed_on = dict(line.split("=", 1) for line in (fake / "env").read_text().splitlines() if "=" in line)
+    assert outer.keys() & handed_on.keys() == set()
+    assert users.items() <= handed_on.items()
 
 
 def test_what_the_environment_says_is_written_down(fake: Path, prepared: Prepared, monkeypatch, tmp_path: Path):

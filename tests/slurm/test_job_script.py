@@ -302,6 +302,26 @@ def test_who_ended_the_job(job: Job, ended: str, restarts: str, message: str, go
     assert bool(job.called("scontrol requeue")) == goes_on
 
 
+@pytest.mark.parametrize("script", ["train", "prep", "array", "elastic"])
+def test_what_a_job_around_the_sbatch_has_left(job: Job, script: str):
+    """It was typed in a step of another job, whose variables came along. The site's own come after, and stay."""
+    outer = dict.fromkeys(
+        (
+            "SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS", "SLURM_CPU_BIND", "SLURM_CPU_BIND_TYPE", "SLURM_CPU_BIND_LIST",
+            "SLURM_CPU_BIND_VERBOSE", "SLURM_MEM_PER_CPU", "SLURM_MEM_PER_NODE", "PMI_RANK", "PMI_SIZE", "PMIX_RANK",
+            "PMIX_NAMESPACE", "OMPI_COMM_WORLD_SIZE",
+        ),
+        "1",
+    )  # fmt: skip
+    (job.folder / "mine.sh").write_text('env >>"$PWD/seen"; export SLURM_CPU_BIND=cores')
+    job.run("demo", script=script, **outer, HVDTRAIN_SITE="./mine.sh", SLURM_STEPMGR="n1", TRAIN='env >"$PWD/trains"')
+    seen = {line.partition("=")[0] for line in (job.folder / "seen").read_text().splitlines()}
+    assert outer.keys() & seen <= {"SLURM_CPU_BIND"}  # the site's file is read again in every task
+    assert {*JOB, "SLURM_STEPMGR"} - {"SLURM_NTASKS"} <= seen
+    if script == "train":
+        assert "SLURM_CPU_BIND=cores\n" in (job.folder / "trains").read_text()
+
+
 @pytest.mark.parametrize("env", [{"HVDTRAIN_CHAIN": "1"}, {"REQUEUE_FAILS": "1"}], ids=["wanted", "requeue forbidden"])
 def test_the_next_link_asks_for_what_this_job_got(job: Job, env: dict[str, str]):
     assert job.run("demo", "data.dir=a b", TRAIN=f"{SAVED.format(1, 1)} exit 75", HVDTRAIN_LINK="1", **env) == 75
