@@ -69,8 +69,7 @@ def _hierarchies(mounts: list[list[str]]) -> Iterator[tuple[int, str, str]]:
 def _upwards(path: str, root: str, mount: Path) -> Iterator[Path]:
     """The folder of group ``path`` and those above, as far as they are visible; ``root`` of the groups is ``mount``."""
     group = PurePosixPath(path)
-    visible = group.is_relative_to(root) and ".." not in group.parts
-    folder = mount / group.relative_to(root) if visible else mount
+    folder = mount / group.relative_to(root) if group.is_relative_to(root) else mount
     yield from (folder, *(above for above in folder.parents if above.is_relative_to(mount)))
 
 
