@@ -39,7 +39,8 @@ _ANSWER_S = 1.5  # for each command
 
 _ENVIRONMENT = (
     *("SLURM_", "SRUN_", "SBATCH_", "HVDTRAIN_"),
-    *("HOROVOD_", "NCCL_", "UCX_", "FI_", "OMPI_", "OMP_", "CUDA_"),
+    *("HOROVOD_", "NCCL_", "UCX_", "FI_", "OMPI_", "PMI", "CUDA_"),
+    *("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "ONEDNN_"),
 )
 # The last two: Open MPI's key of a job, and Slurm's name for a token.
 _SECRET = "TOKEN|KEY|PASS|SECRET|CREDENTIAL|AUTH|COOKIE|PRECONDITION|JWT"

@@ -110,6 +110,7 @@ def test_no_secret_is_recorded():
     secrets = {"HVDTRAIN_TOKEN": "a", "SLURM_JWT": "b", "NCCL_Api_Key": "c", "UCX_PASSWORD": "d", "FI_SECRET_X": "e"}
     secrets |= {"HVDTRAIN_DATA": "https://me:word@host/x", "OMPI_MCA_orte_precondition_transports": "f"}
     told = {"SLURM_NNODES": "2", "CUDA_VISIBLE_DEVICES": "0", "OMP_NUM_THREADS": "4", "FI_PROVIDER": "cxi"}
+    told |= {"GOMP_SPINCOUNT": "0", "PMIX_RANK": "3"}
     assert telling({**secrets, **told, "HOME": "/root", "AWS_REGION": "x"}) == dict(sorted(told.items()))
     script = "export WANDB_API_KEY='a b' N=1\nX_PASSWORD=p; srun x\ngit clone https://me:word@host/x\nKEYS=1\n"
     clean = without_secrets(script)
