@@ -8,6 +8,10 @@ import pytest
 from hypothesis import HealthCheck, settings
 from launch import Prepared, prepare, succeed
 
+from hvdtrain.comm.cores import set_library_threads
+
+set_library_threads(os.environ)  # as the commands do, before a test loads torch
+
 # One profile: the same examples every time, no stopwatch.
 settings.register_profile(
     "hvdtrain",

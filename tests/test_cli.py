@@ -9,7 +9,7 @@ import pytest
 import torch
 from launch import TRACE, Done, Prepared, launch, launch_rows, snapshot, succeed, summary
 
-from hvdtrain import checkpoint
+from hvdtrain import checkpoint, cli
 from hvdtrain.checkpoint import CheckpointOptions, folder_of, read_progress, read_tensors
 from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.config import describe_options, recipe_names
@@ -242,6 +242,19 @@ def test_train_help_lists_every_key():
         assert words.startswith(f"{row.type} {row.default} ")
         assert " ".join(row.meaning.split()) in words
     assert f"recipes: {', '.join(recipe_names())}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "matters"),
+    [
+        ("train demo", True), ("evaluate runs/x", True), ("submit demo --nodes 2", True), ("doctor --job", True),
+        ("doctor", False), ("plan demo --ranks 4", False), ("status runs/x", False), ("report runs/x", False),
+        ("train --help", False), ("--version", False), ("", False),
+    ],
+)  # fmt: skip
+def test_whether_it_matters_who_started_a_command(words: str, matters: bool):
+    """Under a launcher that cannot be joined, what only looks still answers; submit would queue a job for each rank."""
+    assert cli.works_on_ranks(words.split()) == matters
 
 
 def test_doctor():
