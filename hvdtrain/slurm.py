@@ -96,7 +96,7 @@ def make_job(recipe: str, overrides: Sequence[str], run_dir: Path | None, nodes:
     run_dir = run_dir or Path("runs") / Path(recipe).stem
     home = Path(os.environ.get("HVDTRAIN_HOME") or Path(__file__).resolve().parents[1]).absolute()
     variables = {f"HVDTRAIN_{name}": os.environ.get(f"HVDTRAIN_{name}", "") for name in _VARIABLES}
-    if not variables["HVDTRAIN_VENV"] and sys.prefix != "/usr" and (Path(sys.prefix) / "bin" / "python").exists():
+    if not variables["HVDTRAIN_VENV"] and sys.prefix != "/usr" and exists(Path(sys.prefix) / "bin" / "python"):
         variables["HVDTRAIN_VENV"] = sys.prefix
     set_ones = {name: value for name, value in variables.items() if value}
     return Job(recipe, tuple(overrides), run_dir, nodes, Path.cwd(), home, set_ones, **rest)
@@ -255,7 +255,7 @@ def read_template(home: Path) -> str:
     """Errors: ConfigError that says where the script is to be had."""
     path = home / "slurm" / "train.sbatch"
     try:
-        return path.read_text(encoding="utf-8")
+        return read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"cannot read {path} ({getattr(error, 'strerror', error)}): the job scripts come with hvdtrain's source, "

@@ -91,6 +91,12 @@ def test_without_a_launcher_nothing_is_led_elsewhere():
     assert not terminal.take_terminal(World(rank=0, size=2, launcher="mpirun"))  # pytest is not one of its ranks
 
 
+def test_preparing_data_does_so_too(prepared: Prepared, tmp_path: Path):
+    found = on_terminal(f"{words('horovodrun')} {sys.executable} -m data_prep verify {prepared.shards}", tmp_path)
+    assert (found.exit_code, len(found.lines)) == (0, 1), found
+    assert found.lines[0].startswith(f"{prepared.shards}: "), found
+
+
 # --- the bar -------------------------------------------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ from hvdtrain.comm.abort import end_all_ranks
 from hvdtrain.comm.ranks import Ranks
 from hvdtrain.comm.world import World, check_sizes
 from hvdtrain.errors import EXIT_CRASH, LaunchError, say_from
+from hvdtrain.files import exists
 
 LEAVE_S = 120.0  # for all ranks to leave, once they have nothing more to do
 
@@ -29,7 +30,7 @@ def start_mpi(world: World) -> ModuleType:
     os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
     # Open MPI from the package index looks for its files where it was built. Its mpirun says so to the ranks; a rank of
     # another launcher would die inside MPI_Init, before the sizes can be compared.
-    if Path(sys.prefix, "bin", "orterun_wrapper").exists():
+    if exists(Path(sys.prefix, "bin", "orterun_wrapper")):
         os.environ.setdefault("OPAL_PREFIX", sys.prefix)
         # Its one-sided transport over libfabric, which nothing here uses, takes a second of every process's end.
         os.environ.setdefault("OMPI_MCA_btl", "^ofi")
