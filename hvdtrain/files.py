@@ -62,7 +62,7 @@ def again(work: Callable[[], T], what: Path | str, also: Collection[int] = ()) -
 def optional(work: Callable[[], T], what: str, otherwise: T) -> T:
     """``work()``, without which a run goes on: ``otherwise`` where the file system fails.
 
-    what: that fails then, like "cannot look for X".
+    What a run does again and again must not wait: no ``again`` within. what: that fails, like "cannot look for X".
     """
     try:
         return work()

@@ -23,7 +23,7 @@ from pydantic import field_validator
 
 from hvdtrain.bar import Bar, is_for_people
 from hvdtrain.errors import DivergedError, OutputError, give_up_output
-from hvdtrain.files import again, exists, make_folder, note, optional, write_json, write_text
+from hvdtrain.files import again, exists, note, optional, write_json, write_text
 from hvdtrain.meter import Laps, StepTimes, memory_peak_mib
 from hvdtrain.optim.noise_scale import NoiseScale
 from hvdtrain.options import Options, option
@@ -289,7 +289,7 @@ class _Board:
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         self._event, self._summary = Event, Summary
-        make_folder(folder)
+        folder.mkdir(parents=True, exist_ok=True)
         now = time.time()
         path = folder / f"events.out.tfevents.{now:.6f}.{socket.gethostname()}.{os.getpid()}"
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115

@@ -31,7 +31,7 @@ from pydantic import BaseModel
 from hvdtrain.comm.group import Group
 from hvdtrain.comm.world import World
 from hvdtrain.errors import HvdtrainError
-from hvdtrain.files import make_folder, read_text, write
+from hvdtrain.files import read_text, write
 from hvdtrain.metrics import git_state
 
 LIMIT_S = 2.0
@@ -172,7 +172,7 @@ def _now() -> str:
 
 def _new_folder(wanted: Path) -> Path:
     """``wanted``, or with a number where one job trains in the same run folder again."""
-    make_folder(wanted.parent)
+    wanted.parent.mkdir(parents=True, exist_ok=True)
     for number in range(2, 10000):
         try:
             wanted.mkdir()
