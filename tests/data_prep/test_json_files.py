@@ -133,6 +133,14 @@ def test_a_broken_array_is_not_read_to_its_end(tmp_path: Path, monkeypatch: pyte
     assert len(read) == 2  # to see what it is, and the first 100 bytes
 
 
+def test_a_number_is_whole_before_it_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(json_items, "_READ_BYTES", 4)
+    files = files_of(write(tmp_path, **{"a.json": '[123456789, {"text": "a"}, 1]'}) / "a.json")
+    counts: Counter = Counter()
+    assert items_of(TextReader(files, skip_bad=True), counts=counts) == [(b"a",)]
+    assert counts == {"bad_json": 2}
+
+
 def test_one_object_is_one_item(tmp_path: Path):
     files = files_of(write(tmp_path, **{"a.json": "\ufeff" + json.dumps(ROWS[1], indent=2)}) / "a.json")
     counts: Counter = Counter()

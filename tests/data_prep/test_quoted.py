@@ -101,6 +101,7 @@ HEAD = b"label,text\n"
     [
         (HEAD + b'1,"a\n2,b\n3,c\n', "the quote that opens on line 2 never closes"),
         (HEAD + b'1,a\n"1\n\n2","a ""b""\n3,c\n', "the quote that opens on line 5 never closes"),
+        (HEAD + b'1,"a\n""b""\nc\n', "the quote that opens on line 2 never closes"),
         (HEAD + b'1,"a" b\n', "line 2 of the row that begins on line 2: ',' expected after '\"'"),
         (HEAD + b'1,"a\n\nb" c\n', "line 4 of the row that begins on line 2: .* written twice"),
         (HEAD + b"1,a\rb\n", "line 2 of the row that begins on line 2: new-line character seen in unquoted"),

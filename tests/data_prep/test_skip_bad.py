@@ -6,6 +6,7 @@ And what stands at a file's beginning: a byte order mark is no text, UTF-16 has 
 import codecs
 import csv
 import json
+import re
 import subprocess
 from collections import Counter
 from collections.abc import Callable
@@ -143,6 +144,26 @@ def test_the_place_of_a_bad_byte_is_counted_from_the_files_beginning(tmp_path: P
         assert all(place in message for place, message in zip(wanted, counts.bad_items, strict=True))
 
 
+def test_equal_bad_lines_have_places_of_their_own(tmp_path: Path):
+    write(tmp_path, **{"a.txt": b"caf\xe9\ncaf\xe9\ngood\n", "a.tsv": MARK + b"label\ttext\nx\nx\n1\tgood\n"})
+    counts = Counts()
+    items_of(TextReader(files_of(tmp_path / "a.txt"), "line", skip_bad=True), counts=counts)
+    items_of(table(tmp_path, "a.tsv", skip_bad=True), counts=counts)
+    assert [re.findall(r"byte (\d+)", message) for message in counts.bad_items] == [["3"], ["8"], ["14"], ["16"]]
+
+
+@pytest.mark.parametrize("invalid", ["refuse", "replace"])
+@pytest.mark.parametrize("documents", ["line", "blank-line", "file"])
+def test_nothing_of_utf_16_is_left_wherever_it_is_cut(tmp_path: Path, documents: str, invalid: str):
+    """Line by line some of it would pass: a line of one letter, or all of it with U+FFFD for each zero."""
+    write(tmp_path, **{"a.txt": "a\nb\n\nmore of it\n".encode("utf-16") * 20})
+    counts = Counts()
+    with small_pieces(64):
+        reader = TextReader(files_of(tmp_path / "a.txt"), documents, cleaning=Cleaning(invalid), skip_bad=True)
+        assert items_of(reader, 64, counts) == []
+    assert set(counts) == {"bad_utf16"}
+
+
 def test_a_bad_file_is_a_bad_document(tmp_path: Path):
     write(tmp_path, **{"a.txt": "good", "b.txt": LATIN, "c.txt": "good".encode("utf-16"), "d.txt": b"\x7fELF\0\1"})
     counts = Counts()
@@ -245,6 +266,9 @@ def test_quoted_tables_from_the_command_line(command, tmp_path: Path):
             csv.writer(file, delimiter=delimiter).writerows([("label", "text"), *rows])
     assert command("labels --input a.tsv {to} cut")[0] == 65
     assert command("labels --input a.tsv --quoted {to} tsv")[0] == command("labels --input b.csv {to} csv")[0] == 0
+    assert command("pairs --source-field label --target-field text --input a.tsv --quoted {to} pairs")[0] == 0
+    code, _, said = command("labels --input b.csv --quoted {to} csv")
+    assert (code, "made otherwise (differing: quoted)" in said) == (2, True)
     shards = [(tmp_path / out / "train-00000.h5").read_bytes() for out in ("tsv", "csv")]
     assert shards[0] == shards[1]
     assert read_manifest(tmp_path / "csv").label_names == ("0", "1")
