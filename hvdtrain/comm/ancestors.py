@@ -129,7 +129,7 @@ class _Lasting:
 def _started_by(pid: int, proc: Path) -> list[Process]:
     found: list[Process] = []
     known = 0  # of them, up to a launcher
-    for process in _ancestors(pid, proc):
+    for process in ancestors(pid, proc):
         if known and not _waits_for_a_launcher(process):
             break
         found.append(process)
@@ -138,8 +138,8 @@ def _started_by(pid: int, proc: Path) -> list[Process]:
     return found[: known or 1]
 
 
-def _ancestors(pid: int, proc: Path) -> Iterator[Process]:
-    """From the parent up."""
+def ancestors(pid: int, proc: Path = Path("/proc")) -> Iterator[Process]:
+    """From the parent up, as far as can be seen."""
     with suppress(OSError):
         process = find_process(pid, proc)
         while process is not None and (process := find_process(process.parent, proc)) is not None:

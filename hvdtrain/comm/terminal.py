@@ -13,9 +13,9 @@ import os
 import signal
 import stat
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
+from hvdtrain.comm.ancestors import ancestors
 from hvdtrain.comm.world import World
 
 _LAUNCHERS = {"horovodrun", "mpirun", "orterun", "mpiexec", "mpiexec.hydra", "prterun"}
@@ -48,40 +48,29 @@ def _terminal_of_launcher() -> int | None:
     if any(stat.S_ISREG(os.fstat(output).st_mode) for output in (1, 2)):
         return None
     others = []
-    for pid in _ancestors():
-        words = [word.rpartition("/")[2] for word in Path(f"/proc/{pid}/cmdline").read_text().split("\0")]
+    for process in ancestors(os.getpid()):
+        words = [word.rpartition("/")[2] for word in process.words]
         if not _LAUNCHERS & set(words[:2]):  # a script's name follows that of its interpreter
-            others.append(_outputs(pid))
+            others.append(_outputs(process.pid))
             continue
         is_plain = not any(word.lstrip("-").partition("=")[0] in _ASKED_FOR for word in words)
-        theirs = _outputs(pid)
+        theirs = _outputs(process.pid)
         # What lies between may be a shell of the launcher; one of the user's may have led the output elsewhere.
         if not is_plain or any(other not in (mine, theirs) for other in others):
             return None
-        return _open_if_in_front(pid)
+        return _open_if_in_front(process.pid)
     return None
 
 
 def _open_if_in_front(pid: int) -> int | None:
-    state = _stat(pid)
+    # State, parent, group, session, terminal, group in its foreground.
+    state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     group, terminal, group_in_front = int(state[2]), int(state[4]), int(state[5])
     devices = [os.stat(f"/proc/{pid}/fd/{output}").st_rdev for output in (1, 2)]
     number = os.makedev(terminal >> 8 & 0xFFF, terminal & 0xFF | terminal >> 12 & 0xFFF00)
     if not terminal or group != group_in_front or devices != [number, number]:
         return None
     return os.open(f"/proc/{pid}/fd/1", os.O_WRONLY | os.O_NOCTTY | os.O_CLOEXEC)
-
-
-def _ancestors() -> Iterator[int]:
-    pid = os.getppid()
-    while pid > 1:
-        yield pid
-        pid = int(_stat(pid)[1])
-
-
-def _stat(pid: int) -> list[str]:
-    """The fields of /proc/PID/stat after the name: state, parent, group, session, terminal, group in its foreground."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
 def _outputs(pid: int | str) -> tuple[str, str]:
