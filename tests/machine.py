@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
+from hosts import why_no_hosts
 
 
 def not_here(reason: str) -> NoReturn:
@@ -16,6 +17,12 @@ def not_here(reason: str) -> NoReturn:
     if os.environ.get("CI"):
         pytest.fail(reason)
     pytest.skip(reason)
+
+
+def require_hosts() -> None:
+    """Skip the test, or fail it, where there can be no hosts (hosts.py)."""
+    if reason := why_no_hosts():
+        not_here(reason)
 
 
 @contextmanager

@@ -4,7 +4,7 @@
 
 one       a GPT of 6 x 384, vocabulary 8,192, context 256, 8 sequences on two threads: nanoGPT's way against ours
 ranks     the same on two ranks of one thread: torch's DDP over gloo against ours
-link      the same two ranks in two network namespaces with 1 Gbit/s between them (root): MPI and gloo over TCP
+link      the same two ranks on two hosts of this machine with 1 Gbit/s between them (root): MPI and gloo over TCP
 hf        two ranks under Hugging Face's Trainer; HF_PYTHON: a Python with transformers, accelerate, hvdtrain
 scaling   one rank of one thread with 8 sequences, two with 16
 memory    vocabulary 50,304, context 1,024: peak memory of a whole process, nanoGPT's way against ours
@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import table
 import yaml
-from link import ADDRESSES, PLACES, slow_link
+from link import NAMES, Network, slow_link
 
 WAYS = Path(__file__).parent / "ways"
 STEPS = int(os.environ.get("STEPS", "300"))
@@ -97,15 +97,16 @@ def plain(folder: Path, threads: int, rows: int, steps: int, launcher: list[str]
     return json.loads(run(command, threads).strip().splitlines()[-1])
 
 
-def ddp_over_link(folder: Path, rows: int, steps: int, **words) -> dict:
-    """`plain_train.py` as two ranks, each in its network namespace."""
+def ddp_over_link(network: Network, folder: Path, rows: int, steps: int, **words) -> dict:
+    """`plain_train.py` as two ranks, each on its host."""
     settings = {"folder": str(folder), "threads": 1, "rows": rows, "steps": steps, "lr": LR, "warmup": warmup(steps)}
     words = {**settings, "way": "ddp", **words}
     ranks = []
-    for rank, place in enumerate(PLACES):
-        world = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": "29517"}
-        env = {**os.environ, **world, "GLOO_SOCKET_IFNAME": place, "OMP_NUM_THREADS": "1"}
-        command = ["ip", "netns", "exec", place, sys.executable, str(WAYS / "plain_train.py"), json.dumps(words)]
+    for rank, name in enumerate(NAMES):
+        world = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": NAMES[0], "MASTER_PORT": "29517"}
+        env = {**os.environ, **world, "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"}
+        enter = network.hosts[name].enter(Path.cwd())
+        command = [*enter, sys.executable, str(WAYS / "plain_train.py"), json.dumps(words)]
         ranks.append(subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE))
     try:
         printed = [rank.communicate(timeout=3600)[0] for rank in ranks]
@@ -198,11 +199,11 @@ def main() -> None:
             add("2 ranks x 1 thread", results)
         if "link" in PARTS:
             data = store_rows(folder, "link", SIZES, 8192, 8, STEPS)
-            with slow_link(folder) as mpirun:
+            with slow_link(folder) as (network, mpirun):
                 over = [*mpirun, "-np", "2", "--bind-to", "none", "-x", "OMP_NUM_THREADS"]
-                results = {"torch DDP, gloo, same model code": ddp_over_link(data, 8, STEPS, evaluate=True)}
+                results = {"torch DDP, gloo, same model code": ddp_over_link(network, data, 8, STEPS, evaluate=True)}
                 results["torch DDP, gloo, bf16 autocast, fp16 gradients"] = ddp_over_link(
-                    data, 8, short, bf16=True, fp16_gradients=True
+                    network, data, 8, short, bf16=True, fp16_gradients=True
                 )
                 for precision, wire, steps in (
                     ("fp32", "fp32", short),

@@ -1,6 +1,6 @@
 """What a wire format costs and saves: four buckets of 16 MiB summed over two ranks, through memory and over 1 Gbit/s.
 
-The slow link is a pair of network namespaces on this machine, joined by a cable that `tc` limits (needs root).
+The slow link is between two hosts of their own on this machine, on cables that `tc` limits (needs root).
 """
 
 import json
@@ -69,7 +69,7 @@ def main() -> None:
     mib = BUCKETS * BUCKET_MIB
     found: dict[tuple[str, str], list[float]] = {}
     ratios: dict[tuple[str, str], list[float]] = {}
-    with tempfile.TemporaryDirectory() as name, slow_link(Path(name)) as over_link:
+    with tempfile.TemporaryDirectory() as name, slow_link(Path(name)) as (_, over_link):
         for _ in range(ROUNDS):
             for place, mpirun in (("memory", ["mpirun", "--oversubscribe"]), ("1 Gbit/s", over_link)):
                 ours = run(mpirun, ["fp32", "bf16", "fp16"])
@@ -84,7 +84,7 @@ def main() -> None:
     note = (
         f"{BUCKETS} buckets of {BUCKET_MIB} MiB, started one after the other and then waited for; nothing else is "
         f"computed. One thread a rank. Median of {ROUNDS} rounds of {REPEATS} steps, the forms in turn. The link is "
-        "a pair of network namespaces with `tc tbf` at 1 Gbit/s each way, MPI over TCP."
+        "that of two hosts on this machine with `tc tbf` at 1 Gbit/s each way, MPI over TCP."
     )
     head = ["between two ranks", "wire", "ms per MiB of gradients", "speed / fp32"]
     print(write("wire", "Wire formats of the gradients' sum", "make bench BENCH=wire", head, rows, note))

@@ -11,7 +11,7 @@ from command import until
 
 
 def test_two_ranks_land_on_two_nodes(slurm: SlurmCluster):
-    done = slurm.run(["srun", "--nodes=2", "--ntasks=2", "printenv", "SLURMD_NODENAME"], timeout_s=30)
+    done = slurm.run(["srun", "--nodes=2", "--ntasks=2", "hostname"], timeout_s=30)
     # What srun says meanwhile is no fault: a job before this one may still be leaving its nodes.
     others = [line for line in done.stderr.splitlines() if not line.startswith("srun: ")]
     assert (sorted(done.stdout.split()), others, done.returncode) == (["n1", "n2"], [], 0), done.stderr
@@ -67,9 +67,30 @@ def test_nothing_outlives_the_cluster(slurm: SlurmCluster, tmp_path_factory: pyt
         names = [Path(f"/proc/{pid}/comm").read_text().strip() for pid in pids]
         assert (names.count("sleep"), names.count("slurmstepd")) == (2, 3), names  # two steps and the batch shell's
     # "exe": what is dead and only waits for its parent, pid 1, to notice has none any more.
-    alive = {pid for pid in pids if os.path.exists(f"/proc/{pid}/exe")}
-    assert (alive, own.munge.exists()) == (set(), False)
+    assert {pid for pid in pids if os.path.exists(f"/proc/{pid}/exe")} == set()
     assert all(daemon.poll() is None for daemon in slurm.daemons.values())
+
+
+def test_a_killed_pytest_leaves_no_cluster(tmp_path_factory: pytest.TempPathFactory):
+    """Although it cannot cancel its jobs any more. Cables and mounts go with the processes, see test_hosts.py."""
+    require_slurm()
+    make = (
+        "import sys, time\nfrom pathlib import Path\nfrom cluster import SlurmCluster\nfrom command import until\n"
+        "with SlurmCluster(Path(sys.argv[1])) as own:\n"
+        "    log = own.folder / 'job'\n"
+        "    own.sbatch('--nodes=2', f'--output={log}', '--wrap=srun sh -c \"echo begun; exec sleep 600\"')\n"
+        "    until(lambda: log.exists() and log.read_text() == 'begun\\n' * 2, 'two steps run', 60)\n"
+        "    print(*own.processes(), *(host.pid for host in own.hosts.values()), flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    words = [sys.executable, "-c", make, tmp_path_factory.mktemp("own")]
+    with subprocess.Popen(words, env=env, stdout=subprocess.PIPE) as maker:
+        assert maker.stdout is not None
+        pids = [int(word) for word in maker.stdout.readline().split()]
+        assert len(pids) > 10
+        maker.kill()
+    until(lambda: not any(os.path.exists(f"/proc/{pid}/exe") for pid in pids), "all of it has ended", timeout_s=10)
 
 
 def test_a_daemon_that_cannot_start_is_told_with_its_log(tmp_path_factory, monkeypatch: pytest.MonkeyPatch):
@@ -79,11 +100,12 @@ def test_a_daemon_that_cannot_start_is_told_with_its_log(tmp_path_factory, monke
     monkeypatch.setattr("cluster.TEMPLATE", cluster.folder / "template")
     with pytest.raises(RuntimeError, match=r"(?s)slurmctld.* ended.*Nonsense"), cluster:
         pass
-    assert (cluster.processes(), cluster.munge.exists()) == (set(), False)
+    assert all(daemon.poll() is not None for daemon in cluster.daemons.values())
+    assert not any(os.path.exists(f"/proc/{host.pid}") for host in cluster.hosts.values())
 
 
-def test_a_folder_too_deep_for_sockets_is_refused():
-    with pytest.raises(ValueError, match="has 81 characters, at most 70"):
+def test_a_folder_too_deep_for_a_socket_is_refused():
+    with pytest.raises(ValueError, match="has 81 characters, at most 80"):
         SlurmCluster(Path("/" + "x" * 80))
 
 
@@ -92,4 +114,12 @@ def test_without_slurm_a_ci_fails_and_a_workstation_skips(ci: str, outcome: type
     monkeypatch.setattr("shutil.which", lambda command, path: None)
     monkeypatch.setenv("CI", ci)
     with pytest.raises(outcome, match=r"no munged, slurmctld.* run \.ci/install-slurm"):
+        require_slurm()
+
+
+def test_without_namespaces_either(monkeypatch: pytest.MonkeyPatch):
+    require_slurm()
+    monkeypatch.setattr("cluster.why_no_hosts", lambda: "no hosts of their own here: unshare failed")
+    monkeypatch.setenv("CI", "true")
+    with pytest.raises(pytest.fail.Exception, match="tests/slurm: no hosts of their own here"):
         require_slurm()

@@ -162,11 +162,25 @@ def test_wrong_words_end_it(slurm: SlurmCluster, prepared: Prepared, tmp_path: P
     assert "hvdtrain job: exit code 2, not started again" in job.log
 
 
-def test_as_it_stands_it_asks_for_the_demos_data(slurm: SlurmCluster, tmp_path: Path):
+def test_as_it_stands(slurm: SlurmCluster, prepared: Prepared, tmp_path: Path):
+    """`sbatch slurm/train.sbatch`, as README has it: on each of two nodes two ranks that share memory."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "demo").symlink_to(prepared.shards)
+    env = {**environment(), "HVDTRAIN_VENV": sys.prefix, "HVDTRAIN_SLOW_FACTOR": "50"}
+    words = ("demo", "train.steps=3", "schedule.warmup_steps=1", "eval.every=0")  # the demo itself is 400 steps
+    job = slurm.wait(job_id := slurm.sbatch(SCRIPT, *words, cwd=tmp_path, env=env), timeout_s=180)
+    log = (tmp_path / f"hvdtrain-{job_id}.log").read_text()
+    assert (job["JobState"], job["ExitCode"], job["NumNodes"], job["NumTasks"]) == ("COMPLETED", "0:0", "2", "4"), log
+    for said in ("hvdtrain: preflight: 2 nodes healthy", "hvdtrain: 4 ranks (srun, mpi)", "hvdtrain job: finished"):
+        assert said in log, log
+    found = summary(tmp_path / "runs" / "demo")
+    assert (found["step"], found["world_size"], found["status"]) == (3, 4, "finished")
+
+
+def test_without_data_it_asks_for_the_demos(slurm: SlurmCluster, tmp_path: Path):
     """`sbatch slurm/train.sbatch`, and nobody has run `make demo`: four ranks, one message."""
     log = tmp_path / "log"
-    # Both nodes are this machine: the segments of shared memory of their first ranks would have the same name.
-    env = {**environment(), "HVDTRAIN_VENV": sys.prefix, "HVDTRAIN_LAUNCHER": "pmix", "OMPI_MCA_btl": "self,tcp"}
+    env = {**environment(), "HVDTRAIN_VENV": sys.prefix}
     job = slurm.wait(slurm.sbatch(f"--output={log}", SCRIPT, cwd=tmp_path, env=env), timeout_s=180)
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "65:0", "0"), log.read_text()
     said = "hvdtrain: preflight: on every node: shards data/demo: no shards in data/demo"
