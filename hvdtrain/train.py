@@ -20,6 +20,7 @@ from hvdtrain.comm.cores import take_cores
 from hvdtrain.comm.device import pick_device
 from hvdtrain.comm.group import Group
 from hvdtrain.comm.session import open_group
+from hvdtrain.comm.silence import other_hosts
 from hvdtrain.comm.world import World
 from hvdtrain.config import RunConfig, dump_yaml, flatten, load_config
 from hvdtrain.data.carried import carry
@@ -76,10 +77,11 @@ def train(
         group.agree(flatten(config.model_dump()), "the configuration")
         run_dir = run_dir or Path("runs") / Path(recipe).stem
         words = [recipe, *overrides]
+        hosts = other_hosts(group)
         with (
             Claim(run_dir, group) as claim,
             memory_explained(config, group.size, world.local_size),
-            Watchdog(config.watchdog, run_dir, group) as dog,
+            Watchdog(config.watchdog, run_dir, group, hosts) as dog,
         ):
             # Held by nothing here, so that memory_explained can let go of it.
             return _Run(words, config, run_dir, resume, world, group, timeline, signals, dog, claim).run()

@@ -1,4 +1,4 @@
-"""A rank that hangs is noticed: its Python stacks are written, it is named, and the job ends.
+"""A rank that hangs is noticed: its Python stacks are written, it is named, and the job ends. So is a lost node.
 
     rank 0   compute 7 | sync 7 ....................  no progress; waits for others: lets them speak first
     rank 1   compute 7 ..............................  no progress; waits for nobody: stacks, message, end of the job
@@ -8,6 +8,8 @@ The loop tells its watchdog what it is at, which is one attribute written. A thr
 it to ``RUN_DIR/heartbeats/rank-00000.json``, where the others find it. The thread works while the loop is stuck in C
 code that has let go of Python's lock, as waiting for a collective, a file or a GPU does. Where the lock is held, the
 others end the job, and a thread of ``faulthandler``, which needs no lock, writes the stacks.
+
+A node that cannot be reached any more, its network or the whole of it gone, is told by its silence (comm/silence.py).
 """
 
 import contextlib
@@ -18,13 +20,14 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TypeVar
 
 from hvdtrain.comm.ranks import Ranks
+from hvdtrain.comm.silence import Silence
 from hvdtrain.errors import EXIT_CRASH, say_from
 from hvdtrain.options import Options, option
 
@@ -49,6 +52,12 @@ class WatchdogOptions(Options):
     )
     start_timeout_s: float = option(
         7200.0, "the same until the first step is done, with reading, staging and compiling; 0: no limit", ge=0
+    )
+    network_timeout_s: float = option(
+        120.0,
+        "seconds for which another node's TCP answers nothing until it is named and the job ends with exit 70; "
+        "0: TCP itself gives up, after a quarter of an hour",
+        ge=0,
     )
     check_replicas_every: int = option(
         0, "steps between comparisons of all replicas' weights, bit by bit; 0: only before checkpoints", ge=0
@@ -78,17 +87,20 @@ class Heartbeat:
 class Watchdog(contextlib.AbstractContextManager):
     """``with Watchdog(options, run_dir, group) as watchdog: ... watchdog.enter("data", step) ...``, on every rank.
 
-    Made by the thread that trains. ``timeout_s`` 0: no thread, no files. Heartbeats begin when the run folder is there,
-    and go with the end of the ``with``, unless an error ends it. Nothing here is a collective or raises an error.
+    Made by the thread that trains. ``hosts``: address -> name, of the job's other nodes. ``timeout_s`` 0: no thread, no
+    files. Heartbeats begin when the run folder is there, and go with the end of the ``with``, unless an error ends it.
+    Nothing here is a collective or raises an error.
     """
 
-    def __init__(self, options: WatchdogOptions, run_dir: Path, group: Ranks):
+    def __init__(self, options: WatchdogOptions, run_dir: Path, group: Ranks, hosts: Mapping[str, str] | None = None):
         self._options, self._folder, self._group = options, run_dir / "heartbeats", group
+        self._silence = Silence(hosts or {})
         self._host = socket.gethostname()
         self._place = ("start", 0)
         self._first: int | None = None
         self._loop = threading.get_ident()
-        self._period_s = min(5.0, max(0.1, options.timeout_s / 10))
+        shortest_s = min(options.timeout_s, options.network_timeout_s or options.timeout_s)
+        self._period_s = min(5.0, max(0.1, shortest_s / 10))
         self._file: int | None = None
         self._stacks: int | None = None
         self._told_of_files = False
@@ -136,11 +148,15 @@ class Watchdog(contextlib.AbstractContextManager):
     def _watch(self) -> None:
         idle = Idle(self._place, self._period_s)
         while not self._stopping.wait(self._period_s):
-            place = self._place
-            idle_s, limit_s = idle.look(place, time.monotonic()), self._limit_s(place[1])
+            place, now = self._place, time.monotonic()
+            idle_s, limit_s = idle.look(place, now), self._limit_s(place[1])
             self._beat(place, idle_s, limit_s)
             if limit_s and idle_s >= limit_s:
                 self._alarm(place, idle_s)
+            elif not idle_s:
+                self._silence.forget()
+            elif self._options.network_timeout_s and (gone := self._gone(now)):
+                self._end_without(gone, place, idle_s)
 
     def _limit_s(self, step: int) -> float:
         is_first = not step or step == self._first
@@ -214,6 +230,22 @@ class Watchdog(contextlib.AbstractContextManager):
     def _read_all(self) -> Iterator[Heartbeat | None]:
         for rank in range(self._group.size):
             yield read_heartbeat(self._folder / f"rank-{rank:05d}.json")
+
+    def _gone(self, now: float) -> dict[str, float]:
+        """The nodes that have been silent for too long, and for how long."""
+        silent = self._silence.look(now)
+        return {node: seconds for node, seconds in silent.items() if seconds >= self._options.network_timeout_s}
+
+    def _end_without(self, gone: Mapping[str, float], place: tuple[str, int], idle_s: float) -> None:
+        """End the job, as nothing more will come from these nodes; the first rank that has noticed speaks."""
+        if self._stopping.wait(patience_s(self._group.rank) - patience_s(0)) or self._place is not place:
+            return
+        _end_process_after(_LEAVE_S)
+        names, silent_s = _few([*gone]), max(gone.values())
+        at = _at(self._heartbeat(place, idle_s))
+        told = f"no answer from {names} for {silent_s:.0f} s, in {at}: the network to it or the node itself is gone"
+        say_from(self._group.rank, told, past_locks=True)
+        self._group.abort(EXIT_CRASH)
 
     def _path(self, suffix: str) -> Path:
         return self._folder / f"rank-{self._group.rank:05d}.{suffix}"

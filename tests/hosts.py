@@ -69,7 +69,7 @@ class Host:
 
     def processes(self) -> set[int]:
         """Every pid here, without the holder's."""
-        return _processes(self.pid) - {self.pid}
+        return _processes(self.pid) - {self.pid} if self._holder.poll() is None else set()
 
     def end(self) -> None:
         """Kill all that runs here; the host is gone with it."""

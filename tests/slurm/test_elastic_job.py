@@ -3,8 +3,6 @@
 The fakes are those of test_job_script.py.
 """
 
-import os
-import signal
 import sys
 from pathlib import Path
 
@@ -12,7 +10,7 @@ import pytest
 from cluster import SlurmCluster
 from command import until
 from launch import Prepared, environment, summary
-from test_job_faults import _WAIT, LONG_S, ROOT, SETTINGS
+from test_job_faults import _WAIT, LONG_S, ROOT, SETTINGS, SILENT_S
 from test_job_faults import Job as Submitted
 from test_job_script import FAKES, SAVED, Job
 from test_job_script import job as job  # a fixture
@@ -95,7 +93,7 @@ def test_no_node_answers(elastic: Job):
 
 @pytest.mark.usefixtures("slurm")  # it says where there is none
 def test_lost_node(prepared: Prepared, trained: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory):
-    """All that runs on n2 dies, its slurmd with it, and the same job goes on without it.
+    """n2 loses its power, and the same job goes on without it.
 
     Its last rank waits in the fifth step of the job's first step of srun, see test_job_faults.py.
     """
@@ -110,14 +108,12 @@ def test_lost_node(prepared: Prepared, trained: Path, tmp_path: Path, tmp_path_f
     env = {"HVDTRAIN_HOME": str(ROOT), "HVDTRAIN_VENV": str(tmp_path / "venv"), "WAITS": "1"}
     env |= {**environment(), "HVDTRAIN_LAUNCHER": "pmix", "HVDTRAIN_RANKS_PER_NODE": "1"}
     options = ("--nodes=1-2", f"--output={tmp_path}/log", ROOT / "slurm" / "elastic.sbatch")
-    words = (prepared.recipe, *SETTINGS, "checkpoint.every=3", "--run-dir", "run")
+    settings = (*SETTINGS, "checkpoint.every=3", f"watchdog.network_timeout_s={SILENT_S}")
+    words = (prepared.recipe, *settings, "--run-dir", "run")
     with SlurmCluster(tmp_path_factory.mktemp("own")) as own:
         job = Submitted(own, own.sbatch(*options, *words, cwd=tmp_path, env=env), tmp_path)
-        rank = job.wait_in_step()
-        stepd = int(Path(f"/proc/{rank}/stat").read_text().rpartition(")")[2].split()[1])
-        own.daemons["n2"].kill()
-        for pid in (stepd, rank):
-            os.kill(pid, signal.SIGKILL)
+        job.wait_in_step()
+        own.network.power_off("n2")
         own.run(["scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=lost"], timeout_s=30)  # else in 30 to 45 s
         try:
             until(lambda: "hvdtrain job: n2 does not answer" in job.log, "it is seen that n2 is dead", LONG_S)
