@@ -23,6 +23,7 @@ T = TypeVar("T")
 LIMIT_S = 30.0  # for one look; a dead file system or driver answers never
 LEAST_RUN_FOLDER_BYTES = 1 << 30
 LEAST_SHM_BYTES = 32 << 20  # MPI and NCCL keep their buffers there, and jobs that were killed leave theirs behind
+LEAST_TMP_BYTES = 32 << 20  # MPI and Python keep files there; without room for them ranks do not even start
 LEAST_INODES = 1000
 MOST_CELSIUS = 90  # of a GPU that has nothing to do yet
 _NVIDIA_SMI_FIELDS = "uuid,temperature.gpu,ecc.errors.uncorrected.volatile.total"
@@ -195,6 +196,8 @@ def look_around(run_dir: Path | None, data: Sequence[Path], stage: Path | None) 
     if stage is not None:
         looks.append(safely("staging", lambda: look_at_staging(stage, data), EXIT_IO))
     looks.append(safely("/dev/shm", look_at_shm))
+    own = Path(os.environ.get("TMPDIR") or "/tmp")
+    looks.append(safely(str(own), lambda: look_at_disk(str(own), own, LEAST_TMP_BYTES)))
     return looks
 
 

@@ -13,14 +13,14 @@ STEP = ("srun", "--nodes=2", "--ntasks=2", "--mpi=pmix", "--kill-on-bad-exit=1")
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def _run(slurm: SlurmCluster, *args: object) -> Done:
+def run(slurm: SlurmCluster, *args: object) -> Done:
     env = {**environment(), "PYTHONPATH": str(ROOT)}
     found = slurm.run([str(arg) for arg in args], timeout_s=120, env=env)
     return Done("none", found.returncode, found.stdout, found.stderr)
 
 
 def test_two_healthy_nodes(slurm: SlurmCluster, prepared: Prepared, tmp_path: Path):
-    done = _run(slurm, *STEP, *DOCTOR, "--data", prepared.shards, "--run-dir", tmp_path / "run")
+    done = run(slurm, *STEP, *DOCTOR, "--data", prepared.shards, "--run-dir", tmp_path / "run")
     assert done.exit_code == 0, done
     assert {tuple(line.split()[:2]) for line in done.stdout.splitlines()} >= {
         (node, check) for node in ("n1", "n2") for check in ("environment", "shards", "clock", "all-reduce", "memory")
@@ -41,7 +41,7 @@ def test_a_node_with_another_file_system_and_another_version(slurm: SlurmCluster
     node.write_text('cd "${0%/*}/$SLURMD_NODENAME"\nexport PYTHONPATH="$PWD:$PYTHONPATH"\nexec "$@"\n')
     found = tmp_path / "found.json"
     words = ("--data", "shards", "--run-dir", "run", "--json", found)
-    done = _run(slurm, *STEP, "bash", node, *DOCTOR, *words)
+    done = run(slurm, *STEP, "bash", node, *DOCTOR, *words)
     assert (done.exit_code, TRACE in done.text) == (70, False), done
     assert done.messages == ["hvdtrain: preflight: bad nodes: n2"], done
     bad = [row for row in json.loads(found.read_text())["findings"] if row["verdict"].startswith("BAD")]
@@ -57,7 +57,7 @@ def test_a_node_that_hangs_is_ended_by_the_scripts_timeout(slurm: SlurmCluster, 
     """What the job script puts around this step."""
     node = tmp_path / "node.sh"
     node.write_text('[ "$SLURMD_NODENAME" = n2 ] && exec sleep 600\nexec "$@"\n')
-    done = _run(slurm, "timeout", "--kill-after=10", "6", *STEP, "bash", node, *DOCTOR)
+    done = run(slurm, "timeout", "--kill-after=10", "6", *STEP, "bash", node, *DOCTOR)
     assert done.exit_code == 124, done
     until(lambda: not slurm.run(["squeue", "--noheader"], timeout_s=30).stdout, "the step has ended", timeout_s=30)
 
