@@ -3,6 +3,8 @@
 import atexit
 import ctypes
 import os
+import re
+import socket
 import sys
 import threading
 import warnings
@@ -17,6 +19,9 @@ from hvdtrain.comm.world import World, check_sizes
 from hvdtrain.errors import EXIT_CRASH, LaunchError, say_from
 from hvdtrain.files import exists
 
+# Networks of a host with its own containers and virtual machines: the same addresses on every host, such as Docker's
+# 172.17.0.1. Open MPI would take them for ways to the other hosts, reach itself, and wait for ever.
+_INNER = re.compile(r"(docker|podman|cni|flannel|virbr|lxcbr|lxdbr|veth)\S*|br-[0-9a-f]{12}")
 LEAVE_S = 120.0  # for all ranks to leave, once they have nothing more to do
 
 
@@ -34,6 +39,9 @@ def start_mpi(world: World) -> ModuleType:
         os.environ.setdefault("OPAL_PREFIX", sys.prefix)
         # Its one-sided transport over libfabric, which nothing here uses, takes a second of every process's end.
         os.environ.setdefault("OMPI_MCA_btl", "^ofi")
+        inner = [name for _, name in socket.if_nameindex() if _INNER.fullmatch(name)]
+        if inner and "OMPI_MCA_btl_tcp_if_include" not in os.environ:
+            os.environ.setdefault("OMPI_MCA_btl_tcp_if_exclude", ",".join(["127.0.0.1/8", *inner]))
     with warnings.catch_warnings():
         # Marks of another MPI's launcher. What came of them is checked below, and said in one line.
         warnings.filterwarnings("ignore", "suspicious MPI execution environment", RuntimeWarning)

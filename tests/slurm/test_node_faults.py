@@ -15,8 +15,9 @@ from pathlib import Path
 
 from cluster import SlurmCluster
 from hosts import Host
-from launch import TRACE, Prepared
+from launch import TRACE, Prepared, summary
 from test_preflight_job import DOCTOR, STEP, run
+from test_srun import TRAIN
 from test_train_job import LONG, Job
 
 # A clock is the machine's, so hosts cannot have their own; programs that are told another time can be on one of them.
@@ -56,6 +57,22 @@ def test_full_memory_disks_and_a_wrong_clock(slurm: SlurmCluster, prepared: Prep
     assert bad["/dev/shm"]["verdict"] == "BAD: 0 B free in /dev/shm, 33.6 MB are needed"
     assert re.fullmatch(r"BAD: \d+\.\d MB free in /tmp, 33\.6 MB are needed", bad["/tmp"]["verdict"])
     assert bad["clock"]["found"].startswith("+5.0")
+
+
+def test_dockers_bridge_is_no_way_to_the_other_node(slurm: SlurmCluster, prepared: Prepared, tmp_path: Path):
+    """Each node has one, with the same address, which leads to itself alone."""
+    nodes = [slurm.hosts[name] for name in ("n1", "n2")]
+    for host in nodes:
+        host.run("ip", "link", "add", "docker0", "type", "bridge")
+        host.run("ip", "addr", "add", "172.17.0.1/16", "dev", "docker0")
+        host.run("ip", "link", "set", "docker0", "up")
+    try:
+        done = run(slurm, *STEP, *TRAIN, prepared.recipe, "--run-dir", tmp_path / "run")
+    finally:
+        for host in nodes:
+            host.run("ip", "link", "del", "docker0")
+    assert done.exit_code == 0, done
+    assert summary(tmp_path / "run")["world_size"] == 2
 
 
 @contextmanager
