@@ -24,7 +24,7 @@ _HEAD = 1 << 12  # bytes that tell whether a file is ours
 _REASONS = {
     "hidden": "hidden (give its name to --input, or a pattern that begins with a dot to --glob)",
     "excluded": "excluded",
-    "own": "written by this program (shards, tokenizers, runs)",
+    "own": "of this program (shards, tokenizers, runs)",
     "same": "another name of what is read already",
     "nowhere": "a link that leads nowhere",
     "special": "a pipe, a socket or a device",

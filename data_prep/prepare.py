@@ -297,7 +297,7 @@ class _Job:
                 if size >= min(_BATCH_BYTES, self.unit_bytes):
                     self._encode(waiting, gathering, counts)
                     gathering.write_if_full()
-                    progress.advance(size)
+                    progress.advance(unit.number, size)
                     size = 0
         self._encode(waiting, gathering, counts)
         gathering.write()

@@ -44,8 +44,9 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self._bar.close()
 
-    def advance(self, size: int) -> None:
-        self._in_unit += size
+    def advance(self, number: int, size: int) -> None:
+        """``size`` more bytes of a unit's text. It may be more than was guessed, where it was compressed."""
+        self._in_unit = min(self._in_unit + size, self._weights[self._names[number]])
         self._show()
 
     def unit_done(self, number: int) -> None:

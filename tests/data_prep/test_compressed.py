@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from preparing import compressed, files_of, items_of, run, shards_of, snapshot, text_kind, texts_of, write
 
-from data_prep import aligned, corpus, pieces, sample
+from data_prep import aligned, corpus, gathering, pieces, sample
 from data_prep.compressed import COMPRESSIONS
 from data_prep.questions import SquadReader
 from data_prep.readers import TextReader
@@ -16,7 +16,7 @@ from data_prep.sample import training_texts
 from data_prep.verify import verify
 from hvdtrain.comm.ranks import OneRank
 from hvdtrain.data.shards import SHARD_NAME, read_manifest
-from hvdtrain.errors import DataError
+from hvdtrain.errors import DataError, OutputError
 
 LINES = [f"line {n:04}" for n in range(1000)]  # 9 bytes each, and the end of text: 10 tokens of the byte tokenizer
 TEXT = "".join(f"{line}\n" for line in LINES)
@@ -135,6 +135,28 @@ def test_parts_of_a_file_that_has_become_shorter_go(tmp_path: Path, byte: Path):
     (out / "train-00000_077.h5").write_bytes(stale.read_bytes())
     prepare(out)
     assert snapshot(out) == snapshot(tmp_path / "whole")
+
+
+def test_a_file_that_was_half_done_is_gone_on_with(tmp_path: Path, byte: Path, monkeypatch: pytest.MonkeyPatch):
+    """What a shard of it holds is not in doubt: all of a file that has no record is made again."""
+    write(tmp_path / "in", **{"a.txt": "a\n", "b.txt.gz": TEXT})
+    write_shard = gathering.write_shard
+
+    def until_full(folder: Path, split: str, number: int, datasets: dict, part: int):
+        if part == 3:
+            raise OutputError("cannot write: No space left on device")
+        return write_shard(folder, split, number, datasets, part)
+
+    def prepare(out: Path, ranks: int = 1):
+        return run(lambda: text_kind(files_of(tmp_path / "in"), "line"), byte, out, ranks, shard_tokens=1200)
+
+    with monkeypatch.context() as patch, pytest.raises(OutputError):
+        patch.setattr(gathering, "write_shard", until_full)
+        prepare(tmp_path / "out")
+    assert (tmp_path / "out" / "train-00001_002.h5").exists()
+    prepare(tmp_path / "out", ranks=2)
+    prepare(tmp_path / "whole")
+    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "whole")
 
 
 # --- a sample to train a tokenizer on ----------------------------------------------------------------------------

@@ -239,9 +239,9 @@ def test_what_this_program_wrote_is_no_input(tmp_path: Path):
     kept = ["a.json", "shards/mine.json", "theirs/b.json", "theirs/b.record.json"]
     kept += ["theirs/manifest.json", "theirs/tokenizer.json"]
     assert names(tmp_path, globs=every) == names(tmp_path, endings=[".json"]) == kept
-    (told,) = [line for line in said(tmp_path, globs=every) if "written by" in line]
+    (told,) = [line for line in said(tmp_path, globs=every) if "of this program" in line]
     assert told == (
-        f"10 not read, written by this program (shards, tokenizers, runs): {tmp_path}/begun/.parts, "
+        f"10 not read, of this program (shards, tokenizers, runs): {tmp_path}/begun/.parts, "
         f"{tmp_path}/begun/tokenizer.json, {tmp_path}/begun/val-00003.h5, ..."
     )
 
@@ -298,8 +298,9 @@ def test_a_folder_that_holds_all_of_this(tmp_path: Path, byte: Path, capfd: pyte
         tmp_path / "all", **{"A.TXT": "a", "b.txt.gz": "b", "note.md": "m", ".hidden.txt": "h", "x/shards/c.txt": "c"}
     )
     (folder / "nowhere").symlink_to("gone")
-    make = ["tokenizer", "--input", folder, "--kind", "byte", "--out", folder / "t.json"]
-    text = ["text", "--input", folder, "--tokenizer", folder / "t.json", "--out", folder / "x/shards"]
+    (folder / "hf.json").write_bytes(byte.read_bytes())  # somebody else's, without a record beside it
+    make = ["tokenizer", "--input", folder, "--exclude", "hf.json", "--kind", "byte", "--out", folder / "t.json"]
+    text = ["text", "--input", folder, "--tokenizer", folder / "hf.json", "--out", folder / "x/shards"]
     text += ["--val-fraction", "0"]
     for words in (make, make, text, text):
         assert main([str(word) for word in words]) == EXIT_OK
@@ -312,8 +313,8 @@ def test_a_folder_that_holds_all_of_this(tmp_path: Path, byte: Path, capfd: pyte
         f"hidden (give its name to --input, or a pattern that begins with a dot to --glob): {folder}/.hidden.txt",
         f"1 not read, a link that leads nowhere: {folder}/nowhere -> gone",
         f"runs): {folder}/t.json, {folder}/t.record.json\n",
-        f"6 not read, written by this program (shards, tokenizers, runs): {folder}/t.json, {folder}/t.record.json, "
-        f"{folder}/x/shards/.lock, ...",
+        f"7 not read, of this program (shards, tokenizers, runs): {folder}/hf.json, {folder}/t.json, "
+        f"{folder}/t.record.json, ...",
     ):
         assert line in told.err
 

@@ -82,6 +82,7 @@ def alone(inputs: Path, bpe: Path) -> dict[str, dict[str, bytes]]:
     assert all(f"alone/{kind}: train " in done.stdout for kind in kinds)
     made = {kind: snapshot(inputs / "alone" / kind) for kind in kinds}
     assert all(sum(name.endswith(".h5") for name in files) > 5 for kind, files in made.items() if kind != "questions")
+    assert any("_001.h5" in name for name in made["text"])  # one compressed file, several shards
     return made
 
 

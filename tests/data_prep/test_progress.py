@@ -61,17 +61,27 @@ def ranks(rank: int, size: int) -> OneRank:
 def test_a_line_every_half_minute_in_a_log(tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture):
     with Progress(units(), tmp_path, OneRank()) as progress:
         clock.wait(10)
-        progress.advance(20 * MB)
+        progress.advance(0, 20 * MB)
         assert capsys.readouterr().err == ""
         clock.wait(20)
-        progress.advance(40 * MB)
+        progress.advance(0, 40 * MB)
         assert capsys.readouterr().err == "hvdtrain: 20 %: 60 of 300 MB, 2.0 MB/s, 2:00 left\n"
         clock.wait(20)
         progress.unit_done(0)
         assert capsys.readouterr().err == ""
         clock.wait(10)
-        progress.advance(20 * MB)
+        progress.advance(1, 20 * MB)
         assert capsys.readouterr().err == "hvdtrain: 40 %: 120 of 300 MB, 2.0 MB/s, 1:30 left\n"
+
+
+def test_a_compressed_file_that_holds_more_than_was_guessed(
+    tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture
+):
+    """The bar would run ahead, and back when the next unit begins."""
+    with Progress(units(), tmp_path, OneRank()) as progress:
+        clock.wait(40)
+        progress.advance(0, 900 * MB)
+        assert capsys.readouterr().err.startswith("hvdtrain: 33 %: 100 of 300 MB")
 
 
 def test_others_are_seen_by_their_records(tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture):
@@ -92,7 +102,7 @@ def test_what_was_there_at_the_start_makes_no_speed(tmp_path: Path, clock: Clock
         progress.unit_done(0)
         progress.unit_done(1)
         clock.wait(50)
-        progress.advance(50 * MB)
+        progress.advance(2, 50 * MB)
     assert capsys.readouterr().err == "hvdtrain: 83 %: 250 of 300 MB, 1.0 MB/s, 0:50 left\n"
 
 
@@ -100,7 +110,7 @@ def test_other_ranks_are_silent_and_do_not_wait(tmp_path: Path, clock: Clock, ca
     with Progress(units(), tmp_path, ranks(1, 2)) as progress:
         for number in range(3):
             clock.wait(100)
-            progress.advance(100 * MB)
+            progress.advance(number, 100 * MB)
             progress.unit_done(number)
         waited = clock.waited
         progress.wait_for_others()
