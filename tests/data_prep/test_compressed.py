@@ -5,11 +5,13 @@ import random
 import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
 from preparing import compressed, files_of, items_of, run, shards_of, snapshot, text_kind, texts_of, write
 
 from data_prep import aligned, corpus, gathering, pieces, sample
 from data_prep.compressed import COMPRESSIONS
+from data_prep.pieces import Piece, Unit
 from data_prep.questions import SquadReader
 from data_prep.readers import TextReader
 from data_prep.sample import training_texts
@@ -111,6 +113,19 @@ def test_only_what_cannot_be_cut_is_written_in_parts(tmp_path: Path, byte: Path)
     assert texts_of(tmp_path / "a.txt.out", "train") == texts_of(tmp_path / "a.txt.gz.out", "train") == LINES
 
 
+@pytest.mark.parametrize(("name", "shards"), [("a.txt", 1), ("a.txt.gz", 3)])
+def test_more_tokens_than_expected(tmp_path: Path, name: str, shards: int):
+    """How many tokens a plain piece gives is guessed; that it gives more makes no other shards of it."""
+    (file,) = files_of(write(tmp_path / "in", **{name: "x"}))
+    unit = Unit(0, (Piece(file, 0, 1, None),))
+    gathered = gathering.Gathering(tmp_path, unit, np.dtype(np.uint16), shard_tokens=4)
+    for _ in range(6):
+        gathered.add("train", {"tokens": np.arange(2), "doc_offsets": np.array([2])})
+        gathered.write_if_full()
+    gathered.write()
+    assert [shard.tokens for shard in gathered.shards] == [12 // shards] * shards
+
+
 def test_shards_have_about_as_many_tokens_as_was_asked_for(tmp_path: Path, byte: Path):
     files = files_of(write(tmp_path / "in", **{"a.txt.xz": TEXT}))
     manifest, _ = run(lambda: text_kind(files, "line"), byte, tmp_path / "out", shard_tokens=1000)
@@ -186,16 +201,16 @@ def test_of_a_large_one_places_are_drawn(tmp_path: Path, small_steps: None, seed
     assert set(whole) == set("abc")
 
 
-@pytest.mark.parametrize("packed_bytes", [100, 4000])
+@pytest.mark.parametrize("sample_bytes", [100, 4000, 50_000])
 def test_a_text_that_compresses_beyond_all_expectation_is_bounded_too(
-    tmp_path: Path, small_steps: None, packed_bytes: int
+    tmp_path: Path, small_steps: None, sample_bytes: int
 ):
     """The sample was all 10 MB of it, for its few kilobytes were below any limit."""
     (tmp_path / "a.txt.xz").write_bytes(compressed(b"the same line\n" * 700_000, ".xz"))
     reader = TextReader(files_of(tmp_path))
     assert reader.files[0].bytes < 5000
-    size = sum(map(len, training_texts(reader, packed_bytes, seed=1)))
-    assert packed_bytes <= size <= packed_bytes * 1.3 + 1000
+    size = sum(map(len, training_texts(reader, sample_bytes, seed=1)))
+    assert sample_bytes <= size <= sample_bytes * 1.3 + 1000
 
 
 def test_a_line_that_never_ends_is_named_before_memory_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -3,11 +3,13 @@
 import os
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from launch import TRACE, launch
-from preparing import write
+from preparing import texts_of, write
 
 from data_prep import formats
 from data_prep.__main__ import main
@@ -197,6 +199,24 @@ def test_a_file_of_several_names_is_read_once(tmp_path: Path):
     assert names(top) == ["b.txt", "hard.txt", "l1/d.txt", "sub/c.txt"]
 
 
+@pytest.mark.parametrize("backwards", [False, True])
+def test_of_several_links_the_first_by_name_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backwards: bool):
+    """A folder's entries come in another order on each file system."""
+    scandir = os.scandir
+
+    @contextmanager
+    def in_order(folder: str) -> Iterator[list[os.DirEntry]]:
+        with scandir(folder) as entries:
+            yield sorted(entries, key=lambda entry: entry.name, reverse=backwards)
+
+    write(tmp_path, **{"far/x.txt": "x", "in/a.txt": "a"})
+    for letter in "bcd":
+        (tmp_path / "in" / letter).symlink_to(tmp_path / "far")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", in_order)
+        assert names(tmp_path / "in") == ["a.txt", "b/x.txt"]
+
+
 def test_the_order_is_that_of_names_whatever_is_a_link(tmp_path: Path):
     write(tmp_path, **{"plain/b/x.txt": "x", "plain/a.txt": "a", "plain/c.txt": "c"})
     write(tmp_path, **{"linked/a.txt": "a", "far/x.txt": "x", "far/c.txt": "c"})
@@ -317,6 +337,17 @@ def test_a_folder_that_holds_all_of_this(tmp_path: Path, byte: Path, capfd: pyte
         f"{folder}/t.record.json, ...",
     ):
         assert line in told.err
+
+
+def test_aligned_folders_keep_a_name_of_each_file(tmp_path: Path, byte: Path):
+    """Left out, the second name of a source would move all later ones to another target."""
+    write(tmp_path, **{f"{side}/{name}.txt": f"{side} {name}\n" for side in ("src", "tgt") for name in "abc"})
+    (tmp_path / "src/b.txt").unlink()
+    (tmp_path / "src/b.txt").symlink_to("a.txt")
+    words = f"pairs --source {tmp_path}/src --target {tmp_path}/tgt --tokenizer {byte} --out {tmp_path}/out"
+    assert main([*words.split(), "--val-fraction", "0"]) == EXIT_OK
+    assert texts_of(tmp_path / "out", "train", "source_") == ["src a", "src a", "src c"]
+    assert texts_of(tmp_path / "out", "train", "target_") == ["tgt a", "tgt b", "tgt c"]
 
 
 @pytest.mark.parametrize("command", ["tokenizer", "text", "pairs", "labels"])
