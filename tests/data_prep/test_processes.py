@@ -62,7 +62,13 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     squad = json.dumps({"data": [{"paragraphs": paragraphs}]})
     write(
         folder / "in/text",
-        **{"a.txt": lines, "b.txt.gz": odd * 3 + lines[:999], "c.txt.zst": odd, "d.txt.xz": lines[:99]},
+        **{
+            "a.txt": lines,
+            "b.txt.gz": odd * 3 + lines[:999],
+            "c.txt.zst": odd,
+            "d.txt.xz": lines[:99],
+            "f.txt.bz2": lines.replace("line", "row"),
+        },
     )
     write(folder / "in/text", **{"e.jsonl": "".join(json.dumps({"text": text}) + "\n" for text in ODD_TEXTS)})
     write(folder / "in", **{"val.txt": "held out\n", "test.tsv": table[:99]})
