@@ -40,6 +40,7 @@ class SequenceToSequence:
 
     def check(self, corpora: Corpora, feed: Feed) -> None:
         check_one_folder(corpora, "seq2seq", self.kind)
+        _begin(corpora)
 
     def open_training(self, corpora: Corpora, feed: Feed) -> Training:
         records, make_batch = self._open(corpora, "train", feed)
@@ -52,8 +53,7 @@ class SequenceToSequence:
 
     def _open(self, corpora: Corpora, split: str, feed: Feed):
         records = open_records(corpora, split)
-        special = corpora.manifest.special_tokens
-        begin = special.get("bos", special.get("eos", 0))
+        begin = _begin(corpora)
         return records, lambda records, rows: pair_batch(records, rows, begin, feed.context)
 
     def loss(self, model: nn.Module, batch: PairBatch) -> LossSum:
@@ -77,6 +77,17 @@ class SequenceToSequence:
             "token_accuracy": sums[2] / sums[1],
             "target_tokens": int(sums[1]),
         }
+
+
+def _begin(corpora: Corpora) -> int:
+    """The token that begins each target: of a text, or else the one that ends them. Errors: DataError."""
+    special = corpora.manifest.special_tokens
+    begin = special.get("bos", special.get("eos"))
+    if begin is None:
+        raise DataError(
+            f"{corpora.names} does not say which token begins or ends a text; prepare it with data_prep pairs"
+        )
+    return begin
 
 
 def check_one_folder(corpora: Corpora, task_name: str, kind: str) -> None:

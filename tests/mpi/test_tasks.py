@@ -49,7 +49,7 @@ def data(group: HorovodGroup, folder: Path, kind: str) -> Path:
         shard = {"pairs": pairs, "labels": labelled}[kind]
         names = ("a", "b", "c") if kind == "labels" else ()
         splits = {"train": [shard(rows[:15]), shard(rows[15:40])], "val": [shard(rows[40:])]}
-        write_corpus(folder / "data", splits, kind=kind, label_names=names)
+        write_corpus(folder / "data", splits, kind=kind, label_names=names, special_tokens={"eos": 0})
     group.barrier()
     return folder / "data"
 

@@ -122,7 +122,12 @@ def test_damaged_shards_are_not_planned_with(shards: str):
 
 def test_rows_are_as_long_as_the_data_have_them(tmp_path: Path):
     texts = [([1] * 5, [1] * 9), ([1] * 3, [1] * 40), ([2] * 7, [3] * 2)]  # 40: above the context, left out
-    write_corpus(tmp_path / "pairs", {"train": [pairs(texts)], "val": [pairs(texts[:1])]}, kind="pairs")
+    write_corpus(
+        tmp_path / "pairs",
+        {"train": [pairs(texts)], "val": [pairs(texts[:1])]},
+        kind="pairs",
+        special_tokens={"eos": 0},
+    )
     rows = [([1] * 6, 0), ([1] * 4, 1)]
     labels = {"train": [labelled(rows)], "val": [labelled(rows)]}
     write_corpus(tmp_path / "labels", labels, kind="labels", label_names=("a", "b", "c"))

@@ -26,7 +26,8 @@ def write_text(folder: Path, seed: int = 0) -> Path:
 
 def write_pairs(folder: Path, seed: int = 0, train: int = 60, val: int = 11, longest: int = 8) -> Path:
     rows = list(zip(*(texts(train + val, 2 * seed + side, longest) for side in (0, 1)), strict=True))
-    write_corpus(folder, {"train": [pairs(rows[:train])], "val": [pairs(rows[train:])]}, kind="pairs")
+    splits = {"train": [pairs(rows[:train])], "val": [pairs(rows[train:])]}
+    write_corpus(folder, splits, kind="pairs", special_tokens={"eos": 0})
     return folder
 
 

@@ -85,6 +85,14 @@ def test_settings_are_looked_at_before_the_shards(go: Train, shards: dict[str, P
     assert not (tmp_path / "run").exists()
 
 
+def test_no_token_is_guessed_to_begin_a_target(go: Train, tmp_path: Path):
+    """It was token 0, whatever that is."""
+    write_corpus(tmp_path / "new", {split: [ONE_ROW["pairs"]] for split in ("train", "val")}, kind="pairs")
+    damage(tmp_path / "new")
+    told = fail(lambda: go("run", f"data.dir={tmp_path / 'new'}", kind="pairs"), EXIT_BAD_DATA)
+    assert f"{tmp_path / 'new'} does not say which token begins or ends a text" in told
+
+
 # --- too little --------------------------------------------------------------------------------------------------
 
 ONE_ROW = {"text": documents([range(30)]), "pairs": pairs([([1, 2], [3])]), "labels": labelled([([1, 2], 0)])}
@@ -92,8 +100,8 @@ NO_ROW = {"pairs": pairs([]), "labels": labelled([])}
 
 
 def corpus(folder: Path, kind: str, **splits: dict) -> str:
-    names = LABELS if kind == "labels" else ()
-    write_corpus(folder, {split: [datasets] for split, datasets in splits.items()}, kind=kind, label_names=names)
+    more = {"label_names": LABELS} if kind == "labels" else {"special_tokens": {"eos": 0}}
+    write_corpus(folder, {split: [datasets] for split, datasets in splits.items()}, kind=kind, **more)
     return f"data.dir={folder}"
 
 
