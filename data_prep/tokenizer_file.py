@@ -145,11 +145,12 @@ def _names_are_text(fields: dict[str, Any], tokenizer: Tokenizer) -> Iterable[st
 
 
 def _found_in_text(fields: Mapping[str, Any], tokenizer: Tokenizer) -> list[str]:
-    """Special tokens that their own name in a text becomes. tokenizer: made of ``fields``."""
+    """Special tokens that their own name in a text becomes, or what it stands for. tokenizer: made of ``fields``."""
     vocabulary = Vocabulary(fields)
     found = []
     for name in vocabulary.special:
-        for text in (name, f"a {name} b", f"a{name}b"):
+        meant = tokenizer.decoder.decode([name]) if tokenizer.decoder else name  # " the" of Ġthe
+        for text in (name, f"a {name} b", f"a{name}b", meant, f"a{meant} b"):
             try:
                 ids = tokenizer.encode(text, add_special_tokens=False).ids
             except Exception:  # "a" may be unknown, and no token for that

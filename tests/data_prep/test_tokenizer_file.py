@@ -174,6 +174,17 @@ def test_a_word_as_the_end_is_kept_apart(tmp_path: Path):
         load_tokenizer(path, {"eos": "."})
 
 
+def test_a_piece_of_text_as_the_end_is_kept_apart(tmp_path: Path):
+    """In a byte-level vocabulary a piece is not written as the text that it stands for."""
+    path = saved(tmp_path, LAYOUTS["gpt2"])
+    loaded = load_tokenizer(path, {"eos": "Ġthe"})
+    ids = loaded.tokenizer().encode("x the there").ids
+    assert loaded.special["eos"] not in ids
+    assert loaded.tokenizer().decode(ids) == "x the there"
+    with pytest.raises(DataError, match="the text 'Ċ' would become the special token of that name"):
+        load_tokenizer(path, {"eos": "Ċ"})
+
+
 def test_shards_with_another_end_are_others(tmp_path: Path, capsys: pytest.CaptureFixture):
     path, out = saved(tmp_path, LAYOUTS["llama3"]), tmp_path / "out"
     words = ["text", "--input", lines(tmp_path, "a", "b"), "--tokenizer", path, "--out", out, "--val-fraction", 0]
