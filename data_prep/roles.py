@@ -3,8 +3,9 @@
 The first that knows decides:
 
     --eos NAME                  the user, who may name any token
-    the folder                  of a tokenizer.json: the manifest.json of shards; tokenizer_config.json,
-                                special_tokens_map.json and generation_config.json as Hugging Face has them
+    shards                      whose tokenizer.json it is: their manifest.json
+    the folder                  of a tokenizer.json: tokenizer_config.json, special_tokens_map.json and
+                                generation_config.json as Hugging Face has them
     the tokenizer itself        its model's unknown token; what its post-processor puts around a text
     known names                 of tokens that are marked special, and no others: Gemma 3 has HTML's </s> too, as text
 
@@ -41,6 +42,7 @@ TURN_ENDS = (
     "<|return|>", "<|EOT|>", "[EOT]",
 )  # fmt: skip
 _SHOWN = 20
+_SHARDS = "manifest.json"
 
 Claims = Sequence[tuple[str, Mapping[str, str]]]  # (who says so, role -> name)
 
@@ -72,13 +74,19 @@ def find_roles(
         if name not in vocabulary.ids:
             raise ConfigError(f"--{role} {name}: {path} has no such token; {_offer(vocabulary, name)}")
     notes: list[str] = []
+    # Shards go on as they began. What stands for the unknown is the model's own business.
+    before = {role: name for role, name in dict(folder).get(_SHARDS, {}).items() if role not in (*asked, "unk")}
+    if "eos" in before:
+        notes.append(f"documents end with {before['eos']}, as those of the shards beside it; another: --eos NAME")
+    decided = {**before, **asked}
+    folder = [(file, {role: name for role, name in names.items() if role not in decided}) for file, names in folder]
     claims = [*_known_to(vocabulary, folder, path, notes), *_of_itself(fields, vocabulary)]
     found = {}
     for role, known in SPECIAL_TOKENS.items():
         claimed = [names[role] for _, names in claims if role in names]
         named = [name for name in known if name in vocabulary.special]
-        if role in asked:
-            found[role] = asked[role]
+        if role in decided:
+            found[role] = decided[role]
         elif role == "eos":
             found[role] = _end(vocabulary, claimed, named, path, notes)
         elif claimed or named:
@@ -130,7 +138,7 @@ def claims_beside(path: Path, fields: Mapping[str, Any]) -> list[tuple[str, dict
         return []
     names = {number: name for name, number in Vocabulary(fields).ids.items()}
     found = []
-    for file in ("manifest.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"):
+    for file in (_SHARDS, "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"):
         if (path.parent / file).exists():
             said = read_json(path.parent / file)
             found.append((file, {role: name for role in SPECIAL_TOKENS if (name := _said(said, role, names))}))
@@ -159,7 +167,7 @@ def _known_to(vocabulary: Vocabulary, folder: Claims, path: Path, notes: list[st
                 if role == "eos":
                     raise DataError(f"{message}; do they belong together? --eos NAME decides: {_offer(vocabulary)}")
                 notes.append(message)
-        # What stands for the unknown is the model's own business: GPT-2's folder names its end of text.
+        # GPT-2's folder names its end of text for the unknown, which it does not have.
         yield file, {role: name for role, name in names.items() if name in vocabulary.ids and role != "unk"}
 
 

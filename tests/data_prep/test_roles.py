@@ -147,8 +147,6 @@ def beside(folder: Path, fields: Fields, name: str = "tokenizer.json", **files: 
         {"tokenizer_config": {"eos_token": {"content": "<|fin|>", "lstrip": False}}},
         {"tokenizer_config": {"eos_token": None}, "special_tokens_map": {"eos_token": "<|fin|>"}},
         {"generation_config": {"eos_token_id": 95}},
-        {"manifest": {"special_tokens": {"eos": 95}}},  # of shards, whose tokenizer it is
-        {"manifest": {"special_tokens": {"eos": 95}}, "tokenizer_config": {"eos_token": "</s>"}},
     ],
 )
 def test_the_folder_names_the_end(tmp_path: Path, files: dict[str, Any]):
@@ -160,6 +158,17 @@ def test_the_folder_names_the_end(tmp_path: Path, files: dict[str, Any]):
     assert load_tokenizer(path, {"eos": "</s>"}).special == {"eos": 94}
     path.rename(tmp_path / "other.json")  # files of one tokenizer say nothing of another
     assert load_tokenizer(tmp_path / "other.json").special == {"eos": 94}
+
+
+def test_shards_go_on_as_they_began(tmp_path: Path):
+    """Whatever was chosen for them, if only the end of a turn."""
+    fields = with_tokens("</s>", "<|im_end|>", "<unk>")
+    said = {"special_tokens": {"eos": 95, "unk": 96, "pad": 999}}
+    path = beside(tmp_path, fields, manifest=said, tokenizer_config={"eos_token": "</s>"})
+    tokenizer = load_tokenizer(path)
+    assert (tokenizer.special, tokenizer.content) == ({"eos": 95, "unk": 96}, path.read_bytes())
+    assert tokenizer.notes == ("documents end with <|im_end|>, as those of the shards beside it; another: --eos NAME",)
+    assert load_tokenizer(path, {"eos": "</s>"}).special["eos"] == 94
 
 
 def test_the_end_of_a_turn_that_a_chat_folder_names_ends_no_document(tmp_path: Path):
@@ -183,6 +192,7 @@ def test_an_end_that_the_tokenizer_lacks_is_refused(tmp_path: Path):
     path = beside(tmp_path, with_tokens("</s>"), tokenizer_config={"eos_token": "<eos>", "pad_token": "<pad>"})
     with pytest.raises(DataError, match=r"tokenizer_config\.json names <eos> as eos, which .*tokenizer\.json has not"):
         load_tokenizer(path)
+    assert load_tokenizer(path, {"eos": "</s>"}).special == {"eos": 94}  # the way out that was told
     write(tmp_path, **{"tokenizer_config.json": json.dumps({"pad_token": "<pad>"})})  # added when it is used
     tokenizer = load_tokenizer(path)
     assert (tokenizer.special, len(tokenizer.notes)) == ({"eos": 94}, 1)

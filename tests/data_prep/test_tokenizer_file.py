@@ -189,9 +189,9 @@ def test_shards_with_another_end_are_others(tmp_path: Path, capsys: pytest.Captu
     path, out = saved(tmp_path, LAYOUTS["llama3"]), tmp_path / "out"
     words = ["text", "--input", lines(tmp_path, "a", "b"), "--tokenizer", path, "--out", out, "--val-fraction", 0]
     turn = ["--eos", "<|eot_id|>"]
-    assert main([*map(str, words)]) == EXIT_OK
-    assert main([*map(str, words)]) == EXIT_OK  # kept
-    assert main([*map(str, words), *turn]) == EXIT_USAGE
+    assert main([*map(str, words), *turn]) == EXIT_OK
+    assert main([*map(str, words), *turn]) == EXIT_OK  # kept
+    assert main([*map(str, words)]) == EXIT_USAGE
     assert "made otherwise (differing: special_tokens)" in capsys.readouterr().err
     # The tokenizer of a folder of shards goes on as it was used there.
     words[4], words[6] = out / "tokenizer.json", tmp_path / "more"
