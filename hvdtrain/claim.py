@@ -144,7 +144,7 @@ class Claim(contextlib.AbstractContextManager):
             with contextlib.suppress(OSError):  # whoever cannot read here cannot write here either
                 self._look()
             if self._lost:
-                raise ClaimLostError(self._loss())
+                raise self._loss()
 
     def _look(self) -> None:
         began_s = _now_s()
@@ -165,16 +165,14 @@ class Claim(contextlib.AbstractContextManager):
                 with open(self._path(self._number), "r+b", buffering=0) as file:  # by its name: it may be gone
                     file.write(self._content())
         if self._lost and not self._ended.wait(_LEAVE_S):
-            say_from(self._group.rank, self._loss(), past_locks=True)
+            say_from(self._group.rank, describe(self._loss()), past_locks=True)
             self._group.abort(ClaimLostError.exit_code)
 
-    def _loss(self) -> str:
+    def _loss(self) -> ClaimLostError:
         _, raw = newest_claim(self._folder)
-        return describe(
-            ClaimLostError(
-                f"{self._run_dir} was taken over by {name_of(read_owner(raw))}, because this process had not given a "
-                f"sign of life for {STALE_S:g} s; nothing more is written here"
-            )
+        return ClaimLostError(
+            f"{self._run_dir} was taken over by {name_of(read_owner(raw))}, because this process had not given a "
+            f"sign of life for {STALE_S:g} s; nothing more is written here"
         )
 
     def __exit__(self, *_: object) -> None:

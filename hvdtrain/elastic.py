@@ -20,7 +20,6 @@ the state of rank 0. That copy takes an optimizer step and so changes weights (h
 always survive the restart (#3111, #3494). A new process costs seconds, and leaves nothing of the old one behind.
 """
 
-import ctypes
 import json
 import os
 import signal
@@ -34,6 +33,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from hvdtrain.comm.ancestors import signal_at_parents_end
 from hvdtrain.comm.world import World
 from hvdtrain.errors import (
     EXIT_BAD_DATA,
@@ -372,8 +372,7 @@ def tell(word: str) -> None:
 
 def _end_with(worker: int) -> None:
     """Let the kernel end this process as soon as its worker has ended, however that ends (Linux)."""
-    set_parent_death_signal = 1
-    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    signal_at_parents_end(signal.SIGKILL)
     if os.getppid() != worker:
         os._exit(EXIT_CRASH)
 

@@ -11,15 +11,18 @@ The first ``--vary`` changes slowest. ``hvdtrain report runs/batches/*`` gathers
 
 import itertools
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
+from hvdtrain.comm.ancestors import signal_at_parents_end
 from hvdtrain.comm.world import World
 from hvdtrain.config import load_config
-from hvdtrain.errors import EXIT_DIVERGED, EXIT_OK, ConfigError, LaunchError, say
+from hvdtrain.errors import EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED_EARLY, ConfigError, LaunchError, say
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ def sweep(
     world: World,
 ) -> int:
     """Train every point (``only``: that one, counted from 0) and return the exit code: the first that is none of
-    finished and diverged, for a run that diverges is a result here.
+    finished and diverged, for a run that diverges is a result here. One that stopped early is the last that is begun.
 
     launcher: words before ``python -m hvdtrain train``, such as "horovodrun -np 4"; empty: one process.
     Errors: ConfigError for settings that some point cannot have, before any is begun; LaunchError under a launcher.
@@ -79,15 +82,32 @@ def sweep(
         if only in (None, number):
             print(f"hvdtrain: point {number} of {len(points)}: {' '.join(point.settings)}", flush=True)
             codes.append(_train(recipe, [*overrides, *point.settings], out / point.name, launcher))
+            if codes[-1] == EXIT_STOPPED_EARLY:
+                break
     return next((code for code in codes if code not in (EXIT_OK, EXIT_DIVERGED)), EXIT_OK)
 
 
 def _train(recipe: str, settings: Sequence[str], run_dir: Path, launcher: str) -> int:
+    """The exit code. TERM is handed on to the run, which then stops early; so it does where this process is killed."""
     words = [*shlex.split(launcher), sys.executable, "-m", "hvdtrain", "train", recipe, *settings]
+    told = False
     try:
-        code = subprocess.run([*words, "--run-dir", str(run_dir)]).returncode
+        run = subprocess.Popen(
+            [*words, "--run-dir", str(run_dir)], preexec_fn=lambda: signal_at_parents_end(signal.SIGTERM)
+        )
     except OSError as error:
         raise LaunchError(f"--launcher: cannot start {words[0]}: {error.strerror}") from None
+
+    def hand_on(number: int, frame: FrameType | None) -> None:
+        nonlocal told
+        told = True
+        run.terminate()
+
+    before = signal.signal(signal.SIGTERM, hand_on)
+    try:
+        code = run.wait()
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if code:
         say(f"{run_dir} ended with exit code {code}")
-    return code
+    return EXIT_STOPPED_EARLY if told else code

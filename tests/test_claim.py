@@ -259,7 +259,7 @@ def test_a_run_that_was_suspended_and_taken_over_ends_without_writing(prepared: 
             os.kill(first.pid, signal.SIGCONT)
             assert first.wait(60) == EXIT_CRASH
             said = run_dir.with_suffix(".log").read_text()
-            assert f"ClaimLostError: {run_dir} was taken over by process {second.pid} on " in said
+            assert f"hvdtrain: ClaimLostError: {run_dir} was taken over by process {second.pid} on " in said
             step = log_of(run_dir)[-1]["step"]
             until(lambda: log_of(run_dir)[-1]["step"] > step, "the second trains on", 60)
             (run_dir / "stop").touch()

@@ -1,9 +1,12 @@
 """``hvdtrain sweep``: which points there are, what becomes of each, and what stops it before it begins."""
 
+import signal
+import subprocess
 from pathlib import Path
 
 import pytest
-from launch import Prepared, launch, succeed, summary
+from command import until
+from launch import HVDTRAIN, Prepared, environment, launch, succeed, summary
 
 from hvdtrain.errors import ConfigError
 from hvdtrain.report import report
@@ -56,6 +59,26 @@ def test_a_point_that_diverges_is_a_result_and_others_are_not(prepared: Prepared
     (tmp_path / "b").write_text("in the way")
     done = launch(*words[:-1], tmp_path / "b", "--vary", "optim.lr=0.1")
     assert done.exit_code == 74
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_sweep_that_is_ended_leaves_no_run_behind(prepared: Prepared, tmp_path: Path, number: signal.Signals):
+    """Its run saves and stops; the next point is not begun."""
+    words = ("train.steps=1000000", "metrics.every=1", "eval.every=0", "--vary", "seed=1,2", "--out", tmp_path)
+    with open(tmp_path / "log", "wb") as log:
+        sweep = subprocess.Popen(
+            [*HVDTRAIN, "sweep", prepared.recipe, *words], env=environment(), stdout=log, stderr=log
+        )
+    try:
+        until((tmp_path / "seed-1" / "metrics.jsonl").exists, "the first point trains", 120)
+        sweep.send_signal(number)
+        assert sweep.wait(60) == (75 if number == signal.SIGTERM else -9), (tmp_path / "log").read_text()
+        until(lambda: b"released" in (tmp_path / "seed-1/claim/00000001").read_bytes(), "the run has ended", 60)
+    finally:
+        sweep.kill()
+    assert "stopped at step" in (tmp_path / "log").read_text()
+    assert list((tmp_path / "seed-1" / "checkpoints").glob("step-*"))
+    assert not (tmp_path / "seed-2").exists()
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,11 @@ that was started for this launcher alone (``sh -c "mpirun ..."``) and waits for 
 it is with ``nohup mpirun ... &``. A process without a launcher watches nobody.
 """
 
+import ctypes
 import errno
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -63,6 +65,12 @@ def process_began(pid: int, proc: Path = Path("/proc")) -> str:
     """
     process = find_process(pid, proc)
     return "" if process is None else process.began
+
+
+def signal_at_parents_end(number: signal.Signals) -> None:
+    """Let the kernel send that signal to this process as soon as its parent has ended, however that ends (Linux)."""
+    set_parent_death_signal = 1
+    ctypes.CDLL(None).prctl(set_parent_death_signal, number)
 
 
 class Launcher:
