@@ -217,8 +217,8 @@ def describe_myself(env: Mapping[str, str]) -> dict[str, Any]:
 def is_known_dead(owner: Mapping[str, Any], me: Mapping[str, Any]) -> bool:
     """Can its process write no more? False: that is not known."""
     is_here = owner.get("boot") and all(owner.get(key) == me[key] for key in ("boot", "namespace"))
-    if is_here and isinstance(owner.get("pid"), int):
-        return _is_gone(owner["pid"], owner.get("process"))
+    if is_here and isinstance(owner.get("pid"), int) and _is_gone(owner["pid"], owner.get("process")):
+        return True
     if not owner.get("job") or not me["cluster"] or owner.get("cluster") != me["cluster"]:
         return False  # job numbers are each cluster's own
     if owner["job"] == me["job"]:
