@@ -44,6 +44,7 @@ _LEFT_OUT = {
     "duplicates": "duplicates left out",
     "too_short": "below --min-tokens left out",
     "too_long": "above --max-tokens left out",
+    "empty_documents": "JSON objects with an empty text left out",
     "empty_side": "pairs with an empty side left out",
     "cut_short": "cut at --max-tokens",
     "kept_in_training": "of labels that only validation had kept in training",

@@ -77,7 +77,10 @@ class TextReader:
     def items(self, piece: Piece, counts: Counter) -> Iterator[list[Item]]:
         if piece.file.how != TEXT:
             for items in JsonItems([self.field], None, self.cleaning, self.skip_bad).read(piece, counts):
-                yield [item for item in items if item[0]]
+                full = [item for item in items if item[0]]
+                if empty := len(items) - len(full):
+                    counts["empty_documents"] += empty
+                yield full
             return
         is_whole = self.documents == "file"  # and may be white space alone
         for offset, raw in chunks(piece, self.documents):

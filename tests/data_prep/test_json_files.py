@@ -149,6 +149,13 @@ def test_one_object_is_one_item(tmp_path: Path):
     assert items_of(TableReader(files, ["label", "text"], label="label")) == [(b"1", *ITEMS[1])]
 
 
+def test_an_object_with_an_empty_text_is_counted(tmp_path: Path):
+    files = files_of(write(tmp_path, **{"a.jsonl": '{"text": ""}\n\n{"text": "a"}\n{"text": " "}\n'}) / "a.jsonl")
+    counts: Counter = Counter()
+    assert items_of(TextReader(files), counts=counts) == [(b"a",), (b" ",)]
+    assert counts == {"empty_documents": 1}
+
+
 # --- values ------------------------------------------------------------------------------------------------------
 
 
