@@ -129,11 +129,6 @@ class Claim(contextlib.AbstractContextManager):
 
     # --- keeping it ----------------------------------------------------------------------------------------------
 
-    @property
-    def is_taken(self) -> bool:
-        """The same on all ranks only where rank 0 tells them."""
-        return self._number > 0
-
     def check(self) -> None:
         """Before something is written: is the run folder still ours? (local; rank 0 knows, the others say nothing)
 
@@ -149,7 +144,7 @@ class Claim(contextlib.AbstractContextManager):
     def _look(self) -> None:
         began_s = _now_s()
         number, raw = newest_claim(self._folder)
-        if number != self._number or read_owner(raw).get("token") != self._me["token"]:
+        if number != self._number or self._me["token"].encode() not in raw:  # which may be half a heartbeat
             self._lost = True
         else:
             self._looked_s = began_s
@@ -169,7 +164,9 @@ class Claim(contextlib.AbstractContextManager):
             self._group.abort(ClaimLostError.exit_code)
 
     def _loss(self) -> ClaimLostError:
-        _, raw = newest_claim(self._folder)
+        raw = b""
+        with contextlib.suppress(OSError):
+            _, raw = newest_claim(self._folder)
         return ClaimLostError(
             f"{self._run_dir} was taken over by {name_of(read_owner(raw))}, because this process had not given a "
             f"sign of life for {STALE_S:g} s; nothing more is written here"
@@ -185,7 +182,7 @@ class Claim(contextlib.AbstractContextManager):
             file.write(self._content(released=_date()))
 
     def _content(self, **more: str) -> bytes:
-        text = json.dumps({**self._me, "beat": self._beats, **more})
+        text = json.dumps({**self._me, "beat": f"{self._beats:012d}", **more})
         return text.ljust(_BYTES - 1).encode()[: _BYTES - 1] + b"\n"
 
     def _path(self, number: int) -> Path:

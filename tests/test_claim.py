@@ -112,6 +112,20 @@ def test_an_owner_that_was_taken_over_does_not_write(tmp_path: Path, hasty: None
     assert claim.ClaimLostError.exit_code == EXIT_CRASH
 
 
+def test_half_a_heartbeat_is_no_loss(tmp_path: Path, hasty: None):
+    """It is read while it is written."""
+    with Claim(tmp_path, OneRank()) as mine:
+        mine.take()
+        mine._ended.set()  # no more of them
+        mine._thread.join()
+        path = tmp_path / "claim" / "00000001"
+        path.write_bytes(path.read_bytes()[:200].ljust(1024, b"7"))
+        assert not read_owner(path.read_bytes())
+        mine._looked_s = 0.0
+        mine.check()
+        assert mine._looked_s > 0
+
+
 def test_a_list_that_is_old_takes_nothing_over(tmp_path: Path, hasty: None, monkeypatch: pytest.MonkeyPatch):
     """A client of NFS may see a folder as it was a minute ago."""
     leave(tmp_path, "silent")
