@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 # What a rank adds to the sum: counts up to a million ranks stay apart, and all of it exact in fp64.
 _ASKED = {signal.SIGUSR2: 1 << 0, signal.SIGTERM: 1 << 20}
 _FILE, _TIME = 1 << 40, 1 << 41
-_GONE = 1 << 42  # by one rank of each node that sees it
+_GONE = 1 << 53  # outweighs all others, whose exact sum does not matter then
 _LOOK_S = 2.0  # between two looks for the stop file, which may lie on a busy file system
 
 
