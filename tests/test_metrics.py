@@ -1,7 +1,9 @@
 """What a run says of itself: whole lines, finite numbers, nothing of a killed run's future."""
 
+import errno
 import json
 import math
+import os
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from hvdtrain import files
 from hvdtrain.errors import EXIT_DIVERGED, DivergedError, OutputError
 from hvdtrain.metrics import Metrics, MetricsOptions, StepTimes, git_state, read_log, versions, write_summary
 from hvdtrain.parallel.allreduce import StepSums
@@ -246,6 +249,24 @@ def test_a_full_disk_is_an_output_error(tmp_path: Path):
             train(metrics, 1, 5)
     with pytest.raises(OutputError, match=r"nowhere/metrics\.jsonl"):
         metrics_of(tmp_path / "nowhere")
+
+
+def test_a_line_of_which_half_was_written_is_there_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As when a file server goes away: the rest of the line goes where the whole of it should be."""
+    write, written = os.write, []
+
+    def half_of_the_second(handle: int, content: memoryview) -> int:
+        written.append(handle)
+        if len(written) != 2:
+            return write(handle, content)
+        write(handle, content[: len(content) // 2])
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(files, "sleep", lambda seconds: None)
+    monkeypatch.setattr(os, "write", half_of_the_second)
+    with closing(metrics_of(tmp_path)) as metrics:
+        train(metrics, 1, 20)
+    assert [line["step"] for line in lines_of(tmp_path)] == [1, 5, 10, 15, 20]
 
 
 def test_tensorboard_reads_what_was_written(tmp_path: Path):
