@@ -24,8 +24,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from hvdtrain.comm.world import World
+from hvdtrain.errors import say
 
 OUTLAST_S = 300
+PMIX_WAITS = "PMIX_MCA_pmix_event_caching_window"  # s, until it passes on that a connection was lost
 _LOOK_S = 1.0  # between two looks
 _READER_S = 2.0  # a launcher's pipes close before it is gone
 _LAUNCHER = re.compile("(mpirun|mpiexec|orte|prte|hydra|pmi_proxy|slurmstepd|srun|horovodrun|flux|pals|jsrun|jsm).*")
@@ -79,6 +81,7 @@ class Launcher:
     def __init__(self, world: World, pid: int | None = None, proc: Path = Path("/proc")):
         self._proc, self._looked_s, self._gone = proc, -_LOOK_S, False
         self.watched = [] if world.launcher == "none" else _started_by(pid or os.getpid(), proc)
+        self._is_main = world.is_main
         self.asks = world.local_rank == 0  # one rank of a node is enough to tell the others
 
     def is_gone(self) -> bool:
@@ -89,6 +92,12 @@ class Launcher:
                 self._gone = any(process_began(one.pid, self._proc) != one.began for one in self.watched)
         return self._gone
 
+    def is_deaf(self) -> bool:
+        """Is the launcher a shell, and a container's first process? The kernel keeps TERM from it: ``docker stop`` only
+        kills all after ten seconds.
+        """
+        return any(one.pid == 1 and _SHELL.fullmatch(one.name) for one in self.watched)
+
     def outlast(self) -> None:
         """Let this process outlive its launcher for as long as it takes to save (before MPI starts).
 
@@ -96,7 +105,12 @@ class Launcher:
         OUTLAST_S, whatever they are at.
         """
         if self.watched:
-            os.environ.setdefault("PMIX_MCA_pmix_event_caching_window", str(OUTLAST_S))
+            os.environ.setdefault(PMIX_WAITS, str(OUTLAST_S))
+            if self._is_main and self.is_deaf():
+                say(
+                    "note: the launcher is a shell, as horovodrun is over MPI, and the first process of a container: "
+                    "`docker stop` will not reach it; start mpirun or horovodrun --gloo there"
+                )
             sys.stdout, sys.stderr = (_Lasting(stream, self) for stream in (sys.stdout, sys.stderr))
 
 

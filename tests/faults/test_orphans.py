@@ -17,7 +17,7 @@ import torch
 from command import until
 from launch import LAUNCHERS, Prepared, environment, launch_rows, summary
 
-from hvdtrain.comm.ancestors import Launcher, _Lasting
+from hvdtrain.comm.ancestors import PMIX_WAITS, Launcher, _Lasting
 from hvdtrain.comm.world import World
 from hvdtrain.stopping import StopOptions, Stopping, StopSignals
 
@@ -69,6 +69,21 @@ def test_whose_end_counts(tmp_path: Path, what: str):
         process(tmp_path, 100 + number, *tree[number - 1])
 
 
+@pytest.mark.parametrize(("name", "words", "deaf"), [("sh", "sh|-c|mpirun -np 2", True), ("bash", "bash|x", False)])
+def test_a_shell_that_is_a_containers_first_process_is_deaf(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, name: str, words: str, deaf: bool
+):
+    for stream in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, stream, getattr(sys, stream))
+    monkeypatch.setenv(PMIX_WAITS, "7")
+    process(tmp_path, 3, "python", "python", parent=2)
+    process(tmp_path, 2, "mpirun", "mpirun", parent=1)
+    process(tmp_path, 1, name, words, parent=0)
+    Launcher(World(0, 2, launcher="mpirun"), 3, tmp_path).outlast()
+    assert ("`docker stop` will not reach it" in capsys.readouterr().err) == deaf
+    assert os.environ[PMIX_WAITS] == "7"  # what the user has set
+
+
 def test_what_cannot_be_told_is_no_end(tmp_path: Path):
     """Such as too many open files."""
     process(tmp_path, 100, "python", "python")
@@ -79,9 +94,11 @@ def test_what_cannot_be_told_is_no_end(tmp_path: Path):
     assert not launcher.is_gone()
 
 
-def process(proc: Path, pid: int, name: str, words: str, state: str = "S", began: int = 5) -> None:
+def process(
+    proc: Path, pid: int, name: str, words: str, state: str = "S", began: int = 5, parent: int | None = None
+) -> None:
     (proc / str(pid)).mkdir(exist_ok=True)
-    fields = [state, str(pid + 1), *"0" * 17, str(began), "0"]
+    fields = [state, str(pid + 1 if parent is None else parent), *"0" * 17, str(began), "0"]
     (proc / str(pid) / "stat").write_text(f"{pid} ({name}) {' '.join(fields)}\n")
     (proc / str(pid) / "cmdline").write_text(words.replace("|", "\0") + "\0")
 
