@@ -84,7 +84,10 @@ def test_endings_in_capitals_are_endings(tmp_path: Path):
 def test_a_file_makes_as_many_shards_as_it_takes(tmp_path: Path, byte: Path, ranks: int):
     write(tmp_path / "in", **{"a.txt.gz": TEXT, "b.txt": TEXT[:1000], "c.txt.zst": TEXT[:5000]})
     out = tmp_path / "out"
-    run(lambda: text_kind(files_of(tmp_path / "in"), "line"), byte, out, ranks, shard_tokens=1200, val_fraction=0.2)
+    for folder, size in ((out, ranks), (tmp_path / "alone", 1)):
+        files = files_of(tmp_path / "in")
+        run(lambda files=files: text_kind(files, "line"), byte, folder, size, shard_tokens=1200, val_fraction=0.2)
+    assert snapshot(out) == snapshot(tmp_path / "alone")
     infos = read_manifest(out).split("train")
     assert all(SHARD_NAME.fullmatch(info.file) for info in infos)
     numbers = [info.file.removeprefix("train-").removesuffix(".h5") for info in infos]
