@@ -16,6 +16,7 @@ from data_prep.bad import Counts, say_bad
 from data_prep.cleaning import Cleaning
 from data_prep.corpus import InputFile, files_sha256
 from data_prep.formats import SQUAD, endings_of, notes, resolve
+from hvdtrain.comm.ancestors import Launcher
 from hvdtrain.comm.cores import set_library_threads
 from hvdtrain.comm.ranks import Ranks
 from hvdtrain.comm.session import open_ranks, threads_of_rank
@@ -280,6 +281,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         world = detect_world()
         take_terminal(world)
+        Launcher(world).end_with_it()
         is_main = world.is_main
         words = make_parser().parse_args(argv)
         with open_ranks(world) as ranks:

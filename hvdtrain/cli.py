@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from hvdtrain.comm.ancestors import Launcher
 from hvdtrain.comm.world import World
 from hvdtrain.errors import EXIT_CRASH, EXIT_OK, EXIT_STOPPED_EARLY, ConfigError
 from hvdtrain.version import __version__
@@ -180,6 +181,8 @@ def run(argv: Sequence[str], world: World) -> int:
     """Run one command; returns the exit code, raises HvdtrainError."""
     takes_settings = argv[:1] in (["train"], ["sweep"], ["plan"], ["submit"])
     words = _parse_with_settings(argv) if takes_settings else make_parser().parse_args(argv)
+    if words.command != "train":  # which saves first
+        Launcher(world).end_with_it()
     return _COMMANDS[words.command](words, world)
 
 
@@ -194,7 +197,6 @@ def _parse_with_settings(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _train(words: argparse.Namespace, world: World) -> int:
-    from hvdtrain.comm.ancestors import Launcher
     from hvdtrain.stopping import StopSignals
 
     if words.elastic:

@@ -38,6 +38,7 @@ ONLY_THE_BOTTOM = TABLE[3]
 TALKS_TO_RANKS = {"hvdtrain.comm", "hvdtrain.doctor", "hvdtrain.elastic"}
 # The format and its checks, and ranks that share work: without torch and Horovod, which preparing text does not need.
 DATA_PREP_MAY = {
+    "hvdtrain.comm.ancestors",
     "hvdtrain.data.shards",
     "hvdtrain.data.check",
     "hvdtrain.comm.cores",

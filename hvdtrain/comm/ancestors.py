@@ -16,6 +16,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from hvdtrain.comm.world import World
-from hvdtrain.errors import say
+from hvdtrain.errors import EXIT_CRASH, say, say_from
 
 OUTLAST_S = 300
 PMIX_WAITS = "PMIX_MCA_pmix_event_caching_window"  # s, until it passes on that a connection was lost
@@ -81,7 +82,7 @@ class Launcher:
     def __init__(self, world: World, pid: int | None = None, proc: Path = Path("/proc")):
         self._proc, self._looked_s, self._gone = proc, -_LOOK_S, False
         self.watched = [] if world.launcher == "none" else _started_by(pid or os.getpid(), proc)
-        self._is_main = world.is_main
+        self._rank = world.rank
         self.asks = world.local_rank == 0  # one rank of a node is enough to tell the others
 
     def is_gone(self) -> bool:
@@ -91,6 +92,18 @@ class Launcher:
             with suppress(OSError):  # such as too many open files: the next look will tell
                 self._gone = any(process_began(one.pid, self._proc) != one.began for one in self.watched)
         return self._gone
+
+    def end_with_it(self) -> None:
+        """End this process too when its launcher is gone: for work that has nothing to save."""
+
+        def watch() -> None:
+            while not self.is_gone():
+                time.sleep(_LOOK_S)
+            say_from(self._rank, "its launcher is gone", past_locks=True)
+            os._exit(EXIT_CRASH)
+
+        if self.watched:
+            threading.Thread(target=watch, name="hvdtrain-launcher", daemon=True).start()
 
     def is_deaf(self) -> bool:
         """Is the launcher a shell, and a container's first process? The kernel keeps TERM from it: ``docker stop`` only
@@ -106,7 +119,7 @@ class Launcher:
         """
         if self.watched:
             os.environ.setdefault(PMIX_WAITS, str(OUTLAST_S))
-            if self._is_main and self.is_deaf():
+            if self._rank == 0 and self.is_deaf():
                 say(
                     "note: the launcher is a shell, as horovodrun is over MPI, and the first process of a container: "
                     "`docker stop` will not reach it; start mpirun or horovodrun --gloo there"

@@ -210,6 +210,35 @@ def started(
                 os.kill(pid, signal.SIGKILL)
 
 
+_ENDLESS = """
+import sys, time
+from {package} import __main__
+commands = __main__.cli._COMMANDS if hasattr(__main__, "cli") else __main__._COMMANDS
+commands[sys.argv[1]] = lambda *_: (print("works", flush=True), time.sleep(30))
+sys.exit(__main__.main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("package", "words"),
+    [("hvdtrain", ["evaluate", "run"]), ("data_prep", ["verify", "shards"])],
+    ids=["hvdtrain", "data_prep"],
+)
+def test_what_has_nothing_to_save_ends_with_its_launcher(tmp_path: Path, package: str, words: list[str]):
+    launcher = tmp_path / "mpirun"
+    launcher.write_text('#!/bin/sh\n"$@"\nexit\n')
+    launcher.chmod(0o755)
+    env = {**environment(), "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
+    env["OMPI_COMM_WORLD_LOCAL_SIZE"] = "1"
+    args = [launcher, sys.executable, "-c", _ENDLESS.format(package=package), *words]
+    with subprocess.Popen(args, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout.readline() == "works\n"
+        process.kill()
+        began_s = time.monotonic()
+        assert process.stdout.read().endswith("its launcher is gone\n")  # to its end: the rank has left
+        assert time.monotonic() - began_s < LIMIT_S
+
+
 @pytest.fixture(scope="module")
 def ended(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Started]:
     """Runs whose launcher was killed: nothing of them is left."""
