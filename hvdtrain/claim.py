@@ -30,7 +30,7 @@ from typing import Any
 from hvdtrain.comm.ancestors import process_began
 from hvdtrain.comm.ranks import Ranks
 from hvdtrain.errors import ConfigError, HvdtrainError, OutputError, describe, say, say_from
-from hvdtrain.files import again, make_folder
+from hvdtrain.files import again
 from hvdtrain.records import answer_of, node_name
 
 BEAT_S = 5.0
@@ -59,7 +59,7 @@ class Claim(contextlib.AbstractContextManager):
         self._me = describe_myself(os.environ if env is None else env)
         self._number, self._beats = 0, 0
         self._seen: tuple[int, bytes] | None = None  # another's claim, and since when it is unchanged
-        self._since_s, self._told = 0.0, False
+        self._since_s, self._is_dead, self._told = 0.0, False, False
         self._looked_s, self._lost = 0.0, False
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
@@ -82,28 +82,34 @@ class Claim(contextlib.AbstractContextManager):
             self._thread.start()
 
     def _try(self) -> bool:
-        """Look once; take it where it is free. Errors: ConfigError where its owner lives."""
+        """Look once, and take it where it is free. Errors: ConfigError where its owner lives."""
         try:
-            make_folder(self._folder)
-            number, raw = again(lambda: newest_claim(self._folder), self._folder)
-            if not number or is_free(raw):
-                return self._make(number + 1)
-            now = time.monotonic()
-            if self._seen is None or self._seen[0] != number:
-                self._seen, self._since_s = (number, raw), now
-                if is_known_dead(read_owner(raw), self._me):
-                    return self._make(number + 1)
-            elif raw != self._seen[1]:
-                raise ConfigError(_refusal(self._run_dir, read_owner(raw)))
-            elif now - self._since_s >= STALE_S:
-                return self._make(number + 1)
-            elif now - self._since_s >= _QUIET_S and not self._told:
-                self._told = True
-                say(f"note: {self._run_dir} was not given back by {name_of(read_owner(raw))}; {STALE_S:g} s without a "
-                    "heartbeat of it, and this start takes over")  # fmt: skip
+            is_taken = again(self._look_and_take, self._folder)
         except OSError as error:
             raise OutputError(f"cannot claim run folder {self._run_dir}: {error.strerror}") from None
-        time.sleep(_LOOK_S)
+        if not is_taken:
+            time.sleep(_LOOK_S)
+        return is_taken
+
+    def _look_and_take(self) -> bool:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        number, raw = newest_claim(self._folder)
+        if not number or is_free(raw):
+            return self._make(number + 1)
+        now = time.monotonic()
+        if self._seen is None or self._seen[0] != number:
+            self._seen, self._since_s, self._told = (number, raw), now, False
+            self._is_dead = is_known_dead(read_owner(raw), self._me)
+        if raw != self._seen[1]:
+            raise ConfigError(_refusal(self._run_dir, read_owner(raw)))
+        if self._is_dead or now - self._since_s >= STALE_S:
+            return self._make(number + 1)
+        if now - self._since_s >= _QUIET_S and not self._told:
+            self._told = True
+            say(
+                f"note: {self._run_dir} was not given back by {name_of(read_owner(raw))}; {STALE_S:g} s without a "
+                "heartbeat of it, and this start takes over"
+            )
         return False
 
     def _make(self, number: int) -> bool:
@@ -113,11 +119,16 @@ class Claim(contextlib.AbstractContextManager):
             file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         except FileExistsError:
             return False
-        with open(file, "wb") as claim:
-            claim.write(self._content())
-            claim.flush()
-            os.fsync(claim.fileno())
-        numbers = _numbers(self._folder)
+        try:
+            with open(file, "wb") as claim:
+                claim.write(self._content())
+                claim.flush()
+                os.fsync(claim.fileno())
+            numbers = _numbers(self._folder)
+        except OSError:
+            with contextlib.suppress(OSError):
+                path.unlink()
+            raise
         if numbers[-1] != number:  # the list that this start saw was an old one
             path.unlink(missing_ok=True)
             return False

@@ -16,7 +16,7 @@ import pytest
 from command import until
 from launch import HVDTRAIN, Prepared, environment, launch, succeed, summary
 
-from hvdtrain import claim
+from hvdtrain import claim, files
 from hvdtrain.claim import Claim, describe_myself, has_ended, is_known_dead, newest_claim, read_owner
 from hvdtrain.comm.ancestors import process_began
 from hvdtrain.comm.ranks import OneRank
@@ -135,6 +135,24 @@ def test_a_list_that_is_old_takes_nothing_over(tmp_path: Path, hasty: None, monk
     with Claim(tmp_path, OneRank()) as mine:
         assert not mine._try()  # it made 1, and saw 7
         assert [path.name for path in (tmp_path / "claim").iterdir()] == ["00000007"]
+
+
+def test_a_file_system_that_fails_for_a_moment(tmp_path: Path, hasty: None, monkeypatch: pytest.MonkeyPatch):
+    """What could not be flushed is no claim, for this start nor for the others."""
+    failures, fsync = [errno.EIO, errno.ESTALE], os.fsync
+
+    def flush(file: int) -> None:
+        if failures:
+            raise OSError(failures.pop(), "a moment")
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(files, "PAUSES_S", (0.0, 0.0))
+    with Claim(tmp_path, OneRank()) as mine:
+        mine.take()
+        mine.check()
+    assert not failures
+    assert [path.name for path in (tmp_path / "claim").iterdir()] == ["00000001"]
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path):
