@@ -302,6 +302,15 @@ def test_who_ended_the_job(job: Job, ended: str, restarts: str, message: str, go
     assert bool(job.called("scontrol requeue")) == goes_on
 
 
+def test_what_the_job_tells_srun_and_mpirun(job: Job):
+    """srun inherits neither --cpus-per-task nor, after sbatch --export=NONE, anything; mpirun kills after 1 s."""
+    wanted = {"SRUN_CPUS_PER_TASK": "3", "SLURM_EXPORT_ENV": "ALL", "OMPI_MCA_odls_base_sigkill_timeout": "3"}
+    for given in ({}, {"OMPI_MCA_odls_base_sigkill_timeout": "30"}):
+        job.run("demo", SLURM_EXPORT_ENV="NONE", TRAIN='env >"$PWD/trains"', **given)
+        seen = dict(line.split("=", 1) for line in (job.folder / "trains").read_text().splitlines() if "=" in line)
+        assert seen.items() >= {**wanted, **given}.items()
+
+
 @pytest.mark.parametrize("script", ["train", "prep", "array", "elastic"])
 def test_what_a_job_around_the_sbatch_has_left(job: Job, script: str):
     """It was typed in a step of another job, whose variables came along. The site's own come after, and stay."""
