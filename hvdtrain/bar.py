@@ -50,6 +50,7 @@ class Bar:
         self._show(draw=True)
 
     def validated(self, val_loss: float) -> None:
+        self._doing = ""
         self._parts["val loss"] = f"val loss {val_loss:.4f}"
         self._show(draw=True)
 
