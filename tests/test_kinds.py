@@ -159,7 +159,7 @@ def test_two_ranks_train_the_same(home: Path, alone: dict[str, Done], tmp_path: 
 )
 def test_evaluate_finds_the_scores_of_the_run(home: Path, alone: dict[str, Done], kind: str, names: set[str]):
     scores, found = json.loads(alone[f"evaluate {kind}"].stdout), summary(home / "alone" / kind)
-    assert set(scores) == {"run", "step", "split", "weights", "val_loss", *names}
+    assert set(scores) == {"run", "step", "split", "weights", "data", "val_loss", *names}
     assert {name: scores[name] for name in ("step", "val_loss", *names)} == {
         name: found[name] for name in ("step", "val_loss", *names)
     }
