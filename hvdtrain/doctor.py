@@ -88,9 +88,12 @@ def _cuda() -> str:
     nvcc = "nvcc found" if shutil.which("nvcc") else "no nvcc"
     if torch.version.cuda is None:
         return f"torch is a CPU build; {nvcc}"
-    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    gpus = f"{len(names)} x {', '.join(sorted(set(names)))}" if names else "no GPU"
-    return f"{torch.version.cuda}; {gpus}; {nvcc}"
+    gpus = [
+        f"{torch.cuda.get_device_name(i)} ({'.'.join(map(str, torch.cuda.get_device_capability(i)))})"
+        for i in range(torch.cuda.device_count())
+    ]
+    there = f"{len(gpus)} x {', '.join(sorted(set(gpus)))}" if gpus else "no GPU"
+    return f"{torch.version.cuda}; {there}; {nvcc}"
 
 
 def _mpi() -> str:
@@ -105,10 +108,15 @@ def _horovod() -> str:
     import horovod
     import horovod.torch as hvd
 
-    built = [("MPI", hvd.mpi_built()), ("Gloo", hvd.gloo_built()), ("NCCL", hvd.nccl_built())]
-    return f"{horovod.__version__} with " + ", ".join(
-        f"{name} {'yes' if is_built else 'no'}" for name, is_built in built
-    )
+    nccl = hvd.nccl_built()
+    built = [("MPI", hvd.mpi_built()), ("Gloo", hvd.gloo_built()), ("NCCL", nccl)]
+    said = ", ".join(f"{name} {'yes' if is_built else 'no'}" for name, is_built in built)
+    return f"{horovod.__version__} with {said}" + (f" ({_nccl_version(nccl)})" if nccl > 1 else "")
+
+
+def _nccl_version(code: int) -> str:
+    """NCCL's own numbering, since 2.9: 22809 is 2.28.9."""
+    return f"{code // 10000}.{code // 100 % 100}.{code % 100}"
 
 
 def _launchers() -> str:
