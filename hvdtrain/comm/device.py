@@ -1,5 +1,7 @@
 """Which device does this rank compute on?"""
 
+import os
+
 import torch
 
 from hvdtrain.comm.group import Group
@@ -9,6 +11,8 @@ from hvdtrain.errors import ConfigError
 
 def pick_device(request: str, world: World, group: Group) -> tuple[torch.device, list[str]]:
     """The rank's device for ``request`` (auto, cpu, cuda), and what has to be said about it (local).
+
+    HVDTRAIN_SHARE_GPUS=1: ranks may share a GPU (to try things out: it is slow).
 
     Errors: ConfigError where a GPU is asked for and there is none, or fewer than ranks on this node.
     """
@@ -22,14 +26,21 @@ def pick_device(request: str, world: World, group: Group) -> tuple[torch.device,
     # These may show each rank its own GPU only; then that one is number 0.
     if gpus == 1 and world.launcher in ("srun", "jsrun", "flux run"):
         number = 0
-    elif world.local_rank < gpus:
-        number = world.local_rank
+    elif world.local_rank < gpus or shares_gpus():
+        number = world.local_rank % gpus
     else:
         raise ConfigError(
-            f"{world.local_size} ranks on a node with {gpus} GPUs: start one rank per GPU, or set device=cpu"
+            f"{world.local_size} ranks on a node with {gpus} GPUs: start one rank per GPU, set "
+            "device=cpu, or let ranks share a GPU with HVDTRAIN_SHARE_GPUS=1 (slow: NCCL takes a GPU only once)"
         )
     torch.cuda.set_device(number)
     notes = []
     if group.size > 1 and group.backend != "nccl":
-        notes.append(f"gradients travel through host memory ({group.backend}): this Horovod was built without NCCL")
+        why = "HVDTRAIN_SHARE_GPUS=1" if shares_gpus() else "this Horovod was built without NCCL"
+        notes.append(f"gradients travel through host memory ({group.backend}): {why}")
     return torch.device("cuda", number), notes
+
+
+def shares_gpus() -> bool:
+    """Has the user said, to all ranks, that several may use one GPU? NCCL refuses that, so nothing goes through it."""
+    return os.environ.get("HVDTRAIN_SHARE_GPUS") == "1"

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from hvdtrain.comm.abort import end_all_ranks
+from hvdtrain.comm.device import shares_gpus
 from hvdtrain.comm.gloo import check_own_address
 from hvdtrain.comm.group import Group, Pending
 from hvdtrain.comm.mpi import start_mpi
@@ -72,12 +73,19 @@ class HorovodGroup(Group):
         self._hvd, self._ops = hvd, mpi_ops
         self.rank = hvd.rank()
         self.size = hvd.size()
-        self.backend = _backend(hvd, gloo=self._mpi is None)
+        self._through_host = shares_gpus()
+        self.backend = _backend(hvd, gloo=self._mpi is None, nccl=not self._through_host)
 
     def all_reduce_sum_async(self, tensor: torch.Tensor, name: str) -> Pending:
+        if tensor.is_cuda and self._through_host:
+            on_host = tensor.cpu()
+            return _FromHost(self.all_reduce_sum_async(on_host, name), on_host, tensor)
         return _PendingCollective(self._hvd, self._hvd.allreduce_async_(tensor, op=self._hvd.Sum, name=name))
 
     def all_to_all_async(self, rows: torch.Tensor, received: torch.Tensor, name: str) -> Pending:
+        if rows.is_cuda and self._through_host:
+            on_host = torch.empty_like(received, device="cpu")
+            return _FromHost(self.all_to_all_async(rows.cpu(), on_host, name), on_host, received)
         # The functions below Horovod's public ones, which would make a new tensor every time. One of the right size
         # stays where it is.
         even, counts = torch.empty(0, dtype=torch.int32), torch.empty(self.size, dtype=torch.int32)
@@ -85,9 +93,17 @@ class HorovodGroup(Group):
         return _PendingCollective(self._hvd, self._ops._alltoall_async(rows, even, received, counts, name, ours))
 
     def all_gather_async(self, row: torch.Tensor, rows: torch.Tensor, name: str) -> Pending:
+        if row.is_cuda and self._through_host:
+            on_host = torch.empty_like(rows, device="cpu")
+            return _FromHost(self.all_gather_async(row.cpu(), on_host, name), on_host, rows)
         return _PendingCollective(self._hvd, self._ops._allgather_async(row, rows, name, self._hvd.global_process_set))
 
     def broadcast(self, tensor: torch.Tensor, root: int, name: str) -> None:
+        if tensor.is_cuda and self._through_host:
+            on_host = tensor.cpu()
+            self.broadcast(on_host, root, name)
+            tensor.copy_(on_host)
+            return
         with _ranks_lost():
             self._hvd.broadcast_(tensor, root, name=name)
 
@@ -136,6 +152,20 @@ class _PendingCollective:
         self._waited = True
 
 
+class _FromHost:
+    """A collective of copies in the host's memory, whose result goes to the device in the end."""
+
+    def __init__(self, pending: Pending, on_host: torch.Tensor, result: torch.Tensor):
+        self._pending, self._on_host, self._result = pending, on_host, result
+
+    def done(self) -> bool:
+        return self._pending.done()
+
+    def wait(self) -> None:
+        self._pending.wait()
+        self._result.copy_(self._on_host)
+
+
 def _check_writable(path: Path) -> None:
     """Horovod would only note it in its own log."""
     try:
@@ -156,7 +186,7 @@ class _ranks_lost:
             raise RankLostError(f"lost contact with another rank during a collective ({error})") from None
 
 
-def _backend(hvd: Any, gloo: bool) -> str:
-    if torch.cuda.is_available() and hvd.nccl_built():
+def _backend(hvd: Any, gloo: bool, nccl: bool) -> str:
+    if nccl and torch.cuda.is_available() and hvd.nccl_built():
         return "nccl"
     return "gloo" if gloo else "mpi"

@@ -60,5 +60,13 @@ def test_gradients_through_host_memory_are_said(gpus):
 
 def test_more_ranks_than_gpus_is_an_error(gpus):
     gpus(2)
-    with pytest.raises(ConfigError, match="4 ranks on a node with 2 GPUs"):
+    with pytest.raises(ConfigError, match=r"4 ranks on a node with 2 GPUs.*HVDTRAIN_SHARE_GPUS=1"):
         pick_device("auto", World(2, 4, 2, 4, "mpirun"), Several("nccl"))
+
+
+def test_ranks_share_gpus_where_they_are_told_to(gpus, monkeypatch: pytest.MonkeyPatch):
+    gpus(2)
+    monkeypatch.setenv("HVDTRAIN_SHARE_GPUS", "1")
+    device, notes = pick_device("auto", World(3, 4, 3, 4, "mpirun"), Several("mpi"))
+    assert device == torch.device("cuda", 1)
+    assert notes == ["gradients travel through host memory (mpi): HVDTRAIN_SHARE_GPUS=1"]
