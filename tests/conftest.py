@@ -24,11 +24,13 @@ settings.load_profile("hvdtrain")
 
 # mpirun runs tests/mpi, on 1, 2 and 4 ranks (`make test`); without it they would look as if they had passed on several.
 _IS_MPIRUN = "OMPI_COMM_WORLD_SIZE" in os.environ
-collect_ignore = [] if _IS_MPIRUN else ["mpi"]
+_WANTS_GPU = bool(os.environ.get("HVDTRAIN_GPU_TESTS"))
+collect_ignore = ([] if _IS_MPIRUN else ["mpi"]) + ([] if _WANTS_GPU else ["gpu"])
 
 
 def pytest_report_header() -> list[str]:
-    return [] if _IS_MPIRUN else ["tests/mpi: not in this run, but in `mpirun -np N python -m pytest tests/mpi`"]
+    elsewhere = [] if _IS_MPIRUN else ["tests/mpi: not in this run, but in `mpirun -np N python -m pytest tests/mpi`"]
+    return elsewhere + ([] if _WANTS_GPU else ["tests/gpu: not in this run, but in `make gpu`"])
 
 
 @pytest.fixture(scope="session")

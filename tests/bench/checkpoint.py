@@ -23,7 +23,7 @@ SIZES = {"layers": 10, "heads": 10, "width": 640, "context": 64, "bias": False}
 VOCABULARY, ROWS = 1024, 1
 
 
-def measure(folder: Path, threads: int) -> None:
+def measure(folder: Path, threads: int, device: str, sizes: dict, vocabulary: int) -> None:
     """On each rank: seconds of every window of steps and of what the saver took of it; rank 0 prints them."""
     import torch
 
@@ -40,12 +40,13 @@ def measure(folder: Path, threads: int) -> None:
 
     with open_group(detect_world()) as group:
         torch.set_num_threads(threads)
-        model = Decoder(TransformerOptions(**SIZES), VOCABULARY)
+        model = Decoder(TransformerOptions(**sizes), vocabulary)
         model.initialise(1)
+        model.to(device)
         optimizer = make_optimizer(model, OptimOptions(lr=1e-6))
         plan, task = Plan(model, group, SyncOptions(), "fp32", seed=1), LanguageModel()
-        windows = torch.randint(VOCABULARY, (ROWS, SIZES["context"] + 1))
-        batch = Batch(windows[:, :-1], windows[:, 1:].contiguous(), windows[:, 1:].numel())
+        windows = torch.randint(vocabulary, (ROWS, sizes["context"] + 1))
+        batch = Batch(windows[:, :-1], windows[:, 1:].contiguous(), windows[:, 1:].numel()).to(torch.device(device))
         kinds = {"none": None, "at once": False, "asynchronous": True}
         savers = {
             kind: Saver(folder / kind, group, CheckpointOptions(asynchronous=flag, keep_last=1))
@@ -54,6 +55,8 @@ def measure(folder: Path, threads: int) -> None:
         }
         found: dict[str, list[tuple[float, float, float]]] = {kind: [] for kind in kinds}
         number = 0
+
+        wait = torch.cuda.synchronize if device == "cuda" else lambda: None
 
         def step() -> None:
             plan.forward_backward([batch], task, number)
@@ -66,6 +69,7 @@ def measure(folder: Path, threads: int) -> None:
                 saver = savers.get(kind)
                 number += 1
                 group.barrier()
+                wait()
                 started = time.perf_counter()
                 if saver is not None:
                     saver.save(model, optimizer, Progress(step=number))
@@ -73,6 +77,7 @@ def measure(folder: Path, threads: int) -> None:
                     step()
                     if saver is not None:
                         saver.poll()
+                wait()
                 elapsed = time.perf_counter() - started
                 if saver is not None:
                     saver.drain()  # nothing where the steps were enough
@@ -82,12 +87,15 @@ def measure(folder: Path, threads: int) -> None:
             print(json.dumps({"parameters": sum(p.numel() for p in model.parameters()), "found": found}), flush=True)
 
 
-def run(launcher: list[str], threads: int) -> dict:
+def run(
+    launcher: list[str], threads: int, device: str = "cpu", sizes: dict = SIZES, vocabulary: int = VOCABULARY
+) -> dict:
+    words = json.dumps([threads, device, sizes, vocabulary])
     root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"} if os.geteuid() == 0 else {}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     with tempfile.TemporaryDirectory(dir=os.environ.get("RUN_DIR")) as name:
         done = subprocess.run(
-            [*launcher, sys.executable, str(Path(__file__).resolve()), "--rank", name, str(threads)],
+            [*launcher, sys.executable, str(Path(__file__).resolve()), "--rank", name, words],
             env={**os.environ, **root, "PATH": path, "OMP_NUM_THREADS": str(threads)},
             stdout=subprocess.PIPE,
             text=True,
@@ -135,4 +143,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    measure(Path(sys.argv[2]), int(sys.argv[3])) if sys.argv[1:2] == ["--rank"] else main()
+    measure(Path(sys.argv[2]), *json.loads(sys.argv[3])) if sys.argv[1:2] == ["--rank"] else main()

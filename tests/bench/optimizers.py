@@ -39,17 +39,22 @@ def make_step(name: str, device: torch.device) -> tuple[Callable[[], None], int]
     return step, sum(p.numel() for p in model.parameters())
 
 
-def main() -> None:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    steps = {name: make_step(name, device) for name in NAMES}
+def compare(device: str, rounds: int) -> tuple[dict[str, list[float]], float]:
+    """Seconds of a step of each optimizer, each once in a round; and the model's parameters in millions."""
+    steps = {name: make_step(name, torch.device(device)) for name in NAMES}
     times: dict[str, list[float]] = {name: [] for name in NAMES}
-    for number in range(3 + ROUNDS):  # the first ones make states and room
+    for number in range(3 + rounds):  # the first ones make states and room
         for name, (step, _) in steps.items():
             started = time.perf_counter()
             step()
             if number >= 3:
                 times[name].append(time.perf_counter() - started)
-    millions = steps["adamw"][1] / 1e6
+    return times, steps["adamw"][1] / 1e6
+
+
+def main() -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    times, millions = compare(device, ROUNDS)
     rows = []
     for name in NAMES:
         ratios = sorted(mine / adamw for mine, adamw in zip(times[name], times["adamw"], strict=True))
@@ -62,7 +67,7 @@ def main() -> None:
                 f"{ratios[quarter]:.2f} - {ratios[-1 - quarter]:.2f}",
             ]
         )
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     note = (
         f"GPT of {millions:.1f} M parameters ({SIZES['layers']} layers of {SIZES['width']}, vocabulary {VOCABULARY:,}) "
         f"on {where}. {ROUNDS} rounds, each optimizer once in a round; ratios within a round: median and middle half. "

@@ -18,8 +18,16 @@ def machine() -> str:
     return f"{model}, {len(os.sched_getaffinity(0))} cores, {memory_gib:.0f} GiB, {platform.system()}"
 
 
-def write(name: str, title: str, command: str, head: Sequence[str], rows: Sequence[Sequence[str]], note: str) -> str:
-    """Write ``results/NAME.md`` and return its text."""
+def write(
+    name: str,
+    title: str,
+    command: str,
+    head: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    note: str,
+    folder: Path = RESULTS,
+) -> str:
+    """Write ``FOLDER/NAME.md`` and return its text."""
     lines = [
         f"# {title}",
         "",
@@ -32,7 +40,7 @@ def write(name: str, title: str, command: str, head: Sequence[str], rows: Sequen
         note,
         "",
     ]
-    RESULTS.mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True)
     text = "\n".join(lines)
-    (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
+    (folder / f"{name}.md").write_text(text, encoding="utf-8")
     return text

@@ -2,6 +2,8 @@
 
     python plain_train.py '{"folder": ..., "way": "nanogpt" | "ddp", "compile": false, "threads": 2, "steps": 300}'
 
+"device": "cuda" trains on a GPU, with TF32 and fused AdamW, as nanoGPT does there.
+
 nanogpt   one process, eager or compiled, fp32 or bf16 autocast: logits kept, mean loss, clip_grad_norm_, AdamW
 ddp       under torchrun: hvdtrain's own model and loss in torch's DistributedDataParallel over gloo
 
@@ -85,17 +87,24 @@ def main(words: dict) -> None:
             wrapped.register_comm_hook(None, fp16_compress_hook)
     else:
         wrapped = model = plain_model(setup["sizes"], setup["vocabulary"])
+    device = torch.device(words.get("device", "cpu"))
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    model.to(device)
     step_model = torch.compile(wrapped) if words.get("compile") else wrapped
-    autocast = torch.autocast("cpu", torch.bfloat16) if words.get("bf16") else contextlib.nullcontext()
+    autocast = torch.autocast(device.type, torch.bfloat16) if words.get("bf16") else contextlib.nullcontext()
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=on_gpu)
     windows = np.load(folder / f"windows-{words['rows']}.npy", mmap_mode="r")
     share = words["rows"] // size
     rates, started = [], time.perf_counter()
     for step in range(steps):
         rows = torch.from_numpy(windows[step, rank * share : (rank + 1) * share].astype(np.int64))
+        if on_gpu:
+            rows = rows.pin_memory().to(device, non_blocking=True)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, lr, words["warmup"], steps)
         with autocast:
@@ -113,10 +122,12 @@ def main(words: dict) -> None:
     if words.get("evaluate"):
         val = torch.from_numpy(np.load(folder / "val.npy").astype(np.int64))
         with torch.no_grad(), autocast:
-            losses = [wrapped(rows[:, :-1], rows[:, 1:]).item() * len(rows) for rows in val.split(8)]
+            losses = [wrapped(rows[:, :-1], rows[:, 1:]).item() * len(rows) for rows in val.to(device).split(8)]
         result["val_loss"] = sum(losses) / len(val)
     status = Path("/proc/self/status").read_text()
     result["peak_mib"] = int(status.partition("VmHWM:")[2].split()[0]) // 1024
+    if on_gpu:
+        result["peak_mib"] = torch.cuda.max_memory_allocated() >> 20
     if rank == 0:
         print(json.dumps(result), flush=True)
     if size > 1:

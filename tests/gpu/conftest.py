@@ -1,0 +1,52 @@
+"""The tests of `make gpu`: what a GPU computes against the CPU in fp32. Another pytest leaves this folder out.
+
+HVDTRAIN_GPU_TESTS=cpu runs their own code on a machine without a GPU: what only CUDA has is then skipped.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+WHERE = os.environ.get("HVDTRAIN_GPU_TESTS", "")
+DEVICE = torch.device("cuda" if WHERE == "cuda" else "cpu")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "cuda: needs a GPU, even to try the test's own code")
+    if WHERE == "cuda" and not torch.cuda.is_available():
+        pytest.exit("tests/gpu: torch finds no GPU; see `python -m hvdtrain doctor`", returncode=2)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if WHERE != "cuda":
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="HVDTRAIN_GPU_TESTS is not cuda"))
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """A line of JSON for each test, as soon as it has ended: what ran before the time was up counts."""
+    path = os.environ.get("HVDTRAIN_GPU_RESULTS")
+    if path and (report.when == "call" or report.outcome != "passed"):
+        told = dict(report.user_properties)
+        line = {"test": report.nodeid.rpartition("/")[2], "outcome": report.outcome, "s": round(report.duration, 2)}
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({**line, **told}) + "\n")
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return DEVICE
+
+
+@pytest.fixture(autouse=True)
+def plain_fp32() -> Iterator[None]:
+    """TF32 off, whatever the test before has left."""
+    from hvdtrain.parallel.precision import use_tf32
+
+    use_tf32(False)
+    yield
+    use_tf32(False)
