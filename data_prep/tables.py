@@ -169,7 +169,10 @@ class TableReader:
 
 def _header(file: InputFile) -> list[str]:
     with file.open() as handle:
-        head = begin_file(file.read(handle, _HEAD_BYTES), 0, file.path, Counter(), by_lines=True)[1]
+        head = file.read(handle, _HEAD_BYTES)
+    if len(head) == _HEAD_BYTES and b"\n" not in head:
+        raise DataError(f"{file.path}: the first line, which names the columns, is longer than {_HEAD_BYTES >> 10} KiB")
+    head = begin_file(head, 0, file.path, Counter(), by_lines=True)[1]
     return head.split(b"\n")[0].rstrip(b"\r").decode("utf-8", "replace").split("\t")
 
 

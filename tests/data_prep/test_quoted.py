@@ -186,6 +186,12 @@ def test_each_file_has_its_own_header(tmp_path: Path):
         items_of(TableReader(files_of(tmp_path), ["label", "text"]))
 
 
+def test_a_header_that_is_no_header_is_not_cut(tmp_path: Path):
+    """What comes after 64 KiB of it would be missing from the columns."""
+    with pytest.raises(DataError, match=r"a\.tsv: the first line, .*, is longer than 64 KiB"):
+        read(tmp_path, b"label\ttext\t" + b"x" * (1 << 16) + b"\n1\ta\tb\n", "a.tsv")
+
+
 def test_columns_that_nobody_asks_for_may_have_one_name(tmp_path: Path):
     found, _ = read(tmp_path, b"_\tlabel\t_\ttext\nx\t1\ty\ta\n", "a.tsv")
     assert found == [(b"1", b"a")]
