@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import TRACE, Done, Prepared, launch, launch_rows, snapshot, succeed, summary
+from launch import HVDTRAIN, TRACE, Done, Prepared, launch, launch_rows, snapshot, succeed, summary
 
 from hvdtrain import checkpoint, cli
 from hvdtrain.checkpoint import CheckpointOptions, folder_of, read_progress, read_tensors
@@ -258,8 +258,12 @@ def test_whether_it_matters_who_started_a_command(words: str, matters: bool):
 
 
 def test_doctor():
-    """Also where a launcher that cannot be joined has left its marks: it says so, and looks at all else."""
-    done = succeed("doctor", timeout_s=200, env={"RANK": "0", "WORLD_SIZE": "4"})
+    """Also where a launcher that cannot be joined has left its marks: it says so, and looks at all else. It finds what
+    is beside its Python, and allows mpirun to start for root.
+    """
+    allowed = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM")
+    program = ("env", *(f"--unset={name}" for name in allowed), "PATH=/usr/bin:/bin", *HVDTRAIN)
+    done = succeed("doctor", timeout_s=200, program=program, env={"RANK": "0", "WORLD_SIZE": "4"})
     rows = dict(re.split(r"  +", line, maxsplit=1) for line in done.stdout.splitlines())
     assert rows.keys() >= {"python", "torch", "CUDA", "MPI", "Horovod", "launchers", "Slurm", "cores", "memory"}
     all_four = "all-reduce, all-to-all, all-gather, broadcast"
