@@ -21,7 +21,7 @@ from hvdtrain.files import PASSING, again, read_text
 FORMAT_VERSION = 1
 _MOST_BYTES = 1 << 28  # of a manifest: two million parts
 # Fields that came later: in a manifest only where they say something, so that those of runs without them stay the same.
-_WHERE_SET = {"averaged_from", "loss_scale", "noise", "guard"}
+_WHERE_SET = {"averaged_from", "loss_scale", "noise", "guard", "run_steps"}
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
@@ -34,6 +34,7 @@ class Progress:
 
     ``loss_scale``: see LossScale.state, of fp16 runs.
     ``noise``, ``guard``: see NoiseScale.state and Guard.state.
+    ``run_steps``: the length that the run had then, on which its learning rate depends.
     ``averaged_from``: the steps whose weights were averaged (``hvdtrain average``); nothing can go on from there.
     A field that an older manifest lacks has its default.
     """
@@ -50,6 +51,7 @@ class Progress:
     loss_scale: tuple[Annotated[Finite, Field(ge=0)], Count] | None = None
     noise: tuple[Finite, Finite] | None = None
     guard: Annotated[tuple[Finite, ...], Field(min_length=7, max_length=7)] | None = None
+    run_steps: Count | None = None
 
     __pydantic_config__ = _STRICT
 

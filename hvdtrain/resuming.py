@@ -9,6 +9,7 @@ from hvdtrain.comm.group import Group
 from hvdtrain.config import RunConfig
 from hvdtrain.errors import CheckpointError, ConfigError
 from hvdtrain.files import exists
+from hvdtrain.optim.schedules import ScheduleOptions, learning_rate
 
 
 def find_start(
@@ -40,6 +41,24 @@ def find_start(
     if is_owner and not checkpoint.set_aside_damaged(run_dir, own_step, group):
         return find_start(run_dir, resume, identity, group, is_owner)
     return progress, folder, [f"damaged checkpoint skipped: {problem}" for problem in damaged]
+
+
+def moved_rate(progress: Progress, schedule: ScheduleOptions, peak: float, steps: int) -> list[str]:
+    """Where a run goes on with another length: what its learning rate was at the last step made, and is there now.
+
+    schedule, peak: those of both, in steps (see ``RunConfig.identity``). steps: the run's length now.
+    Empty where nothing moved, or the checkpoint is of before its length was saved.
+    """
+    before = progress.run_steps
+    if before in (None, steps):
+        return []
+    was, now = (learning_rate(schedule, peak, length, progress.step - 1) for length in (before, steps))
+    if f"{was:.3g}" == f"{now:.3g}":
+        return []
+    return [
+        f"resumed at step {progress.step} with train.steps {before} -> {steps}: "
+        f"the learning rate there was {was:.3g} and is now {now:.3g}"
+    ]
 
 
 def _refuse_to_overwrite(run_dir: Path) -> None:

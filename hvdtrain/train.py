@@ -47,7 +47,7 @@ from hvdtrain.phases import Phases
 from hvdtrain.planner.shortage import memory_explained
 from hvdtrain.profiler import Profiler, parse_steps
 from hvdtrain.records import close_job, record_job
-from hvdtrain.resuming import find_start
+from hvdtrain.resuming import find_start, moved_rate
 from hvdtrain.saving import Saver
 from hvdtrain.stopping import Stopping, StopSignals
 from hvdtrain.stragglers import Stragglers, own_seconds
@@ -136,7 +136,7 @@ class _Run:
         self.identity = {**config.identity(), **self.data.corpora.identity()}
         self.finished: dict[str, Any] | None = None
         self.progress, self.resumed_from, notes = self._find_start(resume)
-        self.fallbacks += notes
+        self.fallbacks += notes + moved_rate(self.progress, config.schedule, config.optim.lr, config.train.steps)
         if timeline is not None:
             self.fallbacks += group.together(lambda: group.start_timeline(timeline))
 
@@ -393,6 +393,7 @@ class _Run:
             loss_scale=plan.loss_scale and plan.loss_scale.state(),
             noise=metrics.noise.state(),
             guard=plan.guard and plan.guard.state(),
+            run_steps=self.config.train.steps,
             world_size=self.group.size,
             versions=versions(),
         )
