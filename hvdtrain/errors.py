@@ -111,6 +111,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def crash_code(error: BaseException) -> int:
     """The exit code of an error that is not of this family."""
+    if isinstance(error, KeyboardInterrupt):
+        return EXIT_INTERRUPTED
     return EXIT_OUT_OF_MEMORY if is_out_of_memory(error) else EXIT_CRASH
 
 

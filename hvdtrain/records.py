@@ -15,9 +15,7 @@ import json
 import os
 import platform
 import re
-import signal
 import socket
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +26,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from hvdtrain.asking import answer_of
 from hvdtrain.comm.group import Group
 from hvdtrain.comm.world import World
 from hvdtrain.errors import HvdtrainError
@@ -136,29 +135,6 @@ def telling(env: Mapping[str, str]) -> dict[str, str]:
 def without_secrets(script: str) -> str:
     """A shell script in which no variable is set to what looks like a secret."""
     return _SECRET_VALUE.sub("://***@", _SECRET_SET.sub(r"\1***", script))
-
-
-def answer_of(command: Sequence[str], timeout_s: float) -> str:
-    """What a command prints. Errors: OSError where it is not there, fails, or has not ended in time.
-
-    It is then killed but hardly waited for: one that hangs in a driver or a file system cannot even die.
-    """
-    process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
-        start_new_session=True,
-    )  # fmt: skip
-    try:
-        out, err = process.communicate(timeout=timeout_s)
-    except subprocess.TimeoutExpired:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        with suppress(subprocess.TimeoutExpired):
-            process.communicate(timeout=0.5)
-        raise TimeoutError(f"{command[0]} has not answered within {timeout_s:g} s") from None
-    if process.returncode != 0:
-        last = (err.strip().splitlines() or out.strip().splitlines() or ["no output"])[-1]
-        raise OSError(f"{command[0]} failed (exit {process.returncode}): {last}")
-    return out
 
 
 def _restart(env: Mapping[str, str]) -> str:

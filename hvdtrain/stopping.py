@@ -5,20 +5,21 @@
     sums          0     |  1                  the flags are added up with the step's sums, so all ranks learn of it
     all                    save, exit 75      at the same step boundary
 
-USR2, because NCCL may use USR1. TERM is what a batch system sends before it kills. ``HVDTRAIN_END_TIME`` (seconds since
-1970) is when the job ends; the batch script sets it. A file ``RUN_DIR/stop`` is for the user. Ranks whose launcher is
-gone (see comm/ancestors.py) save and stop too: nobody would end them.
+USR2, because NCCL may use USR1. TERM is what a batch system sends before it kills. INT is Ctrl-C. When the job ends is
+what ``HVDTRAIN_END_TIME`` says (seconds since 1970), else Slurm. A file ``RUN_DIR/stop`` is for the user. Ranks whose
+launcher is gone (see comm/ancestors.py) save and stop too: nobody would end them.
 """
 
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from hvdtrain.asking import answer_of
 from hvdtrain.comm.ancestors import Launcher
 from hvdtrain.errors import ConfigError
 from hvdtrain.files import exists, seen
@@ -27,40 +28,51 @@ from hvdtrain.options import Options, option
 if TYPE_CHECKING:
     import torch
 
-# What a rank adds to the sum: counts up to a million ranks stay apart, and all of it exact in fp64.
-_ASKED = {signal.SIGUSR2: 1 << 0, signal.SIGTERM: 1 << 20}
-_FILE, _TIME = 1 << 40, 1 << 41
+# What a rank adds to the sum: counts up to a hundred thousand ranks stay apart, and all of it exact in fp64.
+_ASKED = {signal.SIGUSR2: 1 << 0, signal.SIGTERM: 1 << 17, signal.SIGINT: 1 << 34}
+_FILE, _TIME = 1 << 51, 1 << 52
 _GONE = 1 << 53  # outweighs all others, whose exact sum does not matter then
 _LOOK_S = 2.0  # between two looks for the stop file, which may lie on a busy file system
+_ANSWER_S = 10.0  # for Slurm to say when the job ends; all ranks wait for it
 
 
 class StopOptions(Options):
     margin_s: float = option(
         60.0,
-        "seconds before the job's end (HVDTRAIN_END_TIME) at which a run saves and stops; twice what saving and "
-        "evaluating took last comes on top",
+        "seconds before the job's end (HVDTRAIN_END_TIME, else as Slurm says) at which a run saves and stops; twice "
+        "what saving and evaluating took last comes on top",
         ge=0,
     )
 
 
 class StopSignals(AbstractContextManager):
-    """``with StopSignals() as signals:`` USR2 and TERM set ``signals.flags`` instead of ending the process.
-    ``launcher``: its end asks for the same.
+    """``with StopSignals() as signals:`` USR2 and TERM set ``signals.flags`` instead of ending the process; and Ctrl-C
+    once it is told to. ``launcher``: its end asks for the same.
 
     Made before torch is loaded, which takes seconds. Only the main thread can listen; elsewhere nothing is changed.
     """
 
     def __init__(self, launcher: Launcher | None = None) -> None:
-        self.flags, self.launcher = 0, launcher
+        self.flags, self.launcher, self._speaks = 0, launcher, False
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopSignals":
-        for number in _ASKED:
-            try:
-                self._before[number] = signal.signal(number, self._note)
-            except ValueError:  # not the main thread
-                break
+        for number in (signal.SIGUSR2, signal.SIGTERM):
+            self._listen(number, self._note)
         return self
+
+    def hold_interrupts(self, speaks: bool) -> None:
+        """From now on Ctrl-C asks, too. Until there is a step to save, it ends the process; a second one always does.
+
+        speaks: this process tells the user. Where interrupts are ignored, as of a job in the background, they stay so.
+        """
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            self._speaks = speaks
+            self._listen(signal.SIGINT, self._note_interrupt)
+
+    def _listen(self, number: signal.Signals, handler: Callable[[int, FrameType | None], None]) -> None:
+        with suppress(ValueError):  # not the main thread
+            self._before[number] = signal.signal(number, handler)
 
     def got(self, number: signal.Signals) -> bool:
         """Has this process got that signal?"""
@@ -69,16 +81,23 @@ class StopSignals(AbstractContextManager):
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.flags |= _ASKED[signal.Signals(number)]
 
+    def _note_interrupt(self, number: int, frame: FrameType | None) -> None:
+        self._note(number, frame)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # not an exception: the next one shall end even what hangs in C
+        if self._speaks:
+            os.write(2, b"\nhvdtrain: interrupted: saving after this step; Ctrl-C again ends at once\n")
+
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            if signal.getsignal(number) == self._note:  # else somebody has other plans by now
+            # else somebody has other plans by now
+            if signal.getsignal(number) in (self._note, self._note_interrupt, signal.SIG_DFL):
                 signal.signal(number, handler)
 
 
 class Stopping:
     """Shall the run stop after this step? One on each rank.
 
-    is_main: this rank looks at the clock and for the file, for all.
+    is_main: this rank looks at the clock and for the file, for all. ``notes``: what has to be said about the job's end.
     Errors: ConfigError where HVDTRAIN_END_TIME is no number.
     """
 
@@ -92,7 +111,7 @@ class Stopping:
     ):
         self._file, self._options, self._is_main = run_dir / "stop", options, is_main
         self._signals = signals or StopSignals()
-        self._end_s = _end_time(os.environ if env is None else env)
+        self._end_s, self.notes = end_of_job(os.environ if env is None else env) if is_main else (None, [])
         self._looked_s, self._file_found = -_LOOK_S, False
         self._needed_s: dict[str, float] = {}
         self._late: tuple[torch.Tensor, Any] | None = None
@@ -101,6 +120,10 @@ class Stopping:
         """Errors: ConfigError where the stop file is there, OutputError where that cannot be told (rank 0)."""
         if self._is_main and exists(self._file):
             raise ConfigError(f"{self._file} asks this run to stop; remove it, and the same command goes on")
+
+    def begin(self) -> None:
+        """The first step begins: from now on there is something to save (local)."""
+        self._signals.hold_interrupts(self._is_main)
 
     @contextmanager
     def measured(self, what: str) -> Iterator[None]:
@@ -143,7 +166,7 @@ class Stopping:
             return "the job's time ends"
         if flags & _FILE:
             return "stop file"
-        return " and ".join(number.name for number, one in _ASKED.items() if flags // one % (1 << 20))
+        return " and ".join(number.name for number, one in _ASKED.items() if flags // one % (1 << 17))
 
     def _one_late(self, total: "torch.Tensor") -> "torch.Tensor":
         import torch
@@ -157,11 +180,44 @@ class Stopping:
         return before
 
 
-def _end_time(env: Mapping[str, str]) -> float | None:
-    text = env.get("HVDTRAIN_END_TIME", "")
-    if not text:
-        return None
+def end_of_job(env: Mapping[str, str]) -> tuple[float | None, list[str]]:
+    """When this process's job ends, in seconds since 1970 (None: it does not, or nobody knows), and what has to be said
+    about that. Asks Slurm where no variable tells (local; up to 10 s).
+
+    Errors: ConfigError where HVDTRAIN_END_TIME is no number.
+    """
+    if text := env.get("HVDTRAIN_END_TIME", ""):
+        try:
+            return float(text), []
+        except ValueError:
+            raise ConfigError(f"HVDTRAIN_END_TIME={text!r} is no number of seconds since 1970") from None
+    job_id, end = env.get("SLURM_JOB_ID", ""), env.get("SLURM_JOB_END_TIME", "")
+    if not job_id.isdecimal():
+        return None, []
+    if end.isdecimal() and int(end) > 0:  # Slurm 23.02 and later
+        return float(end), []
+    # As seconds: free of time zones. And without what the user likes squeue to show.
+    asking = {name: value for name, value in env.items() if not name.startswith("SQUEUE_")} | {
+        "SLURM_TIME_FORMAT": "%s"
+    }
     try:
-        return float(text)
-    except ValueError:
-        raise ConfigError(f"HVDTRAIN_END_TIME={text!r} is no number of seconds since 1970") from None
+        said = answer_of(["squeue", "--noheader", f"--jobs={job_id}", "--format=%A|%e"], _ANSWER_S, asking)
+        return parse_end(said, job_id), []
+    except (OSError, ValueError) as error:
+        return None, [
+            f"when job {job_id} ends is not known ({error}): nothing is saved ahead of its time limit; "
+            "set HVDTRAIN_END_TIME (seconds since 1970)"
+        ]
+
+
+def parse_end(squeue: str, job_id: str) -> float | None:
+    """The end of a job in lines of ``JOBID|SECONDS``; those of an array's other tasks may stand beside it. None: it has
+    no limit. Errors: ValueError where there is no such line.
+    """
+    ends = dict(line.strip().split("|", 1) for line in squeue.splitlines() if "|" in line)
+    end = ends.get(job_id, "").strip()
+    if end in ("NONE", "N/A", "Unknown", "UNLIMITED"):
+        return None
+    if not end.isdecimal():
+        raise ValueError(f"squeue said {' '.join(squeue.split())[:100]!r}")
+    return float(end)

@@ -88,7 +88,9 @@ def sweep(
 
 
 def _train(recipe: str, settings: Sequence[str], run_dir: Path, launcher: str) -> int:
-    """The exit code. TERM is handed on to the run, which then stops early; so it does where this process is killed."""
+    """The exit code. TERM is handed on to the run, which then stops early; so it does where this process is killed, and
+    upon Ctrl-C, which the terminal sends it as well.
+    """
     words = [*shlex.split(launcher), sys.executable, "-m", "hvdtrain", "train", recipe, *settings]
     told = False
     try:
@@ -101,13 +103,18 @@ def _train(recipe: str, settings: Sequence[str], run_dir: Path, launcher: str) -
     def hand_on(number: int, frame: FrameType | None) -> None:
         nonlocal told
         told = True
-        run.terminate()
+        if number == signal.SIGTERM:
+            run.terminate()
 
-    before = signal.signal(signal.SIGTERM, hand_on)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # as Ctrl-C in the background, by the run too
+            signal.signal(number, hand_on)
     try:
         code = run.wait()
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if code:
         say(f"{run_dir} ended with exit code {code}")
     return EXIT_STOPPED_EARLY if told else code

@@ -122,6 +122,7 @@ class _Run:
         # Everything that can be wrong with the input is found here, on all ranks, before the first collective.
         self.task = make_task(config.task)
         self.device, self.fallbacks = group.together(lambda: pick_device(config.device, world, group))
+        self.fallbacks += self.stopping.notes
         self.data = self._open_data()
         self.fallbacks += group.together(lambda: read_through_note(self.data.train.source.read_through))
         self.scaled = group.together(self._scale)
@@ -196,6 +197,7 @@ class _Run:
         replicas, stragglers = ReplicaCheck(self.group), self._stragglers()
         best, scores, startup_s = progress.best_val_loss, {}, None
 
+        stopping.begin()
         for step in range(progress.step + 1, steps + 1):
             self.step, is_last = step, step == steps
             save_is_due, eval_is_due = saver.is_due(step) or is_last, _due(step, config.eval.every, steps)

@@ -50,9 +50,6 @@ which_attempt() {
     ((!${SLURM_RESTART_COUNT:-0})) || echo -n ", restart $SLURM_RESTART_COUNT"
 }
 
-# end_time: when Slurm will end this job, in seconds since 1970; nothing where it has no limit or Slurm does not answer.
-end_time() { date --date="$(timeout 30 squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e)" +%s 2>/dev/null || :; }
-
 # newest_step: the step of the newest checkpoint of the run, or nothing.
 newest_step() {
     local manifests

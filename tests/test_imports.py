@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # From the bottom up. A room imports what lies below it, never a neighbour on its own line.
 TABLE = [
-    {"errors", "malloc", "options", "version"},
+    {"asking", "errors", "malloc", "options", "version"},
     {"files"},
     {"comm"},
     {"data", "models", "optim"},

@@ -108,7 +108,13 @@ def signalled(rank: int, step: int, name: str) -> tuple[str, ...]:
 
 @pytest.mark.parametrize(
     ("how", "ranks", "rank", "name"),
-    [("none", 1, 0, "SIGUSR2"), ("mpirun", 2, 1, "SIGUSR2"), ("gloo", 2, 1, "SIGTERM"), ("mpirun", 4, 2, "SIGTERM")],
+    [
+        ("none", 1, 0, "SIGUSR2"),
+        ("none", 1, 0, "SIGINT"),
+        ("mpirun", 2, 1, "SIGUSR2"),
+        ("gloo", 2, 1, "SIGTERM"),
+        ("mpirun", 4, 2, "SIGTERM"),
+    ],
 )
 def test_stopped_run_ends_where_an_unbroken_one_does(
     prepared: Prepared, trained: Path, tmp_path: Path, how: str, ranks: int, rank: int, name: str

@@ -12,11 +12,11 @@ from typing import TypeVar
 import torch
 
 import hvdtrain
+from hvdtrain.asking import answer_of
 from hvdtrain.data.shards import check_files, read_manifest
 from hvdtrain.errors import EXIT_CRASH, EXIT_IO, EXIT_USAGE, HvdtrainError
 from hvdtrain.metrics import versions
 from hvdtrain.preflight.findings import Look
-from hvdtrain.records import answer_of
 
 T = TypeVar("T")
 

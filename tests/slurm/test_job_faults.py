@@ -250,16 +250,13 @@ def test_killed_rank(slurm: SlurmCluster, prepared: Prepared, unbroken: Path, tm
 
 
 def test_dies_before_every_checkpoint(slurm: SlurmCluster, prepared: Prepared, tmp_path: Path):
-    """It is started again so often and no more. It was told when it has to end, as Slurm knows it."""
-    python = 'echo "$HVDTRAIN_END_TIME" >>ends\nkill -KILL $$\n'
+    """It is started again so often and no more."""
+    python = "kill -KILL $$\n"
     options, env = ("--nodes=1", "--time=30"), {"HVDTRAIN_MAX_STALLED": "1"}
     with _submitted(slurm, tmp_path, python, "train", options, (prepared.recipe, "--run-dir", "run"), env) as job:
         ended = slurm.wait(job.id, LONG_S)
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "137:0", "1"), job.log
     assert "not started again: 2 times in a row without a newer checkpoint (HVDTRAIN_MAX_STALLED=1)" in job.log
-    first, second = map(int, (tmp_path / "ends").read_text().split())
-    assert second == datetime.fromisoformat(ended["StartTime"]).timestamp() + 1800
-    assert first < second
 
 
 @pytest.mark.usefixtures("slurm")  # it says where there is none
