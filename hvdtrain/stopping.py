@@ -66,7 +66,7 @@ class StopSignals(AbstractContextManager):
 
         speaks: this process tells the user. Where interrupts are ignored, as of a job in the background, they stay so.
         """
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        if self._before and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             self._speaks = speaks
             self._listen(signal.SIGINT, self._note_interrupt)
 

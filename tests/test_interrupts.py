@@ -90,6 +90,8 @@ def test_an_interrupt_asks_only_while_there_is_something_to_save():
         os.kill(os.getpid(), INT)
         assert (signals.got(INT), signal.getsignal(INT)) == (True, signal.SIG_DFL)
     assert signal.getsignal(INT) == before
+    StopSignals().hold_interrupts(speaks=False)  # of a program that only calls ``train``: nobody would put it back
+    assert signal.getsignal(INT) == before
     assert reason(signals.flags) == "SIGINT"
     assert reason(*[signals.flags] * 100_000, 1, 1 << 17) == "SIGUSR2 and SIGTERM and SIGINT"
     assert reason(*[signals.flags] * 100_000, 1 << 51) == "stop file"
