@@ -196,10 +196,8 @@ def end_of_job(env: Mapping[str, str]) -> tuple[float | None, list[str]]:
         return None, []
     if end.isdecimal() and int(end) > 0:  # Slurm 23.02 and later
         return float(end), []
-    # As seconds: free of time zones. And without what the user likes squeue to show.
-    asking = {name: value for name, value in env.items() if not name.startswith("SQUEUE_")} | {
-        "SLURM_TIME_FORMAT": "%s"
-    }
+    asking = {name: value for name, value in env.items() if not name.startswith("SQUEUE_")}  # a user's own filters
+    asking["SLURM_TIME_FORMAT"] = "%s"  # free of time zones
     try:
         said = answer_of(["squeue", "--noheader", f"--jobs={job_id}", "--format=%A|%e"], _ANSWER_S, asking)
         return parse_end(said, job_id), []
