@@ -103,7 +103,9 @@ def test_a_run_goes_on_without_an_answer_and_says_so(prepared: Prepared, squeue:
     """From the command line down; that it stops in time where there is an answer is shown by a real Slurm."""
     answer(squeue, "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
     path = {"PATH": f"{squeue.parent}{os.pathsep}{environment()['PATH']}"}
-    done = launch("train", prepared.recipe, "train.steps=2", "--run-dir", tmp_path / "run", env={**JOB, **path})
+    done = launch(
+        "train", prepared.recipe, "device=cpu", "train.steps=2", "--run-dir", tmp_path / "run", env={**JOB, **path}
+    )
     assert done.exit_code == 0, done
     (note,) = summary(tmp_path / "run")["fallbacks"]
     assert "when job 4711 ends is not known (squeue failed (exit 1): slurm_load_jobs error: Invalid job id" in note

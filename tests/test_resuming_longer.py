@@ -46,7 +46,13 @@ def test_nothing_is_said_where_nothing_moves(progress: Progress, schedule: Sched
 def test_a_run_says_so_once_and_keeps_it_in_its_summary(prepared: Prepared, tmp_path: Path):
     """Also where the length is given in epochs; and a checkpoint of before lengths were saved is taken as it is."""
     run_dir, older = tmp_path / "run", tmp_path / "older"
-    settings = ("schedule.name=linear", "schedule.warmup_steps=0", "optim.lr=0.01", "metrics.tensorboard=false")
+    settings = (
+        "schedule.name=linear",
+        "schedule.warmup_steps=0",
+        "optim.lr=0.01",
+        "device=cpu",
+        "metrics.tensorboard=false",
+    )
     words = ("train", prepared.recipe, *settings, "eval.every=0")
     (first,) = launch_rows([(*words, "train.steps=4", "--run-dir", run_dir)])
     assert first.exit_code == 0, first

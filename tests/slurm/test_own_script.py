@@ -21,7 +21,7 @@ echo "second: $?"
 
 
 def test_it_stops_before_the_limit_and_without_one_not_at_all(slurm: SlurmCluster, prepared: Prepared, tmp_path: Path):
-    train = f"srun --mpi=none {sys.executable} -m hvdtrain train {prepared.recipe} eval.every=0"
+    train = f"srun --mpi=none {sys.executable} -m hvdtrain train {prepared.recipe} device=cpu eval.every=0"
     (tmp_path / "own.sh").write_text(SCRIPT.format(train=train))
     job = slurm.sbatch("own.sh", cwd=tmp_path, env=environment())
     slurm.wait(job, timeout_s=120)
