@@ -186,7 +186,7 @@ def test_a_sweep_lets_its_run_save_and_begins_no_other(prepared: Prepared, tmp_p
 
 
 def test_mpirun_lets_its_ranks_save(prepared: Prepared, tmp_path: Path):
-    """It keeps Ctrl-C to itself and sends the ranks TERM, then KILL: after 3 s as under Slurm, for which it waits twice."""
+    """It keeps Ctrl-C to itself and sends the ranks TERM, then KILL: after 3 s, as in our jobs, and it waits twice."""
     run_dir, patience = tmp_path / "run", {"OMPI_MCA_odls_base_sigkill_timeout": "3"}
     words = ("train", prepared.recipe, *LONG, "--run-dir", run_dir)
     with terminal(tmp_path / "log", *words, how="mpirun", **patience) as run:
