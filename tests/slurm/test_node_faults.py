@@ -50,6 +50,7 @@ def test_full_memory_disks_and_a_wrong_clock(slurm: SlurmCluster, prepared: Prep
         done = run(slurm, *STEP, "bash", node, *DOCTOR, *words)
     finally:
         n2.run("rm", "/tmp/full", "/dev/shm/full")
+        n2.run("mount", "-o", "remount,size=50%", "/tmp")
     assert (done.exit_code, TRACE in done.text) == (70, False), done
     assert done.messages == ["hvdtrain: preflight: bad nodes: n2"], done
     bad = {row["check"]: row for row in json.loads(found.read_text())["findings"] if row["verdict"].startswith("BAD")}
