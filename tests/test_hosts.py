@@ -1,7 +1,6 @@
 """The hosts that other tests run on: apart where hosts are apart, and gone when nobody wants them."""
 
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -45,17 +44,17 @@ def test_they_reach_one_another_until_a_cable_is_pulled(network: Network):
     ask = (sys.executable, "-c", "import socket; socket.create_connection(('n2', 999), timeout=1)")
     n1, n2 = (network.hosts[name] for name in NAMES)
     listen = "import socket, time; s = socket.create_server(('', 999)); print(flush=True); time.sleep(60)"
-    listening = subprocess.Popen([*n2.enter(), sys.executable, "-c", listen], stdout=subprocess.PIPE)
-    with listening:
-        assert listening.stdout is not None
-        listening.stdout.readline()
-        n1.run(*ask)
-        network.unplug("n2")
-        with pytest.raises(RuntimeError, match=r"timed out|No route to host"):
+    with subprocess.Popen([*n2.enter(), sys.executable, "-c", listen], stdout=subprocess.PIPE) as listening:
+        try:
+            assert listening.stdout.readline() == b"\n"
             n1.run(*ask)
-        network.plug("n2")
-        n1.run(*ask)
-        listening.kill()
+            network.unplug("n2")
+            with pytest.raises(RuntimeError, match=r"timed out|No route to host"):
+                n1.run(*ask)
+            network.plug("n2")
+            n1.run(*ask)
+        finally:
+            listening.kill()
 
 
 def test_all_that_runs_on_a_host_goes_with_it(tmp_path: Path, network: Network):
@@ -85,11 +84,9 @@ def test_a_killed_test_leaves_nothing(tmp_path: Path, network: Network):
     )
     tests = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     with subprocess.Popen([sys.executable, "-c", make, tmp_path], env=tests, stdout=subprocess.PIPE) as maker:
-        assert maker.stdout is not None
         pids = [int(word) for word in maker.stdout.readline().split()]
-        assert len(pids) == 4
-        assert all(map(runs, pids))
-        maker.send_signal(signal.SIGKILL)
+        maker.kill()
+    assert len(pids) == 4
     until(lambda: not any(map(runs, pids)), "all that ran there has ended", timeout_s=10)
     assert subprocess.run(names, capture_output=True).stdout == before
 
