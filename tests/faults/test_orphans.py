@@ -8,6 +8,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -239,22 +240,30 @@ def test_what_has_nothing_to_save_ends_with_its_launcher(tmp_path: Path, package
         assert time.monotonic() - began_s < LIMIT_S
 
 
+KILLED = {"horovodrun": "TERM", "gloo": "KILL", "mpirun": "KILL"}
+
+
 @pytest.fixture(scope="module")
 def ended(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Started]:
     """Runs whose launcher was killed: nothing of them is left."""
-    found = {}
-    for how, number in (("horovodrun", "TERM"), ("gloo", "KILL"), ("mpirun", "KILL")):
-        run_dir = tmp_path_factory.mktemp(f"{how}-{number}") / "run"
+
+    def kill(how: str, number: str) -> Started:
+        run_dir = folder / how / "run"
+        run_dir.parent.mkdir()
         with started(prepared, run_dir, how) as run:
             os.kill(run.launcher.pid, signal.Signals[f"SIG{number}"])
             run.launcher.wait(LIMIT_S)
             run.let_go()
-            until(lambda run=run: not run.left(), f"nothing of {how} is left: {run.left()}", LIMIT_S)
-        found[how] = run
-    return found
+            until(lambda: not run.left(), f"nothing of {how} is left", LIMIT_S)
+        return run
+
+    folder = tmp_path_factory.mktemp("ended")
+    with ThreadPoolExecutor() as pool:  # most of it is waiting
+        runs = {how: pool.submit(kill, how, number) for how, number in KILLED.items()}
+        return {how: run.result() for how, run in runs.items()}
 
 
-@pytest.mark.parametrize("how", ["horovodrun", "gloo", "mpirun"])
+@pytest.mark.parametrize("how", KILLED)
 def test_ranks_save_and_end_when_their_launcher_is_killed(ended: dict[str, Started], how: str):
     run = ended[how]
     (saved,) = (run.run_dir / "checkpoints").iterdir()
