@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from command import until
-from launch import HVDTRAIN, LAUNCHERS, TRACE, Prepared, environment, launch, launch_rows
+from launch import HVDTRAIN, TRACE, Prepared, environment, launch, launch_rows
 from test_stopping import reason
 
 from hvdtrain.errors import crash_code
@@ -50,15 +50,12 @@ class Terminal:
 
 
 @contextmanager
-def terminal(
-    log: Path, *words: Any, how: str = "none", program: tuple[Any, ...] = HVDTRAIN, **env: str
-) -> Iterator[Terminal]:
+def terminal(log: Path, *words: Any, program: tuple[Any, ...] = HVDTRAIN) -> Iterator[Terminal]:
     """Its output goes to a file, which nobody has to empty."""
-    launcher = LAUNCHERS[how] and [*LAUNCHERS[how], 2]
     keyboard, screen = os.openpty()
-    args = ["setsid", "--ctty", *map(str, (*launcher, *program, *words))]
+    args = ["setsid", "--ctty", *map(str, (*program, *words))]
     with open(log, "wb") as out:
-        process = subprocess.Popen(args, stdin=screen, stdout=out, stderr=out, env={**environment(), **env})
+        process = subprocess.Popen(args, stdin=screen, stdout=out, stderr=out, env=environment())
     os.close(screen)
     try:
         yield Terminal(process, keyboard, log)
@@ -183,16 +180,3 @@ def test_a_sweep_lets_its_run_save_and_begins_no_other(prepared: Prepared, tmp_p
     assert len(saved(tmp_path / "out/seed-1")) == 1, sweep.text
     assert not (tmp_path / "out/seed-2").exists()
     assert TRACE not in sweep.text
-
-
-def test_mpirun_lets_its_ranks_save(prepared: Prepared, tmp_path: Path):
-    """It keeps Ctrl-C to itself and sends the ranks TERM, then KILL: after 3 s, as in our jobs, and it waits twice."""
-    run_dir, patience = tmp_path / "run", {"OMPI_MCA_odls_base_sigkill_timeout": "3"}
-    words = ("train", prepared.recipe, *LONG, "--run-dir", run_dir)
-    with terminal(tmp_path / "log", *words, how="mpirun", **patience) as run:
-        run.until(lambda: steps_of(run_dir) > 2, "three steps")
-        run.ctrl_c()
-        run.wait()  # mpirun's own exit code is 1 then
-    step = int(saved(run_dir)[0].removeprefix("step-"))
-    assert f"hvdtrain: stopped at step {step} (SIGTERM); the same command goes on" in run.text
-    assert TRACE not in run.text
