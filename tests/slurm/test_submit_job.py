@@ -7,6 +7,8 @@ from typing import Any
 from cluster import SlurmCluster
 from launch import HVDTRAIN, Done, Prepared, environment, summary
 
+TRAIN = Path(__file__).resolve().parents[2] / "slurm" / "train.sbatch"
+
 
 def _hvdtrain(slurm: SlurmCluster, folder: Path, *words: object, **env: str) -> Done:
     args = [str(word) for word in (*HVDTRAIN, *words)]
@@ -52,6 +54,34 @@ def test_a_submitted_job_trains_to_its_end(
     assert (again["JobState"], again["ExitCode"]) == ("COMPLETED", "0:0"), log.read_text()
     assert f"{run} is finished (12 steps)" in log.read_text()
     assert list(elsewhere.iterdir()) == []
+
+
+def test_jobs_that_are_submitted_in_a_step_of_another_one(slurm: SlurmCluster, prepared: Prepared, tmp_path: Path):
+    """Slurm hands on what it finds: a memory a CPU beside --mem=0, which srun may refuse, and ranks of a PMI that
+    is gone. Once by submit, and once by an sbatch that was typed there.
+    """
+    words = f"{prepared.recipe} train.steps=2 --run-dir"
+    lines = (
+        "set -e; env >around",
+        f"{' '.join(HVDTRAIN)} submit {words} one --nodes 1 --ranks-per-node 1 >said",
+        f"sbatch --parsable --nodes=1 --ntasks-per-node=1 --output=log {TRAIN} {words} other",
+    )
+    step = ("salloc", "--quiet", "--ntasks=1", "--mem-per-cpu=1", "srun", "--mpi=pmi2", "sh", "-c", "\n".join(lines))
+    env = {**environment(), "HVDTRAIN_PREFLIGHT": "0"}
+    done = slurm.run(step, timeout_s=120, cwd=tmp_path, env=env)
+    assert done.returncode == 0, done
+    around = [line.partition("=")[0] for line in (tmp_path / "around").read_text().splitlines()]
+    assert {"SLURM_STEP_ID", "SLURM_MEM_PER_CPU", "PMI_SIZE"} <= set(around), sorted(around)
+    said = _rows(Done("none", 0, (tmp_path / "said").read_text(), ""))
+    for job_id, log in ((said["job"].split()[0], Path(said["log"])), (done.stdout.strip(), tmp_path / "log")):
+        job = slurm.wait(job_id, timeout_s=120)
+        assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), log.read_text()
+    for run in ("one", "other"):
+        assert summary(tmp_path / run)["launcher"] == "srun"
+        (record,) = (tmp_path / run / "jobs").glob("*-0/job.json")
+        seen = json.loads(record.read_text())["env"]
+        assert "SLURM_STEP_ID" in seen
+        assert not {"SLURM_MEM_PER_CPU", "SLURM_MEM_PER_NODE", "PMI_SIZE"} & seen.keys()
 
 
 def test_a_job_that_waits(slurm: SlurmCluster, prepared: Prepared, tmp_path: Path):
