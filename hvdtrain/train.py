@@ -357,8 +357,19 @@ class _Run:
             if found[0].step == summary["step"]:
                 self.finished = summary
                 return found
+        found = None
+        if resume not in ("auto", "never") and not self._has_checkpoints():
+            # Another run's checkpoint is only read: one that does not fit is refused before this folder is anybody's.
+            found = find_start(self.run_dir, resume, self.identity, self.group, is_owner=False)
         self.claim.take()
-        return find_start(self.run_dir, resume, self.identity, self.group)
+        if found is None or self._has_checkpoints():
+            found = find_start(self.run_dir, resume, self.identity, self.group)
+        return found
+
+    def _has_checkpoints(self) -> bool:
+        """Does the run folder hold any? As rank 0 sees it (collective)."""
+        saved = self.group.together(lambda: self.is_main and bool(checkpoint.steps_saved(self.run_dir)))
+        return self.group.all_gather_object(saved)[0]
 
     def _prepare_folder(self) -> None:
         if self.is_main:

@@ -60,6 +60,7 @@ BAD = {
     ),
     "never": Bad("--run-dir {trained} --resume never", 2, "already holds a run; use --resume auto", (1, 2)),
     "nothing to resume": Bad("--resume {empty}", 65, "--resume .*empty: there is no checkpoint"),
+    "resume of another recipe": Bad("--resume {trained} seed=4", 2, "seed was 3 and is now 4"),
 }
 
 

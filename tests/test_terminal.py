@@ -103,7 +103,8 @@ def test_preparing_data_does_so_too(prepared: Prepared, tmp_path: Path):
 
 def test_a_run_as_people_see_it(prepared: Prepared, tmp_path: Path):
     """The README's line for a workstation: plain lines; a bar with the newest loss, which moves in evaluations too."""
-    settings = "train.steps=30 eval.every=15 eval.rows=1 metrics.every=30 checkpoint.every=0 model.width=64"
+    # Deep, so that an evaluation takes a second or two on any machine: the bar changes ten times a second.
+    settings = "train.steps=30 eval.every=15 eval.rows=1 metrics.every=30 checkpoint.every=0 model.layers=24"
     train = f"{sys.executable} -m hvdtrain train {prepared.recipe} {settings} --run-dir run"
     found = on_terminal(f"{words('horovodrun')} {train}", tmp_path)
     assert found.exit_code == 0, found
