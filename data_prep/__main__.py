@@ -1,6 +1,7 @@
 """The commands of data preparation."""
 
 import argparse
+import gc
 import hashlib
 import os
 import sys
@@ -286,6 +287,9 @@ def main(argv: list[str] | None = None) -> int:
         words = make_parser().parse_args(argv)
         with open_ranks(world) as ranks:
             keep_freed_memory()
+            # A million files are a million objects that stay: looking through them for cycles at Python's own rate took
+            # 6 % of the time of 22,675 files (AMD EPYC).
+            gc.set_threshold(50_000, 20, 20)
             # The libraries that encode would each start a thread for every core of the node.
             os.environ.setdefault("RAYON_NUM_THREADS", str(threads_of_rank(ranks)))
             return _COMMANDS[words.command](words, ranks)

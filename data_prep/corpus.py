@@ -35,8 +35,8 @@ class InputFile:
     @cached_property
     def compression(self) -> str:
         """``.gz``, ``.zst``, ``.xz``, ``.bz2`` or nothing. Such a file cannot be cut: it is read from its start."""
-        suffix = self.path.suffix.lower()
-        return suffix if suffix in COMPRESSIONS else ""
+        ending = _ending(self.name)
+        return ending if ending in COMPRESSIONS else ""
 
     @property
     def is_stream(self) -> bool:
@@ -46,7 +46,15 @@ class InputFile:
     @cached_property
     def suffix(self) -> str:
         """What kind of file it is, in small letters and without the compression: ``.jsonl`` of ``a.JSONL.gz``."""
-        return (Path(self.path.stem) if self.compression else self.path).suffix.lower()
+        return _ending(self.name[: len(self.name) - len(self.compression)])
+
+    def read_as(self, how: str, from_start: bool) -> "InputFile":
+        """The same file, with how it is read: what ``dataclasses.replace`` gives, in a fraction of its time, because a
+        corpus may be a million files.
+        """
+        file = object.__new__(InputFile)
+        file.__dict__.update(self.__dict__, how=how, from_start=from_start)
+        return file
 
     def open(self) -> BinaryIO:
         """The file's bytes, decompressed. Errors: DataError naming it."""
@@ -75,6 +83,13 @@ class InputFile:
         if len(content) > _WHOLE_BYTES:
             raise DataError(f"{self.path} holds more than {_WHOLE_BYTES >> 20} MiB, and such a file is read at once")
         return content
+
+
+def _ending(name: str) -> str:
+    """``.gz`` of ``folder/a.JSONL.GZ``; nothing of ``.gz`` and ``a.``. As pathlib has it, several times faster."""
+    name = name.rpartition("/")[2]
+    at = name.rfind(".")
+    return name[at:].lower() if 0 < at < len(name) - 1 else ""
 
 
 def files_sha256(files: Sequence[InputFile], with_time: bool = False) -> str:

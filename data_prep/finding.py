@@ -191,21 +191,21 @@ class _Walk:
         if prefix and names >= {"config.yaml", "metrics.jsonl"}:
             self._left_out.add("own", f"{folder}/")
             return
-        own = self._own_names(folder, names)
+        own, exclude = self._own_names(folder, names), self._exclude
         for entry in entries:
-            name = prefix + entry.name
-            if entry.name in self._exclude:
+            last = entry.name
+            if last in exclude:
                 self._left_out.add("excluded", entry.path)
-            elif entry.name in own:
+            elif last in own:
                 self._left_out.add("own", entry.path)
-            elif entry.name.startswith(".") and not self._is_asked_for(entry.name):
+            elif last[0] == "." and not self._is_asked_for(last):
                 self._left_out.add("hidden", entry.path)
-            elif entry.is_symlink():
-                self._links.append(name)
-            elif entry.is_dir(follow_symlinks=False):
-                self._folder(entry.path, f"{name}/", found, seen)
             elif entry.is_file(follow_symlinks=False):
-                self._file(name, found)
+                self._file(prefix + last, found)
+            elif entry.is_dir(follow_symlinks=False):
+                self._folder(entry.path, f"{prefix}{last}/", found, seen)
+            elif entry.is_symlink():
+                self._links.append(prefix + last)
             else:
                 self._left_out.add("special", entry.path)
 
@@ -241,6 +241,8 @@ def _matcher(endings: Sequence[str] | None, globs: Sequence[str]) -> Callable[[s
             raise ConfigError(f"--glob {glob!r} is not a pattern for names below a folder")
     plain = re.compile("|".join(fnmatch.translate(glob) for glob in globs if "/" not in glob) or r"(?!)")
     paths = [glob.split("/") for glob in globs if "/" in glob]
+    if not paths:
+        return lambda name: plain.match(name.rpartition("/")[2])
     return lambda name: (
         plain.match(name.rpartition("/")[2]) or any(_ends_with(name.split("/"), pattern) for pattern in paths)
     )

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 
 from pydantic_core import from_json
 
@@ -58,16 +57,27 @@ def resolve(files: Sequence[InputFile], command: str, quoted: bool = False) -> l
 
     Errors: DataError where a .json cannot be read.
     """
-    return [file if file.how else _resolved(file, command, quoted) for file in files]
+    by_ending = {}
+    return [file if file.how else file.read_as(*_how(file, command, quoted, by_ending)) for file in files]
 
 
-def _resolved(file: InputFile, command: str, quoted: bool) -> InputFile:
-    how = FORMATS.get(file.suffix.lower(), {}).get(command) or OTHERS[command]
+def _how(file: InputFile, command: str, quoted: bool, by_ending: dict[str, tuple[str, bool]]) -> tuple[str, bool]:
+    """How it is read, and whether only from its start. by_ending: what is known already, so that a million files are
+    asked for no more than the end of their names; a .json is looked into.
+    """
+    at = file.name.rfind(".")
+    ending = file.name[at:] if at > 0 and file.name[at - 1] != "/" else ""
+    if known := by_ending.get(ending):
+        return known
+    how = FORMATS.get(file.suffix, {}).get(command) or OTHERS[command]
     if how in (_JSON, _JSON_OR_SQUAD):
         how = _json_shape(_head(file), how == _JSON_OR_SQUAD)
-    elif how == TSV and quoted:
+        return how, how in FROM_START
+    if how == TSV and quoted:
         how = QUOTED_TSV
-    return replace(file, how=how, from_start=how in FROM_START)
+    if ending and not file.compression:
+        by_ending[ending] = how, how in FROM_START
+    return how, how in FROM_START
 
 
 def _head(file: InputFile) -> bytes:
