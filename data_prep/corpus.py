@@ -35,7 +35,7 @@ class InputFile:
     @cached_property
     def compression(self) -> str:
         """``.gz``, ``.zst``, ``.xz``, ``.bz2`` or nothing. Such a file cannot be cut: it is read from its start."""
-        ending = _ending(self.name)
+        ending = ending_of(self.name)
         return ending if ending in COMPRESSIONS else ""
 
     @property
@@ -46,7 +46,7 @@ class InputFile:
     @cached_property
     def suffix(self) -> str:
         """What kind of file it is, in small letters and without the compression: ``.jsonl`` of ``a.JSONL.gz``."""
-        return _ending(self.name[: len(self.name) - len(self.compression)])
+        return ending_of(self.name[: len(self.name) - len(self.compression)])
 
     def read_as(self, how: str, from_start: bool) -> "InputFile":
         """The same file, with how it is read: what ``dataclasses.replace`` gives, in a fraction of its time, because a
@@ -85,7 +85,7 @@ class InputFile:
         return content
 
 
-def _ending(name: str) -> str:
+def ending_of(name: str) -> str:
     """``.gz`` of ``folder/a.JSONL.GZ``; nothing of ``.gz`` and ``a.``. As pathlib has it, several times faster."""
     name = name.rpartition("/")[2]
     at = name.rfind(".")

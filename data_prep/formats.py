@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from pydantic_core import from_json
 
-from data_prep.corpus import COMPRESSIONS, InputFile
+from data_prep.corpus import COMPRESSIONS, InputFile, ending_of
 from hvdtrain.errors import ConfigError
 
 TEXT = "plain text"
@@ -65,8 +65,7 @@ def _how(file: InputFile, command: str, quoted: bool, by_ending: dict[str, tuple
     """How it is read, and whether only from its start. by_ending: what is known already, so that a million files are
     asked for no more than the end of their names; a .json is looked into.
     """
-    at = file.name.rfind(".")
-    ending = file.name[at:] if at > 0 and file.name[at - 1] != "/" else ""
+    ending = ending_of(file.name)
     if known := by_ending.get(ending):
         return known
     how = FORMATS.get(file.suffix, {}).get(command) or OTHERS[command]
@@ -75,7 +74,7 @@ def _how(file: InputFile, command: str, quoted: bool, by_ending: dict[str, tuple
         return how, how in FROM_START
     if how == TSV and quoted:
         how = QUOTED_TSV
-    if ending and not file.compression:
+    if not file.compression:
         by_ending[ending] = how, how in FROM_START
     return how, how in FROM_START
 
@@ -102,7 +101,7 @@ def _json_shape(head: bytes, may_be_squad: bool) -> str:
 def check_plain(files: Sequence[InputFile]) -> None:
     """Errors: ConfigError where a file that is to be read line by line has the ending of a table or of JSON."""
     for file in files:
-        if file.suffix.lower() in endings_of("pairs"):
+        if file.suffix in endings_of("pairs"):
             raise ConfigError(
                 f"--source and --target are plain text line by line; {file.path} is no such file by its ending: "
                 "give it with --input if it holds both sides, or rename it"
@@ -113,7 +112,7 @@ def notes(files: Sequence[InputFile]) -> list[str]:
     """What is to be said of how files are read whose endings alone do not tell, or tell something else."""
     found: dict[tuple[str, str], list[InputFile]] = {}
     for file in files:
-        ending = file.suffix.lower()
+        ending = file.suffix
         if ending == ".json" or (file.how == TEXT and ending in endings_of("labels")):
             found.setdefault((ending, file.how), []).append(file)
     return [
