@@ -18,9 +18,8 @@ from data_prep.cleaning import Cleaning
 from data_prep.corpus import InputFile, files_sha256
 from data_prep.formats import SQUAD, endings_of, notes, resolve
 from hvdtrain.comm.ancestors import Launcher
-from hvdtrain.comm.cores import set_library_threads
 from hvdtrain.comm.ranks import Ranks
-from hvdtrain.comm.session import open_ranks, threads_of_rank
+from hvdtrain.comm.session import open_ranks
 from hvdtrain.comm.terminal import take_terminal
 from hvdtrain.comm.world import detect_world
 from hvdtrain.errors import (
@@ -35,7 +34,8 @@ from hvdtrain.errors import (
     report,
     say,
 )
-from hvdtrain.malloc import keep_freed_memory
+from hvdtrain.machine.cores import set_library_threads, threads_of_rank
+from hvdtrain.machine.malloc import keep_freed_memory
 
 if TYPE_CHECKING:
     from data_prep.prepare import Kind

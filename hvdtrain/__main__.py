@@ -5,7 +5,6 @@ import sys
 import traceback
 
 from hvdtrain import cli
-from hvdtrain.comm.cores import set_library_threads
 from hvdtrain.comm.terminal import take_terminal
 from hvdtrain.comm.world import World, detect_world
 from hvdtrain.errors import (
@@ -22,6 +21,7 @@ from hvdtrain.errors import (
     say,
     say_from,
 )
+from hvdtrain.machine.cores import set_library_threads
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -27,11 +27,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from hvdtrain.asking import answer_of
 from hvdtrain.comm.ancestors import process_began
 from hvdtrain.comm.ranks import Ranks
 from hvdtrain.errors import ConfigError, HvdtrainError, OutputError, describe, say, say_from
 from hvdtrain.files import again
+from hvdtrain.machine.asking import answer_of
 from hvdtrain.records import node_name
 
 BEAT_S = 5.0

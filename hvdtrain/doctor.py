@@ -8,9 +8,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from hvdtrain.comm.quota import quota_of_rank, read_limits
 from hvdtrain.comm.world import detect_world
 from hvdtrain.errors import LaunchError
+from hvdtrain.machine.quota import quota_of_rank, read_limits
 
 _SELF_TEST = """
 from hvdtrain.comm.selftest import check_collectives

@@ -7,9 +7,9 @@ import torch
 
 from hvdtrain.checkpoint import Weights
 from hvdtrain.comm.local_group import LocalGroup
-from hvdtrain.comm.session import threads_of_rank
 from hvdtrain.comm.world import World
 from hvdtrain.errors import ConfigError, say
+from hvdtrain.machine.cores import threads_of_rank
 from hvdtrain.models.decoder import Decoder
 from hvdtrain.options import Options, option
 from hvdtrain.run_folder import find_run, open_model

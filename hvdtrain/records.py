@@ -26,11 +26,11 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from hvdtrain.asking import answer_of
 from hvdtrain.comm.group import Group
 from hvdtrain.comm.world import World
 from hvdtrain.errors import HvdtrainError
 from hvdtrain.files import read_text, write
+from hvdtrain.machine.asking import answer_of
 from hvdtrain.metrics import git_state
 
 LIMIT_S = 2.0

@@ -16,7 +16,6 @@ from torch import nn
 
 from hvdtrain import checkpoint
 from hvdtrain.checkpoint import Progress
-from hvdtrain.comm.device import pick_device
 from hvdtrain.comm.group import Group
 from hvdtrain.comm.world import World
 from hvdtrain.config import RunConfig, make_config, parse_yaml
@@ -24,6 +23,7 @@ from hvdtrain.data.carried import Carried, read_carried
 from hvdtrain.data.corpora import Corpora, folders_of, open_corpora, open_folders
 from hvdtrain.errors import CheckpointError, ConfigError, DataError
 from hvdtrain.files import exists, read_text
+from hvdtrain.machine.device import pick_device
 from hvdtrain.tasks import make_task
 from hvdtrain.tasks.task import check_kind
 

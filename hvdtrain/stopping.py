@@ -19,10 +19,10 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from hvdtrain.asking import answer_of
 from hvdtrain.comm.ancestors import Launcher
 from hvdtrain.errors import ConfigError
 from hvdtrain.files import exists, seen
+from hvdtrain.machine.asking import answer_of
 from hvdtrain.options import Options, option
 
 if TYPE_CHECKING:

@@ -16,8 +16,6 @@ import torch
 from hvdtrain import checkpoint
 from hvdtrain.checkpoint import Progress
 from hvdtrain.claim import Claim
-from hvdtrain.comm.cores import take_cores
-from hvdtrain.comm.device import pick_device
 from hvdtrain.comm.group import Group
 from hvdtrain.comm.session import open_group
 from hvdtrain.comm.silence import other_hosts
@@ -29,10 +27,13 @@ from hvdtrain.data.loader import TrainLoader
 from hvdtrain.data.stream import read_through_note
 from hvdtrain.errors import EXIT_OK, EXIT_STOPPED_EARLY, crash_code, say
 from hvdtrain.files import read_text, troubles, write_text
-from hvdtrain.malloc import keep_freed_memory
+from hvdtrain.machine.cores import take_cores
+from hvdtrain.machine.device import pick_device
+from hvdtrain.machine.malloc import keep_freed_memory
+from hvdtrain.machine.matmul import use_fast_matmul, use_tf32
+from hvdtrain.machine.peaks import find_peak, worth_measuring
 from hvdtrain.meter import StepClock, memory_peak_mib
 from hvdtrain.metrics import Metrics, git_state, versions, write_summary
-from hvdtrain.models.cpu import use_fast_matmul
 from hvdtrain.models.recompute import use_recompute
 from hvdtrain.optim.ema import make_ema
 from hvdtrain.optim.optimizer import make_optimizer
@@ -40,9 +41,7 @@ from hvdtrain.optim.scaling import Scaled
 from hvdtrain.optim.schedules import learning_rate
 from hvdtrain.parallel.compiling import CompileClock, check_compiler
 from hvdtrain.parallel.plan import Plan
-from hvdtrain.parallel.precision import use_tf32
 from hvdtrain.parallel.replicas import ReplicaCheck, tensors_of
-from hvdtrain.peaks import find_peak, worth_measuring
 from hvdtrain.phases import Phases
 from hvdtrain.planner.shortage import memory_explained
 from hvdtrain.profiler import Profiler, parse_steps

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from launch import Prepared, prepare, succeed
 
-from hvdtrain.comm.cores import set_library_threads
+from hvdtrain.machine.cores import set_library_threads
 
 set_library_threads(os.environ)  # as the commands do, before a test loads torch
 

@@ -41,14 +41,14 @@ DATA_PREP_MAY = {
     "hvdtrain.comm.ancestors",
     "hvdtrain.data.shards",
     "hvdtrain.data.check",
-    "hvdtrain.comm.cores",
+    "hvdtrain.machine.cores",
     "hvdtrain.comm.ranks",
     "hvdtrain.comm.session",
     "hvdtrain.comm.terminal",
     "hvdtrain.comm.world",
     "hvdtrain.errors",
     "hvdtrain.files",
-    "hvdtrain.malloc",
+    "hvdtrain.machine.malloc",
 }
 
 

@@ -10,9 +10,9 @@ import pytest
 from pydantic import BaseModel
 
 from hvdtrain import records
-from hvdtrain.asking import answer_of
 from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.comm.world import World
+from hvdtrain.machine.asking import answer_of
 from hvdtrain.records import close_job, job_name, record_job, telling, without_secrets
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from launch import DATA_PREP, HVDTRAIN, Prepared, succeed
 
-from hvdtrain.comm.cores import LIBRARY_THREADS
 from hvdtrain.comm.horovod_group import KNOBS
+from hvdtrain.machine.cores import LIBRARY_THREADS
 
 ONEDNN_CACHES = {"LRU_CACHE_CAPACITY": "64", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
 OPEN_MPI = {"OMPI_MCA_mpi_yield_when_idle": "1"}

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 
 from hvdtrain.comm.abort import end_all_ranks
-from hvdtrain.comm.device import shares_gpus
 from hvdtrain.comm.gloo import check_own_address
 from hvdtrain.comm.group import Group, Pending
 from hvdtrain.comm.mpi import start_mpi
-from hvdtrain.comm.world import World, check_sizes
+from hvdtrain.comm.world import World, check_sizes, shares_gpus
 from hvdtrain.errors import LaunchError, OutputError, RankLostError
 
 # How Horovod shall work here. It reads these once, when it starts, which is before a recipe was read: ranks need it to

@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
-from hvdtrain.comm.cores import take_cores
 from hvdtrain.comm.mpi import LEAVE_S
 from hvdtrain.comm.ranks import OneRank, Ranks
 from hvdtrain.comm.world import World
@@ -151,12 +150,3 @@ def _show_stacks_of_crashes() -> None:
     if not faulthandler.is_enabled():
         with contextlib.suppress(OSError, ValueError, AttributeError):  # there may be no standard error
             faulthandler.enable(sys.__stderr__)
-
-
-def threads_of_rank(group: Ranks) -> int:
-    """Compute threads for this rank (collective): its share of the physical cores and the CPU quota open to it
-    and its neighbours.
-
-    OMP_NUM_THREADS, where set, is obeyed. A launcher that binds ranks to cores of their own is respected.
-    """
-    return take_cores(group, bind=False).threads

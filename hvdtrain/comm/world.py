@@ -208,3 +208,8 @@ def check_sizes(world: World, seen_size: int, library: str) -> None:
             "environment (`python -m hvdtrain doctor` names it), or rebuild with your MPI's mpicxx on the PATH",
             world.rank,
         )
+
+
+def shares_gpus() -> bool:
+    """Has the user said, to all ranks, that several may use one GPU? NCCL refuses that, so nothing goes through it."""
+    return os.environ.get("HVDTRAIN_SHARE_GPUS") == "1"

@@ -31,12 +31,6 @@ PRECISIONS = {
 }
 
 
-def use_tf32(allowed: bool) -> None:
-    """Let fp32 products on NVIDIA GPUs round their inputs to 10 bits of mantissa (Ampere and later), or not."""
-    torch.backends.cuda.matmul.allow_tf32 = allowed
-    torch.backends.cudnn.allow_tf32 = allowed
-
-
 class LossScale:
     """Dynamic loss scaling: halved after a step whose gradient overflowed, doubled after ``interval`` good ones.
 

@@ -12,7 +12,7 @@ from hvdtrain.data.corpora import open_corpora
 from hvdtrain.data.records import Records
 from hvdtrain.errors import ConfigError
 from hvdtrain.files import exists
-from hvdtrain.models.cpu import use_fast_matmul
+from hvdtrain.machine.matmul import use_fast_matmul
 from hvdtrain.planner.memory import CorpusFacts, Memory, Workload, check_ranks, memory, workload
 from hvdtrain.tasks import make_task
 

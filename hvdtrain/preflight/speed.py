@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from hvdtrain.comm.group import Group
-from hvdtrain.comm.session import threads_of_rank
+from hvdtrain.machine.cores import threads_of_rank
 from hvdtrain.preflight.findings import Look, slow
 
 _TRIES = 5

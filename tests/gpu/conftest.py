@@ -45,7 +45,7 @@ def device() -> torch.device:
 @pytest.fixture(autouse=True)
 def plain_fp32() -> Iterator[None]:
     """TF32 off, whatever the test before has left."""
-    from hvdtrain.parallel.precision import use_tf32
+    from hvdtrain.machine.matmul import use_tf32
 
     use_tf32(False)
     yield

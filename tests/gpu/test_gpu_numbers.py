@@ -11,6 +11,7 @@ import torch
 
 from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.data.batch import IGNORE, Batch
+from hvdtrain.machine.matmul import use_tf32
 from hvdtrain.models.decoder import Decoder
 from hvdtrain.models.recompute import RecomputeOptions, use_recompute
 from hvdtrain.models.transformer import TransformerOptions
@@ -18,7 +19,6 @@ from hvdtrain.optim.ema import EmaOptions, make_ema
 from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
 from hvdtrain.parallel.guard import GuardOptions
 from hvdtrain.parallel.plan import Plan, SyncOptions
-from hvdtrain.parallel.precision import use_tf32
 from hvdtrain.tasks.lm import LanguageModel, LanguageModelOptions
 
 CPU = torch.device("cpu")

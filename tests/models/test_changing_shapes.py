@@ -9,7 +9,7 @@ import pytest
 _CODE = """
 import os, torch
 from pathlib import Path
-from hvdtrain.models.cpu import use_fast_matmul
+from hvdtrain.machine.matmul import use_fast_matmul
 
 def resident_mib():
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
@@ -39,7 +39,7 @@ def test_a_process_does_not_grow():
 
 @pytest.mark.parametrize("limit", _LIMITS)
 def test_who_sets_the_limits_is_obeyed(limit: str, monkeypatch: pytest.MonkeyPatch):
-    from hvdtrain.models import cpu
+    from hvdtrain.machine import matmul as cpu
 
     env = {limit: "7"}
     monkeypatch.setattr(cpu.os, "environ", env)

@@ -9,11 +9,10 @@ from itertools import permutations
 import pytest
 import torch
 
-from hvdtrain.comm import cores as comm_cores
-from hvdtrain.comm import session
-from hvdtrain.comm.cores import Topology, take_cores
 from hvdtrain.comm.horovod_group import KNOBS, HorovodGroup
 from hvdtrain.errors import EXIT_BAD_DATA, EXIT_CRASH, EXIT_USAGE, ConfigError, DataError, RankError
+from hvdtrain.machine import cores
+from hvdtrain.machine.cores import Topology, take_cores
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.int32, torch.int64])
@@ -163,7 +162,7 @@ def cores_of(monkeypatch: pytest.MonkeyPatch):
     def believe(cores: set[int], host: str = "n0") -> None:
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
         monkeypatch.setattr(os, "sched_getaffinity", lambda pid: cores)
-        monkeypatch.setattr(comm_cores, "read_topology", Topology)  # each hardware thread a core
+        monkeypatch.setattr(cores, "read_topology", Topology)  # each hardware thread a core
         monkeypatch.setattr(socket, "gethostname", lambda: host)
 
     return believe
@@ -171,25 +170,25 @@ def cores_of(monkeypatch: pytest.MonkeyPatch):
 
 def test_ranks_of_a_node_share_its_cores(group: HorovodGroup, cores_of):
     cores_of(set(range(16)))
-    assert session.threads_of_rank(group) == 16 // group.size
+    assert cores.threads_of_rank(group) == 16 // group.size
     cores_of({0})
-    assert session.threads_of_rank(group) == 1  # crowded, but never none
+    assert cores.threads_of_rank(group) == 1  # crowded, but never none
 
 
 def test_ranks_with_cores_of_their_own_keep_them(group: HorovodGroup, cores_of):
     cores_of(set(range(8 * group.rank, 8 * group.rank + 8)))
-    assert session.threads_of_rank(group) == 8
+    assert cores.threads_of_rank(group) == 8
 
 
 def test_ranks_of_other_nodes_take_no_cores(group: HorovodGroup, cores_of):
     cores_of(set(range(16)), host=f"n{group.rank // 2}")
-    assert session.threads_of_rank(group) == 16 // min(2, group.size)
+    assert cores.threads_of_rank(group) == 16 // min(2, group.size)
 
 
 def test_omp_num_threads_is_obeyed(group: HorovodGroup, cores_of, monkeypatch: pytest.MonkeyPatch):
     cores_of(set(range(16)))
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert session.threads_of_rank(group) == 3
+    assert cores.threads_of_rank(group) == 3
 
 
 def test_each_rank_is_bound_to_cores_of_its_own(group: HorovodGroup, cores_of, monkeypatch: pytest.MonkeyPatch):
@@ -197,7 +196,7 @@ def test_each_rank_is_bound_to_cores_of_its_own(group: HorovodGroup, cores_of, m
     moved: list[set[int]] = []
     cores_of(set(range(8)))
     monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cpus: moved.append(set(cpus)))
-    for name in ("HVDTRAIN_BIND", *comm_cores.PLACED_BY_USER):
+    for name in ("HVDTRAIN_BIND", *cores.PLACED_BY_USER):
         monkeypatch.delenv(name, raising=False)
     found = take_cores(group, topology=Topology(node_of={cpu: cpu // 4 for cpu in range(8)}))
     if group.size == 1:

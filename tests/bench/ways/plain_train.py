@@ -79,7 +79,7 @@ def main(words: dict) -> None:
         rank, size = dist.get_rank(), dist.get_world_size()
         model = OwnModel(setup["sizes"], setup["vocabulary"])
         if words.get("own_matmul"):
-            from hvdtrain.models.cpu import use_fast_fp32
+            from hvdtrain.machine.matmul import use_fast_fp32
 
             use_fast_fp32()
         wrapped = nn.parallel.DistributedDataParallel(model)

@@ -17,8 +17,8 @@ from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hvdtrain.comm.quota import Quota, quota_of_rank, read_limits
 from hvdtrain.comm.ranks import Ranks
+from hvdtrain.machine.quota import Quota, quota_of_rank, read_limits
 
 # Anyone who set these has a plan for the threads of a process; moving the process would spoil it.
 PLACED_BY_USER = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
@@ -183,3 +183,12 @@ def show(numbers: Sequence[int] | set[int]) -> str:
         else:
             runs.append([number, number])
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def threads_of_rank(group: Ranks) -> int:
+    """Compute threads for this rank (collective): its share of the physical cores and the CPU quota open to it
+    and its neighbours.
+
+    OMP_NUM_THREADS, where set, is obeyed. A launcher that binds ranks to cores of their own is respected.
+    """
+    return take_cores(group, bind=False).threads

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from hvdtrain.comm.device import pick_device
 from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.comm.world import World
 from hvdtrain.errors import ConfigError
+from hvdtrain.machine.device import pick_device
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ import time
 import pytest
 import torch
 
-from hvdtrain import peaks
-from hvdtrain.peaks import device_peak, find_peak, measured_ceiling, worth_measuring
+from hvdtrain.machine import peaks
+from hvdtrain.machine.peaks import device_peak, find_peak, measured_ceiling, worth_measuring
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -81,7 +81,7 @@ def test_a_gpu_is_looked_up_and_said_once(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Wonder")
     peak = find_peak("auto", GPU, "bf16")
     assert peak.flops_per_s is None
-    assert peak.about == "MFU unknown: no bf16 peak of 'NVIDIA Wonder' in hvdtrain/peaks.py"
+    assert peak.about == "MFU unknown: no bf16 peak of 'NVIDIA Wonder' in hvdtrain/machine/peaks.py"
 
 
 def test_a_cpu_is_measured_only_where_asked(monkeypatch: pytest.MonkeyPatch):

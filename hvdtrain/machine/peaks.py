@@ -108,7 +108,7 @@ def device_peak(name: str, kind: str) -> float | None:
 def _look_up(name: str, kind: str) -> Peak:
     peak = device_peak(name, kind)
     if peak is None:
-        return Peak(None, f"MFU unknown: no {kind} peak of {name!r} in hvdtrain/peaks.py")
+        return Peak(None, f"MFU unknown: no {kind} peak of {name!r} in hvdtrain/machine/peaks.py")
     return Peak(peak, f"MFU against {peak / 1e12:,.1f} TFLOP/s, {name}, {kind} dense")
 
 

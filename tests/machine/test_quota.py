@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from launch import HVDTRAIN, Prepared, succeed, summary
 
-from hvdtrain.comm.quota import Limit, Quota, quota_of_rank, read_limits
+from hvdtrain.machine.quota import Limit, Quota, quota_of_rank, read_limits
 
 V1 = "35 30 0:32 {root} {mount} rw,nosuid shared:9 - cgroup cgroup rw,cpu,cpuacct"
 V2 = "41 31 0:38 {root} {mount} rw,relatime - cgroup2 cgroup2 rw,nsdelegate"

@@ -59,3 +59,9 @@ def _cpu_vendor() -> str:
     except OSError:
         return ""
     return next((line for line in lines if line.startswith("vendor_id")), "")
+
+
+def use_tf32(allowed: bool) -> None:
+    """Let fp32 products on NVIDIA GPUs round their inputs to 10 bits of mantissa (Ampere and later), or not."""
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from tiny import tiny_decoder
 
-from hvdtrain.models import cpu
+from hvdtrain.machine import matmul as cpu
 
 DEFAULT = "MKL" if torch.backends.mkl.is_available() else "torch"
 

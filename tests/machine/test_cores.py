@@ -7,11 +7,19 @@ from typing import Any
 
 import pytest
 
-from hvdtrain.comm import cores
-from hvdtrain.comm.cores import LIBRARY_THREADS, Topology, place, read_topology, set_library_threads, show, take_cores
 from hvdtrain.comm.local_group import LocalGroup
-from hvdtrain.comm.quota import Limit
-from hvdtrain.comm.session import threads_of_rank
+from hvdtrain.machine import cores
+from hvdtrain.machine.cores import (
+    LIBRARY_THREADS,
+    Topology,
+    place,
+    read_topology,
+    set_library_threads,
+    show,
+    take_cores,
+    threads_of_rank,
+)
+from hvdtrain.machine.quota import Limit
 
 
 def make_system(folder: Path, nodes: Mapping[int, str], siblings: Mapping[int, str]) -> Path:

@@ -1,11 +1,9 @@
 """Which device does this rank compute on?"""
 
-import os
-
 import torch
 
 from hvdtrain.comm.group import Group
-from hvdtrain.comm.world import World
+from hvdtrain.comm.world import World, shares_gpus
 from hvdtrain.errors import ConfigError
 
 
@@ -39,8 +37,3 @@ def pick_device(request: str, world: World, group: Group) -> tuple[torch.device,
         why = "HVDTRAIN_SHARE_GPUS=1" if shares_gpus() else "this Horovod was built without NCCL"
         notes.append(f"gradients travel through host memory ({group.backend}): {why}")
     return torch.device("cuda", number), notes
-
-
-def shares_gpus() -> bool:
-    """Has the user said, to all ranks, that several may use one GPU? NCCL refuses that, so nothing goes through it."""
-    return os.environ.get("HVDTRAIN_SHARE_GPUS") == "1"
