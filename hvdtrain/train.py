@@ -21,6 +21,7 @@ from hvdtrain.comm.session import open_group
 from hvdtrain.comm.silence import other_hosts
 from hvdtrain.comm.world import World
 from hvdtrain.config import RunConfig, dump_yaml, flatten, load_config
+from hvdtrain.cut.compiling import CompileClock, check_compiler
 from hvdtrain.data.carried import carry
 from hvdtrain.data.corpora import Corpora, check_corpora, open_corpora, stage
 from hvdtrain.data.loader import TrainLoader
@@ -39,7 +40,6 @@ from hvdtrain.optim.ema import make_ema
 from hvdtrain.optim.optimizer import make_optimizer
 from hvdtrain.optim.scaling import Scaled
 from hvdtrain.optim.schedules import learning_rate
-from hvdtrain.parallel.compiling import CompileClock, check_compiler
 from hvdtrain.parallel.plan import Plan
 from hvdtrain.parallel.replicas import ReplicaCheck, tensors_of
 from hvdtrain.phases import Phases

@@ -12,15 +12,15 @@ import torch
 from torch import nn
 
 from hvdtrain.comm.group import Group
+from hvdtrain.cut.compiling import compile_model, uncompiled
+from hvdtrain.cut.precision import PRECISIONS, LossScale
 from hvdtrain.data.batch import AnyBatch, Batch
 from hvdtrain.data.sampler import derive
 from hvdtrain.errors import DivergedError
 from hvdtrain.models.flops import training_flops
 from hvdtrain.options import Options, option
 from hvdtrain.parallel.allreduce import AllReduceOptions, AllReduceSync, StepSums
-from hvdtrain.parallel.compiling import compile_model, uncompiled
 from hvdtrain.parallel.guard import Guard, GuardOptions
-from hvdtrain.parallel.precision import PRECISIONS, LossScale
 from hvdtrain.tasks.task import Task
 
 SYNCS = {

@@ -31,6 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hvdtrain.config import RunConfig
+from hvdtrain.cut.precision import PRECISIONS
 from hvdtrain.data.batch import AnyBatch, Batch, LabelBatch, PairBatch
 from hvdtrain.data.loader import BUFFERS
 from hvdtrain.data.sampler import share_of
@@ -41,7 +42,6 @@ from hvdtrain.models.layers import Attention, CrossAttention
 from hvdtrain.models.recompute import Recomputed, use_recompute
 from hvdtrain.optim.optimizer import OptimOptions
 from hvdtrain.parallel.allreduce import AllReduceOptions
-from hvdtrain.parallel.precision import PRECISIONS
 from hvdtrain.tasks import make_task
 
 # Of a process that has taken its first steps with a model of no size: Python, torch and its kernels, numpy, HDF5.

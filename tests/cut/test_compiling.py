@@ -4,10 +4,10 @@ import pytest
 import torch
 from tiny import LateGroup, random_tokens, tiny_decoder
 
+from hvdtrain.cut.compiling import CompileClock, check_compiler
 from hvdtrain.data.batch import Batch
 from hvdtrain.errors import ConfigError
 from hvdtrain.parallel.allreduce import AllReduceOptions
-from hvdtrain.parallel.compiling import CompileClock, check_compiler
 from hvdtrain.parallel.plan import Plan, SyncOptions
 from hvdtrain.tasks.lm import LanguageModel
 

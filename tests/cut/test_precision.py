@@ -6,11 +6,11 @@ import pytest
 import torch
 from tiny import LateGroup, random_tokens, tiny_decoder
 
+from hvdtrain.cut.precision import PRECISIONS, LossScale
 from hvdtrain.data.batch import Batch
 from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
 from hvdtrain.parallel.allreduce import AllReduceOptions
 from hvdtrain.parallel.plan import Plan, SyncOptions
-from hvdtrain.parallel.precision import PRECISIONS, LossScale
 from hvdtrain.tasks.lm import LanguageModel
 
 
