@@ -27,9 +27,9 @@ from hvdtrain.files import again, exists, note, optional, write_json, write_text
 from hvdtrain.meter import Laps, StepTimes, memory_peak_mib
 from hvdtrain.optim.noise_scale import NoiseScale
 from hvdtrain.options import Options, option
-from hvdtrain.parallel.allreduce import StepSums
 from hvdtrain.parallel.guard import Guard
 from hvdtrain.profiler import parse_steps
+from hvdtrain.sync.allreduce import StepSums
 
 T = TypeVar("T")
 

@@ -41,7 +41,6 @@ from hvdtrain.optim.optimizer import make_optimizer
 from hvdtrain.optim.scaling import Scaled
 from hvdtrain.optim.schedules import learning_rate
 from hvdtrain.parallel.plan import Plan
-from hvdtrain.parallel.replicas import ReplicaCheck, tensors_of
 from hvdtrain.phases import Phases
 from hvdtrain.planner.shortage import memory_explained
 from hvdtrain.profiler import Profiler, parse_steps
@@ -50,6 +49,7 @@ from hvdtrain.resuming import find_start, moved_rate
 from hvdtrain.saving import Saver
 from hvdtrain.stopping import Stopping, StopSignals
 from hvdtrain.stragglers import Stragglers, own_seconds
+from hvdtrain.sync.replicas import ReplicaCheck, tensors_of
 from hvdtrain.tasks import make_task
 from hvdtrain.tasks.task import Evaluation, Training
 from hvdtrain.watchdog import Watchdog

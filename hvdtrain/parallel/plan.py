@@ -19,8 +19,8 @@ from hvdtrain.data.sampler import derive
 from hvdtrain.errors import DivergedError
 from hvdtrain.models.flops import training_flops
 from hvdtrain.options import Options, option
-from hvdtrain.parallel.allreduce import AllReduceOptions, AllReduceSync, StepSums
 from hvdtrain.parallel.guard import Guard, GuardOptions
+from hvdtrain.sync.allreduce import AllReduceOptions, AllReduceSync, StepSums
 from hvdtrain.tasks.task import Task
 
 SYNCS = {

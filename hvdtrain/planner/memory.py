@@ -41,7 +41,7 @@ from hvdtrain.models.flops import training_flops
 from hvdtrain.models.layers import Attention, CrossAttention
 from hvdtrain.models.recompute import Recomputed, use_recompute
 from hvdtrain.optim.optimizer import OptimOptions
-from hvdtrain.parallel.allreduce import AllReduceOptions
+from hvdtrain.sync.allreduce import AllReduceOptions
 from hvdtrain.tasks import make_task
 
 # Of a process that has taken its first steps with a model of no size: Python, torch and its kernels, numpy, HDF5.

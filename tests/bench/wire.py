@@ -22,7 +22,7 @@ def measure(forms: list[str]) -> None:
 
     from hvdtrain.comm.session import open_group
     from hvdtrain.comm.world import detect_world
-    from hvdtrain.parallel.wire import make_wire
+    from hvdtrain.sync.wire import make_wire
 
     torch.set_num_threads(1)
     with open_group(detect_world()) as group:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from hvdtrain.comm.session import open_group
 from hvdtrain.comm.world import detect_world
-from hvdtrain.parallel.wire import make_wire
+from hvdtrain.sync.wire import make_wire
 with open_group(detect_world(), timeline=True) as group:
     torch.ones(1)
     group.all_reduce_sum(torch.ones(5), "before")

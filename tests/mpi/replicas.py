@@ -12,8 +12,8 @@ from hvdtrain.comm.group import Group
 from hvdtrain.data.batch import IGNORE, Batch
 from hvdtrain.data.sampler import even_parts
 from hvdtrain.models.decoder import Decoder
-from hvdtrain.parallel.allreduce import AllReduceOptions
 from hvdtrain.parallel.plan import Plan, SyncOptions
+from hvdtrain.sync.allreduce import AllReduceOptions
 from hvdtrain.tasks.lm import LanguageModel
 
 ROWS, CONTEXT, VOCAB = 12, 8, 50

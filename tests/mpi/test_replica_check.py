@@ -9,7 +9,7 @@ from hvdtrain.comm.horovod_group import HorovodGroup
 from hvdtrain.errors import ReplicaError
 from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
 from hvdtrain.parallel.plan import Plan
-from hvdtrain.parallel.replicas import ReplicaCheck, tensors_of
+from hvdtrain.sync.replicas import ReplicaCheck, tensors_of
 from hvdtrain.tasks.lm import LanguageModel
 
 

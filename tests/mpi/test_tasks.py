@@ -20,8 +20,8 @@ from hvdtrain.data.corpora import DataOptions, open_corpora
 from hvdtrain.data.loader import Feed, TrainLoader
 from hvdtrain.models.transformer import TransformerOptions
 from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
-from hvdtrain.parallel.allreduce import StepSums
 from hvdtrain.parallel.plan import Plan
+from hvdtrain.sync.allreduce import StepSums
 from hvdtrain.tasks import TaskOptions, make_task
 
 TASK_OF = {"pairs": "seq2seq", "labels": "classify"}

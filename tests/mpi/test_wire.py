@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hvdtrain.comm.horovod_group import HorovodGroup
-from hvdtrain.parallel.wire import FORMS, make_wire
+from hvdtrain.sync.wire import FORMS, make_wire
 
 UNIT = {"fp32": 2.0**-24, "bf16": 2.0**-8, "fp16": 2.0**-11}
 LENGTHS = [1, 2, 3, 5, 64, 1001, 65_537, 1 << 20]

@@ -20,8 +20,6 @@ from hvdtrain.errors import ConfigError
 from hvdtrain.models import losses
 from hvdtrain.models.flops import decoder_flops
 from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
-from hvdtrain.parallel.allreduce import AllReduceOptions, AllReduceSync
-from hvdtrain.parallel.wire import FORMS, _Exchange, _TwoPhases
 from hvdtrain.planner import memory as module
 from hvdtrain.planner.memory import (
     CorpusFacts,
@@ -33,6 +31,8 @@ from hvdtrain.planner.memory import (
     wire_bytes,
     workload,
 )
+from hvdtrain.sync.allreduce import AllReduceOptions, AllReduceSync
+from hvdtrain.sync.wire import FORMS, _Exchange, _TwoPhases
 
 FACTS = CorpusFacts(vocab_size=50, classes=3)
 SIZES = {"layers": 2, "heads": 4, "width": 32, "context": 24}

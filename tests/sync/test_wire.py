@@ -17,8 +17,8 @@ from launch import succeed
 from hvdtrain.comm.group import Group, Pending
 from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.comm.ranks import OneRank
-from hvdtrain.parallel import wire as wires
-from hvdtrain.parallel.wire import FORMS, make_wire
+from hvdtrain.sync import wire as wires
+from hvdtrain.sync.wire import FORMS, make_wire
 
 UNIT = {"bf16": 2.0**-8, "fp16": 2.0**-11}
 NAMES = sorted(UNIT)
@@ -318,7 +318,7 @@ _GLOO = """
 import random, torch
 from hvdtrain.comm.horovod_group import HorovodGroup
 from hvdtrain.comm.world import detect_world
-from hvdtrain.parallel.wire import make_wire
+from hvdtrain.sync.wire import make_wire
 group = HorovodGroup(detect_world())
 assert group.backend == "gloo"
 buckets = {n: [torch.randn(n, generator=torch.Generator().manual_seed(100 * n + r)) for r in range(2)]

@@ -20,7 +20,7 @@ from torch import nn
 
 from hvdtrain.comm.group import Group, Pending
 from hvdtrain.options import Options, option
-from hvdtrain.parallel.wire import make_wire
+from hvdtrain.sync.wire import make_wire
 
 
 class AllReduceOptions(Options):

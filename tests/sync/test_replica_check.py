@@ -12,8 +12,8 @@ from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.comm.ranks import OneRank
 from hvdtrain.errors import ReplicaError
 from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
-from hvdtrain.parallel import replicas
-from hvdtrain.parallel.replicas import ReplicaCheck, difference, tensors_of
+from hvdtrain.sync import replicas
+from hvdtrain.sync.replicas import ReplicaCheck, difference, tensors_of
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 TYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.bool]

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hvdtrain.data.batch import IGNORE, Batch
 from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
-from hvdtrain.parallel.allreduce import AllReduceOptions, AllReduceSync, StepSums, _fill_buckets
+from hvdtrain.sync.allreduce import AllReduceOptions, AllReduceSync, StepSums, _fill_buckets
 from hvdtrain.tasks.lm import LanguageModel
 
 EACH_ITS_OWN, SOME, ONE = 1e-6, 2e-3, 16.0  # MiB; the tiny decoder has 15 KiB of gradients
