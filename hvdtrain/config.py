@@ -29,11 +29,11 @@ from hvdtrain.metrics import MetricsOptions
 from hvdtrain.models.recompute import RecomputeOptions
 from hvdtrain.models.transformer import TransformerOptions
 from hvdtrain.optim.ema import EmaOptions
+from hvdtrain.optim.guard import GuardOptions
 from hvdtrain.optim.optimizer import OptimOptions
 from hvdtrain.optim.scaling import Scaled, ScalingOptions, scale, update_size
 from hvdtrain.optim.schedules import Length, ScheduleOptions, check_schedule
 from hvdtrain.options import Options, option
-from hvdtrain.parallel.guard import GuardOptions
 from hvdtrain.parallel.plan import SyncOptions
 from hvdtrain.stopping import StopOptions
 from hvdtrain.tasks import TaskOptions

@@ -25,9 +25,9 @@ from hvdtrain.bar import Bar, is_for_people
 from hvdtrain.errors import DivergedError, OutputError, give_up_output
 from hvdtrain.files import again, exists, note, optional, write_json, write_text
 from hvdtrain.meter import Laps, StepTimes, memory_peak_mib
+from hvdtrain.optim.guard import Guard
 from hvdtrain.optim.noise_scale import NoiseScale
 from hvdtrain.options import Options, option
-from hvdtrain.parallel.guard import Guard
 from hvdtrain.profiler import parse_steps
 from hvdtrain.sync.allreduce import StepSums
 

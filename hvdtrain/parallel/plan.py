@@ -18,8 +18,8 @@ from hvdtrain.data.batch import AnyBatch, Batch
 from hvdtrain.data.sampler import derive
 from hvdtrain.errors import DivergedError
 from hvdtrain.models.flops import training_flops
+from hvdtrain.optim.guard import Guard, GuardOptions
 from hvdtrain.options import Options, option
-from hvdtrain.parallel.guard import Guard, GuardOptions
 from hvdtrain.sync.allreduce import AllReduceOptions, AllReduceSync, StepSums
 from hvdtrain.tasks.task import Task
 

@@ -16,8 +16,8 @@ from hvdtrain.models.decoder import Decoder
 from hvdtrain.models.recompute import RecomputeOptions, use_recompute
 from hvdtrain.models.transformer import TransformerOptions
 from hvdtrain.optim.ema import EmaOptions, make_ema
+from hvdtrain.optim.guard import GuardOptions
 from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
-from hvdtrain.parallel.guard import GuardOptions
 from hvdtrain.parallel.plan import Plan, SyncOptions
 from hvdtrain.tasks.lm import LanguageModel, LanguageModelOptions
 

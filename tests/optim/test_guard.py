@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hvdtrain.errors import DivergedError
-from hvdtrain.parallel.guard import Guard, GuardOptions
+from hvdtrain.optim.guard import Guard, GuardOptions
 
 
 def _guard(**settings: float) -> Guard:
