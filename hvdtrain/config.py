@@ -23,6 +23,7 @@ from hvdtrain.checkpoint import CheckpointOptions
 from hvdtrain.data.corpora import DataOptions
 from hvdtrain.data.loader import Feed
 from hvdtrain.data.ramp import Ramp
+from hvdtrain.engine import SyncOptions
 from hvdtrain.errors import ConfigError
 from hvdtrain.files import read_text
 from hvdtrain.metrics import MetricsOptions
@@ -34,7 +35,6 @@ from hvdtrain.optim.optimizer import OptimOptions
 from hvdtrain.optim.scaling import Scaled, ScalingOptions, scale, update_size
 from hvdtrain.optim.schedules import Length, ScheduleOptions, check_schedule
 from hvdtrain.options import Options, option
-from hvdtrain.parallel.plan import SyncOptions
 from hvdtrain.stopping import StopOptions
 from hvdtrain.tasks import TaskOptions
 from hvdtrain.watchdog import WatchdogOptions

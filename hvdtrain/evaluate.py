@@ -10,9 +10,9 @@ from hvdtrain.bar import evaluating
 from hvdtrain.checkpoint import Weights
 from hvdtrain.comm.session import open_group
 from hvdtrain.comm.world import World
+from hvdtrain.engine import Plan
 from hvdtrain.machine.cores import threads_of_rank
 from hvdtrain.machine.matmul import use_fast_matmul
-from hvdtrain.parallel.plan import Plan
 from hvdtrain.run_folder import find_run, open_data, open_model
 from hvdtrain.tasks import make_task
 from hvdtrain.tasks.task import Evaluation

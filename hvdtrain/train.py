@@ -26,6 +26,7 @@ from hvdtrain.data.carried import carry
 from hvdtrain.data.corpora import Corpora, check_corpora, open_corpora, stage
 from hvdtrain.data.loader import TrainLoader
 from hvdtrain.data.stream import read_through_note
+from hvdtrain.engine import Plan
 from hvdtrain.errors import EXIT_OK, EXIT_STOPPED_EARLY, crash_code, say
 from hvdtrain.files import read_text, troubles, write_text
 from hvdtrain.machine.cores import take_cores
@@ -40,7 +41,6 @@ from hvdtrain.optim.ema import make_ema
 from hvdtrain.optim.optimizer import make_optimizer
 from hvdtrain.optim.scaling import Scaled
 from hvdtrain.optim.schedules import learning_rate
-from hvdtrain.parallel.plan import Plan
 from hvdtrain.phases import Phases
 from hvdtrain.planner.shortage import memory_explained
 from hvdtrain.profiler import Profiler, parse_steps

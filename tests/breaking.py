@@ -48,7 +48,7 @@ place = {place!r}
 if "config." in place:
     from hvdtrain import config
 if "Plan." in place:
-    from hvdtrain.parallel.plan import Plan
+    from hvdtrain.engine import Plan
 if "TrainLoader." in place:
     from hvdtrain.data.loader import TrainLoader
 exec(place)

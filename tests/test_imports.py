@@ -123,7 +123,7 @@ def test_there_is_no_cycle():
         ("hvdtrain.evaluate", "from hvdtrain.train import train", True),
         ("hvdtrain.metrics", "from hvdtrain.checkpoint import save", True),
         ("hvdtrain.data.shards", "import data_prep", True),
-        ("hvdtrain.parallel.plan", "import horovod.torch as hvd", True),
+        ("hvdtrain.engine", "import horovod.torch as hvd", True),
         ("hvdtrain.comm.mpi_group", "from mpi4py import MPI", False),
         ("data_prep.text", "from mpi4py import MPI", True),
         ("data_prep.text", "from hvdtrain.data import shards", False),

@@ -44,7 +44,7 @@ _TROUBLE = """
 import os, signal, sys
 from hvdtrain import __main__
 from hvdtrain.errors import OutputError
-from hvdtrain.parallel.plan import Plan
+from hvdtrain.engine import Plan
 forward_backward = Plan.forward_backward
 def troubled(plan, microbatches, task, step):
     if step == 5 and plan.group.rank == 1:

@@ -53,7 +53,7 @@ def note(plan, name):
     )
     path.with_name(f".{path}").rename(path)
 if elastic.in_round():
-    from hvdtrain.parallel.plan import Plan
+    from hvdtrain.engine import Plan
     from hvdtrain.stopping import Stopping
     forward_backward, check_finite, asked = Plan.forward_backward, Plan.check_finite, Stopping.asked
     now = []

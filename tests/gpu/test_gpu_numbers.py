@@ -11,6 +11,7 @@ import torch
 
 from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.data.batch import IGNORE, Batch
+from hvdtrain.engine import Plan, SyncOptions
 from hvdtrain.machine.matmul import use_tf32
 from hvdtrain.models.decoder import Decoder
 from hvdtrain.models.recompute import RecomputeOptions, use_recompute
@@ -18,7 +19,6 @@ from hvdtrain.models.transformer import TransformerOptions
 from hvdtrain.optim.ema import EmaOptions, make_ema
 from hvdtrain.optim.guard import GuardOptions
 from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
-from hvdtrain.parallel.plan import Plan, SyncOptions
 from hvdtrain.tasks.lm import LanguageModel, LanguageModelOptions
 
 CPU = torch.device("cpu")

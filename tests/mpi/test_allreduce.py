@@ -23,8 +23,8 @@ from torch import nn
 
 from hvdtrain.comm.horovod_group import HorovodGroup
 from hvdtrain.data.batch import IGNORE, Batch
+from hvdtrain.engine import Plan
 from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
-from hvdtrain.parallel.plan import Plan
 from hvdtrain.tasks.lm import LanguageModel
 from hvdtrain.tasks.task import LossSum
 

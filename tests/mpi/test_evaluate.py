@@ -12,7 +12,7 @@ from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.data.shards import read_manifest
 from hvdtrain.data.stream import TokenStream
 from hvdtrain.data.windows import eval_windows
-from hvdtrain.parallel.plan import Plan
+from hvdtrain.engine import Plan
 from hvdtrain.tasks.lm import LanguageModel
 
 CONTEXT = 8

@@ -9,9 +9,9 @@ from replicas import global_batch, share, sync_options
 from tiny import tiny_decoder
 
 from hvdtrain.comm.horovod_group import HorovodGroup
+from hvdtrain.engine import Plan
 from hvdtrain.optim.guard import GuardOptions
 from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
-from hvdtrain.parallel.plan import Plan
 from hvdtrain.tasks.lm import LanguageModel
 from hvdtrain.tasks.task import LossSum
 

@@ -6,7 +6,7 @@ from replicas import global_batch, share, sync_options
 from tiny import tiny_decoder
 
 from hvdtrain.comm.horovod_group import HorovodGroup
-from hvdtrain.parallel.plan import Plan
+from hvdtrain.engine import Plan
 from hvdtrain.tasks.lm import LanguageModel
 
 TASK = LanguageModel()

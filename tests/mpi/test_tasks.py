@@ -18,9 +18,9 @@ from hvdtrain.comm.horovod_group import HorovodGroup
 from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.data.corpora import DataOptions, open_corpora
 from hvdtrain.data.loader import Feed, TrainLoader
+from hvdtrain.engine import Plan
 from hvdtrain.models.transformer import TransformerOptions
 from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
-from hvdtrain.parallel.plan import Plan
 from hvdtrain.sync.allreduce import StepSums
 from hvdtrain.tasks import TaskOptions, make_task
 
