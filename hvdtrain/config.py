@@ -19,7 +19,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticUndefined
 
-from hvdtrain.checkpoint import CheckpointOptions
+from hvdtrain.checkpoint.writer import CheckpointOptions
 from hvdtrain.data.corpora import DataOptions
 from hvdtrain.data.loader import Feed
 from hvdtrain.data.ramp import Ramp

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from hvdtrain.bar import evaluating
-from hvdtrain.checkpoint import Weights
+from hvdtrain.checkpoint.writer import Weights
 from hvdtrain.comm.session import open_group
 from hvdtrain.comm.world import World
 from hvdtrain.engine import Plan

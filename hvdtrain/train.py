@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 
-from hvdtrain import checkpoint
-from hvdtrain.checkpoint import Progress
+from hvdtrain.checkpoint.saver import Saver
+from hvdtrain.checkpoint.start import find_start, moved_rate
+from hvdtrain.checkpoint.writer import Progress
+from hvdtrain.checkpoint.writer import writer as checkpoint
 from hvdtrain.claim import Claim
 from hvdtrain.comm.group import Group
 from hvdtrain.comm.session import open_group
@@ -45,8 +47,6 @@ from hvdtrain.phases import Phases
 from hvdtrain.planner.shortage import memory_explained
 from hvdtrain.profiler import Profiler, parse_steps
 from hvdtrain.records import close_job, record_job
-from hvdtrain.resuming import find_start, moved_rate
-from hvdtrain.saving import Saver
 from hvdtrain.stopping import Stopping, StopSignals
 from hvdtrain.stragglers import Stragglers, own_seconds
 from hvdtrain.sync.replicas import ReplicaCheck, tensors_of

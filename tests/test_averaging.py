@@ -11,9 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvdtrain import averaging, checkpoint
+from hvdtrain import averaging
 from hvdtrain.averaging import average, mean_tensors
-from hvdtrain.checkpoint import CheckpointOptions, Progress, folder_of, newest_valid, read_progress, read_tensors
+from hvdtrain.checkpoint.writer import CheckpointOptions, Progress, folder_of, newest_valid, read_progress, read_tensors
+from hvdtrain.checkpoint.writer import writer as checkpoint
 from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.comm.world import World
 from hvdtrain.config import RunConfig, dump_yaml
@@ -213,7 +214,7 @@ def no_space(*_args, **_named) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-FAILURES = ("hvdtrain.checkpoint.save_file", "pathlib.Path.write_text", "pathlib.Path.mkdir", "shutil.copyfile")
+FAILURES = ("hvdtrain.checkpoint.writer.save_file", "pathlib.Path.write_text", "pathlib.Path.mkdir", "shutil.copyfile")
 
 
 @pytest.mark.parametrize("what", FAILURES)

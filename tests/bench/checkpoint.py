@@ -27,7 +27,8 @@ def measure(folder: Path, threads: int, device: str, sizes: dict, vocabulary: in
     """On each rank: seconds of every window of steps and of what the saver took of it; rank 0 prints them."""
     import torch
 
-    from hvdtrain.checkpoint import CheckpointOptions, Progress
+    from hvdtrain.checkpoint.saver import Saver
+    from hvdtrain.checkpoint.writer import CheckpointOptions, Progress
     from hvdtrain.comm.session import open_group
     from hvdtrain.comm.world import detect_world
     from hvdtrain.data.batch import Batch
@@ -35,7 +36,6 @@ def measure(folder: Path, threads: int, device: str, sizes: dict, vocabulary: in
     from hvdtrain.models.decoder import Decoder
     from hvdtrain.models.transformer import TransformerOptions
     from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
-    from hvdtrain.saving import Saver
     from hvdtrain.tasks.lm import LanguageModel
 
     with open_group(detect_world()) as group:

@@ -8,7 +8,7 @@ import pytest
 from chaos import KINDS, STEPS, Fault, Record, Trial, run_trial, unbroken
 from launch import Prepared
 
-from hvdtrain.retention import folder_of, partial_of
+from hvdtrain.checkpoint.retention import folder_of, partial_of
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,12 @@ import pytest
 import torch
 from tiny import tiny_decoder
 
-from hvdtrain import checkpoint
-from hvdtrain.checkpoint import CheckpointOptions, Progress, folder_of
+from hvdtrain.checkpoint.saver import Saver
+from hvdtrain.checkpoint.writer import CheckpointOptions, Progress, folder_of
+from hvdtrain.checkpoint.writer import writer as checkpoint
 from hvdtrain.comm.horovod_group import HorovodGroup
 from hvdtrain.errors import EXIT_IO, DivergedError, RankError
 from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
-from hvdtrain.saving import Saver
 
 LIMIT_S = 60
 

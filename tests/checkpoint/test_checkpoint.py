@@ -11,8 +11,9 @@ from safetensors import safe_open
 from tiny import CPU, random_tokens, stream_of, tiny_decoder
 from torch import nn
 
-from hvdtrain import checkpoint
-from hvdtrain.checkpoint import CheckpointOptions, Progress, folder_of, newest_valid, read_progress, steps_saved
+from hvdtrain.checkpoint.manifest import _WHERE_SET
+from hvdtrain.checkpoint.writer import CheckpointOptions, Progress, folder_of, newest_valid, read_progress, steps_saved
+from hvdtrain.checkpoint.writer import writer as checkpoint
 from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.data.loader import Feed, TrainLoader
 from hvdtrain.data.sampler import WindowSampler
@@ -21,7 +22,6 @@ from hvdtrain.data.stream import TokenStream
 from hvdtrain.data.windows import WindowSource
 from hvdtrain.engine import Plan, SyncOptions
 from hvdtrain.errors import CheckpointError, RankError
-from hvdtrain.manifest import _WHERE_SET
 from hvdtrain.optim.ema import Ema, EmaOptions
 from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
 from hvdtrain.tasks.lm import LanguageModel

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from launch import Prepared, launch_rows, summary
 
+from hvdtrain.checkpoint.manifest import Progress
+from hvdtrain.checkpoint.start import moved_rate
 from hvdtrain.data.shards import fields_sha256
-from hvdtrain.manifest import Progress
 from hvdtrain.optim.schedules import ScheduleOptions
-from hvdtrain.resuming import moved_rate
 
 COSINE = ScheduleOptions(name="cosine", warmup_steps=0)
 AT_500 = Progress(step=500, run_steps=1000)

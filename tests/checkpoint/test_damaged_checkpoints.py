@@ -17,15 +17,16 @@ from safetensors import SafetensorError
 from tiny import tiny_decoder
 from torch import nn
 
-from hvdtrain import checkpoint, files
-from hvdtrain.checkpoint import CheckpointOptions, Progress, folder_of, newest_valid, read_progress, steps_saved
+from hvdtrain import files
+from hvdtrain.checkpoint.start import find_start
+from hvdtrain.checkpoint.writer import CheckpointOptions, Progress, folder_of, newest_valid, read_progress, steps_saved
+from hvdtrain.checkpoint.writer import writer as checkpoint
 from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.config import RunConfig
 from hvdtrain.data.shards import fields_sha256
 from hvdtrain.errors import EXIT_IO, CheckpointError, OutputError, RankError
 from hvdtrain.optim.ema import Ema, EmaOptions
 from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
-from hvdtrain.resuming import find_start
 
 GROUP = LocalGroup()
 PART = "part-00000-of-00001.safetensors"
@@ -253,7 +254,7 @@ def test_a_file_system_that_does_not_answer_is_no_damage(run_dir: Path, monkeypa
 
     monkeypatch.setattr(files, "sleep", lambda seconds: None)
     place = {
-        "part": "hvdtrain.checkpoint.file_sha256",
+        "part": "hvdtrain.checkpoint.writer.file_sha256",
         "manifest": "pathlib.Path.read_text",
         "folder": "os.listdir",
     }
@@ -298,12 +299,12 @@ def half_a_file(_tensors, path: Path) -> None:
 
 
 FAILURES = {
-    "part": ("hvdtrain.checkpoint.save_file", no_space),
-    "part, halfway": ("hvdtrain.checkpoint.save_file", half_a_file),
-    "part, in safetensors": ("hvdtrain.checkpoint.save_file", no_space_in_rust),
-    "digest": ("hvdtrain.checkpoint.file_sha256", no_space),
+    "part": ("hvdtrain.checkpoint.writer.save_file", no_space),
+    "part, halfway": ("hvdtrain.checkpoint.writer.save_file", half_a_file),
+    "part, in safetensors": ("hvdtrain.checkpoint.writer.save_file", no_space_in_rust),
+    "digest": ("hvdtrain.checkpoint.writer.file_sha256", no_space),
     "manifest": ("pathlib.Path.write_text", no_space),
-    "flush": ("hvdtrain.checkpoint.sync_folder", no_space),
+    "flush": ("hvdtrain.checkpoint.writer.sync_folder", no_space),
     "folder": ("pathlib.Path.mkdir", no_space),
 }
 

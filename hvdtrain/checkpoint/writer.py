@@ -22,14 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from hvdtrain.comm.group import Group
-from hvdtrain.data.shards import fields_sha256, file_sha256
-from hvdtrain.errors import CheckpointError, ConfigError, OutputError
-from hvdtrain.files import again, is_there, listed, move_folder, optional, sync_folder, write_json
-from hvdtrain.manifest import Part, Progress, cannot_read, check_is_file, fields_of, part_name, read_manifest
-from hvdtrain.optim.ema import Ema
-from hvdtrain.options import Options, option
-from hvdtrain.retention import (
+from hvdtrain.checkpoint.manifest import Part, Progress, cannot_read, check_is_file, fields_of, part_name, read_manifest
+from hvdtrain.checkpoint.retention import (
     drop_old,
     folder_of,
     free_name,
@@ -41,7 +35,13 @@ from hvdtrain.retention import (
     step_of,
     steps_saved,
 )
-from hvdtrain.retention import set_aside as set_aside  # callers know checkpoints by this module alone
+from hvdtrain.checkpoint.retention import set_aside as set_aside  # callers know checkpoints by this module alone
+from hvdtrain.comm.group import Group
+from hvdtrain.data.shards import fields_sha256, file_sha256
+from hvdtrain.errors import CheckpointError, ConfigError, OutputError
+from hvdtrain.files import again, is_there, listed, move_folder, optional, sync_folder, write_json
+from hvdtrain.optim.ema import Ema
+from hvdtrain.options import Options, option
 
 Weights = Literal["raw", "ema"]  # of the last step; averaged over the last steps
 _NOT_YET = (errno.ENOENT,)  # NFS shows what another node has just made a little later

@@ -23,12 +23,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from hvdtrain import checkpoint
-from hvdtrain.checkpoint import CheckpointOptions, Part, Progress
+from hvdtrain.checkpoint.retention import folder_of, partial_of, remove, remove_left_over
+from hvdtrain.checkpoint.writer import CheckpointOptions, Part, Progress
+from hvdtrain.checkpoint.writer import writer as checkpoint
 from hvdtrain.comm.group import Group, Pending
 from hvdtrain.errors import EXIT_IO, HvdtrainError, RankError, say
 from hvdtrain.optim.ema import Ema
-from hvdtrain.retention import folder_of, partial_of, remove, remove_left_over
 
 _FIRST = 500  # steps to the first checkpoint, where `every` says nothing and the next ones come by measurement
 
@@ -163,7 +163,7 @@ class Saver(AbstractContextManager):
             work = self._save.work
             ended = work.done()
             told = torch.tensor([ended, ended and work.exception() is not None], dtype=torch.int64)
-            self._told = told, self._group.all_reduce_sum_async(told, "hvdtrain.saving")
+            self._told = told, self._group.all_reduce_sum_async(told, "hvdtrain.checkpoint.saver")
         self.blocked_s += time.monotonic() - began_s
         return lines
 

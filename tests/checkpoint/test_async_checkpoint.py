@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from launch import snapshot
 from tiny import tiny_decoder
 
-from hvdtrain import checkpoint
-from hvdtrain.checkpoint import CheckpointOptions, Progress, newest_valid, steps_saved
+from hvdtrain.checkpoint.saver import Saver, interval_steps
+from hvdtrain.checkpoint.writer import CheckpointOptions, Progress, newest_valid, steps_saved
+from hvdtrain.checkpoint.writer import writer as checkpoint
 from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.errors import EXIT_CRASH, EXIT_IO, DivergedError, RankError
 from hvdtrain.optim.ema import Ema, EmaOptions
 from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
-from hvdtrain.saving import Saver, interval_steps
 
 GROUP = LocalGroup()
 ASYNC = CheckpointOptions(asynchronous=True, keep_last=0)
@@ -297,7 +297,7 @@ def test_due_every_so_many_steps(tmp_path: Path):
 def test_due_as_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asynchronous: bool):
     """The first as ``every`` says, the next by what saving and a step took on rank 0."""
     clock = [0.0]
-    monkeypatch.setattr("hvdtrain.saving.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("hvdtrain.checkpoint.saver.time.monotonic", lambda: clock[0])
 
     def slow(*args, **named):
         clock[0] += 5.0
