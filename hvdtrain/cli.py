@@ -197,7 +197,7 @@ def _parse_with_settings(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _train(words: argparse.Namespace, world: World) -> int:
-    from hvdtrain.stopping import StopSignals
+    from hvdtrain.watch.stopping import StopSignals
 
     if words.elastic:
         from hvdtrain import elastic

@@ -26,7 +26,6 @@ from hvdtrain.data.ramp import Ramp
 from hvdtrain.engine import SyncOptions
 from hvdtrain.errors import ConfigError
 from hvdtrain.files import read_text
-from hvdtrain.metrics import MetricsOptions
 from hvdtrain.models.recompute import RecomputeOptions
 from hvdtrain.models.transformer import TransformerOptions
 from hvdtrain.optim.ema import EmaOptions
@@ -35,9 +34,10 @@ from hvdtrain.optim.optimizer import OptimOptions
 from hvdtrain.optim.scaling import Scaled, ScalingOptions, scale, update_size
 from hvdtrain.optim.schedules import Length, ScheduleOptions, check_schedule
 from hvdtrain.options import Options, option
-from hvdtrain.stopping import StopOptions
 from hvdtrain.tasks import TaskOptions
-from hvdtrain.watchdog import WatchdogOptions
+from hvdtrain.watch.metrics import MetricsOptions
+from hvdtrain.watch.stopping import StopOptions
+from hvdtrain.watch.watchdog import WatchdogOptions
 
 
 class TrainOptions(Options):

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from hvdtrain.bar import evaluating
 from hvdtrain.checkpoint.writer import Weights
 from hvdtrain.comm.session import open_group
 from hvdtrain.comm.world import World
@@ -16,6 +15,7 @@ from hvdtrain.machine.matmul import use_fast_matmul
 from hvdtrain.run_folder import find_run, open_data, open_model
 from hvdtrain.tasks import make_task
 from hvdtrain.tasks.task import Evaluation
+from hvdtrain.watch.bar import evaluating
 
 
 def evaluate(

@@ -8,8 +8,8 @@ from typing import Any
 from hvdtrain.checkpoint.writer import writer as checkpoint
 from hvdtrain.errors import CheckpointError, OutputError
 from hvdtrain.files import again, make_folder, read_text, seen
-from hvdtrain.metrics import read_log
 from hvdtrain.optim.noise_scale import advice
+from hvdtrain.watch.metrics import read_log
 
 
 def report(run_dirs: list[Path], out: Path | None) -> str:

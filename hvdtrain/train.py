@@ -36,23 +36,23 @@ from hvdtrain.machine.device import pick_device
 from hvdtrain.machine.malloc import keep_freed_memory
 from hvdtrain.machine.matmul import use_fast_matmul, use_tf32
 from hvdtrain.machine.peaks import find_peak, worth_measuring
-from hvdtrain.meter import StepClock, memory_peak_mib
-from hvdtrain.metrics import Metrics, git_state, versions, write_summary
 from hvdtrain.models.recompute import use_recompute
 from hvdtrain.optim.ema import make_ema
 from hvdtrain.optim.optimizer import make_optimizer
 from hvdtrain.optim.scaling import Scaled
 from hvdtrain.optim.schedules import learning_rate
-from hvdtrain.phases import Phases
 from hvdtrain.planner.shortage import memory_explained
-from hvdtrain.profiler import Profiler, parse_steps
 from hvdtrain.records import close_job, record_job
-from hvdtrain.stopping import Stopping, StopSignals
-from hvdtrain.stragglers import Stragglers, own_seconds
 from hvdtrain.sync.replicas import ReplicaCheck, tensors_of
 from hvdtrain.tasks import make_task
 from hvdtrain.tasks.task import Evaluation, Training
-from hvdtrain.watchdog import Watchdog
+from hvdtrain.watch.meter import StepClock, memory_peak_mib
+from hvdtrain.watch.metrics import Metrics, git_state, versions, write_summary
+from hvdtrain.watch.phases import Phases
+from hvdtrain.watch.profiler import Profiler, parse_steps
+from hvdtrain.watch.stopping import Stopping, StopSignals
+from hvdtrain.watch.stragglers import Stragglers, own_seconds
+from hvdtrain.watch.watchdog import Watchdog
 
 
 def train(

@@ -21,7 +21,7 @@ from hvdtrain.claim import Claim, describe_myself, has_ended, is_known_dead, new
 from hvdtrain.comm.ancestors import process_began
 from hvdtrain.comm.ranks import OneRank
 from hvdtrain.errors import EXIT_CRASH, EXIT_USAGE, OutputError, RankError
-from hvdtrain.metrics import read_log
+from hvdtrain.watch.metrics import read_log
 
 STARTS, ROUNDS = 8, 3
 

@@ -14,7 +14,7 @@ from hvdtrain.checkpoint.writer import CheckpointOptions, folder_of, read_progre
 from hvdtrain.checkpoint.writer import writer as checkpoint
 from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.config import describe_options, recipe_names
-from hvdtrain.metrics import read_log
+from hvdtrain.watch.metrics import read_log
 
 PROMPT = "def żółw_日本("
 GENERATED = {

@@ -121,7 +121,7 @@ def test_there_is_no_cycle():
         ("hvdtrain.train", "from hvdtrain import checkpoint", False),
         ("hvdtrain.train", "def f():\n    from hvdtrain.cli import run", True),
         ("hvdtrain.evaluate", "from hvdtrain.train import train", True),
-        ("hvdtrain.metrics", "from hvdtrain.checkpoint.writer import save", True),
+        ("hvdtrain.watch.metrics", "from hvdtrain.checkpoint.writer import save", True),
         ("hvdtrain.data.shards", "import data_prep", True),
         ("hvdtrain.engine", "import horovod.torch as hvd", True),
         ("hvdtrain.comm.mpi_group", "from mpi4py import MPI", False),

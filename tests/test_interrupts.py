@@ -16,7 +16,7 @@ from launch import HVDTRAIN, TRACE, Prepared, environment, launch, launch_rows
 from test_stopping import reason
 
 from hvdtrain.errors import crash_code
-from hvdtrain.stopping import StopSignals
+from hvdtrain.watch.stopping import StopSignals
 
 INT = signal.SIGINT
 LONG = ("train.steps=100000", "eval.every=0", "checkpoint.every=0", "metrics.every=1", "metrics.tensorboard=false")

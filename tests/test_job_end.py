@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from launch import Prepared, environment, launch, summary
 
-from hvdtrain import stopping
-from hvdtrain.stopping import StopOptions, Stopping, end_of_job, parse_end
+from hvdtrain.watch import stopping
+from hvdtrain.watch.stopping import StopOptions, Stopping, end_of_job, parse_end
 
 JOB = {"SLURM_JOB_ID": "4711"}
 

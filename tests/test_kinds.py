@@ -23,7 +23,7 @@ import pytest
 import yaml
 from launch import DATA_PREP, TRACE, Done, environment, snapshot, succeed, summary
 
-from hvdtrain.metrics import read_log
+from hvdtrain.watch.metrics import read_log
 
 LIBRARY = Path(sysconfig.get_path("stdlib"))
 MODULES = ("argparse", "calendar", "tarfile")  # the labels; the commonest has less than half of the lines

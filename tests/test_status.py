@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from launch import HVDTRAIN, Prepared, environment, launch, summary
 
 from hvdtrain.errors import CheckpointError
-from hvdtrain.metrics import read_log
 from hvdtrain.slurm import Queued
 from hvdtrain.status import Status, read_tail, span, status, status_of
+from hvdtrain.watch.metrics import read_log
 
 NOW = 1_900_000_000.0
 NODE = socket.gethostname().partition(".")[0]

@@ -10,10 +10,10 @@ import torch
 from launch import LAUNCHERS, Prepared
 from on_terminal import on_terminal
 
-from hvdtrain import bar as bar_module
-from hvdtrain.bar import Bar
 from hvdtrain.comm import terminal
 from hvdtrain.comm.world import World
+from hvdtrain.watch import bar as bar_module
+from hvdtrain.watch.bar import Bar
 
 # In place of a training: what it does at its beginning, and a line on both outputs.
 _RANK = """
@@ -129,7 +129,7 @@ def test_a_run_as_people_see_it(prepared: Prepared, tmp_path: Path):
 # With each output in turn led into a file.
 _FOR_PEOPLE = """
 import os
-from hvdtrain.bar import is_for_people
+from hvdtrain.watch.bar import is_for_people
 found = [is_for_people()]
 for output in (1, 2):
     terminal, file = os.dup(output), os.open("log", os.O_WRONLY | os.O_CREAT)

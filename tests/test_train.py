@@ -18,8 +18,8 @@ from hvdtrain.comm.world import World
 from hvdtrain.errors import EXIT_BAD_DATA, EXIT_DIVERGED, EXIT_USAGE, HvdtrainError
 from hvdtrain.evaluate import evaluate
 from hvdtrain.generate import SamplingOptions, generate
-from hvdtrain.metrics import read_log
 from hvdtrain.train import train
+from hvdtrain.watch.metrics import read_log
 
 pytestmark = pytest.mark.usefixtures("torch_switches")
 PART = "part-00000-of-00001.safetensors"

@@ -5,7 +5,7 @@ import platform
 from collections.abc import Sequence
 from pathlib import Path
 
-from hvdtrain.metrics import versions
+from hvdtrain.watch.metrics import versions
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -54,7 +54,7 @@ def note(plan, name):
     path.with_name(f".{path}").rename(path)
 if elastic.in_round():
     from hvdtrain.engine import Plan
-    from hvdtrain.stopping import Stopping
+    from hvdtrain.watch.stopping import Stopping
     forward_backward, check_finite, asked = Plan.forward_backward, Plan.check_finite, Stopping.asked
     now = []
     def noted_forward_backward(plan, microbatches, task, step):

@@ -20,7 +20,7 @@ from launch import LAUNCHERS, Prepared, environment, launch_rows, summary
 
 from hvdtrain.comm.ancestors import PMIX_WAITS, Launcher, _Lasting
 from hvdtrain.comm.world import World
-from hvdtrain.stopping import StopOptions, Stopping, StopSignals
+from hvdtrain.watch.stopping import StopOptions, Stopping, StopSignals
 
 LIMIT_S = 60  # for what takes 3 s where the machine has nothing else to do; Open MPI's own end comes after 300
 
@@ -144,7 +144,8 @@ def test_what_is_printed_after_the_launchers_end_is_dropped(tmp_path: Path, numb
 _HELD = """
 import sys, time
 from pathlib import Path
-from hvdtrain import __main__, metrics
+from hvdtrain.watch import metrics
+from hvdtrain import __main__
 go = Path(sys.argv.pop(1))
 add = metrics.Metrics.add
 def add_and_wait(self, step, *rest):

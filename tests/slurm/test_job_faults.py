@@ -33,7 +33,8 @@ FIRST_STEP_S = 40  # the promise is 20 s; this machine may be busy
 _WAIT = """
 import json, os, sys, time
 from pathlib import Path
-from hvdtrain import __main__, stopping
+from hvdtrain.watch import stopping
+from hvdtrain import __main__
 place, asked, steps, times = Path(sys.argv[0]).parent, stopping.Stopping.asked, 5, []
 start = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
 def wait(self):

@@ -13,9 +13,9 @@ import pytest
 from command import until
 
 import hvdtrain.comm.horovod_group
-from hvdtrain import watchdog
 from hvdtrain.comm.ranks import OneRank
-from hvdtrain.watchdog import Heartbeat, Idle, Watchdog, WatchdogOptions, look_at, read_heartbeat, who_is_behind
+from hvdtrain.watch import watchdog
+from hvdtrain.watch.watchdog import Heartbeat, Idle, Watchdog, WatchdogOptions, look_at, read_heartbeat, who_is_behind
 
 LIMIT_S = 0.3
 _PATIENCE_S = watchdog.patience_s  # before any test replaces it

@@ -3,9 +3,9 @@
 import contextlib
 from collections.abc import Iterator
 
-from hvdtrain.meter import Laps, StepClock
-from hvdtrain.profiler import Profiler
-from hvdtrain.watchdog import Watchdog
+from hvdtrain.watch.meter import Laps, StepClock
+from hvdtrain.watch.profiler import Profiler
+from hvdtrain.watch.watchdog import Watchdog
 
 
 class Phases(contextlib.AbstractContextManager):

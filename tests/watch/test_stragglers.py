@@ -2,8 +2,8 @@
 
 import pytest
 
-from hvdtrain.meter import StepTimes
-from hvdtrain.stragglers import Stragglers, own_seconds
+from hvdtrain.watch.meter import StepTimes
+from hvdtrain.watch.stragglers import Stragglers, own_seconds
 
 
 def _named(intervals: list[list[float]], factor: float = 1.5, **more: int) -> list[list[str]]:

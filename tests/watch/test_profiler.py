@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from hvdtrain import profiler as profiler_module
-from hvdtrain.profiler import Profiler, parse_steps
+from hvdtrain.watch import profiler as profiler_module
+from hvdtrain.watch.profiler import Profiler, parse_steps
 
 CPU = torch.device("cpu")
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PARTS = ["data", "forward_backward", "sync", "optimizer"]
 
 
@@ -128,7 +128,7 @@ def test_an_error_in_a_profiled_step_leaves_the_exit_code_alone(tmp_path: Path):
     code = (
         "import pathlib, sys, torch\n"
         "from contextlib import closing\n"
-        "from hvdtrain.profiler import Profiler\n"
+        "from hvdtrain.watch.profiler import Profiler\n"
         f"with closing(Profiler(range(1, 9), pathlib.Path({str(tmp_path)!r}), 0, torch.device('cpu'))) as profiler:\n"
         "    profiler.step(1)\n"
         "    with profiler.range('data'):\n"

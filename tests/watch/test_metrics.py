@@ -14,8 +14,8 @@ from pydantic import ValidationError
 
 from hvdtrain import files
 from hvdtrain.errors import EXIT_DIVERGED, DivergedError, OutputError
-from hvdtrain.metrics import Metrics, MetricsOptions, StepTimes, git_state, read_log, versions, write_summary
 from hvdtrain.sync.allreduce import StepSums
+from hvdtrain.watch.metrics import Metrics, MetricsOptions, StepTimes, git_state, read_log, versions, write_summary
 
 TIMES = StepTimes(data=0.1, compute=0.2, sync=0.3, total=0.6)
 KEYS = [

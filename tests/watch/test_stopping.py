@@ -11,7 +11,7 @@ import torch
 from launch import Prepared, launch, snapshot, succeed, summary
 
 from hvdtrain.errors import ConfigError
-from hvdtrain.stopping import StopOptions, Stopping, StopSignals
+from hvdtrain.watch.stopping import StopOptions, Stopping, StopSignals
 
 USR2, TERM = signal.SIGUSR2, signal.SIGTERM
 
@@ -88,7 +88,8 @@ def test_an_end_that_is_no_time(tmp_path: Path):
 # Gets a signal on one rank, right after it has noted a step.
 _SIGNALLED = """
 import os, signal, sys
-from hvdtrain import __main__, metrics
+from hvdtrain.watch import metrics
+from hvdtrain import __main__
 from hvdtrain.comm.world import detect_world
 rank, step, name = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 del sys.argv[1:4]

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from hvdtrain import meter
-from hvdtrain.meter import EventStamps, StepClock, StepTimes, memory_peak_mib
+from hvdtrain.watch import meter
+from hvdtrain.watch.meter import EventStamps, StepClock, StepTimes, memory_peak_mib
 
 CPU = torch.device("cpu")
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_laps_on_the_host(monkeypatch: pytest.MonkeyPatch):
@@ -167,7 +167,7 @@ def test_the_peak_of_memory_is_that_of_this_process():
     """It counts what was held and let go, and not what the parent holds."""
     code = (
         "import torch\n"
-        "from hvdtrain.meter import memory_peak_mib\n"
+        "from hvdtrain.watch.meter import memory_peak_mib\n"
         "cpu = torch.device('cpu'); before = memory_peak_mib(cpu)\n"
         "x = torch.ones(64 << 18); after = memory_peak_mib(cpu); del x\n"
         "print(before, after, memory_peak_mib(cpu))"

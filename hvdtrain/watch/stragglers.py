@@ -10,7 +10,7 @@ rank needs for its own part of a step, reading and computing, without waiting fo
 from collections.abc import Sequence
 from statistics import median_low
 
-from hvdtrain.meter import StepTimes
+from hvdtrain.watch.meter import StepTimes
 
 
 def own_seconds(times: StepTimes) -> float:

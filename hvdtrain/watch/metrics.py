@@ -21,15 +21,15 @@ from typing import Any, Literal, TypeVar
 import torch
 from pydantic import field_validator
 
-from hvdtrain.bar import Bar, is_for_people
 from hvdtrain.errors import DivergedError, OutputError, give_up_output
 from hvdtrain.files import again, exists, note, optional, write_json, write_text
-from hvdtrain.meter import Laps, StepTimes, memory_peak_mib
 from hvdtrain.optim.guard import Guard
 from hvdtrain.optim.noise_scale import NoiseScale
 from hvdtrain.options import Options, option
-from hvdtrain.profiler import parse_steps
 from hvdtrain.sync.allreduce import StepSums
+from hvdtrain.watch.bar import Bar, is_for_people
+from hvdtrain.watch.meter import Laps, StepTimes, memory_peak_mib
+from hvdtrain.watch.profiler import parse_steps
 
 T = TypeVar("T")
 
