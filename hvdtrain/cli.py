@@ -200,7 +200,7 @@ def _train(words: argparse.Namespace, world: World) -> int:
     from hvdtrain.watch.stopping import StopSignals
 
     if words.elastic:
-        from hvdtrain import elastic
+        from hvdtrain.jobs import elastic
 
         if not elastic.in_round():
             return elastic.supervise(words.run_dir or Path("runs") / Path(words.recipe).stem, words.resume)
@@ -262,13 +262,13 @@ def _plan(words: argparse.Namespace, world: World) -> int:
 
 
 def _sweep(words: argparse.Namespace, world: World) -> int:
-    from hvdtrain.sweep import sweep
+    from hvdtrain.jobs.sweep import sweep
 
     return sweep(words.recipe, words.overrides, words.vary, words.out, words.launcher, words.point, world)
 
 
 def _submit(words: argparse.Namespace, world: World) -> int:
-    from hvdtrain.slurm import make_job, submit
+    from hvdtrain.jobs.slurm import make_job, submit
 
     names = ("ranks_per_node", "time", "partition", "account", "site", "chain")
     rest = {name: getattr(words, name) for name in names}
@@ -278,7 +278,7 @@ def _submit(words: argparse.Namespace, world: World) -> int:
 
 
 def _status(words: argparse.Namespace, world: World) -> int:
-    from hvdtrain.status import status
+    from hvdtrain.jobs.status import status
 
     print(status(words.run_dirs, words.json))
     return EXIT_OK
@@ -297,7 +297,7 @@ def _doctor(words: argparse.Namespace, world: World) -> int:
     if given := [name for name in _OF_JOB if getattr(words, name)]:
         flag = "a recipe" if given[0] == "recipe" else f"--{given[0].replace('_', '-')}"
         raise ConfigError(f"{flag} goes with --job")
-    from hvdtrain.doctor import doctor
+    from hvdtrain.jobs.doctor import doctor
 
     table, healthy = doctor()
     print(table)
@@ -308,7 +308,7 @@ _OF_JOB = ("recipe", "run_dir", "data", "stage", "ranks_per_node", "max_clock_sk
 
 
 def _preflight(words: argparse.Namespace, world: World) -> int:
-    from hvdtrain.preflight import MAX_CLOCK_SKEW_S, Job, preflight, slow_factor_of
+    from hvdtrain.jobs.preflight import MAX_CLOCK_SKEW_S, Job, preflight, slow_factor_of
 
     data, stage = words.data, words.stage
     if words.recipe:

@@ -17,7 +17,6 @@ from hvdtrain.checkpoint.saver import Saver
 from hvdtrain.checkpoint.start import find_start, moved_rate
 from hvdtrain.checkpoint.writer import Progress
 from hvdtrain.checkpoint.writer import writer as checkpoint
-from hvdtrain.claim import Claim
 from hvdtrain.comm.group import Group
 from hvdtrain.comm.session import open_group
 from hvdtrain.comm.silence import other_hosts
@@ -31,6 +30,8 @@ from hvdtrain.data.stream import read_through_note
 from hvdtrain.engine import Plan
 from hvdtrain.errors import EXIT_OK, EXIT_STOPPED_EARLY, crash_code, say
 from hvdtrain.files import read_text, troubles, write_text
+from hvdtrain.jobs.claim import Claim
+from hvdtrain.jobs.records import close_job, record_job
 from hvdtrain.machine.cores import take_cores
 from hvdtrain.machine.device import pick_device
 from hvdtrain.machine.malloc import keep_freed_memory
@@ -42,7 +43,6 @@ from hvdtrain.optim.optimizer import make_optimizer
 from hvdtrain.optim.scaling import Scaled
 from hvdtrain.optim.schedules import learning_rate
 from hvdtrain.planner.shortage import memory_explained
-from hvdtrain.records import close_job, record_job
 from hvdtrain.sync.replicas import ReplicaCheck, tensors_of
 from hvdtrain.tasks import make_task
 from hvdtrain.tasks.task import Evaluation, Training

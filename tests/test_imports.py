@@ -35,7 +35,7 @@ LEVEL = {room: level for level, rooms in enumerate(TABLE) for room in rooms}
 # Those two learn nothing of ranks: a row's place and a model's layers do not depend on who is there.
 BOTTOM = TABLE[0] | TABLE[1]
 ONLY_THE_BOTTOM = TABLE[3]
-TALKS_TO_RANKS = {"hvdtrain.comm", "hvdtrain.doctor", "hvdtrain.elastic"}
+TALKS_TO_RANKS = {"hvdtrain.comm", "hvdtrain.jobs.doctor", "hvdtrain.jobs.elastic"}
 # The format and its checks, and ranks that share work: without torch and Horovod, which preparing text does not need.
 DATA_PREP_MAY = {
     "hvdtrain.comm.ancestors",

@@ -27,8 +27,8 @@ from safetensors.torch import load_file
 
 from hvdtrain.comm.world import World
 from hvdtrain.config import load_config
-from hvdtrain.elastic import Driver, main, ranks_that_share, supervise, take_place, tell_stopped
 from hvdtrain.errors import ConfigError, LaunchError
+from hvdtrain.jobs.elastic import Driver, main, ranks_that_share, supervise, take_place, tell_stopped
 
 LONG_S = 120  # for what takes 10 s where the machine has nothing else to do
 # Ten rows are shared evenly by 1 or 2 ranks, not by 3.
@@ -41,7 +41,8 @@ SETTINGS = ("train.global_batch=10", "checkpoint.every=2", "checkpoint.keep_last
 _NOTING = """
 import hashlib, os, sys, time
 from pathlib import Path
-from hvdtrain import __main__, elastic
+from hvdtrain.jobs import elastic
+from hvdtrain import __main__
 held = [int(step) for step in sys.argv.pop(1).split(",")]
 def note(plan, name):
     digest = hashlib.sha256()
@@ -259,7 +260,7 @@ class _FakeHandler(BaseHTTPRequestHandler):
 _SCRIPTED = """
 import json, os, signal, sys
 from pathlib import Path
-from hvdtrain import elastic
+from hvdtrain.jobs import elastic
 lines = Path("lines").read_text().splitlines()
 Path("lines").write_text("\\n".join(lines[1:]))
 exec(lines[0])

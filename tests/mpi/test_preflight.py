@@ -12,9 +12,9 @@ from tiny import random_tokens, write_data
 
 from hvdtrain.comm.horovod_group import HorovodGroup
 from hvdtrain.comm.world import detect_world
-from hvdtrain.preflight import Job, clock, examine, node, shared_folder, speed
-from hvdtrain.preflight.findings import Verdict
-from hvdtrain.records import record_job
+from hvdtrain.jobs.preflight import Job, clock, examine, node, shared_folder, speed
+from hvdtrain.jobs.preflight.findings import Verdict
+from hvdtrain.jobs.records import record_job
 
 NOISE = 50.0  # the ranks share few cores with other work
 

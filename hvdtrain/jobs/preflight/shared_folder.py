@@ -8,8 +8,8 @@ from pathlib import Path
 
 from hvdtrain.comm.group import Group
 from hvdtrain.errors import EXIT_CRASH, EXIT_IO
-from hvdtrain.preflight.findings import Look
-from hvdtrain.preflight.node import within
+from hvdtrain.jobs.preflight.findings import Look
+from hvdtrain.jobs.preflight.node import within
 
 CHECK = "run folder"
 _PATIENCE_S = 5.0  # NFS may show a new file late

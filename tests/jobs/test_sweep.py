@@ -9,8 +9,8 @@ from command import until
 from launch import HVDTRAIN, Prepared, environment, launch, succeed, summary
 
 from hvdtrain.errors import ConfigError
+from hvdtrain.jobs.sweep import points_of
 from hvdtrain.report import report
-from hvdtrain.sweep import points_of
 
 
 def test_points_are_every_combination():

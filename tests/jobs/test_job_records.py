@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from hvdtrain import records
 from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.comm.world import World
+from hvdtrain.jobs import records
+from hvdtrain.jobs.records import close_job, job_name, record_job, telling, without_secrets
 from hvdtrain.machine.asking import answer_of
-from hvdtrain.records import close_job, job_name, record_job, telling, without_secrets
 
 
 class _Config(BaseModel):

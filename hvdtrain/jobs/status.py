@@ -26,7 +26,7 @@ import yaml
 
 from hvdtrain.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_STOPPED_EARLY, CheckpointError, HvdtrainError
 from hvdtrain.files import exists, listed, optional, read_text, seen
-from hvdtrain.slurm import Queued, ask_queue, id_of, job_ids, read_object
+from hvdtrain.jobs.slurm import Queued, ask_queue, id_of, job_ids, read_object
 
 _TAIL_BYTES = 1 << 20  # of metrics.jsonl: some two thousand lines
 _WAITS = re.compile("PENDING|REQUEUE|SPECIAL_EXIT|RESV_DEL_HOLD")

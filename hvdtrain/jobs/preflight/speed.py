@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from hvdtrain.comm.group import Group
+from hvdtrain.jobs.preflight.findings import Look, slow
 from hvdtrain.machine.cores import threads_of_rank
-from hvdtrain.preflight.findings import Look, slow
 
 _TRIES = 5
 _COPY_BYTES = 64 << 20  # beyond what most caches hold; two of them for each rank

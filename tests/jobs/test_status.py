@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from launch import HVDTRAIN, Prepared, environment, launch, summary
 
 from hvdtrain.errors import CheckpointError
-from hvdtrain.slurm import Queued
-from hvdtrain.status import Status, read_tail, span, status, status_of
+from hvdtrain.jobs.slurm import Queued
+from hvdtrain.jobs.status import Status, read_tail, span, status, status_of
 from hvdtrain.watch.metrics import read_log
 
 NOW = 1_900_000_000.0
@@ -223,7 +223,7 @@ def test_only_the_end_of_a_long_log_is_read(tmp_path: Path):
 
 def test_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("time.time", lambda: NOW)
-    monkeypatch.setattr("hvdtrain.status.ask_queue", lambda ids: {"9": Queued("PENDING", "Resources")})
+    monkeypatch.setattr("hvdtrain.jobs.status.ask_queue", lambda ids: {"9": Queued("PENDING", "Resources")})
     monkeypatch.chdir(tmp_path)
     a = write_run(Path("a"), {"7-0": {**CRASHED, "reason": "RankLostError"}}, age_s=90)
     b = write_run(Path("b"), steps_logged=(), submitted="9")
@@ -258,7 +258,7 @@ def test_spans():
 
 
 def test_no_torch_is_loaded():
-    code = "import sys, hvdtrain.status; print(*{'torch', 'h5py', 'numpy', 'horovod'} & set(sys.modules))"
+    code = "import sys, hvdtrain.jobs.status; print(*{'torch', 'h5py', 'numpy', 'horovod'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.split() == []
 

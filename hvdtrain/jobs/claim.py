@@ -31,8 +31,8 @@ from hvdtrain.comm.ancestors import process_began
 from hvdtrain.comm.ranks import Ranks
 from hvdtrain.errors import ConfigError, HvdtrainError, OutputError, describe, say, say_from
 from hvdtrain.files import again
+from hvdtrain.jobs.records import node_name
 from hvdtrain.machine.asking import answer_of
-from hvdtrain.records import node_name
 
 BEAT_S = 5.0
 STALE_S = 60.0  # twelve heartbeats; a parallel file system may take seconds for one

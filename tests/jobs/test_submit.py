@@ -19,9 +19,9 @@ from launch import Prepared
 
 from hvdtrain.comm.world import World
 from hvdtrain.errors import ConfigError, LaunchError, OutputError
-from hvdtrain.slurm import Job, Queued, ask_queue, check, job_ids, make_job, ranks_of, render, seconds_of, submit
+from hvdtrain.jobs.slurm import Job, Queued, ask_queue, check, job_ids, make_job, ranks_of, render, seconds_of, submit
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = """\
 #!/usr/bin/env bash
 # Trains.

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from statistics import median_low
 
 from hvdtrain.comm.group import Group
-from hvdtrain.preflight.findings import Look
+from hvdtrain.jobs.preflight.findings import Look
 
 Rounds = Sequence[tuple[float, float]]  # (enter, leave) of each barrier, by the rank's own clock, in seconds
 

@@ -16,11 +16,12 @@ import pytest
 from command import until
 from launch import HVDTRAIN, Prepared, environment, launch, succeed, summary
 
-from hvdtrain import claim, files
-from hvdtrain.claim import Claim, describe_myself, has_ended, is_known_dead, newest_claim, read_owner
+from hvdtrain import files
 from hvdtrain.comm.ancestors import process_began
 from hvdtrain.comm.ranks import OneRank
 from hvdtrain.errors import EXIT_CRASH, EXIT_USAGE, OutputError, RankError
+from hvdtrain.jobs import claim
+from hvdtrain.jobs.claim import Claim, describe_myself, has_ended, is_known_dead, newest_claim, read_owner
 from hvdtrain.watch.metrics import read_log
 
 STARTS, ROUNDS = 8, 3
@@ -237,7 +238,8 @@ def test_a_process_that_has_ended_but_was_not_asked_for_is_gone():
 # Heartbeats of 0.2 s, stale after 3.
 _HASTY = """
 import sys
-from hvdtrain import __main__, claim
+from hvdtrain.jobs import claim
+from hvdtrain import __main__
 claim.BEAT_S, claim.STALE_S = 0.2, 3.0
 sys.exit(__main__.main())
 """

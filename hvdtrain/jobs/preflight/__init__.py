@@ -24,12 +24,12 @@ from hvdtrain.comm.session import open_group
 from hvdtrain.comm.world import World
 from hvdtrain.data.shards import write_json
 from hvdtrain.errors import ConfigError, RankError
-from hvdtrain.preflight.clock import look_at_clocks, meet
-from hvdtrain.preflight.findings import Look, Verdict, judge, resubmit_without, table
-from hvdtrain.preflight.node import Gpus, look_around, look_at_gpus, safely, see_gpus, within
-from hvdtrain.preflight.shared_folder import look_at_run_folder
-from hvdtrain.preflight.speed import measure_speeds
-from hvdtrain.records import node_name
+from hvdtrain.jobs.preflight.clock import look_at_clocks, meet
+from hvdtrain.jobs.preflight.findings import Look, Verdict, judge, resubmit_without, table
+from hvdtrain.jobs.preflight.node import Gpus, look_around, look_at_gpus, safely, see_gpus, within
+from hvdtrain.jobs.preflight.shared_folder import look_at_run_folder
+from hvdtrain.jobs.preflight.speed import measure_speeds
+from hvdtrain.jobs.records import node_name
 
 MAX_CLOCK_SKEW_S = 1.0
 SLOW_FACTOR = 2.0

@@ -14,8 +14,8 @@ import torch
 import hvdtrain
 from hvdtrain.data.shards import check_files, read_manifest
 from hvdtrain.errors import EXIT_CRASH, EXIT_IO, EXIT_USAGE, HvdtrainError
+from hvdtrain.jobs.preflight.findings import Look
 from hvdtrain.machine.asking import answer_of
-from hvdtrain.preflight.findings import Look
 from hvdtrain.watch.metrics import versions
 
 T = TypeVar("T")

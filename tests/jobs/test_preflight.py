@@ -14,12 +14,20 @@ from launch import TRACE, Prepared, launch, launch_rows
 
 from hvdtrain.data.shards import read_manifest
 from hvdtrain.errors import ConfigError
-from hvdtrain.preflight import node, slow_factor_of
-from hvdtrain.preflight.clock import ahead, look_at_clocks
-from hvdtrain.preflight.findings import Finding, Look, judge, resubmit_without, slow, table
-from hvdtrain.preflight.node import Gpu, Gpus, look_at_disk, look_at_gpus, look_at_staging, parse_nvidia_smi, safely
-from hvdtrain.preflight.shared_folder import judge_views
-from hvdtrain.preflight.speed import judge_speeds
+from hvdtrain.jobs.preflight import node, slow_factor_of
+from hvdtrain.jobs.preflight.clock import ahead, look_at_clocks
+from hvdtrain.jobs.preflight.findings import Finding, Look, judge, resubmit_without, slow, table
+from hvdtrain.jobs.preflight.node import (
+    Gpu,
+    Gpus,
+    look_at_disk,
+    look_at_gpus,
+    look_at_staging,
+    parse_nvidia_smi,
+    safely,
+)
+from hvdtrain.jobs.preflight.shared_folder import judge_views
+from hvdtrain.jobs.preflight.speed import judge_speeds
 
 # --- judging -----------------------------------------------------------------------------------------------------
 
@@ -290,7 +298,7 @@ def test_a_bad_node_is_named(prepared: Prepared, tmp_path: Path):
         'exec "$@" --data shards --slow-factor 50'
     )
     words = (sys.executable, "-m", "hvdtrain", "doctor", "--job", "--json", tmp_path / "found.json")
-    env = {"HVDTRAIN_EXCLUDED": "n7", "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    env = {"HVDTRAIN_EXCLUDED": "n7", "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     done = launch(*words, program=("bash", "-c", script, tmp_path), how="mpirun", ranks=2, env=env)
     assert (done.exit_code, TRACE in done.text) == (70, False), done
     assert done.messages == ["hvdtrain: preflight: bad nodes: n1"]

@@ -1,0 +1,1 @@
+"""Runs as batch jobs: submitted, looked after, started again."""
