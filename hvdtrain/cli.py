@@ -223,7 +223,7 @@ def _train(words: argparse.Namespace, world: World) -> int:
 
 
 def _evaluate(words: argparse.Namespace, world: World) -> int:
-    from hvdtrain.evaluate import evaluate
+    from hvdtrain.commands.evaluate import evaluate
 
     scores = evaluate(words.run_dir, words.data, words.split, world, words.weights, words.checkpoint)
     if world.is_main:
@@ -234,7 +234,7 @@ def _evaluate(words: argparse.Namespace, world: World) -> int:
 def _generate(words: argparse.Namespace, world: World) -> int:
     from pydantic import ValidationError
 
-    from hvdtrain.generate import SamplingOptions, generate
+    from hvdtrain.commands.generate import SamplingOptions, generate
 
     try:
         names = ("max_tokens", "temperature", "top_k", "top_p", "seed")
@@ -248,7 +248,7 @@ def _generate(words: argparse.Namespace, world: World) -> int:
 
 
 def _average(words: argparse.Namespace, world: World) -> int:
-    from hvdtrain.averaging import average
+    from hvdtrain.commands.average import average
 
     print(average(words.run_dir, words.last, words.out, world))
     return EXIT_OK
@@ -285,7 +285,7 @@ def _status(words: argparse.Namespace, world: World) -> int:
 
 
 def _report(words: argparse.Namespace, world: World) -> int:
-    from hvdtrain.report import report
+    from hvdtrain.commands.report import report
 
     print(report(words.run_dirs, words.out))
     return EXIT_OK

@@ -120,7 +120,7 @@ def test_there_is_no_cycle():
         ("hvdtrain.comm.world", "from hvdtrain import checkpoint", True),
         ("hvdtrain.train", "from hvdtrain import checkpoint", False),
         ("hvdtrain.train", "def f():\n    from hvdtrain.cli import run", True),
-        ("hvdtrain.evaluate", "from hvdtrain.train import train", True),
+        ("hvdtrain.commands.evaluate", "from hvdtrain.train import train", True),
         ("hvdtrain.watch.metrics", "from hvdtrain.checkpoint.writer import save", True),
         ("hvdtrain.data.shards", "import data_prep", True),
         ("hvdtrain.engine", "import horovod.torch as hvd", True),

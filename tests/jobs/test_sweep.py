@@ -8,9 +8,9 @@ import pytest
 from command import until
 from launch import HVDTRAIN, Prepared, environment, launch, succeed, summary
 
+from hvdtrain.commands.report import report
 from hvdtrain.errors import ConfigError
 from hvdtrain.jobs.sweep import points_of
-from hvdtrain.report import report
 
 
 def test_points_are_every_combination():

@@ -8,8 +8,8 @@ from kinds import LABELS, TASK_OF, WRITE, Train
 from tiny import documents, labelled, pairs, write_corpus
 
 from hvdtrain.comm.world import World
+from hvdtrain.commands.evaluate import evaluate
 from hvdtrain.errors import EXIT_BAD_DATA, EXIT_USAGE, HvdtrainError
-from hvdtrain.evaluate import evaluate
 
 
 def fail(work: Callable[[], object], exit_code: int) -> str:

@@ -15,11 +15,11 @@ from machine import small_disk
 from tiny import CPU, random_tokens, write_data
 
 from hvdtrain.comm.world import World
+from hvdtrain.commands.evaluate import evaluate
 from hvdtrain.data.corpora import DataOptions, open_corpora
 from hvdtrain.data.loader import Feed
 from hvdtrain.data.shards import TOKENS_OF, read_manifest, write_manifest
 from hvdtrain.errors import EXIT_BAD_DATA, EXIT_IO, EXIT_USAGE, HvdtrainError
-from hvdtrain.evaluate import evaluate
 from hvdtrain.tasks.lm import LanguageModel
 
 FULL, SIZES = "data.verify=full", "data.verify=sizes"

@@ -11,12 +11,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvdtrain import averaging
-from hvdtrain.averaging import average, mean_tensors
 from hvdtrain.checkpoint.writer import CheckpointOptions, Progress, folder_of, newest_valid, read_progress, read_tensors
 from hvdtrain.checkpoint.writer import writer as checkpoint
 from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.comm.world import World
+from hvdtrain.commands import average as averaging
+from hvdtrain.commands.average import average, mean_tensors
 from hvdtrain.config import RunConfig, dump_yaml
 from hvdtrain.errors import EXIT_BAD_DATA, EXIT_IO, EXIT_USAGE, CheckpointError, HvdtrainError
 

@@ -8,8 +8,8 @@ from pydantic import ValidationError
 from tiny import CPU, tiny_decoder
 
 from hvdtrain.comm.world import World
+from hvdtrain.commands.generate import SamplingOptions, generate, next_token_probabilities, sample
 from hvdtrain.errors import ConfigError
-from hvdtrain.generate import SamplingOptions, generate, next_token_probabilities, sample
 
 LOGITS = torch.tensor([0.5, 0.25, 0.125, 0.125]).log()
 

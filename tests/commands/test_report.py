@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from hvdtrain.commands.report import _names, report
 from hvdtrain.errors import CheckpointError, OutputError
-from hvdtrain.report import _names, report
 
 PNG = b"\x89PNG"
 
