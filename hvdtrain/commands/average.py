@@ -22,7 +22,7 @@ from hvdtrain.comm.world import World
 from hvdtrain.data.carried import carry_over
 from hvdtrain.errors import CheckpointError, ConfigError, OutputError, say
 from hvdtrain.files import make_folder, move_folder, write
-from hvdtrain.run_folder import read_config
+from hvdtrain.trained import read_config
 from hvdtrain.watch.metrics import versions
 
 

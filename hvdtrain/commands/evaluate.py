@@ -12,9 +12,9 @@ from hvdtrain.comm.world import World
 from hvdtrain.engine import Plan
 from hvdtrain.machine.cores import threads_of_rank
 from hvdtrain.machine.matmul import use_fast_matmul
-from hvdtrain.run_folder import find_run, open_data, open_model
 from hvdtrain.tasks import make_task
 from hvdtrain.tasks.task import Evaluation
+from hvdtrain.trained import find_run, open_data, open_model
 from hvdtrain.watch.bar import evaluating
 
 

@@ -12,7 +12,7 @@ from hvdtrain.errors import ConfigError, say
 from hvdtrain.machine.cores import threads_of_rank
 from hvdtrain.models.decoder import Decoder
 from hvdtrain.options import Options, option
-from hvdtrain.run_folder import find_run, open_model
+from hvdtrain.trained import find_run, open_model
 
 
 class SamplingOptions(Options):
