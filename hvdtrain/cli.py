@@ -255,7 +255,7 @@ def _average(words: argparse.Namespace, world: World) -> int:
 
 
 def _plan(words: argparse.Namespace, world: World) -> int:
-    from hvdtrain.planner.plan import plan
+    from hvdtrain.planner.estimate import plan
 
     print(plan(words.recipe, words.overrides, words.ranks, words.ranks_per_node, words.vocab_size, words.json))
     return EXIT_OK

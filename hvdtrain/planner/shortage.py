@@ -42,7 +42,7 @@ def _let_go() -> None:
 
 def _plan_words(config: RunConfig, ranks: int, ranks_per_node: int) -> str:
     try:
-        from hvdtrain.planner.plan import estimate
+        from hvdtrain.planner.estimate import estimate
 
         found = estimate(config, ranks, ranks_per_node)
     except Exception:  # there may be no room left, or data that are gone

@@ -9,7 +9,7 @@ import torch
 from tiny import labelled, pairs, random_tokens, write_corpus, write_data
 
 from hvdtrain.errors import ConfigError, DataError
-from hvdtrain.planner.plan import plan
+from hvdtrain.planner.estimate import plan
 
 pytestmark = pytest.mark.usefixtures("torch_switches")
 

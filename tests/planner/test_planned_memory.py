@@ -291,7 +291,7 @@ RUNS = {
 }
 
 
-PLAN = "import sys; from hvdtrain.planner.plan import plan; print(plan(sys.argv[1], sys.argv[2:], 1, as_json=True))"
+PLAN = "import sys; from hvdtrain.planner.estimate import plan; print(plan(sys.argv[1], sys.argv[2:], 1, as_json=True))"
 
 
 @pytest.mark.parametrize("name", RUNS)
