@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
+from hvdtrain.checkpoint import writer as checkpoint
 from hvdtrain.checkpoint.saver import Saver
 from hvdtrain.checkpoint.start import find_start, moved_rate
 from hvdtrain.checkpoint.writer import Progress
-from hvdtrain.checkpoint.writer import writer as checkpoint
 from hvdtrain.comm.group import Group
 from hvdtrain.comm.session import open_group
 from hvdtrain.comm.silence import other_hosts

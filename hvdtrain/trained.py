@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from hvdtrain.checkpoint import writer as checkpoint
 from hvdtrain.checkpoint.writer import Progress
-from hvdtrain.checkpoint.writer import writer as checkpoint
 from hvdtrain.comm.group import Group
 from hvdtrain.comm.world import World
 from hvdtrain.config import RunConfig, make_config, parse_yaml

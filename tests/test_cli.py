@@ -10,8 +10,8 @@ import torch
 from launch import HVDTRAIN, TRACE, Done, Prepared, launch, launch_rows, snapshot, succeed, summary
 
 from hvdtrain import cli
+from hvdtrain.checkpoint import writer as checkpoint
 from hvdtrain.checkpoint.writer import CheckpointOptions, folder_of, read_progress, read_tensors
-from hvdtrain.checkpoint.writer import writer as checkpoint
 from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.config import describe_options, recipe_names
 from hvdtrain.watch.metrics import read_log

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from command import until
 from hosts import HUB, Network
-from machine import require_hosts
+from not_here import require_hosts
 
 NAMES = ("n1", "n2")
 

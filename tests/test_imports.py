@@ -12,29 +12,25 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # From the bottom up. A room imports what lies below it, never a neighbour on its own line.
 TABLE = [
-    {"asking", "errors", "malloc", "options", "version"},
+    {"errors", "options", "version"},
     {"files"},
     {"comm"},
+    {"slices"},
+    {"machine"},
     {"data", "models", "optim"},
     {"tasks"},
-    {"parallel"},
-    {"bar", "meter", "peaks", "profiler", "stopping"},
-    {"retention"},
-    {"manifest"},
-    {"checkpoint", "metrics", "watchdog", "stragglers"},
-    {"saving", "phases"},
-    {"config"},
-    {"run_folder", "records", "resuming", "slurm", "planner"},
-    {"preflight", "claim"},
-    {"train", "evaluate", "generate", "averaging", "report", "doctor", "status", "sweep"},
-    {"elastic"},
+    {"cut", "sync"},
+    {"checkpoint", "watch"},
+    {"config", "engine"},
+    {"trained", "planner", "jobs"},
+    {"train", "commands"},
     {"cli"},
     {"__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(TABLE) for room in rooms}
-# Those two learn nothing of ranks: a row's place and a model's layers do not depend on who is there.
-BOTTOM = TABLE[0] | TABLE[1]
-ONLY_THE_BOTTOM = TABLE[3]
+# These learn nothing of ranks: a row's place, a model's layers and an update do not depend on who is there.
+BOTTOM = {"errors", "options", "version", "files", "slices"}
+ONLY_THE_BOTTOM = {"data", "models", "optim"}
 TALKS_TO_RANKS = {"hvdtrain.comm", "hvdtrain.jobs.doctor", "hvdtrain.jobs.elastic"}
 # The format and its checks, and ranks that share work: without torch and Horovod, which preparing text does not need.
 DATA_PREP_MAY = {

@@ -11,8 +11,8 @@ import yaml
 from safetensors.torch import load_file
 from tiny import random_tokens, write_data
 
+from hvdtrain.checkpoint import writer as checkpoint
 from hvdtrain.checkpoint.writer import folder_of, newest_valid
-from hvdtrain.checkpoint.writer import writer as checkpoint
 from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.comm.world import World
 from hvdtrain.commands.evaluate import evaluate

@@ -23,9 +23,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from hvdtrain.checkpoint import writer as checkpoint
 from hvdtrain.checkpoint.retention import folder_of, partial_of, remove, remove_left_over
 from hvdtrain.checkpoint.writer import CheckpointOptions, Part, Progress
-from hvdtrain.checkpoint.writer import writer as checkpoint
 from hvdtrain.comm.group import Group, Pending
 from hvdtrain.errors import EXIT_IO, HvdtrainError, RankError, say
 from hvdtrain.optim.ema import Ema

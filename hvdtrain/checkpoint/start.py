@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from hvdtrain.checkpoint import writer as checkpoint
 from hvdtrain.checkpoint.writer import Progress
-from hvdtrain.checkpoint.writer import writer as checkpoint
 from hvdtrain.comm.group import Group
 from hvdtrain.config import RunConfig
 from hvdtrain.errors import CheckpointError, ConfigError

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
+from hvdtrain.checkpoint import writer as checkpoint
 from hvdtrain.checkpoint.writer import CheckpointOptions, Progress, folder_of
-from hvdtrain.checkpoint.writer import writer as checkpoint
 from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.comm.world import World
 from hvdtrain.data.carried import carry_over

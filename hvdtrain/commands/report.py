@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from hvdtrain.checkpoint.writer import writer as checkpoint
+from hvdtrain.checkpoint import writer as checkpoint
 from hvdtrain.errors import CheckpointError, OutputError
 from hvdtrain.files import again, make_folder, read_text, seen
 from hvdtrain.optim.noise_scale import advice

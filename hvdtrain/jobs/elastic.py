@@ -381,8 +381,8 @@ def _end_with(worker: int) -> None:
 
 
 def main(words: list[str]) -> int:
-    """``python -m hvdtrain.jobs.elastic RANKS_PER_NODE NODES RECIPE [key=value ...]``, for slurm/elastic.sbatch: how many of
-    the nodes can share the batch evenly. Returns the exit code.
+    """``python -m hvdtrain.jobs.elastic RANKS_PER_NODE NODES RECIPE [key=value ...]``, for slurm/elastic.sbatch: how
+    many of the nodes can share the batch evenly. Returns the exit code.
     """
     from hvdtrain.config import load_config
 

@@ -17,7 +17,7 @@ _KERNELS = 64  # kept in each cache: three times what a model needs for batches 
 
 
 def use_fast_matmul(precision: str) -> str:
-    """Set this processor up for a ``precision`` of parallel/precision.py (local); returns its library's name.
+    """Set this processor up for a ``precision`` of cut/precision.py (local); returns its library's name.
 
     Called before the first product. oneDNN makes a kernel for every shape that it meets, and its caches and torch's
     keep 1,024 each: with batches of changing shape a rank grew by 5 MiB a step, beyond twice its size. Making them anew

@@ -267,7 +267,7 @@ def state_bytes(options: OptimOptions) -> int:
 
 
 def wire_bytes(parameters: int, largest: int, ranks: int, options: AllReduceOptions) -> int:
-    """Buffers of a two-byte wire (parallel/wire.py): two numbers of 2 bytes for each parameter, and room for the
+    """Buffers of a two-byte wire (sync/wire.py): two numbers of 2 bytes for each parameter, and room for the
     ranks' fp32 numbers of the largest bucket's part and their sum. ``largest``: parameters in the largest tensor.
     """
     if ranks == 1 or options.wire == "fp32":
@@ -463,7 +463,7 @@ def _convert(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _give_gradients(model: nn.Module, dropped: bool) -> None:
-    """As parallel/allreduce.py has them: there before backward; of 16-bit weights added up elsewhere, and dropped."""
+    """As sync/allreduce.py has them: there before backward; of 16-bit weights added up elsewhere, and dropped."""
 
     def drop(parameter: torch.Tensor) -> None:
         parameter.grad = None

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from launch import snapshot
 from tiny import tiny_decoder
 
+from hvdtrain.checkpoint import writer as checkpoint
 from hvdtrain.checkpoint.saver import Saver, interval_steps
 from hvdtrain.checkpoint.writer import CheckpointOptions, Progress, newest_valid, steps_saved
-from hvdtrain.checkpoint.writer import writer as checkpoint
 from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.errors import EXIT_CRASH, EXIT_IO, DivergedError, RankError
 from hvdtrain.optim.ema import Ema, EmaOptions

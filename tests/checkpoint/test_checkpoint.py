@@ -11,9 +11,9 @@ from safetensors import safe_open
 from tiny import CPU, random_tokens, stream_of, tiny_decoder
 from torch import nn
 
+from hvdtrain.checkpoint import writer as checkpoint
 from hvdtrain.checkpoint.manifest import _WHERE_SET
 from hvdtrain.checkpoint.writer import CheckpointOptions, Progress, folder_of, newest_valid, read_progress, steps_saved
-from hvdtrain.checkpoint.writer import writer as checkpoint
 from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.data.loader import Feed, TrainLoader
 from hvdtrain.data.sampler import WindowSampler

@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from machine import small_disk
+from not_here import small_disk
 from safetensors import SafetensorError
 from tiny import tiny_decoder
 from torch import nn
 
 from hvdtrain import files
+from hvdtrain.checkpoint import writer as checkpoint
 from hvdtrain.checkpoint.start import find_start
 from hvdtrain.checkpoint.writer import CheckpointOptions, Progress, folder_of, newest_valid, read_progress, steps_saved
-from hvdtrain.checkpoint.writer import writer as checkpoint
 from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.config import RunConfig
 from hvdtrain.data.shards import fields_sha256

@@ -51,7 +51,7 @@ def test_resumed_on_other_ranks(prepared: Prepared, trained: Path, tmp_path: Pat
 # Dies of SIGKILL in the middle of saving step 9: everything is written but not yet renamed.
 _DIES = """
 import os, signal, sys
-from hvdtrain.checkpoint.writer import writer as checkpoint
+from hvdtrain.checkpoint import writer as checkpoint
 from hvdtrain import __main__
 publish = checkpoint._publish
 def die(partial, final):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from hosts import Host, Network
-from machine import require_hosts
+from not_here import require_hosts
 
 from hvdtrain.comm.ranks import OneRank
 from hvdtrain.comm.silence import Silence, other_hosts, own_addresses

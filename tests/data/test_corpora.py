@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from machine import small_disk
+from not_here import small_disk
 from tiny import documents, labelled, random_tokens, write_corpus, write_data
 
 from hvdtrain.data import corpora as corpora_module

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from launch import DATA_PREP, TRACE, Done, launch, succeed
-from machine import not_here, small_disk
+from not_here import not_here, small_disk
 from preparing import snapshot, write
 
 from data_prep.__main__ import main

@@ -79,7 +79,7 @@ def _dying_in_dropping(turn: int) -> None:
 def main() -> int:
     plan = json.loads(sys.argv.pop(1))
     from hvdtrain import __main__
-    from hvdtrain.checkpoint.writer import writer as checkpoint
+    from hvdtrain.checkpoint import writer as checkpoint
     from hvdtrain.comm.world import detect_world
 
     if detect_world().rank == plan["rank"]:

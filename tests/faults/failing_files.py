@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from machine import not_here
+from not_here import not_here
 
 
 @dataclass(frozen=True)

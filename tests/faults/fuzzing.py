@@ -27,8 +27,8 @@ import yaml
 from safetensors import safe_open
 from tiny import CPU, documents, labelled, pairs, random_tokens, rewrite, seal, tiny_decoder, write_corpus
 
+from hvdtrain.checkpoint import writer as checkpoint
 from hvdtrain.checkpoint.writer import CheckpointOptions, Progress, folder_of
-from hvdtrain.checkpoint.writer import writer as checkpoint
 from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.config import RunConfig, describe_options, dump_yaml, flatten, load_config, make_config, recipe_names
 from hvdtrain.config import recipe_text as text_of

@@ -9,9 +9,9 @@ import pytest
 import torch
 from tiny import tiny_decoder
 
+from hvdtrain.checkpoint import writer as checkpoint
 from hvdtrain.checkpoint.saver import Saver
 from hvdtrain.checkpoint.writer import CheckpointOptions, Progress, folder_of
-from hvdtrain.checkpoint.writer import writer as checkpoint
 from hvdtrain.comm.horovod_group import HorovodGroup
 from hvdtrain.errors import EXIT_IO, DivergedError, RankError
 from hvdtrain.optim.optimizer import OptimOptions, make_optimizer

@@ -9,8 +9,8 @@ from replicas import global_batch, make_plan, share
 from tiny import tiny_decoder
 from torch import nn
 
+from hvdtrain.checkpoint import writer as checkpoint
 from hvdtrain.checkpoint.writer import CheckpointOptions, Progress
-from hvdtrain.checkpoint.writer import writer as checkpoint
 from hvdtrain.comm.group import Group
 from hvdtrain.comm.horovod_group import HorovodGroup
 from hvdtrain.comm.local_group import LocalGroup

@@ -11,8 +11,8 @@ import torch
 from replicas import distance, gradients, sync_options
 from tiny import CPU, labelled, pairs, random_tokens, write_corpus
 
+from hvdtrain.checkpoint import writer as checkpoint
 from hvdtrain.checkpoint.writer import CheckpointOptions, Progress
-from hvdtrain.checkpoint.writer import writer as checkpoint
 from hvdtrain.comm.group import Group
 from hvdtrain.comm.horovod_group import HorovodGroup
 from hvdtrain.comm.local_group import LocalGroup

@@ -9,8 +9,8 @@ from pydantic import ValidationError
 from tiny import random_tokens, tiny_decoder
 from torch import nn
 
+from hvdtrain.checkpoint import writer as checkpoint
 from hvdtrain.checkpoint.writer import CheckpointOptions, Progress
-from hvdtrain.checkpoint.writer import writer as checkpoint
 from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.data.batch import Batch
 from hvdtrain.engine import Plan, SyncOptions

@@ -19,7 +19,7 @@ from typing import Any, Self
 
 from command import Arg, run, until
 from hosts import HUB, Host, Network, why_no_hosts
-from machine import not_here
+from not_here import not_here
 
 TEMPLATE = Path(__file__).with_name("slurm.conf")
 NODES = ("n1", "n2")

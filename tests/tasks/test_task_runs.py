@@ -11,7 +11,7 @@ import pytest
 import torch
 from kinds import TASK_OF, Train
 from launch import snapshot
-from machine import small_disk
+from not_here import small_disk
 from tiny import CPU, random_tokens, write_data
 
 from hvdtrain.comm.world import World

@@ -1,1 +1,0 @@
-"""How replicas agree (sync) and how one replica is cut over ranks (cut)."""
