@@ -23,7 +23,6 @@ from hvdtrain.checkpoint.writer import CheckpointOptions
 from hvdtrain.data.corpora import DataOptions
 from hvdtrain.data.loader import Feed
 from hvdtrain.data.ramp import Ramp
-from hvdtrain.engine import SyncOptions
 from hvdtrain.errors import ConfigError
 from hvdtrain.files import read_text
 from hvdtrain.models.recompute import RecomputeOptions
@@ -34,6 +33,7 @@ from hvdtrain.optim.optimizer import OptimOptions
 from hvdtrain.optim.scaling import Scaled, ScalingOptions, scale, update_size
 from hvdtrain.optim.schedules import Length, ScheduleOptions, check_schedule
 from hvdtrain.options import Options, option
+from hvdtrain.sync import SyncOptions
 from hvdtrain.tasks import TaskOptions
 from hvdtrain.watch.metrics import MetricsOptions
 from hvdtrain.watch.stopping import StopOptions

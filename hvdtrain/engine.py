@@ -6,7 +6,6 @@ Two independent questions. A cut or a sync is one file and one line in its table
 import contextlib
 import copy
 from dataclasses import replace
-from typing import Literal
 
 import torch
 from torch import nn
@@ -19,18 +18,9 @@ from hvdtrain.data.sampler import derive
 from hvdtrain.errors import DivergedError
 from hvdtrain.models.flops import training_flops
 from hvdtrain.optim.guard import Guard, GuardOptions
-from hvdtrain.options import Options, option
-from hvdtrain.sync.allreduce import AllReduceOptions, AllReduceSync, StepSums
+from hvdtrain.sync import SYNCS, SyncOptions
+from hvdtrain.sync.allreduce import StepSums
 from hvdtrain.tasks.task import Task
-
-SYNCS = {
-    "allreduce": AllReduceSync,
-}
-
-
-class SyncOptions(Options):
-    name: Literal["allreduce"] = option("allreduce", "how replicas agree; allreduce: sum gradients every step")
-    allreduce: AllReduceOptions = AllReduceOptions()
 
 
 class Plan:

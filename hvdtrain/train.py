@@ -352,17 +352,17 @@ class _Run:
         """Where to begin (collective). The run folder is ours from here on, unless nothing is left to do in it."""
         summary = self.group.all_gather_object(_read_summary(self.run_dir))[0]
         if summary.get("step", -1) >= self.config.train.steps:
-            found = find_start(self.run_dir, resume, self.identity, self.group, is_owner=False)
+            found = find_start(self.run_dir, resume, self.identity, self.group, False, RunConfig().identity())
             if found[0].step == summary["step"]:
                 self.finished = summary
                 return found
         found = None
         if resume not in ("auto", "never") and not self._has_checkpoints():
             # Another run's checkpoint is only read: one that does not fit is refused before this folder is anybody's.
-            found = find_start(self.run_dir, resume, self.identity, self.group, is_owner=False)
+            found = find_start(self.run_dir, resume, self.identity, self.group, False, RunConfig().identity())
         self.claim.take()
         if found is None or self._has_checkpoints():
-            found = find_start(self.run_dir, resume, self.identity, self.group)
+            found = find_start(self.run_dir, resume, self.identity, self.group, True, RunConfig().identity())
         return found
 
     def _has_checkpoints(self) -> bool:

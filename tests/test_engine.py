@@ -8,7 +8,8 @@ from tiny import LateGroup, random_tokens, tiny_decoder
 from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.data.batch import Batch
 from hvdtrain.data.windows import eval_windows
-from hvdtrain.engine import SYNCS, Plan, SyncOptions
+from hvdtrain.engine import Plan
+from hvdtrain.sync import SYNCS, SyncOptions
 from hvdtrain.sync.allreduce import AllReduceOptions
 from hvdtrain.tasks.lm import LanguageModel
 

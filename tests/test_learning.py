@@ -11,10 +11,11 @@ from hvdtrain.data.batch import IGNORE, Batch
 from hvdtrain.data.loader import Feed, TrainLoader
 from hvdtrain.data.sampler import WindowSampler
 from hvdtrain.data.windows import WindowSource
-from hvdtrain.engine import Plan, SyncOptions
+from hvdtrain.engine import Plan
 from hvdtrain.models.decoder import Decoder
 from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
 from hvdtrain.optim.schedules import ScheduleOptions, learning_rate
+from hvdtrain.sync import SyncOptions
 from hvdtrain.tasks.lm import LanguageModel
 
 

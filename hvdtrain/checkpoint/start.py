@@ -1,25 +1,30 @@
 """Where does a run begin? At the newest whole checkpoint of its folder, or of another run, or at step 0."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hvdtrain.checkpoint import writer as checkpoint
 from hvdtrain.checkpoint.writer import Progress
 from hvdtrain.comm.group import Group
-from hvdtrain.config import RunConfig
 from hvdtrain.errors import CheckpointError, ConfigError
 from hvdtrain.files import exists
 from hvdtrain.optim.schedules import ScheduleOptions, learning_rate
 
 
 def find_start(
-    run_dir: Path, resume: str, identity: dict[str, Any], group: Group, is_owner: bool = True
+    run_dir: Path,
+    resume: str,
+    identity: Mapping[str, Any],
+    group: Group,
+    is_owner: bool = True,
+    defaults: Mapping[str, Any] | None = None,
 ) -> tuple[Progress, Path | None, list[str]]:
     """The progress to go on from, its checkpoint (None: step 0), and what has to be said about it (collective).
 
     resume: ``auto``, ``never`` or a run's folder, as ``hvdtrain train --resume`` takes it. identity: the settings that
-    the run must share. is_owner: of ``run_dir`` (see claim.py): damaged checkpoints beyond the one that is taken are
-    set aside; else nothing is written.
+    the run must share; defaults: those of a setting that the run did not know yet. is_owner: of ``run_dir`` (see
+    jobs/claim.py): damaged checkpoints beyond the one that is taken are set aside; else nothing is written.
     Errors: ConfigError where the run there has another recipe, or must not be touched; CheckpointError where no
     checkpoint is whole.
     """
@@ -36,10 +41,10 @@ def find_start(
         return Progress(), None, []
     folder, progress, damaged = found
     group.together(lambda: checkpoint.check_resumable(folder))
-    group.together(lambda: _check_identity(folder, progress, identity))
+    group.together(lambda: _check_identity(folder, progress, identity, defaults or {}))
     own_step = progress.step if folder.parent.parent == run_dir else -1
     if is_owner and not checkpoint.set_aside_damaged(run_dir, own_step, group):
-        return find_start(run_dir, resume, identity, group, is_owner)
+        return find_start(run_dir, resume, identity, group, is_owner, defaults)
     return progress, folder, [f"damaged checkpoint skipped: {problem}" for problem in damaged]
 
 
@@ -66,12 +71,12 @@ def _refuse_to_overwrite(run_dir: Path) -> None:
         raise ConfigError(f"{run_dir} already holds a run; use --resume auto to go on with it, or another --run-dir")
 
 
-def _check_identity(folder: Path, progress: Progress, identity: dict[str, Any]) -> None:
+def _check_identity(folder: Path, progress: Progress, identity: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     """Errors: ConfigError that lists what differs between the run in ``folder`` and this one.
 
     A setting that the run did not know yet, because this hvdtrain is newer, had its default.
     """
-    saved = {**RunConfig().identity(), **(progress.identity or {})}
+    saved = {**defaults, **(progress.identity or {})}
     differing = [
         f"{key} was {saved.get(key)!r} and is now {identity.get(key)!r}"
         for key in sorted({*saved, *identity})

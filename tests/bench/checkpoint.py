@@ -32,10 +32,11 @@ def measure(folder: Path, threads: int, device: str, sizes: dict, vocabulary: in
     from hvdtrain.comm.session import open_group
     from hvdtrain.comm.world import detect_world
     from hvdtrain.data.batch import Batch
-    from hvdtrain.engine import Plan, SyncOptions
+    from hvdtrain.engine import Plan
     from hvdtrain.models.decoder import Decoder
     from hvdtrain.models.transformer import TransformerOptions
     from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
+    from hvdtrain.sync import SyncOptions
     from hvdtrain.tasks.lm import LanguageModel
 
     with open_group(detect_world()) as group:

@@ -20,10 +20,11 @@ from hvdtrain.data.sampler import WindowSampler
 from hvdtrain.data.shards import fields_sha256
 from hvdtrain.data.stream import TokenStream
 from hvdtrain.data.windows import WindowSource
-from hvdtrain.engine import Plan, SyncOptions
+from hvdtrain.engine import Plan
 from hvdtrain.errors import CheckpointError, RankError
 from hvdtrain.optim.ema import Ema, EmaOptions
 from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
+from hvdtrain.sync import SyncOptions
 from hvdtrain.tasks.lm import LanguageModel
 
 GROUP = LocalGroup()

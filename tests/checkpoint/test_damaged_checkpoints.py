@@ -30,6 +30,7 @@ from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
 
 GROUP = LocalGroup()
 PART = "part-00000-of-00001.safetensors"
+IDENTITY = RunConfig().identity()
 
 
 def save(run_dir: Path, step: int, keep_last: int = 0) -> nn.Module:
@@ -239,7 +240,7 @@ def test_what_could_not_be_read_once_is_not_set_aside(run_dir: Path, monkeypatch
         return read_progress(folder, *rank)
 
     monkeypatch.setattr(checkpoint, "read_progress", read_first)
-    progress, folder, notes = find_start(run_dir, "auto", RunConfig().identity(), GROUP)
+    progress, folder, notes = find_start(run_dir, "auto", IDENTITY, GROUP, defaults=IDENTITY)
     assert not failures
     assert (progress.step, folder, notes) == (2, folder_of(run_dir, 2), [])
     assert not any("damaged" in name for name in names(run_dir))
@@ -261,17 +262,17 @@ def test_a_file_system_that_does_not_answer_is_no_damage(run_dir: Path, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(place[what], stale)
         with pytest.raises(OutputError, match=r"cannot read .*: Stale file handle"):
-            find_start(run_dir, "auto", RunConfig().identity(), GROUP)
+            find_start(run_dir, "auto", IDENTITY, GROUP, defaults=IDENTITY)
     assert names(run_dir) == {"step-00000001", "step-00000002"}
-    assert find_start(run_dir, "auto", RunConfig().identity(), GROUP)[0].step == 2
+    assert find_start(run_dir, "auto", IDENTITY, GROUP, defaults=IDENTITY)[0].step == 2
 
 
 def test_only_the_owner_sets_aside(run_dir: Path):
     flip(folder_of(run_dir, 2) / PART)
     before = names(run_dir)
-    _, folder, notes = find_start(run_dir, "auto", RunConfig().identity(), GROUP, is_owner=False)
+    _, folder, notes = find_start(run_dir, "auto", IDENTITY, GROUP, is_owner=False, defaults=IDENTITY)
     assert (folder, len(notes), names(run_dir)) == (folder_of(run_dir, 1), 1, before)
-    find_start(run_dir, "auto", RunConfig().identity(), GROUP)
+    find_start(run_dir, "auto", IDENTITY, GROUP, defaults=IDENTITY)
     assert names(run_dir) != before
 
 

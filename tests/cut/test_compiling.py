@@ -6,8 +6,9 @@ from tiny import LateGroup, random_tokens, tiny_decoder
 
 from hvdtrain.cut.compiling import CompileClock, check_compiler
 from hvdtrain.data.batch import Batch
-from hvdtrain.engine import Plan, SyncOptions
+from hvdtrain.engine import Plan
 from hvdtrain.errors import ConfigError
+from hvdtrain.sync import SyncOptions
 from hvdtrain.sync.allreduce import AllReduceOptions
 from hvdtrain.tasks.lm import LanguageModel
 

@@ -8,8 +8,9 @@ from tiny import LateGroup, random_tokens, tiny_decoder
 
 from hvdtrain.cut.precision import PRECISIONS, LossScale
 from hvdtrain.data.batch import Batch
-from hvdtrain.engine import Plan, SyncOptions
+from hvdtrain.engine import Plan
 from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
+from hvdtrain.sync import SyncOptions
 from hvdtrain.sync.allreduce import AllReduceOptions
 from hvdtrain.tasks.lm import LanguageModel
 

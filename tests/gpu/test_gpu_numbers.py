@@ -11,7 +11,7 @@ import torch
 
 from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.data.batch import IGNORE, Batch
-from hvdtrain.engine import Plan, SyncOptions
+from hvdtrain.engine import Plan
 from hvdtrain.machine.matmul import use_tf32
 from hvdtrain.models.decoder import Decoder
 from hvdtrain.models.recompute import RecomputeOptions, use_recompute
@@ -19,6 +19,7 @@ from hvdtrain.models.transformer import TransformerOptions
 from hvdtrain.optim.ema import EmaOptions, make_ema
 from hvdtrain.optim.guard import GuardOptions
 from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
+from hvdtrain.sync import SyncOptions
 from hvdtrain.tasks.lm import LanguageModel, LanguageModelOptions
 
 CPU = torch.device("cpu")

@@ -127,7 +127,8 @@ def one_cpu() -> Iterator[tuple[str, ...]]:
 
 def test_one_process_under_a_quota(one_cpu: tuple[str, ...]):
     """Of two cores and more, which it may all use."""
-    code = "from hvdtrain.comm import cores, ranks; print(cores.take_cores(ranks.OneRank()).note)"
+    code = "from hvdtrain.comm.ranks import OneRank; from hvdtrain.machine.cores import take_cores; "
+    code += "print(take_cores(OneRank()).note)"
     done = succeed(program=(*one_cpu, sys.executable, "-c", code))
     assert done.stdout.startswith("1 thread a rank" + " by a CPU quota of 1" * (len(os.sched_getaffinity(0)) > 1))
 

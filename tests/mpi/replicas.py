@@ -11,8 +11,9 @@ from torch import nn
 from hvdtrain.comm.group import Group
 from hvdtrain.data.batch import IGNORE, Batch
 from hvdtrain.data.sampler import even_parts
-from hvdtrain.engine import Plan, SyncOptions
+from hvdtrain.engine import Plan
 from hvdtrain.models.decoder import Decoder
+from hvdtrain.sync import SyncOptions
 from hvdtrain.sync.allreduce import AllReduceOptions
 from hvdtrain.tasks.lm import LanguageModel
 

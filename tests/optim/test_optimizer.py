@@ -13,10 +13,11 @@ from hvdtrain.checkpoint import writer as checkpoint
 from hvdtrain.checkpoint.writer import CheckpointOptions, Progress
 from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.data.batch import Batch
-from hvdtrain.engine import Plan, SyncOptions
+from hvdtrain.engine import Plan
 from hvdtrain.optim.lamb import Lamb
 from hvdtrain.optim.lars import Lars, whole_norms
 from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
+from hvdtrain.sync import SyncOptions
 from hvdtrain.tasks.lm import LanguageModel
 
 NAMES = typing.get_args(OptimOptions.model_fields["name"].annotation)

@@ -65,7 +65,8 @@ def test_a_node_that_hangs_is_ended_by_the_scripts_timeout(slurm: SlurmCluster, 
 def test_the_record_of_a_batch_job(slurm: SlurmCluster, tmp_path: Path):
     program = (
         "from pathlib import Path; from hvdtrain.comm.local_group import LocalGroup as G\n"
-        "from hvdtrain.comm.world import World; from hvdtrain.config import RunConfig; from hvdtrain import records\n"
+        "from hvdtrain.comm.world import World; from hvdtrain.config import RunConfig\n"
+        "from hvdtrain.jobs import records\n"
         "records.LIMIT_S = records._ANSWER_S = 60\n"
         "print(*records.record_job(Path(), ['demo'], G(), World(), RunConfig(), {})[1])\n"
     )
