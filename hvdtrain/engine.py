@@ -13,10 +13,9 @@ from torch import nn
 from hvdtrain.comm.group import Group
 from hvdtrain.cut.compiling import compile_model, uncompiled
 from hvdtrain.cut.precision import PRECISIONS, LossScale
-from hvdtrain.data.batch import AnyBatch, Batch
+from hvdtrain.data.batch import Batch
 from hvdtrain.data.sampler import derive
 from hvdtrain.errors import DivergedError
-from hvdtrain.models.flops import training_flops
 from hvdtrain.optim.guard import Guard, GuardOptions
 from hvdtrain.sync import SYNCS, SyncOptions
 from hvdtrain.sync.allreduce import StepSums
@@ -76,7 +75,7 @@ class Plan:
             self._weight += loss.weight
             if number == 0 and len(microbatches) > 1:
                 self.sync.part(self._weight)
-            self.flops += _flops(self.model, batch)
+            self.flops += task.training_flops(self.model, batch)
 
     def finish(self, max_norm: float, flags: int = 0) -> StepSums:
         """Global loss and gradient norm of the step; gradients summed, divided by the global weight, clipped.
@@ -140,10 +139,3 @@ class Plan:
             sums = torch.zeros(max(lengths), dtype=torch.float64, device=self.device) if sums is None else sums
         self.group.all_reduce_sum(sums, "hvdtrain.evaluation")
         return task.scores(sums.tolist())
-
-
-def _flops(model: nn.Module, batch: AnyBatch) -> int:
-    source = getattr(batch, "source", None)
-    return training_flops(
-        model, batch.tokens.shape, None if source is None else source.shape, getattr(batch, "segments", None)
-    )

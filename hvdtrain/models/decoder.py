@@ -3,9 +3,12 @@
 Shape letters:  B rows, T positions, D model width, V vocabulary
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from hvdtrain.models.attention import Runs, document_runs, row_runs, runs_fit
+from hvdtrain.models.flops import decoder_flops, packed_pairs
 from hvdtrain.models.layers import Block, KVCache, make_norm
 from hvdtrain.models.masks import packed_mask, window_mask
 from hvdtrain.models.transformer import Transformer, TransformerOptions
@@ -59,6 +62,17 @@ class Decoder(Transformer):
             return document_runs(segments_BT, device)
         mask = packed_mask(segments_BT.to(device))
         return mask & window_mask(positions, o.window, device) if o.window else mask
+
+    def training_flops(self, shape: Sequence[int], segments_BT: torch.Tensor | None = None) -> int:
+        """Model FLOPs of forward and backward over tokens of ``shape`` (B, T); see models/flops.py.
+
+        segments_BT: as in ``forward``. Those on a device are not looked at, since it would have to be waited for: then
+        each row counts as one document, whose attention is more than is done.
+        """
+        rows, positions = shape
+        is_known = segments_BT is not None and segments_BT.device.type == "cpu"
+        pairs = packed_pairs(segments_BT, self.options.window) if is_known else None
+        return decoder_flops(self.options, self.vocab_size, rows, positions, pairs)
 
     def logits(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
         """[B, T, V padded] fp32 or autocast's type."""

@@ -3,10 +3,13 @@
 Shape letters:  B rows, T positions, D model width, C classes
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
 from hvdtrain.errors import ConfigError
+from hvdtrain.models.flops import classifier_flops, encoder_flops
 from hvdtrain.models.layers import Block, make_norm
 from hvdtrain.models.masks import padding_mask
 from hvdtrain.models.transformer import Transformer, TransformerOptions, initialise
@@ -30,6 +33,11 @@ class Encoder(Transformer):
             x_BTD = block(x_BTD, rotary, mask=mask)
         return self.norm(x_BTD)
 
+    def training_flops(self, shape: Sequence[int]) -> int:
+        """Model FLOPs of forward and backward over tokens of ``shape`` (B, T); see models/flops.py."""
+        rows, positions = shape
+        return encoder_flops(self.options, rows, positions)
+
 
 class Classifier(nn.Module):
     """``forward(tokens, lengths) -> logits``, from the first position's state; data prep puts a token there for it."""
@@ -50,3 +58,8 @@ class Classifier(nn.Module):
         """[B, C] fp32 or autocast's type. Both inputs int64."""
         first_BD = self.encoder(tokens_BT, lengths_B)[:, 0]
         return self.head(self.dropout(torch.tanh(self.pooler(first_BD))))
+
+    def training_flops(self, shape: Sequence[int]) -> int:
+        """Model FLOPs of forward and backward over tokens of ``shape`` (B, T); see models/flops.py."""
+        rows, positions = shape
+        return classifier_flops(self.options, self.classes, rows, positions)

@@ -1,5 +1,8 @@
 """How much arithmetic a training step is worth: model FLOPs, from a model's options and a batch's shapes.
 
+Each model's ``training_flops`` calls what is here: forward and backward of one microbatch, from shapes on the host, so
+that no device is waited for.
+
 The convention is that of Megatron-LM (Narayanan et al. 2021, 2104.04473, appendix; its training.py has it as
 num_floating_point_operations) and of PaLM (Chowdhery et al. 2022, 2204.02311, appendix B; its quotient is MFU):
 
@@ -17,43 +20,11 @@ Shape letters:  B rows, T positions, S source positions, D model width, H heads,
                 F feed-forward width, V vocabulary (padded)
 """
 
-from collections.abc import Sequence
-
 import torch
-from torch import nn
 
-from hvdtrain.models.decoder import Decoder
-from hvdtrain.models.encoder import Classifier, Encoder
-from hvdtrain.models.seq2seq import Seq2Seq
 from hvdtrain.models.transformer import TransformerOptions
 
 PASSES = 3  # forward, and backward for both factors of a product
-
-
-def training_flops(
-    model: nn.Module,
-    tokens: Sequence[int],
-    source: Sequence[int] | None = None,
-    segments_BT: torch.Tensor | None = None,
-) -> int:
-    """Model FLOPs of forward and backward over one microbatch (local; no device is waited for).
-
-    tokens: (B, T) of what the model predicts on (a classifier's text); source: (B, S) for an encoder-decoder.
-    segments_BT: a packed batch's numbers of documents. Those on a GPU are not looked at: each row then counts as one
-    document, whose attention is more than is done. 0: nobody has counted this kind of model's products.
-    """
-    model = getattr(model, "_orig_mod", model)  # of what torch.compile wraps
-    rows, positions = tokens
-    if isinstance(model, Decoder):
-        pairs = packed_pairs(segments_BT, model.options.window) if _is_on_host(segments_BT) else None
-        return decoder_flops(model.options, model.vocab_size, rows, positions, pairs)
-    if isinstance(model, Seq2Seq):
-        return seq2seq_flops(model.options, model.vocab_size, rows, source[1], positions)
-    if isinstance(model, Classifier):
-        return classifier_flops(model.options, model.classes, rows, positions)
-    if isinstance(model, Encoder):
-        return encoder_flops(model.options, rows, positions)
-    return 0
 
 
 def decoder_flops(
@@ -106,10 +77,6 @@ def packed_pairs(segments_BT: torch.Tensor, window: int = 0) -> int:
     lengths = torch.diff(begins, append=begins.new_tensor([segments_BT.numel()]))
     reach = lengths.clamp(max=window) if window else lengths
     return int((reach * (reach + 1) // 2 + (lengths - reach) * reach).sum())
-
-
-def _is_on_host(segments_BT: torch.Tensor | None) -> bool:
-    return segments_BT is not None and segments_BT.device.type == "cpu"
 
 
 # --- forward FLOPs ------------------------------------------------------------------------------------------------

@@ -5,8 +5,11 @@ One embedding and one set of positions serve source and target, and the embeddin
 Shape letters:  B rows, S source positions, T target positions, D model width, V vocabulary
 """
 
+from collections.abc import Sequence
+
 import torch
 
+from hvdtrain.models.flops import seq2seq_flops
 from hvdtrain.models.layers import Block, CrossBlock, KVCache, make_norm
 from hvdtrain.models.masks import padding_mask
 from hvdtrain.models.transformer import Transformer, TransformerOptions
@@ -58,6 +61,13 @@ class Seq2Seq(Transformer):
         Targets are padded at their end, where no earlier position looks.
         """
         return self.decode(tokens_BT, self.encode(source_BS, source_lengths_B), source_lengths_B)
+
+    def training_flops(self, source_shape: Sequence[int], shape: Sequence[int]) -> int:
+        """Model FLOPs of forward and backward over sources of ``source_shape`` (B, S) and targets of ``shape`` (B, T);
+        see models/flops.py.
+        """
+        rows, positions = shape
+        return seq2seq_flops(self.options, self.vocab_size, rows, source_shape[1], positions)
 
     def logits(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
         """[B, T, V padded] fp32 or autocast's type."""

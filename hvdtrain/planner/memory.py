@@ -37,7 +37,6 @@ from hvdtrain.data.loader import BUFFERS
 from hvdtrain.data.sampler import share_of
 from hvdtrain.data.shards import Manifest, token_dtype
 from hvdtrain.errors import ConfigError
-from hvdtrain.models.flops import training_flops
 from hvdtrain.models.layers import Attention, CrossAttention
 from hvdtrain.models.recompute import Recomputed, use_recompute
 from hvdtrain.optim.optimizer import OptimOptions
@@ -151,8 +150,7 @@ def workload(config: RunConfig, facts: CorpusFacts, ranks: int, ranks_per_node: 
         microbatch = min(feed.microbatch or mine, mine)
     microbatches = -(-mine // microbatch)
     with torch.device("meta"):
-        model = build_model(config, facts)
-    shape = (microbatch, positions)
+        model, batch = build_model(config, facts), _batch(config.task.name, microbatch, positions)
     tokens = config.train.steps * global_tokens
     return Workload(
         ranks=ranks,
@@ -171,7 +169,7 @@ def workload(config: RunConfig, facts: CorpusFacts, ranks: int, ranks_per_node: 
         tokens=tokens,
         epochs=tokens / facts.train_tokens if facts.train_tokens else None,
         parameters=(count := _count(model)),
-        flops_of_step=microbatches * training_flops(model, shape, shape if config.task.name == "seq2seq" else None),
+        flops_of_step=microbatches * make_task(config.task).training_flops(model, batch),
         sent_bytes=sent_bytes(count, ranks, config.sync.allreduce),
     )
 

@@ -4,7 +4,6 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from hvdtrain.data.batch import IGNORE, LabelBatch
 from hvdtrain.data.bucketed import eval_rows, label_batch
@@ -15,14 +14,14 @@ from hvdtrain.models.encoder import Classifier
 from hvdtrain.models.transformer import TransformerOptions
 from hvdtrain.options import Options, option
 from hvdtrain.tasks.seq2seq import bucketed_training, check_one_folder, open_records
-from hvdtrain.tasks.task import Evaluation, LossSum, Training
+from hvdtrain.tasks.task import Evaluation, LossSum, Task, Training
 
 
 class ClassifyOptions(Options):
     label_smoothing: float = option(0.0, "share of the label's probability spread over all labels", ge=0, lt=1)
 
 
-class Classification:
+class Classification(Task[Classifier, LabelBatch]):
     """Cross-entropy of the label, in nats, summed over rows. Scores: accuracy, and F1 as the mean over the labels."""
 
     kind = "labels"
@@ -30,7 +29,7 @@ class Classification:
     def __init__(self, options: ClassifyOptions):
         self._options = options
 
-    def make_model(self, options: TransformerOptions, manifest: Manifest) -> nn.Module:
+    def make_model(self, options: TransformerOptions, manifest: Manifest) -> Classifier:
         return Classifier(options, manifest.vocab_size, len(manifest.label_names))
 
     def check(self, corpora: Corpora, feed: Feed) -> None:
@@ -49,11 +48,14 @@ class Classification:
         records = open_records(corpora, split)
         return records, lambda records, rows: label_batch(records, rows, feed.context)
 
-    def loss(self, model: nn.Module, batch: LabelBatch) -> LossSum:
+    def loss(self, model: Classifier, batch: LabelBatch) -> LossSum:
         total = self._cross_entropy(model(batch.tokens, batch.lengths), batch, self._options.label_smoothing)
         return LossSum(total, batch.target_tokens)
 
-    def measure(self, model: nn.Module, batch: LabelBatch) -> torch.Tensor:
+    def training_flops(self, model: Classifier, batch: LabelBatch) -> int:
+        return model.training_flops(batch.tokens.shape)
+
+    def measure(self, model: Classifier, batch: LabelBatch) -> torch.Tensor:
         logits = model(batch.tokens, batch.lengths).float()
         loss = self._cross_entropy(logits, batch, 0.0)
         classes = logits.shape[-1]

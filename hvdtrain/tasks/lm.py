@@ -5,7 +5,6 @@ from functools import partial
 from typing import Literal
 
 import torch
-from torch import nn
 
 from hvdtrain.data.batch import IGNORE, Batch
 from hvdtrain.data.corpora import Corpora
@@ -21,7 +20,7 @@ from hvdtrain.models.decoder import Decoder
 from hvdtrain.models.losses import LossTerms, linear_cross_entropy
 from hvdtrain.models.transformer import TransformerOptions
 from hvdtrain.options import Options, option
-from hvdtrain.tasks.task import Evaluation, LossSum, Training, check_kind, check_val
+from hvdtrain.tasks.task import Evaluation, LossSum, Task, Training, check_kind, check_val
 
 
 class LanguageModelOptions(Options):
@@ -32,7 +31,7 @@ class LanguageModelOptions(Options):
     z_loss: float = option(0.0, "weight of (log Z)^2 in the training loss; PaLM: 1e-4", ge=0)
 
 
-class LanguageModel:
+class LanguageModel(Task[Decoder, Batch]):
     """Cross-entropy of the next token, in nats, summed over the targets that count."""
 
     kind = "text"
@@ -40,7 +39,7 @@ class LanguageModel:
     def __init__(self, options: LanguageModelOptions | None = None):
         self._options = options or LanguageModelOptions()
 
-    def make_model(self, options: TransformerOptions, manifest: Manifest) -> nn.Module:
+    def make_model(self, options: TransformerOptions, manifest: Manifest) -> Decoder:
         return Decoder(options, manifest.vocab_size)
 
     def check(self, corpora: Corpora, feed: Feed) -> None:
@@ -90,15 +89,18 @@ class LanguageModel:
         batches = partial(eval_windows, stream, feed.context, rows, feed.rank, feed.size)
         return Evaluation.of(batches, -(-(len(stream) - 1) // feed.context), rows, feed)
 
-    def loss(self, model: nn.Module, batch: Batch) -> LossSum:
+    def loss(self, model: Decoder, batch: Batch) -> LossSum:
         terms = LossTerms(self._options.label_smoothing, self._options.z_loss, IGNORE)
         return LossSum(self._cross_entropy(model, batch, terms), batch.target_tokens)
 
-    def measure(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+    def training_flops(self, model: Decoder, batch: Batch) -> int:
+        return model.training_flops(batch.tokens.shape, batch.segments)
+
+    def measure(self, model: Decoder, batch: Batch) -> torch.Tensor:
         total = self._cross_entropy(model, batch, LossTerms(ignore=IGNORE))
         return torch.stack([total.double(), total.new_tensor(batch.target_tokens, dtype=torch.float64)])
 
-    def _cross_entropy(self, model: nn.Module, batch: Batch, terms: LossTerms) -> torch.Tensor:
+    def _cross_entropy(self, model: Decoder, batch: Batch, terms: LossTerms) -> torch.Tensor:
         hidden = model(batch.tokens, positions_BT=batch.positions, segments_BT=batch.segments)
         return linear_cross_entropy(hidden.flatten(0, 1), model.head.weight, batch.targets.flatten(), terms)
 

@@ -5,7 +5,6 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from hvdtrain.data.batch import IGNORE, PairBatch
 from hvdtrain.data.bucketed import BucketSource, eval_rows, pair_batch
@@ -19,7 +18,7 @@ from hvdtrain.models.losses import LossTerms, linear_cross_entropy
 from hvdtrain.models.seq2seq import Seq2Seq
 from hvdtrain.models.transformer import TransformerOptions
 from hvdtrain.options import Options, option
-from hvdtrain.tasks.task import Evaluation, LossSum, Training, check_kind, check_val
+from hvdtrain.tasks.task import Evaluation, LossSum, Task, Training, check_kind, check_val
 
 
 class Seq2SeqOptions(Options):
@@ -27,7 +26,7 @@ class Seq2SeqOptions(Options):
     z_loss: float = option(0.0, "weight of (log Z)^2 in the training loss", ge=0)
 
 
-class SequenceToSequence:
+class SequenceToSequence(Task[Seq2Seq, PairBatch]):
     """Cross-entropy of the target's tokens, in nats, summed; in training with smoothed labels (Szegedy et al. 2016)."""
 
     kind = "pairs"
@@ -35,7 +34,7 @@ class SequenceToSequence:
     def __init__(self, options: Seq2SeqOptions):
         self._options = options
 
-    def make_model(self, options: TransformerOptions, manifest: Manifest) -> nn.Module:
+    def make_model(self, options: TransformerOptions, manifest: Manifest) -> Seq2Seq:
         return Seq2Seq(options, manifest.vocab_size)
 
     def check(self, corpora: Corpora, feed: Feed) -> None:
@@ -56,13 +55,16 @@ class SequenceToSequence:
         begin = _begin(corpora)
         return records, lambda records, rows: pair_batch(records, rows, begin, feed.context)
 
-    def loss(self, model: nn.Module, batch: PairBatch) -> LossSum:
+    def loss(self, model: Seq2Seq, batch: PairBatch) -> LossSum:
         hidden = model(batch.source, batch.source_lengths, batch.tokens).flatten(0, 1)
         terms = LossTerms(self._options.label_smoothing, self._options.z_loss, IGNORE)
         total = linear_cross_entropy(hidden, model.head.weight, batch.targets.flatten(), terms)
         return LossSum(total, batch.target_tokens)
 
-    def measure(self, model: nn.Module, batch: PairBatch) -> torch.Tensor:
+    def training_flops(self, model: Seq2Seq, batch: PairBatch) -> int:
+        return model.training_flops(batch.source.shape, batch.tokens.shape)
+
+    def measure(self, model: Seq2Seq, batch: PairBatch) -> torch.Tensor:
         logits = model.logits(model(batch.source, batch.source_lengths, batch.tokens)).float()
         loss = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE, reduction="sum")
         counted = (batch.targets != IGNORE).sum()

@@ -4,7 +4,7 @@ sums become scores.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -16,6 +16,9 @@ from hvdtrain.data.sampler import even_parts
 from hvdtrain.data.shards import Manifest
 from hvdtrain.errors import DataError
 from hvdtrain.models.transformer import TransformerOptions
+
+Model = TypeVar("Model", bound=nn.Module)
+Read = TypeVar("Read", bound=AnyBatch)
 
 
 @dataclass(frozen=True)
@@ -54,12 +57,15 @@ class Evaluation:
         return self.batches()
 
 
-class Task(Protocol):
-    """What the loop needs to know of a task. ``kind``: of the shards."""
+class Task(Protocol[Model, Read]):
+    """What the loop needs to know of a task, for its kind of model and its kind of batch. ``kind``: of the shards."""
 
     kind: str
 
-    def make_model(self, options: TransformerOptions, manifest: Manifest) -> nn.Module:
+    def __init__(self, options: Any) -> None:
+        """options: the task's own."""
+
+    def make_model(self, options: TransformerOptions, manifest: Manifest) -> Model:
         """The model, not yet initialised; it has ``initialise(seed)``."""
 
     def check(self, corpora: Corpora, feed: Feed) -> None:
@@ -71,10 +77,16 @@ class Task(Protocol):
     def open_evaluation(self, corpora: Corpora, split: str, feed: Feed, rows: int) -> Evaluation:
         """A split of the task's kind, ``rows`` rows a batch. Errors: DataError where there is nothing to score."""
 
-    def loss(self, model: nn.Module, batch: AnyBatch) -> LossSum:
+    def loss(self, model: Model, batch: Read) -> LossSum:
         """Loss of one microbatch; called under autograd."""
 
-    def measure(self, model: nn.Module, batch: AnyBatch) -> torch.Tensor:
+    def training_flops(self, model: Model, batch: Read) -> int:
+        """Model FLOPs of forward and backward over one microbatch (local; waits for no device); see models/flops.py.
+        0: nobody has counted this model's products.
+        """
+        return 0
+
+    def measure(self, model: Model, batch: Read) -> torch.Tensor:
         """Sums over one batch in evaluation: fp64 [k], the same k for every batch; called without autograd."""
 
     def scores(self, sums: list[float]) -> dict[str, float]:

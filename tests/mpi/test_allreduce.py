@@ -26,7 +26,7 @@ from hvdtrain.data.batch import IGNORE, Batch
 from hvdtrain.engine import Plan
 from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
 from hvdtrain.tasks.lm import LanguageModel
-from hvdtrain.tasks.task import LossSum
+from hvdtrain.tasks.task import LossSum, Task
 
 # Of the whole gradient, fp32: the same products are added in another order. Seen: 2.4e-7.
 TOLERANCE = 1e-6
@@ -100,7 +100,7 @@ class _Rare(nn.Module):
         self.common, self.rare, self.never = (nn.Parameter(torch.full((2, 2), value)) for value in (1.0, 2.0, 3.0))
 
 
-class _RareTask:
+class _RareTask(Task):
     def __init__(self, uses_rare: bool):
         self._uses_rare = uses_rare
 

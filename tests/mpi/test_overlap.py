@@ -8,10 +8,10 @@ from hvdtrain.comm.group import Pending
 from hvdtrain.comm.horovod_group import HorovodGroup
 from hvdtrain.data.batch import Batch
 from hvdtrain.tasks.lm import LanguageModel
-from hvdtrain.tasks.task import LossSum
+from hvdtrain.tasks.task import LossSum, Task
 
 
-class _Diary:
+class _Diary(Task):
     """Writes down, in order: ``forward`` of each microbatch, ``send`` of each bucket, ``backward``'s way to block 0."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, group: HorovodGroup, model: torch.nn.Module):

@@ -8,10 +8,16 @@ import torch
 from torch import nn
 
 from hvdtrain.data.batch import IGNORE, Batch, LabelBatch, PairBatch
+from hvdtrain.models import flops
+from hvdtrain.models.decoder import Decoder
+from hvdtrain.models.encoder import Classifier
+from hvdtrain.models.seq2seq import Seq2Seq
+from hvdtrain.models.transformer import TransformerOptions
 from hvdtrain.tasks import TASKS, TaskOptions, make_task
 from hvdtrain.tasks.classify import Classification, ClassifyOptions
 from hvdtrain.tasks.lm import LanguageModel
 from hvdtrain.tasks.seq2seq import Seq2SeqOptions, SequenceToSequence
+from hvdtrain.tasks.task import Task
 
 # Probabilities of a vocabulary of 4, as logits.
 SURE, LEANS, EVEN = [0.7, 0.1, 0.1, 0.1], [0.2, 0.4, 0.2, 0.2], [0.25] * 4
@@ -56,6 +62,31 @@ def smoothed(probabilities: list[float], target: int, share: float) -> float:
 def test_every_task_of_the_table_can_be_chosen():
     for name, task in TASKS.items():
         assert type(make_task(TaskOptions(name=name))) is task
+
+
+# --- model FLOPs ---------------------------------------------------------------------------------------------------
+
+
+def test_every_task_counts_what_its_model_multiplies():
+    """By the shapes that the model reads: a language model's documents, both sides of a pair, a text."""
+    options = TransformerOptions(layers=2, width=16, heads=2, context=24)
+    tokens, segments = torch.zeros(2, 8, dtype=torch.int64), torch.tensor([[0, 0, 0, 1, 1, 1, 1, -1], [0] * 8])
+    text, source = Batch(tokens, tokens, 16, tokens, segments), torch.zeros(2, 5, dtype=torch.int64)
+    pairs = PairBatch(source, torch.tensor([5, 2]), tokens, tokens, 16)
+    labels = LabelBatch(tokens, torch.tensor([8, 3]), torch.tensor([0, 1]), 2)
+    of_text = LanguageModel().training_flops(Decoder(options, 50), text)
+    assert of_text == flops.decoder_flops(options, 50, 2, 8, pairs=6 + 10 + 1 + 36)
+    of_pairs = SequenceToSequence(Seq2SeqOptions()).training_flops(Seq2Seq(options, 50), pairs)
+    assert of_pairs == flops.seq2seq_flops(options, 50, 2, source=5, positions=8)
+    of_labels = Classification(ClassifyOptions()).training_flops(Classifier(options, 50, 3), labels)
+    assert of_labels == flops.classifier_flops(options, 3, 2, 8)
+
+
+def test_a_task_that_does_not_count_is_worth_no_flops():
+    class Silent(Task[nn.Module, Batch]):
+        kind = "text"
+
+    assert Silent(None).training_flops(nn.Linear(2, 2), Batch(TOKENS, TARGETS, 4)) == 0
 
 
 # --- language models ---------------------------------------------------------------------------------------------
