@@ -94,7 +94,7 @@ def make_job(recipe: str, overrides: Sequence[str], run_dir: Path | None, nodes:
     written into it, so that it says the same tomorrow.
     """
     run_dir = run_dir or Path("runs") / Path(recipe).stem
-    home = Path(os.environ.get("HVDTRAIN_HOME") or Path(__file__).resolve().parents[1]).absolute()
+    home = Path(os.environ.get("HVDTRAIN_HOME") or Path(__file__).resolve().parents[2]).absolute()
     variables = {f"HVDTRAIN_{name}": os.environ.get(f"HVDTRAIN_{name}", "") for name in _VARIABLES}
     if not variables["HVDTRAIN_VENV"] and sys.prefix != "/usr" and exists(Path(sys.prefix) / "bin" / "python"):
         variables["HVDTRAIN_VENV"] = sys.prefix

@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 # In the order in which a step comes past them.
 PHASES = ("start", "data", "compute", "sync", "optimizer", "evaluation", "checkpoint")
-_PACKAGE = str(Path(__file__).parent) + os.sep
+_PACKAGE = str(Path(__file__).parents[1]) + os.sep
 # Where a rank waits for the others: in these modules, as long as they do not call back.
 _COMM = f"{_PACKAGE}comm{os.sep}"
 _WAITING = (f"{_COMM}horovod_group.py", f"{_COMM}mpi.py")
