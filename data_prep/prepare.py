@@ -118,7 +118,7 @@ def prepare(
     """
     job = ranks.together(lambda: _Job(kind, options, tokenizer, out, ranks))
     ranks.agree(job.identity, "what is to be prepared")
-    with ranks.together(lambda: _locked(out) if ranks.rank == 0 else nullcontext()):
+    with ranks.on_main(lambda: _locked(out)) or nullcontext():
         if ranks.together(lambda: exists(out / "manifest.json")):
             return job.reuse(), True
         ranks.together(job.clear_leftovers)
@@ -163,7 +163,7 @@ class _Job:
                 progress.unit_done(number)
             progress.wait_for_others()
         self.ranks.barrier()
-        self.ranks.together(lambda: self._finish() if self.ranks.rank == 0 else None)
+        self.ranks.on_main(self._finish)
         return self.ranks.together(lambda: read_manifest(self.out))
 
     def reuse(self) -> Manifest:

@@ -112,7 +112,7 @@ class HorovodGroup(Group):
             return self._hvd.allgather_object(value, name="hvdtrain.objects")
 
     def start_timeline(self, path: Path) -> list[str]:
-        self.together(lambda: _check_writable(path) if self.rank == 0 else None)
+        self.on_main(lambda: _check_writable(path))
         self._hvd.start_timeline(str(path))
         self._timeline = path
         return [f"timeline in {path}: rank 0's writer never sleeps, so these are no speeds to report"]

@@ -58,6 +58,10 @@ class Ranks(ABC):
                 raise RankError(message + (f" (on rank {rank})" if rank else ""), exit_code)
         return result  # type: ignore[return-value]
 
+    def on_main(self, work: Callable[[], T]) -> T | None:
+        """``together`` of work that rank 0 does for all: its result there, None on the others."""
+        return self.together(lambda: work() if self.rank == 0 else None)
+
     def agree(self, value: Any, what: str) -> None:
         """Check that ``value`` is the same on all ranks; otherwise RankError naming the first rank that differs.
 

@@ -74,11 +74,10 @@ class Claim(contextlib.AbstractContextManager):
         Errors, on all ranks: with ConfigError's exit code where another start owns it; OutputError's where it cannot be
         written.
         """
-        is_main = self._group.rank == 0
         # In short turns: ranks that wait for long in one collective would be taken for stalled.
-        while not self._group.all_gather_object(self._group.together(self._try if is_main else lambda: None))[0]:
+        while not self._group.all_gather_object(self._group.on_main(self._try))[0]:
             pass
-        if is_main:
+        if self._group.rank == 0:
             self._thread = threading.Thread(target=self._keep, name="hvdtrain-claim", daemon=True)
             self._thread.start()
 

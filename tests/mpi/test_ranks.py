@@ -38,6 +38,16 @@ def test_one_that_fails_fails_all_with_its_message(ranks: MpiRanks):
     assert ranks.together(lambda: ranks.rank) == ranks.rank  # and they can go on
 
 
+def test_what_rank_0_does_for_all_is_done_once_and_fails_on_all(ranks: MpiRanks):
+    assert ranks.all_gather_object(ranks.on_main(lambda: ranks.rank)) == [0] + [None] * (ranks.size - 1)
+
+    def fail() -> None:
+        raise DataError(f"rank {ranks.rank} cannot write")
+
+    with pytest.raises(RankError, match=r"^DataError: rank 0 cannot write$"):
+        ranks.on_main(fail)
+
+
 def test_what_differs_is_named(ranks: MpiRanks):
     ranks.agree({"a": 1}, "the plan")
     if ranks.size > 1:

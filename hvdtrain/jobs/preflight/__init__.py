@@ -83,7 +83,7 @@ def preflight(job: Job, world: World) -> None:
             if not verdict.exit_code:
                 print(f"hvdtrain: preflight: {_healthy(nodes)} ({seconds:.1f} s)", flush=True)
         if job.json is not None:
-            group.together(lambda: write_json(job.json, _as_json(verdict, seconds)) if group.rank == 0 else None)
+            group.on_main(lambda: write_json(job.json, _as_json(verdict, seconds)))
         if verdict.exit_code:
             raise RankError(verdict.message, verdict.exit_code)
 
