@@ -42,15 +42,13 @@ from hvdtrain.data.shards import (
     Manifest,
     ShardInfo,
     check_files,
-    file_sha256,
-    read_json,
     read_manifest,
     token_dtype,
     tokenizer_vocab_size,
     write_manifest,
 )
 from hvdtrain.errors import ConfigError, DataError, OutputError, say
-from hvdtrain.files import again, exists, listed, make_folder, write, write_json
+from hvdtrain.files import again, exists, file_sha256, listed, make_folder, read_json, write, write_json
 
 _BATCH_BYTES = 1 << 23  # of text encoded at once; bounds the memory
 _TEMPORARY = re.compile(rf"\.({SHARD_NAME.pattern}|manifest\.json|tokenizer\.json)\.\d+\.tmp")

@@ -18,8 +18,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hvdtrain.data.shards import read_json
 from hvdtrain.errors import ConfigError, DataError
+from hvdtrain.files import read_json
 
 # Role -> names by which it is known, ours first.
 SPECIAL_TOKENS = {

@@ -17,9 +17,8 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data_prep.roles import SPECIAL_TOKENS
-from hvdtrain.data.shards import read_json
 from hvdtrain.errors import ConfigError, DataError, OutputError
-from hvdtrain.files import exists, make_folder, write_json, write_text
+from hvdtrain.files import exists, make_folder, read_json, write_json, write_text
 
 KINDS = ("bpe", "unigram", "char", "byte")
 

@@ -9,20 +9,22 @@
 """
 
 import errno
+import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 from time import sleep
 from typing import Any, TypeVar
 
-from hvdtrain.errors import HvdtrainError, OutputError, say
+from hvdtrain.errors import DataError, HvdtrainError, OutputError, say
 
 T = TypeVar("T")
 
+BLOCK_BYTES = 1 << 24  # of a shard: damage is named block by block
 PAUSES_S = (0.1, 0.4, 1.5, 5.0)
 # What a server that restarts, a lost lock or an expired ticket gives; ESHUTDOWN is Lustre's for an evicted client.
 PASSING = frozenset(
@@ -119,6 +121,52 @@ def listed(folder: Path, pattern: str = "*") -> list[Path]:
 def read_text(path: Path) -> str:
     """UTF-8. Errors: OSError, UnicodeDecodeError."""
     return again(lambda: path.read_text(encoding="utf-8"), path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Errors: DataError naming it."""
+    try:
+        value = json.loads(read_text(path))
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {path}: {error}") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{path} does not hold a JSON object")
+    return value
+
+
+# --- digests -----------------------------------------------------------------------------------------------------
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of the whole file, in hexadecimal. Tried again. Errors: OSError."""
+
+    def digest() -> str:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    return again(digest, path)
+
+
+def file_blocks(path: Path) -> tuple[str, ...]:
+    """SHA-256 of each BLOCK_BYTES of the file, in order."""
+    with open(path, "rb") as file:
+        return tuple(hashlib.sha256(block).hexdigest() for block in iter(lambda: file.read(BLOCK_BYTES), b""))
+
+
+def read_block(path: Path, number: int) -> bytes:
+    """The bytes of one block; fewer only at the file's end. Errors: OSError."""
+
+    def read() -> bytes:
+        with open(path, "rb") as file:  # buffered: a read gives less than is asked for only at the end
+            file.seek(number * BLOCK_BYTES)
+            return file.read(BLOCK_BYTES)
+
+    return again(read, path)
+
+
+def fields_sha256(fields: Mapping[str, Any]) -> str:
+    """Digest of a manifest's fields, however they are laid out in the file."""
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 # --- writing -----------------------------------------------------------------------------------------------------

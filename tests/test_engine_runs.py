@@ -97,7 +97,7 @@ def test_what_a_run_says_of_its_speed(prepared: Prepared, tmp_path: Path):
 
 def test_an_older_run_goes_on_under_a_newer_version(prepared: Prepared, tmp_path: Path):
     """A checkpoint whose identity lacks settings that came later was made with their defaults."""
-    from hvdtrain.data.shards import fields_sha256
+    from hvdtrain.files import fields_sha256
 
     run_dir = tmp_path / "run"
     succeed("train", prepared.recipe, "train.steps=6", "--run-dir", run_dir)

@@ -13,16 +13,9 @@ import torch
 
 from hvdtrain.comm.group import Pending
 from hvdtrain.comm.local_group import LocalGroup
-from hvdtrain.data.shards import (
-    Manifest,
-    file_blocks,
-    file_sha256,
-    read_manifest,
-    token_dtype,
-    write_manifest,
-    write_shard,
-)
+from hvdtrain.data.shards import Manifest, read_manifest, token_dtype, write_manifest, write_shard
 from hvdtrain.data.stream import TokenStream
+from hvdtrain.files import file_blocks, file_sha256
 from hvdtrain.models.decoder import Decoder
 from hvdtrain.models.transformer import TransformerOptions
 

@@ -14,9 +14,8 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, TypeAdapter
 
-from hvdtrain.data.shards import fields_sha256
 from hvdtrain.errors import CheckpointError, HvdtrainError, OutputError
-from hvdtrain.files import PASSING, again, read_text
+from hvdtrain.files import PASSING, again, fields_sha256, read_text
 
 FORMAT_VERSION = 1
 _MOST_BYTES = 1 << 28  # of a manifest: two million parts

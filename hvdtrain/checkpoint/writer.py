@@ -37,9 +37,18 @@ from hvdtrain.checkpoint.retention import (
 )
 from hvdtrain.checkpoint.retention import set_aside as set_aside  # callers know checkpoints by this module alone
 from hvdtrain.comm.group import Group
-from hvdtrain.data.shards import fields_sha256, file_sha256
 from hvdtrain.errors import CheckpointError, ConfigError, OutputError
-from hvdtrain.files import again, is_there, listed, move_folder, optional, sync_folder, write_json
+from hvdtrain.files import (
+    again,
+    fields_sha256,
+    file_sha256,
+    is_there,
+    listed,
+    move_folder,
+    optional,
+    sync_folder,
+    write_json,
+)
 from hvdtrain.optim.ema import Ema
 from hvdtrain.options import Options, option
 

@@ -16,9 +16,9 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from hvdtrain.data.corpora import Corpora, DataOptions, folders_of
-from hvdtrain.data.shards import Manifest, check_tokenizer, fields_sha256
+from hvdtrain.data.shards import Manifest, check_tokenizer
 from hvdtrain.errors import CheckpointError, DataError, OutputError
-from hvdtrain.files import again, exists, make_folder, read_text, write
+from hvdtrain.files import again, exists, fields_sha256, make_folder, read_text, write
 
 FORMAT_VERSION = 1
 _NAMES = ("tokenizer.json", "corpora.json")

@@ -8,17 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from hvdtrain.data.shards import (
-    BLOCK_BYTES,
-    TOKENS_OF,
-    Manifest,
-    ReadThrough,
-    ShardInfo,
-    map_shard,
-    offsets_of,
-)
+from hvdtrain.data.shards import TOKENS_OF, Manifest, ReadThrough, ShardInfo, map_shard, offsets_of
 from hvdtrain.errors import DataError
-from hvdtrain.files import again
+from hvdtrain.files import BLOCK_BYTES, again
 
 _AT_ONCE = 1 << 22  # numbers looked at together
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hvdtrain.data.check import check_shards
-from hvdtrain.data.shards import BLOCK_BYTES, Manifest, ShardInfo, check_files, read_block, read_manifest
+from hvdtrain.data.shards import Manifest, ShardInfo, check_files, read_manifest
 from hvdtrain.errors import ConfigError, DataError, OutputError
-from hvdtrain.files import exists, make_folder, write, write_json
+from hvdtrain.files import BLOCK_BYTES, exists, make_folder, read_block, write, write_json
 from hvdtrain.options import Options, option
 
 

@@ -34,10 +34,9 @@ from h5py._objects import phil
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from hvdtrain.errors import DataError
-from hvdtrain.files import again, read_text, seen, write, write_json
+from hvdtrain.files import BLOCK_BYTES, again, fields_sha256, file_sha256, read_text, seen, write, write_json
 
 FORMAT_VERSION = 1
-BLOCK_BYTES = 1 << 24
 SPLITS = ("train", "val", "test")
 SHARD_NAME = re.compile(r"(train|val|test)-\d{5,}(_\d{3,})?\.h5")
 _STRICT = ConfigDict(strict=True, extra="forbid")  # a manifest is read to the letter
@@ -127,42 +126,6 @@ def token_dtype(vocab_size: int) -> np.dtype:
 # --- writing -----------------------------------------------------------------------------------------------------
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Errors: DataError naming it."""
-    try:
-        value = json.loads(read_text(path))
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {path}: {error}") from None
-    if not isinstance(value, dict):
-        raise DataError(f"{path} does not hold a JSON object")
-    return value
-
-
-def file_blocks(path: Path) -> tuple[str, ...]:
-    """SHA-256 of each BLOCK_BYTES of the file, in order."""
-    with open(path, "rb") as file:
-        return tuple(hashlib.sha256(block).hexdigest() for block in iter(lambda: file.read(BLOCK_BYTES), b""))
-
-
-def read_block(path: Path, number: int) -> bytes:
-    """The bytes of one block; fewer only at the file's end. Errors: OSError."""
-
-    def read() -> bytes:
-        with open(path, "rb") as file:  # buffered: a read gives less than is asked for only at the end
-            file.seek(number * BLOCK_BYTES)
-            return file.read(BLOCK_BYTES)
-
-    return again(read, path)
-
-
-def file_sha256(path: Path) -> str:
-    def digest() -> str:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-    return again(digest, path)
-
-
 def write_shard(folder: Path, split: str, number: int, datasets: Mapping[str, np.ndarray], part: int = 0) -> ShardInfo:
     """Write one shard whole and return what the manifest shall say of it. The same input gives the same bytes.
 
@@ -190,11 +153,6 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     """The last act of a preparation: from now on the shards count."""
     fields = json.loads(json.dumps(asdict(manifest)))
     write_json(folder / "manifest.json", {**fields, "manifest_sha256": fields_sha256(fields)})
-
-
-def fields_sha256(fields: Mapping[str, Any]) -> str:
-    """Digest of a manifest's fields, however they are laid out in the file."""
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 # --- reading -----------------------------------------------------------------------------------------------------

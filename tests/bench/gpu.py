@@ -216,7 +216,8 @@ def told(found: dict[str, Any]) -> tuple[str, str]:
 
 def write_data(folder: Path) -> None:
     """Random tokens of GPT-2's vocabulary: speed does not depend on what is learned."""
-    from hvdtrain.data.shards import Manifest, file_sha256, token_dtype, write_manifest, write_shard
+    from hvdtrain.data.shards import Manifest, token_dtype, write_manifest, write_shard
+    from hvdtrain.files import file_sha256
 
     folder.mkdir()
     vocabulary = {f"t{number}": number for number in range(VOCABULARY)}

@@ -20,9 +20,10 @@ from table import write
 
 from hvdtrain.data.loader import Feed, TrainLoader
 from hvdtrain.data.sampler import WindowSampler
-from hvdtrain.data.shards import Manifest, file_sha256, write_manifest, write_shard
+from hvdtrain.data.shards import Manifest, write_manifest, write_shard
 from hvdtrain.data.stream import TokenStream
 from hvdtrain.data.windows import WindowSource
+from hvdtrain.files import file_sha256
 
 TOKENS = 50_000_000
 SHAPES = ((8, 256), (64, 1024))

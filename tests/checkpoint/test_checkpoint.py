@@ -17,11 +17,11 @@ from hvdtrain.checkpoint.writer import CheckpointOptions, Progress, folder_of, n
 from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.data.loader import Feed, TrainLoader
 from hvdtrain.data.sampler import WindowSampler
-from hvdtrain.data.shards import fields_sha256
 from hvdtrain.data.stream import TokenStream
 from hvdtrain.data.windows import WindowSource
 from hvdtrain.engine import Plan
 from hvdtrain.errors import CheckpointError, RankError
+from hvdtrain.files import fields_sha256
 from hvdtrain.optim.ema import Ema, EmaOptions
 from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
 from hvdtrain.sync import SyncOptions

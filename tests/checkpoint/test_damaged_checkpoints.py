@@ -23,8 +23,8 @@ from hvdtrain.checkpoint.start import find_start
 from hvdtrain.checkpoint.writer import CheckpointOptions, Progress, folder_of, newest_valid, read_progress, steps_saved
 from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.config import RunConfig
-from hvdtrain.data.shards import fields_sha256
 from hvdtrain.errors import EXIT_IO, CheckpointError, OutputError, RankError
+from hvdtrain.files import fields_sha256
 from hvdtrain.optim.ema import Ema, EmaOptions
 from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
 

@@ -10,7 +10,7 @@ from launch import Prepared, launch_rows, summary
 
 from hvdtrain.checkpoint.manifest import Progress
 from hvdtrain.checkpoint.start import moved_rate
-from hvdtrain.data.shards import fields_sha256
+from hvdtrain.files import fields_sha256
 from hvdtrain.optim.schedules import ScheduleOptions
 
 COSINE = ScheduleOptions(name="cosine", warmup_steps=0)

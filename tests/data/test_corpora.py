@@ -16,9 +16,10 @@ from tiny import documents, labelled, random_tokens, write_corpus, write_data
 
 from hvdtrain.data import corpora as corpora_module
 from hvdtrain.data.corpora import Corpora, DataOptions, open_corpora, stage
-from hvdtrain.data.shards import BLOCK_BYTES, read_manifest
+from hvdtrain.data.shards import read_manifest
 from hvdtrain.data.stream import TokenStream
 from hvdtrain.errors import ConfigError, DataError, OutputError
+from hvdtrain.files import BLOCK_BYTES
 
 
 def opened(*folders: Path, weights: tuple[float, ...] = ()) -> Corpora:

@@ -22,19 +22,10 @@ from tiny import documents, labelled, pairs, random_tokens, rewrite, seal, write
 
 from hvdtrain.data.check import _damaged_blocks, check_shards
 from hvdtrain.data.corpora import Corpora, check_corpora
-from hvdtrain.data.shards import (
-    BLOCK_BYTES,
-    Manifest,
-    check_files,
-    file_problems,
-    map_shard,
-    read_json,
-    read_manifest,
-    write_shard,
-)
+from hvdtrain.data.shards import Manifest, check_files, file_problems, map_shard, read_manifest, write_shard
 from hvdtrain.data.stream import TokenStream
 from hvdtrain.errors import DataError, OutputError
-from hvdtrain.files import write, write_json
+from hvdtrain.files import BLOCK_BYTES, read_json, write, write_json
 
 
 @pytest.fixture

@@ -16,11 +16,8 @@ from hypothesis import strategies as st
 from tiny import documents, labelled, pairs, random_tokens, rewrite, seal, write_corpus, write_data
 
 from hvdtrain.data.shards import (
-    BLOCK_BYTES,
     ReadThrough,
     check_files,
-    file_blocks,
-    file_sha256,
     map_file,
     map_shard,
     offsets_of,
@@ -29,6 +26,7 @@ from hvdtrain.data.shards import (
     write_shard,
 )
 from hvdtrain.data.stream import TokenStream
+from hvdtrain.files import BLOCK_BYTES, file_blocks, file_sha256
 
 ROOT = Path(__file__).parents[2]
 

@@ -19,8 +19,9 @@ from data_prep import tokenizer as module
 from data_prep.roles import SPECIAL_TOKENS, find_roles
 from data_prep.tokenizer import KINDS, build_tokenizer, train_tokenizer
 from data_prep.tokenizer_file import load_tokenizer
-from hvdtrain.data.shards import read_json, tokenizer_vocab_size
+from hvdtrain.data.shards import tokenizer_vocab_size
 from hvdtrain.errors import ConfigError, DataError, OutputError
+from hvdtrain.files import read_json
 
 TEXT = (
     "To be, or not to be, that is the question.\r\n 漢字とかな e\u0301 \U0001f468\u200d\U0001f469\u200d\U0001f467\n\t"

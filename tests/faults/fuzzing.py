@@ -34,8 +34,9 @@ from hvdtrain.config import RunConfig, describe_options, dump_yaml, flatten, loa
 from hvdtrain.config import recipe_text as text_of
 from hvdtrain.data.corpora import DataOptions, check_corpora, open_corpora
 from hvdtrain.data.loader import Feed, TrainLoader
-from hvdtrain.data.shards import expected_datasets, fields_sha256, map_shard
+from hvdtrain.data.shards import expected_datasets, map_shard
 from hvdtrain.errors import HvdtrainError
+from hvdtrain.files import fields_sha256
 from hvdtrain.optim.ema import Ema, EmaOptions
 from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
 from hvdtrain.tasks import TaskOptions, make_task

@@ -22,8 +22,8 @@ from typing import Any
 from hvdtrain.comm.group import Group
 from hvdtrain.comm.session import open_group
 from hvdtrain.comm.world import World
-from hvdtrain.data.shards import write_json
 from hvdtrain.errors import ConfigError, RankError
+from hvdtrain.files import write_json
 from hvdtrain.jobs.preflight.clock import look_at_clocks, meet
 from hvdtrain.jobs.preflight.findings import Look, Verdict, judge, resubmit_without, table
 from hvdtrain.jobs.preflight.node import Gpus, look_around, look_at_gpus, safely, see_gpus, within
