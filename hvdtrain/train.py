@@ -46,8 +46,9 @@ from hvdtrain.planner.shortage import memory_explained
 from hvdtrain.sync.replicas import ReplicaCheck, tensors_of
 from hvdtrain.tasks import make_task
 from hvdtrain.tasks.task import Evaluation, Training
+from hvdtrain.version import git_state, versions
 from hvdtrain.watch.meter import StepClock, memory_peak_mib
-from hvdtrain.watch.metrics import Metrics, git_state, versions, write_summary
+from hvdtrain.watch.metrics import Metrics, write_summary
 from hvdtrain.watch.phases import Phases
 from hvdtrain.watch.profiler import Profiler, parse_steps
 from hvdtrain.watch.stopping import Stopping, StopSignals

@@ -12,8 +12,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # From the bottom up. A room imports what lies below it, never a neighbour on its own line.
 TABLE = [
-    {"errors", "options", "version"},
+    {"errors", "options"},
     {"files"},
+    {"version"},
     {"comm"},
     {"slices"},
     {"machine"},

@@ -23,7 +23,7 @@ from hvdtrain.data.carried import carry_over
 from hvdtrain.errors import CheckpointError, ConfigError, OutputError, say
 from hvdtrain.files import make_folder, move_folder, write
 from hvdtrain.trained import read_config
-from hvdtrain.watch.metrics import versions
+from hvdtrain.version import versions
 
 
 def average(run_dir: Path, last: int, out: Path | None, world: World) -> str:

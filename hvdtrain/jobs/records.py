@@ -31,7 +31,7 @@ from hvdtrain.comm.world import World
 from hvdtrain.errors import HvdtrainError
 from hvdtrain.files import read_text, write
 from hvdtrain.machine.asking import answer_of
-from hvdtrain.watch.metrics import git_state
+from hvdtrain.version import git_state
 
 LIMIT_S = 2.0
 _ANSWER_S = 1.5  # for each command

@@ -3,18 +3,15 @@
 Rank 0 writes. Numbers that live on the device are read only at the steps that are logged.
 """
 
-import importlib.metadata
 import json
 import math
 import os
 import socket
-import subprocess
 import sys
 import time
 from collections import deque
 from collections.abc import Iterable
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -371,31 +368,6 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         if isinstance(line, dict) and isinstance(line.get("step"), int):
             lines.append(line)
     return lines
-
-
-@cache  # of this process: its packages were loaded once, and lie on a file system that may fail
-def versions() -> dict[str, str]:
-    """Versions of what a result depends on, read from the installed packages' metadata."""
-    return optional(lambda: again(_versions, "versions"), "cannot read the versions of the installed packages", {})
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": sys.version.split()[0]}
-    for name in ("hvdtrain", "torch", "horovod", "mpi4py", "h5py", "numpy", "tokenizers", "safetensors"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def git_state(folder: Path) -> str | None:
-    """``COMMIT`` or ``COMMIT-dirty`` of the source tree that runs; None where it is not a git checkout."""
-    try:
-        command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def write_summary(run_dir: Path, fields: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ import platform
 from collections.abc import Sequence
 from pathlib import Path
 
-from hvdtrain.watch.metrics import versions
+from hvdtrain.version import versions
 
 RESULTS = Path(__file__).parent / "results"
 

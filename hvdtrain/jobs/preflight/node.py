@@ -16,7 +16,7 @@ from hvdtrain.data.shards import check_files, read_manifest
 from hvdtrain.errors import EXIT_CRASH, EXIT_IO, EXIT_USAGE, HvdtrainError
 from hvdtrain.jobs.preflight.findings import Look
 from hvdtrain.machine.asking import answer_of
-from hvdtrain.watch.metrics import versions
+from hvdtrain.version import versions
 
 T = TypeVar("T")
 
