@@ -15,7 +15,7 @@ from pathlib import Path
 
 from data_prep.corpus import COMPRESSIONS, InputFile
 from hvdtrain.data.shards import SHARD_NAME
-from hvdtrain.errors import ConfigError, DataError
+from hvdtrain.errors import ConfigError, DataError, plural
 
 _NAMED = 3  # of what is left out for one reason
 _HEAD = 1 << 12  # bytes that tell whether a file is ours
@@ -71,7 +71,7 @@ class LeftOut:
 
 
 def _things(count: int, what: str) -> str:
-    return f"{count:,} {what}{'s were' if count > 1 else ' was'}"
+    return f"{plural(count, what, ',')} {'was' if count == 1 else 'were'}"
 
 
 @dataclass(frozen=True)

@@ -150,6 +150,11 @@ def give_up_output() -> None:
     os.close(nowhere)
 
 
+def plural(number: int, noun: str, form: str = "") -> str:
+    """``1 rank``, ``2 ranks``; form: of the number, as ``format`` takes it: ``,`` for 1,000 ranks."""
+    return f"{number:{form}} {noun}{'' if number == 1 else 's'}"
+
+
 def say(message: str) -> None:
     """One line on standard error, after what standard output still holds back, and above a progress bar."""
     line = f"hvdtrain: {message}\n"  # in one write, or launchers cut it where they add the rank

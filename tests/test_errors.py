@@ -3,7 +3,7 @@
 import pytest
 
 from hvdtrain import __main__, cli, errors
-from hvdtrain.errors import EXIT_CRASH, EXIT_OK, ConfigError, DataError, report
+from hvdtrain.errors import EXIT_CRASH, EXIT_OK, ConfigError, DataError, plural, report
 
 
 def test_exit_codes_are_what_batch_scripts_read():
@@ -62,3 +62,8 @@ def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 def test_a_closed_pipe_is_not_success(monkeypatch: pytest.MonkeyPatch):
     """`train demo | head` ends the training long before its last step: 0 would say that it is finished."""
     assert end_with(monkeypatch, BrokenPipeError()) != EXIT_OK
+
+
+def test_a_number_and_its_noun():
+    assert [plural(number, "rank") for number in (0, 1, 2, 4096)] == ["0 ranks", "1 rank", "2 ranks", "4096 ranks"]
+    assert plural(4096, "rank", ",") == "4,096 ranks"

@@ -20,7 +20,7 @@ from hvdtrain.checkpoint.writer import CheckpointOptions, Progress, folder_of
 from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.comm.world import World
 from hvdtrain.data.carried import carry_over
-from hvdtrain.errors import CheckpointError, ConfigError, OutputError, say
+from hvdtrain.errors import CheckpointError, ConfigError, OutputError, plural, say
 from hvdtrain.files import make_folder, move_folder, write
 from hvdtrain.trained import read_config
 from hvdtrain.version import versions
@@ -90,7 +90,7 @@ def _newest_whole(run_dir: Path, last: int, keep_last: int) -> list[Progress]:
         return whole
     if not whole:
         raise CheckpointError(f"{run_dir} has no whole checkpoint to average")
-    count = f"{len(whole)} whole checkpoint{'s' if len(whole) > 1 else ''}"
+    count = plural(len(whole), "whole checkpoint")
     steps = _list(progress.step for progress in whole)
     why = f"; {damaged} more {'is' if damaged == 1 else 'are'} damaged" if damaged else ""
     if 0 < keep_last < last:

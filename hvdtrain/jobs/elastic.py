@@ -48,6 +48,7 @@ from hvdtrain.errors import (
     ConfigError,
     LaunchError,
     describe,
+    plural,
     say,
 )
 from hvdtrain.files import listed, optional, seen
@@ -175,7 +176,7 @@ class _Worker:
             while True:
                 if before and self._driver.rank == 0:
                     newest = newest_step(self._run_dir) or "the start"
-                    say(f"elastic: {_count(self._driver.size)} (before: {before}), from {newest}")
+                    say(f"elastic: {plural(self._driver.size, 'worker')} (before: {before}), from {newest}")
                 before = self._driver.size
                 hosts = self._driver.meet()
                 code, word = self._round(hosts) if hosts else (EXIT_CRASH, "")
@@ -288,10 +289,6 @@ def newest_step(run_dir: Path) -> str | None:
     folder = run_dir / "checkpoints"
     steps = optional(lambda: listed(folder, "step-*"), f"cannot read {folder}", [])
     return max((path.name for path in steps if seen(path / "manifest.json")), default=None)
-
-
-def _count(number: int) -> str:
-    return f"{number} worker{'s' if number != 1 else ''}"
 
 
 # --- the training process ----------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from hvdtrain.comm.world import World
-from hvdtrain.errors import ConfigError, LaunchError, OutputError, say
+from hvdtrain.errors import ConfigError, LaunchError, OutputError, plural, say
 from hvdtrain.files import again, exists, listed, make_folder, optional, read_text, seen
 
 _OPTION = re.compile(r"#SBATCH\s+--([a-z][a-z-]*)(?:=(\S*))?(\s+#.*)?\s*")
@@ -294,7 +294,7 @@ def submit(job: Job, dry_run: bool, world: World) -> str:
     # For status: a job that waits has left nothing else.
     _write(path.with_suffix(".json"), json.dumps({"job_id": job_id, "script": str(path), "log": str(log)}) + "\n")
     ranks = ranks_of(job, template)
-    size = f"{ranks} rank{'s' if ranks != 1 else ''} on {job.nodes} node{'s' if job.nodes != 1 else ''}"
+    size = f"{plural(ranks, 'rank')} on {plural(job.nodes, 'node')}"
     status = f"python -m hvdtrain status {shlex.quote(str(job.run_dir))}"
     rows = {"job": f"{job_id} ({size})", "script": path, "log": log, "status": status}
     return "\n".join(f"{name:<8}{value}" for name, value in rows.items())

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hvdtrain.comm.ranks import Ranks
+from hvdtrain.errors import plural
 from hvdtrain.machine.quota import Quota, quota_of_rank, read_limits
 
 # Anyone who set these has a plan for the threads of a process; moving the process would spoil it.
@@ -158,7 +159,7 @@ def _threads(wanted: int | None, cores: int, quota: Quota | None) -> tuple[int, 
     threads, why = wanted or cores, ""
     if quota is not None and quota.of_rank < threads:
         threads, why = wanted or max(1, int(quota.of_rank)), f" {'above' if wanted else 'by'} {quota}"
-    return threads, f"{threads} thread{'s' if threads != 1 else ''} a rank{why}"
+    return threads, f"{plural(threads, 'thread')} a rank{why}"
 
 
 def _share(cpus: set[int], neighbours: Sequence[set[int]], topology: Topology) -> int:

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from hvdtrain.errors import plural
+
 
 class _Row(NamedTuple):
     """TFLOP/s with accumulation in fp32. None: the device has no such unit, and torch does something else instead."""
@@ -85,7 +87,7 @@ def find_peak(mode: str, device: torch.device, precision: str, tf32: bool = Fals
         return Peak(None)
     threads = torch.get_num_threads()
     gflops_per_s = measured_ceiling(_DTYPES[kind], threads)
-    what = f"{threads} thread{'s' if threads != 1 else ''}, {kind}"
+    what = f"{plural(threads, 'thread')}, {kind}"
     return Peak(gflops_per_s * 1e9, f"MFU against {gflops_per_s:,.0f} GFLOP/s, measured ({what})")
 
 

@@ -16,6 +16,8 @@ import math
 
 import torch
 
+from hvdtrain.errors import plural
+
 _DECAY = 0.99  # of a step: an average over about 100
 
 
@@ -58,7 +60,7 @@ def advice(noise: float, batch: float, ranks: int) -> str:
     more = f"{100 * share:.0f} % more tokens than at" if share <= 1 else f"{1 + share:.1f} times the tokens of"
     return (
         f"critical batch about {_round(noise):,} tokens; at {batch:,.0f} tokens an update the run needs "
-        f"{more} a small one; beyond {limit:,} rank{'s' if limit > 1 else ''} "
+        f"{more} a small one; beyond {plural(limit, 'rank', ',')} "
         "with as much each, more of the allocation is wasted than gained"
     )
 

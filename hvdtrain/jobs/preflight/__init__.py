@@ -22,7 +22,7 @@ from typing import Any
 from hvdtrain.comm.group import Group
 from hvdtrain.comm.session import open_group
 from hvdtrain.comm.world import World
-from hvdtrain.errors import ConfigError, RankError
+from hvdtrain.errors import ConfigError, RankError, plural
 from hvdtrain.files import write_json
 from hvdtrain.jobs.preflight.clock import look_at_clocks, meet
 from hvdtrain.jobs.preflight.findings import Look, Verdict, judge, resubmit_without, table
@@ -123,7 +123,7 @@ def _gpus() -> Gpus:
 
 
 def _healthy(nodes: int) -> str:
-    said = f"{nodes} node{'s' if nodes != 1 else ''} healthy"
+    said = f"{plural(nodes, 'node')} healthy"
     there = os.environ.get("SLURM_JOB_NUM_NODES", "")
     return said if not there.isdecimal() or int(there) == nodes else f"{said}, of {there} that the job has"
 

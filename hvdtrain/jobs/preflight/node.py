@@ -13,7 +13,7 @@ import torch
 
 import hvdtrain
 from hvdtrain.data.shards import check_files, read_manifest
-from hvdtrain.errors import EXIT_CRASH, EXIT_IO, EXIT_USAGE, HvdtrainError
+from hvdtrain.errors import EXIT_CRASH, EXIT_IO, EXIT_USAGE, HvdtrainError, plural
 from hvdtrain.jobs.preflight.findings import Look
 from hvdtrain.machine.asking import answer_of
 from hvdtrain.version import versions
@@ -73,7 +73,7 @@ def look_at_shards(folder: Path) -> Look:
     """Is every shard of the manifest there, with its size? Is it the same manifest everywhere?"""
     manifest = read_manifest(folder)
     check_files(folder, manifest)
-    count = f"{len(manifest.shards)} shard{'s' if len(manifest.shards) != 1 else ''}"
+    count = plural(len(manifest.shards), "shard")
     return Look(f"shards {folder}", f"{count}, {manifest.data_digest}", must_agree={"digest": manifest.data_digest})
 
 
@@ -168,7 +168,7 @@ def look_at_gpus(seen: Sequence[Gpus], ranks: int | None) -> Look:
     hot = [gpu.celsius for gpu in states.values() if gpu.celsius is not None]
     problems = [one.driver_problem for one in seen if one.driver_problem][:1]
     if states and not here:
-        problems.append(f"nvidia-smi shows {_count(len(states), 'GPU')}, torch none")
+        problems.append(f"nvidia-smi shows {plural(len(states), 'GPU')}, torch none")
     if hot and max(hot) >= MOST_CELSIUS:
         problems.append(f"{max(hot)} °C, before any work")
     if broken := [uuid for uuid, gpu in states.items() if gpu.uncorrected_errors]:
@@ -177,12 +177,12 @@ def look_at_gpus(seen: Sequence[Gpus], ranks: int | None) -> Look:
     if here and ranks is not None and len(here) < ranks:
         if not problems:
             exit_code = EXIT_USAGE
-        problems.append(f"{_count(len(here), 'GPU')} for {_count(ranks, 'rank')}: start one rank per GPU")
+        problems.append(f"{plural(len(here), 'GPU')} for {plural(ranks, 'rank')}: start one rank per GPU")
     elif here and ranks is not None and len(here) > ranks:
-        note = f"{_count(ranks, 'rank')}: the other GPUs will have nothing to do"
+        note = f"{plural(ranks, 'rank')}: the other GPUs will have nothing to do"
     if not here and not states and not problems:
         return Look("GPUs", "none", must_agree={"GPUs": "none"})
-    found = _count(len(here), "GPU") + (f", {max(hot)} °C" if hot else "")
+    found = plural(len(here), "GPU") + (f", {max(hot)} °C" if hot else "")
     return Look("GPUs", found, "; ".join(problems), note, {"GPUs": str(len(here))}, max(hot, default=0), exit_code)
 
 
@@ -207,7 +207,3 @@ def _bytes(count: float) -> str:
             return f"{count:.1f} {unit}" if unit != "B" else f"{count:.0f} B"
         count /= 1000
     return f"{count:.1f} TB"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'s' if number != 1 else ''}"
