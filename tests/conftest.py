@@ -12,6 +12,8 @@ from hvdtrain.machine.cores import set_library_threads
 
 set_library_threads(os.environ)  # as the commands do, before a test loads torch
 
+pytest.register_assert_rewrite("contract")  # tests that are no test module
+
 # One profile: the same examples every time, no stopwatch.
 settings.register_profile(
     "hvdtrain",
@@ -23,7 +25,8 @@ settings.register_profile(
 settings.load_profile("hvdtrain")
 
 # mpirun runs tests/mpi, on 1, 2 and 4 ranks (`make test`); without it they would look as if they had passed on several.
-_IS_MPIRUN = "OMPI_COMM_WORLD_SIZE" in os.environ
+# Horovod's launcher brings Gloo; tests/comm/test_group.py runs some of them under it.
+_IS_MPIRUN = "OMPI_COMM_WORLD_SIZE" in os.environ or "HOROVOD_RANK" in os.environ
 _WANTS_GPU = bool(os.environ.get("HVDTRAIN_GPU_TESTS"))
 collect_ignore = ([] if _IS_MPIRUN else ["mpi"]) + ([] if _WANTS_GPU else ["gpu"])
 

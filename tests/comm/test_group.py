@@ -1,62 +1,70 @@
-"""What every group inherits: failing together, agreeing; and the group of one."""
+"""The contract of every group (tests/contract.py), where no launcher is needed; and what the threads add to it."""
 
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from contract import GroupContract, RanksContract
+from launch import succeed
+from threads import JobEnded, ThreadGroup, in_process, late_group, on_ranks
 
 from hvdtrain.comm.local_group import LocalGroup
-from hvdtrain.errors import EXIT_BAD_DATA, EXIT_CRASH, DataError, RankError, describe
+from hvdtrain.comm.ranks import OneRank
+from hvdtrain.errors import DataError, RankError, RankLostError
+
+OVER_MPI = Path(__file__).parents[1] / "mpi"
 
 
-class Scripted(LocalGroup):
-    """Rank 0 of several; ``others`` is what the other ranks say in every exchange."""
+def on_every_rank(contract: type) -> type:
+    """Each test of the class runs on all of ``group`` threads at once: its fixture says how many."""
 
-    def __init__(self, *others: Any):
-        self.others, self.size, self.meetings = others, 1 + len(others), 0
+    def several(test: Callable) -> Callable:
+        @wraps(test)
+        def run(self: Any, group: int, **others: Any) -> None:
+            on_ranks(group, lambda one: test(self, group=one, **others))
 
-    def all_gather_object(self, value: Any) -> list[Any]:
-        self.meetings += 1
-        return [value, *self.others]
+        return run
 
-
-def test_together_gives_each_its_own_result():
-    group = Scripted(None, None)
-    assert group.together(lambda: "mine") == "mine"
-    assert group.meetings == 1  # the others meet too: one more or less and the job hangs
-
-
-def test_the_failure_of_one_is_the_failure_of_all():
-    group = Scripted(None, ("DataError: no shards", EXIT_BAD_DATA))
-    with pytest.raises(RankError) as caught:
-        group.together(lambda: "mine")
-    assert (str(caught.value), caught.value.exit_code) == ("DataError: no shards (on rank 2)", EXIT_BAD_DATA)
-    assert caught.value.on_all_ranks
+    for name in dir(contract):
+        if name.startswith("test_"):
+            setattr(contract, name, several(getattr(contract, name)))
+    return contract
 
 
-def test_the_lowest_rank_that_failed_speaks():
-    group = Scripted(("ConfigError: b", 2))
-
-    def fail() -> None:
-        raise DataError("a")
-
-    with pytest.raises(RankError) as caught:
-        group.together(fail)
-    assert (describe(caught.value), caught.value.exit_code, group.meetings) == ("DataError: a", EXIT_BAD_DATA, 1)
+class TestOneRank(RanksContract):
+    @pytest.fixture
+    def group(self) -> OneRank:
+        return OneRank()
 
 
-def test_a_crash_shows_where_and_ends_all(capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(RankError) as caught:
-        LocalGroup().together(lambda: 1 // 0)
-    assert caught.value.exit_code == EXIT_CRASH
-    assert str(caught.value) == "ZeroDivisionError: integer division or modulo by zero"
-    assert "Traceback" in capsys.readouterr().err
+class TestLocalGroup(GroupContract):
+    @pytest.fixture
+    def group(self) -> LocalGroup:
+        return LocalGroup()
 
 
-def test_agree():
-    Scripted({"a": 1}, {"a": 1}).agree({"a": 1}, "the configuration")
-    with pytest.raises(RankError, match=r"the data differs between ranks: rank 0 has 'x', rank 2 has 'y'"):
-        Scripted("x", "y").agree("x", "the data")
+@on_every_rank
+class TestThreads(GroupContract):
+    @pytest.fixture(params=[1, 2, 3, 4])
+    def group(self, request: pytest.FixtureRequest) -> int:
+        return request.param
+
+
+def test_over_gloo():
+    """The same tests of the same class as over MPI, which are those of this file."""
+    words = ("-m", "pytest", "-q", "-p", "no:cacheprovider", OVER_MPI / "test_group.py", "-k", "TestHorovod")
+    done = succeed(how="gloo", ranks=2, program=(sys.executable, *words), timeout_s=120)
+    names = [name for name in dir(GroupContract) if name.startswith("test_")]
+    passed = int(done.text.rpartition(" passed")[0].split()[-1])
+    assert passed >= len(names), done
+    assert "skipped" not in done.text
 
 
 def test_a_group_of_one_changes_nothing():
@@ -67,3 +75,131 @@ def test_a_group_of_one_changes_nothing():
     assert tensor.tolist() == [0, 1, 2]
     assert (group.rank, group.size, group.all_gather_object("x")) == (0, 1, ["x"])
     group.close()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_together_meets_once(fails: bool):
+    """One meeting more or less on a rank, and the job hangs."""
+
+    def work(group: ThreadGroup) -> int:
+        meetings = []
+        gather = group.all_gather_object
+        group.all_gather_object = lambda value: (meetings.append(value), gather(value))[1]
+        with pytest.raises(RankError) if fails else nullcontext():
+            group.together(lambda: 1 // (0 if fails and group.rank > 0 else 1))
+        return len(meetings)
+
+    assert on_ranks(3, work) == [1, 1, 1]
+
+
+# --- what threads find out, and a network would forgive ----------------------------------------------------------
+
+
+def test_a_tensor_is_spoilt_until_it_was_waited_for():
+    group = late_group()
+    tensor, rows, received = torch.ones(2), torch.ones(1, 2, dtype=torch.int32), torch.zeros(1, 2, dtype=torch.int32)
+    pending = [group.all_reduce_sum_async(tensor, "a"), group.all_to_all_async(rows, received, "b")]
+    assert tensor.isnan().all()
+    assert received.tolist() == [[-(2**31)] * 2]
+    assert [one.done() for one in pending] == [True, True]
+    tensor.fill_(5)  # lost
+    for one in pending:
+        one.wait()
+    assert (tensor.tolist(), received.tolist()) == ([1, 1], [[1, 1]])
+    assert (group.sent, group.under_way) == (["a", "b"], {})
+
+
+def test_what_is_sent_must_not_change():
+    group = late_group()
+    rows = torch.ones(1, 2, dtype=torch.int32)
+    pending = group.all_to_all_async(rows, torch.zeros_like(rows), "a")
+    rows[0, 1] = 7
+    with pytest.raises(AssertionError, match="a was written to while it was under way"):
+        pending.wait()
+
+
+def test_a_name_is_under_way_once():
+    group = late_group()
+    group.all_reduce_sum_async(torch.ones(2), "a")
+    with pytest.raises(AssertionError, match="a is under way already"):
+        group.all_reduce_sum_async(torch.ones(2), "a")
+
+
+def test_ranks_that_do_not_mean_the_same():
+    with pytest.raises(AssertionError, match=r"a: rank 0 has a sum of \[1\] float32, rank 1 a sum of \[2\] float32"):
+        on_ranks(2, lambda group: group.all_reduce_sum(torch.ones(1 + group.rank), "a"))
+    with pytest.raises(AssertionError, match=r"rank 0 has a copy of .* from rank 0, rank 1 a copy of .* from rank 1"):
+        on_ranks(2, lambda group: group.broadcast(torch.ones(1), group.rank, "a"))
+
+
+def test_who_would_wait_for_ever_in_one_thread_fails_at_once():
+    first, second = in_process(2, patience_s=0)
+    pending = first.all_reduce_sum_async(torch.ones(1), "a")
+    assert not pending.done()
+    with pytest.raises(RankLostError, match="rank 0 waits for a, but rank 1 has not come within 0 s"):
+        pending.wait()
+    tensor = torch.ones(1)
+    second.all_reduce_sum(tensor, "a")
+    assert (pending.done(), tensor.item()) == (True, 2)
+
+
+@pytest.mark.parametrize("failing", [0, 2])
+def test_one_that_fails_leaves_nobody_waiting(failing: int):
+    """Its error is the one that is raised, with its rank; all threads have ended."""
+    lost: list[str] = []
+
+    def work(group: ThreadGroup) -> None:
+        group.barrier()
+        if group.rank == failing:
+            raise DataError("bad shard")
+        try:
+            group.all_reduce_sum(torch.ones(1), "a")
+        except RankLostError as error:
+            lost.append(str(error))
+            raise
+
+    began = time.monotonic()
+    with pytest.raises(DataError, match="bad shard") as caught:
+        on_ranks(3, work)
+    assert caught.value.__notes__ == [f"on rank {failing} of 3"]
+    assert time.monotonic() - began < 20
+    assert sorted(lost) == [
+        f"rank {rank} waits for a, but rank {failing} has failed (DataError: bad shard)"
+        for rank in range(3)
+        if rank != failing
+    ]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("rank-")]
+
+
+def test_one_that_returns_too_early_is_named():
+    with pytest.raises(RankLostError, match="rank 0 waits for objects, but rank 1 has returned"):
+        on_ranks(2, lambda group: group.rank or group.barrier())
+
+
+def test_one_that_never_waits_is_named():
+    with pytest.raises(AssertionError, match="never waited for a, b"):
+        on_ranks(2, lambda group: [group.all_reduce_sum_async(torch.ones(1), name) for name in "ab"])
+
+
+def test_an_abort_ends_all():
+    ended: list[int] = []
+
+    def work(group: ThreadGroup) -> None:
+        try:
+            group.abort(71) if group.rank == 1 else group.barrier()
+        except JobEnded as error:
+            ended.append(error.exit_code)
+            raise
+
+    with pytest.raises(JobEnded, match="rank 1 has ended the job with exit code 71"):
+        on_ranks(3, work)
+    assert ended == [71] * 3
+
+
+def test_a_closed_group_carries_nothing():
+    def work(group: ThreadGroup) -> None:
+        group.close()
+        with pytest.raises(AssertionError, match=f"rank {group.rank} has closed its group"):
+            group.barrier()
+
+    on_ranks(2, work)

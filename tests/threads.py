@@ -1,0 +1,291 @@
+"""Ranks without a launcher: threads of this process that keep the whole contract of ``Group``; and one rank alone.
+
+on_ranks(2, lambda group: group.all_reduce_sum(torch.ones(3), "a").tolist())      each returns [2, 2, 2]
+first, second = in_process(2, patience_s=0)     driven in turn by one thread: what would have to wait fails at once
+late_group()                                    a group of one whose sums come late, as on a network
+Scripted(rank=1, size=4)                        rank 1 of four that do not exist
+"""
+
+import pickle
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from typing import Any, TypeVar
+
+import torch
+
+from hvdtrain.comm.group import Group, Pending
+from hvdtrain.comm.local_group import LocalGroup
+from hvdtrain.errors import RankLostError
+
+torch.set_num_threads(1)  # a rank is a thread already
+
+T = TypeVar("T")
+PATIENCE_S = 60.0  # of a rank that waits for the others
+
+
+def on_ranks(size: int, work: Callable[["ThreadGroup"], T]) -> list[T]:
+    """``work(group)`` on each of ``size`` ranks at once: what they returned, in rank order.
+
+    Where a rank fails or returns, those that still wait for it get a RankLostError. The first error is raised here,
+    with its rank as a note. A tensor that a rank has sent and not waited for is an AssertionError.
+    """
+    groups = in_process(size)
+    results: dict[int, T] = {}
+    failures: list[BaseException] = []
+
+    def live(group: ThreadGroup) -> None:
+        why = "has returned"
+        try:
+            results[group.rank] = work(group)
+            assert not group.under_way, f"never waited for {', '.join(group.under_way)}"
+        except BaseException as error:
+            error.add_note(f"on rank {group.rank} of {size}")
+            failures.append(error)
+            why = f"has failed ({type(error).__name__}: {error})"
+        group.leave(why)
+
+    threads = [threading.Thread(target=live, args=(group,), name=f"rank-{group.rank}") for group in groups]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+    return [results[rank] for rank in range(size)]
+
+
+def in_process(size: int, patience_s: float = PATIENCE_S) -> list["ThreadGroup"]:
+    """The groups of ``size`` ranks, seen from each of them, for whoever drives them."""
+    meeting = _Meeting(size, patience_s)
+    return [ThreadGroup(meeting, rank) for rank in range(size)]
+
+
+def late_group() -> "ThreadGroup":
+    """A group of one, whose tensors nevertheless hold their results only when they are waited for."""
+    return in_process(1)[0]
+
+
+class JobEnded(BaseException):
+    """What ``abort`` raises on all ranks, in place of the end of their processes."""
+
+    def __init__(self, rank: int, exit_code: int):
+        super().__init__(f"rank {rank} has ended the job with exit code {exit_code}")
+        self.rank, self.exit_code = rank, exit_code
+
+
+class ThreadGroup(Group):
+    """One rank of a process's several.
+
+    It is stricter than a network: from the start to ``wait`` a tensor that will hold a result is spoilt (NaN, or the
+    least integer), what was sent must not change, and no name is started twice.
+
+    sent: the names of tensors, in the order in which they left. under_way: those not waited for yet, as they were sent.
+    """
+
+    backend = "threads"
+
+    def __init__(self, meeting: "_Meeting", rank: int):
+        self.rank, self.size, self._meeting = rank, meeting.size, meeting
+        self.sent: list[str] = []
+        self.under_way: dict[str, torch.Tensor] = {}
+        self._turns: Counter[str] = Counter()
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        # Pickled, as between processes: nobody gets an object that another rank goes on to change.
+        turn = self._post("objects", "exchange of objects", pickle.dumps(value))
+        return [pickle.loads(one) for one in self._meeting.collect(turn, self.rank)]
+
+    def all_reduce_sum_async(self, tensor: torch.Tensor, name: str) -> Pending:
+        kind = f"sum of {_shape(tensor)}"
+        return self._start(name, kind, tensor, tensor, lambda sent: reduce(torch.add, sent))
+
+    def all_to_all_async(self, rows: torch.Tensor, received: torch.Tensor, name: str) -> Pending:
+        assert rows.shape == received.shape and len(rows) == self.size, (rows.shape, received.shape)
+        assert rows.dtype == received.dtype == torch.int32
+        kind = f"all-to-all of {_shape(rows)}"
+        return self._start(name, kind, rows, received, lambda sent: torch.stack([one[self.rank] for one in sent]))
+
+    def all_gather_async(self, row: torch.Tensor, rows: torch.Tensor, name: str) -> Pending:
+        assert rows.shape == (self.size, *row.shape[1:]) and len(row) == 1, (row.shape, rows.shape)
+        assert row.dtype == rows.dtype == torch.int32
+        return self._start(name, f"all-gather of {_shape(row)}", row, rows, torch.cat)
+
+    def broadcast(self, tensor: torch.Tensor, root: int, name: str) -> None:
+        kind = f"copy of {_shape(tensor)} from rank {root}"
+        self._start(name, kind, tensor, tensor, lambda sent: sent[root]).wait()
+
+    def close(self) -> None:
+        assert not self.under_way, f"closed before {', '.join(self.under_way)} was waited for"
+        self.barrier()
+        self.leave("has closed its group")
+
+    def abort(self, exit_code: int) -> None:
+        self._meeting.end(JobEnded(self.rank, exit_code))
+
+    def leave(self, why: str) -> None:
+        """From now on this rank comes to nothing (local)."""
+        self._meeting.leave(self.rank, why)
+
+    def _start(
+        self,
+        name: str,
+        kind: str,
+        sent: torch.Tensor,
+        result: torch.Tensor,
+        combine: Callable[[Sequence[torch.Tensor]], torch.Tensor],
+    ) -> Pending:
+        assert sent.is_contiguous() and result.is_contiguous()
+        assert name not in self.under_way, f"{name} is under way already"
+        values = self.under_way[name] = sent.detach().clone()
+        self.sent.append(name)
+        turn = self._post(name, kind, values)
+        _spoil(result)
+        return _PendingTensor(self, name, turn, sent, result, combine)
+
+    def _post(self, name: str, kind: str, value: Any) -> tuple[str, int]:
+        self._turns[name] += 1
+        turn = (name, self._turns[name])
+        self._meeting.post(turn, self.rank, kind, value)
+        return turn
+
+
+@dataclass
+class _PendingTensor:
+    group: ThreadGroup
+    name: str
+    turn: tuple[str, int]
+    sent: torch.Tensor
+    result: torch.Tensor
+    combine: Callable[[Sequence[torch.Tensor]], torch.Tensor]
+    has_waited: bool = False
+
+    def done(self) -> bool:
+        return self.has_waited or self.group._meeting.is_complete(self.turn)
+
+    @torch.no_grad()
+    def wait(self) -> None:
+        if self.has_waited:
+            return
+        all_sent = self.group._meeting.collect(self.turn, self.group.rank)
+        mine = self.group.under_way.pop(self.name)
+        if self.sent is not self.result:
+            assert torch.equal(self.sent, mine), f"{self.name} was written to while it was under way"
+        self.result.copy_(self.combine(all_sent))
+        self.has_waited = True
+
+
+@dataclass
+class _Exchange:
+    """What the ranks have sent of one collective, and who has not fetched it yet."""
+
+    missing: set[int]
+    kinds: dict[int, str] = field(default_factory=dict)
+    values: dict[int, Any] = field(default_factory=dict)
+
+
+class _Meeting:
+    """Where the ranks leave what they send, by the collective's name and how often it came before."""
+
+    def __init__(self, size: int, patience_s: float):
+        self.size, self._patience_s = size, patience_s
+        self._changed = threading.Condition()
+        self._exchanges: dict[tuple[str, int], _Exchange] = {}
+        self._gone: dict[int, str] = {}
+        self._end: JobEnded | None = None
+
+    def post(self, turn: tuple[str, int], rank: int, kind: str, value: Any) -> None:
+        with self._changed:
+            self._check_on()
+            assert rank not in self._gone, f"rank {rank} {self._gone[rank]}"
+            exchange = self._exchanges.setdefault(turn, _Exchange(set(range(self.size))))
+            exchange.kinds[rank], exchange.values[rank] = kind, value
+            self._changed.notify_all()
+
+    def is_complete(self, turn: tuple[str, int]) -> bool:
+        with self._changed:
+            return len(self._exchanges[turn].values) == self.size
+
+    def collect(self, turn: tuple[str, int], rank: int) -> list[Any]:
+        """What each rank has sent, as soon as all have.
+
+        Errors: RankLostError where one has left instead, or does not come in time; AssertionError where they do not
+        mean the same.
+        """
+        with self._changed:
+            exchange, (name, _) = self._exchanges[turn], turn
+
+            def absent() -> list[int]:
+                return [one for one in range(self.size) if one not in exchange.values]
+
+            def is_decided() -> bool:
+                return self._end is not None or not absent() or any(one in self._gone for one in absent())
+
+            self._changed.wait_for(is_decided, self._patience_s)
+            self._check_on()
+            if late := absent():
+                first = next((one for one in late if one in self._gone), late[0])
+                why = self._gone.get(first, f"has not come within {self._patience_s:g} s")
+                raise RankLostError(f"rank {rank} waits for {name}, but rank {first} {why}")
+            exchange.missing.remove(rank)
+            if not exchange.missing:
+                del self._exchanges[turn]
+        for other, kind in exchange.kinds.items():
+            assert kind == exchange.kinds[0], f"{name}: rank 0 has a {exchange.kinds[0]}, rank {other} a {kind}"
+        return [exchange.values[one] for one in range(self.size)]
+
+    def leave(self, rank: int, why: str) -> None:
+        with self._changed:
+            self._gone.setdefault(rank, why)
+            self._changed.notify_all()
+
+    def end(self, end: JobEnded) -> None:
+        with self._changed:
+            self._end = self._end or end
+            self._changed.notify_all()
+            self._check_on()
+
+    def _check_on(self) -> None:
+        if self._end is not None:
+            raise JobEnded(self._end.rank, self._end.exit_code)
+
+
+def _shape(tensor: torch.Tensor) -> str:
+    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+@torch.no_grad()
+def _spoil(tensor: torch.Tensor) -> None:
+    tensor.fill_(torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).min)
+
+
+class Scripted(LocalGroup):
+    """One rank of several that do not exist: for what asks only how many there are, what the others say, or how this
+    one shall end.
+
+    answer: all ranks' values, given this one's; without it, no exchange is expected of a group of several.
+    did: ``barrier``, ``close`` and the exit code of ``abort``, in their order.
+    """
+
+    def __init__(
+        self, rank: int = 0, size: int = 1, answer: Callable[[Any], list[Any]] | None = None, backend: str = "none"
+    ):
+        self.rank, self.size, self.backend, self._answer = rank, size, backend, answer
+        self.did: list[str | int] = []
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        if self._answer is not None:
+            return self._answer(value)
+        assert self.size == 1, "nobody has said what the other ranks answer"
+        return [value]
+
+    def barrier(self) -> None:
+        self.did.append("barrier")
+
+    def close(self) -> None:
+        self.did.append("close")
+
+    def abort(self, exit_code: int) -> None:
+        self.did.append(exit_code)
