@@ -3,7 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import LateGroup, random_tokens, tiny_decoder
+from threads import LateGroup, ThreadGroup, on_ranks
+from tiny import random_tokens, tiny_decoder
 
 from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.data.batch import Batch
@@ -78,24 +79,17 @@ def test_dropout_depends_on_seed_step_and_replica_alone():
 
 
 def test_replicas_start_from_rank_0():
-    class Root(LocalGroup):
-        """Rank 1; what rank 0 broadcasts is 7 everywhere."""
+    def work(group: ThreadGroup) -> None:
+        model = tiny_decoder()
+        with torch.no_grad():
+            for number, parameter in enumerate(model.parameters()):
+                parameter.fill_(7.0 + number if group.rank == 0 else torch.nan)
+        plan = Plan(model, group, SyncOptions(), "fp32", 1)
+        assert all((p == 7.0 + number).all() for number, p in enumerate(model.parameters()))
+        assert len(set(group.copied)) == len(list(model.parameters()))
+        assert (plan.replica, plan.replicas) == (group.rank, 2)
 
-        rank, size = 1, 2
-
-        def __init__(self) -> None:
-            self.names: list[str] = []
-
-        def broadcast(self, tensor: torch.Tensor, root: int, name: str) -> None:
-            assert root == 0
-            self.names.append(name)
-            tensor.fill_(7.0)
-
-    model, group = tiny_decoder(), Root()
-    plan = Plan(model, group, SyncOptions(), "fp32", 1)
-    assert all((p == 7.0).all() for p in model.parameters())
-    assert len(set(group.names)) == len(list(model.parameters()))
-    assert (plan.replica, plan.replicas) == (1, 2)
+    on_ranks(2, work)
 
 
 @torch.no_grad()

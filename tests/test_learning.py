@@ -5,7 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from tiny import CPU, LateGroup, stream_of, tiny_decoder
+from threads import LateGroup
+from tiny import CPU, stream_of, tiny_decoder
 
 from hvdtrain.data.batch import IGNORE, Batch
 from hvdtrain.data.loader import Feed, TrainLoader

@@ -63,11 +63,6 @@ def in_process(size: int, patience_s: float = PATIENCE_S) -> list["ThreadGroup"]
     return [ThreadGroup(meeting, rank) for rank in range(size)]
 
 
-def late_group() -> "ThreadGroup":
-    """A group of one, whose tensors nevertheless hold their results only when they are waited for."""
-    return in_process(1)[0]
-
-
 class JobEnded(BaseException):
     """What ``abort`` raises on all ranks, in place of the end of their processes."""
 
@@ -82,7 +77,8 @@ class ThreadGroup(Group):
     It is stricter than a network: from the start to ``wait`` a tensor that will hold a result is spoilt (NaN, or the
     least integer), what was sent must not change, and no name is started twice.
 
-    sent: the names of tensors, in the order in which they left. under_way: those not waited for yet, as they were sent.
+    sent: the names of tensors that were started, in the order in which they left; copied: those of ``broadcast``.
+    under_way: what was sent and not waited for yet.
     """
 
     backend = "threads"
@@ -90,6 +86,7 @@ class ThreadGroup(Group):
     def __init__(self, meeting: "_Meeting", rank: int):
         self.rank, self.size, self._meeting = rank, meeting.size, meeting
         self.sent: list[str] = []
+        self.copied: list[str] = []
         self.under_way: dict[str, torch.Tensor] = {}
         self._turns: Counter[str] = Counter()
 
@@ -100,21 +97,25 @@ class ThreadGroup(Group):
 
     def all_reduce_sum_async(self, tensor: torch.Tensor, name: str) -> Pending:
         kind = f"sum of {_shape(tensor)}"
+        self.sent.append(name)
         return self._start(name, kind, tensor, tensor, lambda sent: reduce(torch.add, sent))
 
     def all_to_all_async(self, rows: torch.Tensor, received: torch.Tensor, name: str) -> Pending:
         assert rows.shape == received.shape and len(rows) == self.size, (rows.shape, received.shape)
         assert rows.dtype == received.dtype == torch.int32
         kind = f"all-to-all of {_shape(rows)}"
+        self.sent.append(name)
         return self._start(name, kind, rows, received, lambda sent: torch.stack([one[self.rank] for one in sent]))
 
     def all_gather_async(self, row: torch.Tensor, rows: torch.Tensor, name: str) -> Pending:
         assert rows.shape == (self.size, *row.shape[1:]) and len(row) == 1, (row.shape, rows.shape)
         assert row.dtype == rows.dtype == torch.int32
+        self.sent.append(name)
         return self._start(name, f"all-gather of {_shape(row)}", row, rows, torch.cat)
 
     def broadcast(self, tensor: torch.Tensor, root: int, name: str) -> None:
         kind = f"copy of {_shape(tensor)} from rank {root}"
+        self.copied.append(name)
         self._start(name, kind, tensor, tensor, lambda sent: sent[root]).wait()
 
     def close(self) -> None:
@@ -140,7 +141,6 @@ class ThreadGroup(Group):
         assert sent.is_contiguous() and result.is_contiguous()
         assert name not in self.under_way, f"{name} is under way already"
         values = self.under_way[name] = sent.detach().clone()
-        self.sent.append(name)
         turn = self._post(name, kind, values)
         _spoil(result)
         return _PendingTensor(self, name, turn, sent, result, combine)
@@ -150,6 +150,13 @@ class ThreadGroup(Group):
         turn = (name, self._turns[name])
         self._meeting.post(turn, self.rank, kind, value)
         return turn
+
+
+class LateGroup(ThreadGroup):
+    """A group of one, whose tensors nevertheless hold their results only when they are waited for."""
+
+    def __init__(self) -> None:
+        super().__init__(_Meeting(1, PATIENCE_S), 0)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Small data, small models and stand-in groups for the tests."""
+"""Small data and small models for the tests."""
 
 import json
 import os
@@ -11,8 +11,6 @@ import h5py
 import numpy as np
 import torch
 
-from hvdtrain.comm.group import Pending
-from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.data.shards import Manifest, read_manifest, token_dtype, write_manifest, write_shard
 from hvdtrain.data.stream import TokenStream
 from hvdtrain.files import file_blocks, file_sha256
@@ -117,27 +115,3 @@ def tiny_decoder(seed: int = 0, vocab_size: int = 50, **options) -> Decoder:
     model = Decoder(TransformerOptions(**{**small, **options}), vocab_size)
     model.initialise(seed)
     return model
-
-
-class LateGroup(LocalGroup):
-    """A group of one whose sums arrive only when they are waited for, as on a network.
-
-    Until then the tensor holds NaN: who sends too early, writes after sending or reads before waiting, is found out.
-    ``sent`` lists the names in the order in which they left.
-    """
-
-    def __init__(self) -> None:
-        self.sent: list[str] = []
-
-    def all_reduce_sum_async(self, tensor: torch.Tensor, name: str) -> Pending:
-        self.sent.append(name)
-        return _Late(tensor)
-
-
-class _Late:
-    def __init__(self, tensor: torch.Tensor):
-        self._tensor, self._values = tensor, tensor.clone()
-        tensor.fill_(torch.nan)
-
-    def wait(self) -> None:
-        self._tensor.copy_(self._values)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from contract import GroupContract, RanksContract
 from launch import succeed
-from threads import JobEnded, ThreadGroup, in_process, late_group, on_ranks
+from threads import JobEnded, LateGroup, ThreadGroup, in_process, on_ranks
 
 from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.comm.ranks import OneRank
@@ -96,7 +96,7 @@ def test_together_meets_once(fails: bool):
 
 
 def test_a_tensor_is_spoilt_until_it_was_waited_for():
-    group = late_group()
+    group = LateGroup()
     tensor, rows, received = torch.ones(2), torch.ones(1, 2, dtype=torch.int32), torch.zeros(1, 2, dtype=torch.int32)
     pending = [group.all_reduce_sum_async(tensor, "a"), group.all_to_all_async(rows, received, "b")]
     assert tensor.isnan().all()
@@ -110,7 +110,7 @@ def test_a_tensor_is_spoilt_until_it_was_waited_for():
 
 
 def test_what_is_sent_must_not_change():
-    group = late_group()
+    group = LateGroup()
     rows = torch.ones(1, 2, dtype=torch.int32)
     pending = group.all_to_all_async(rows, torch.zeros_like(rows), "a")
     rows[0, 1] = 7
@@ -119,7 +119,7 @@ def test_what_is_sent_must_not_change():
 
 
 def test_a_name_is_under_way_once():
-    group = late_group()
+    group = LateGroup()
     group.all_reduce_sum_async(torch.ones(2), "a")
     with pytest.raises(AssertionError, match="a is under way already"):
         group.all_reduce_sum_async(torch.ones(2), "a")

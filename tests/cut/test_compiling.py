@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from tiny import LateGroup, random_tokens, tiny_decoder
+from threads import LateGroup
+from tiny import random_tokens, tiny_decoder
 
 from hvdtrain.cut.compiling import CompileClock, check_compiler
 from hvdtrain.data.batch import Batch

@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from tiny import LateGroup, random_tokens, tiny_decoder
+from threads import LateGroup
+from tiny import random_tokens, tiny_decoder
 
 from hvdtrain.cut.precision import PRECISIONS, LossScale
 from hvdtrain.data.batch import Batch

@@ -7,7 +7,8 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import LateGroup, _Late, random_tokens, tiny_decoder
+from threads import LateGroup, ThreadGroup, on_ranks
+from tiny import random_tokens, tiny_decoder
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -231,51 +232,33 @@ def test_frozen_parameters_stay_out():
     train_step(AllReduceSync(model, LateGroup(), AllReduceOptions()), model, batches_of(2))
 
 
-# --- two ranks, one after the other ------------------------------------------------------------------------------
-
-
-class Recording(LateGroup):
-    """Rank 1: what it sends is kept for ``Peer``."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.values: dict[str, torch.Tensor] = {}
-
-    def all_reduce_sum_async(self, tensor: torch.Tensor, name: str):
-        self.values[name] = tensor.clone()
-        return super().all_reduce_sum_async(tensor, name)
-
-
-class Peer(LateGroup):
-    """Rank 0: receives what it sent plus what rank 1 sent under the same name."""
-
-    def __init__(self, other: Recording) -> None:
-        super().__init__()
-        self.other = other
-
-    def all_reduce_sum_async(self, tensor: torch.Tensor, name: str):
-        self.sent.append(name)
-        pending = _Late(tensor)
-        pending._values += self.other.values[name]
-        return pending
+# --- two ranks ---------------------------------------------------------------------------------------------------
 
 
 def test_uneven_ranks_do_not_bias_the_gradient():
-    model, batches = tiny_decoder(), batches_of(1, 4, padded=5)
-    expected, loss = plain(model, batches)
-    replica, rank_1, options = copy.deepcopy(model), Recording(), AllReduceOptions(bucket_mib=SOME)
-    train_step(AllReduceSync(replica, rank_1, options), replica, batches[1:])
-    sums = train_step(AllReduceSync(model, Peer(rank_1), options), model, batches[:1])
-    assert_same_gradients(model, expected)
-    assert sums.loss.item() == pytest.approx(loss.item(), rel=1e-6)
-    assert sums.weight.item() == 8 * 5 - 10
+    whole, batches = tiny_decoder(), batches_of(1, 4, padded=5)
+    expected, loss = plain(whole, batches)
+
+    def work(group: ThreadGroup) -> tuple[nn.Module, StepSums]:
+        model = copy.deepcopy(whole)
+        sync = AllReduceSync(model, group, AllReduceOptions(bucket_mib=SOME))
+        return model, train_step(sync, model, [batches[group.rank]])
+
+    for model, sums in on_ranks(2, work):
+        assert_same_gradients(model, expected)
+        assert sums.loss.item() == pytest.approx(loss.item(), rel=1e-6)
+        assert sums.weight.item() == 8 * 5 - 10
 
 
 def test_what_one_rank_used_moves_on_all():
     """Rank 0 used a, rank 1 used b, neither used c."""
-    model = nn.ModuleDict({name: nn.Linear(2, 1, bias=False) for name in "abc"})
-    replica, rank_1, options = copy.deepcopy(model), Recording(), AllReduceOptions(bucket_mib=EACH_ITS_OWN)
-    one_step(AllReduceSync(replica, rank_1, options), [lambda: replica["b"](torch.ones(3, 2)).sum()], 3, 0.0)
-    one_step(AllReduceSync(model, Peer(rank_1), options), [lambda: model["a"](torch.ones(1, 2)).sum()], 1, 0.0)
-    gradients = [p.grad.tolist() if p.grad is not None else None for p in model.parameters()]
-    assert gradients == [[[0.25, 0.25]], [[0.75, 0.75]], None]
+    whole = nn.ModuleDict({name: nn.Linear(2, 1, bias=False) for name in "abc"})
+
+    def work(group: ThreadGroup) -> list:
+        model = copy.deepcopy(whole)
+        sync = AllReduceSync(model, group, AllReduceOptions(bucket_mib=EACH_ITS_OWN))
+        name, rows = [("a", 1), ("b", 3)][group.rank]
+        one_step(sync, [lambda: model[name](torch.ones(rows, 2)).sum()], rows, 0.0)
+        return [p.grad.tolist() if p.grad is not None else None for p in model.parameters()]
+
+    assert on_ranks(2, work) == [[[[0.25, 0.25]], [[0.75, 0.75]], None]] * 2
