@@ -41,7 +41,7 @@ clean-demo:
 	rm -rf runs/demo data/demo data/demo-tokenizer.json data/demo-tokenizer.record.json
 
 test: env
-	$(VENV_PYTHON) -m pytest tests
+	$(VENV_PYTHON) -m pytest tests -n 2
 	for ranks in 1 2 4; do \
 	    mpirun -np $$ranks --oversubscribe --bind-to none $(VENV_PYTHON) -m pytest tests/mpi || exit 1; \
 	done

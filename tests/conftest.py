@@ -1,8 +1,10 @@
 """What all tests share."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -10,6 +12,7 @@ from launch import Prepared, prepare, succeed
 
 from hvdtrain.machine.cores import set_library_threads
 
+os.environ.setdefault("GOMP_SPINCOUNT", "0")  # what is tested here shares its cores
 set_library_threads(os.environ)  # as the commands do, before a test loads torch
 
 pytest.register_assert_rewrite("contract")  # tests that are no test module
@@ -34,6 +37,29 @@ collect_ignore = ([] if _IS_MPIRUN else ["mpi"]) + ([] if _WANTS_GPU else ["gpu"
 def pytest_report_header() -> list[str]:
     elsewhere = [] if _IS_MPIRUN else ["tests/mpi: not in this run, but in `mpirun -np N python -m pytest tests/mpi`"]
     return elsewhere + ([] if _WANTS_GPU else ["tests/gpu: not in this run, but in `make gpu`"])
+
+
+@pytest.hookimpl(optionalhook=True)  # pytest may be told to do without pytest-xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from spread import ByFile  # loads pytest-xdist
+
+    return ByFile(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """tests/slurm first: it is the longest, and the others fit beside it."""
+    items.sort(key=lambda item: not item.nodeid.startswith("tests/slurm/"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Where the time went: for each folder, how long its tests took."""
+    reports = (r for of_kind in terminalreporter.stats.values() for r in of_kind if isinstance(r, pytest.TestReport))
+    seconds = Counter[str]()
+    for report in reports:
+        seconds[str(Path(report.nodeid.partition("::")[0]).parent)] += report.duration
+    terminalreporter.section("seconds by folder")
+    for folder, took in seconds.most_common():
+        terminalreporter.line(f"{took:7.1f}s {folder}")
 
 
 @pytest.fixture(scope="session")

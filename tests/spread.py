@@ -1,0 +1,22 @@
+"""Which of several processes runs which tests (``pytest -n 2``, whatever ``--dist`` says)."""
+
+import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadFileScheduling
+
+
+class ByFile(LoadFileScheduling):
+    """A process takes a whole file, as its tests share what they prepare; of tests/slurm all, as they share a Slurm.
+
+        process 1   tests/slurm ........................  tests/test_sweep.py ...
+        process 2   tests/checkpoint/test_average.py ..  tests/comm/test_gloo.py ....
+
+    In the order in which pytest finds them, as conftest.py has it, and not those of most tests first: those are short.
+    """
+
+    def __init__(self, config: pytest.Config, log: Producer):
+        super().__init__(config, log)
+        config.option.loadscopereorder = False
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "tests/slurm" if nodeid.startswith("tests/slurm/") else super()._split_scope(nodeid)
