@@ -7,10 +7,9 @@ An unknown key, a wrong type or an impossible value is one ConfigError that name
 
 import difflib
 import json
-import math
 import re
 import typing
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -21,8 +20,6 @@ from pydantic_core import PydanticUndefined
 
 from hvdtrain.checkpoint.writer import CheckpointOptions
 from hvdtrain.data.corpora import DataOptions
-from hvdtrain.data.loader import Feed
-from hvdtrain.data.ramp import Ramp
 from hvdtrain.errors import ConfigError
 from hvdtrain.files import read_text
 from hvdtrain.models.recompute import RecomputeOptions
@@ -30,9 +27,10 @@ from hvdtrain.models.transformer import TransformerOptions
 from hvdtrain.optim.ema import EmaOptions
 from hvdtrain.optim.guard import GuardOptions
 from hvdtrain.optim.optimizer import OptimOptions
-from hvdtrain.optim.scaling import Scaled, ScalingOptions, scale, update_size
+from hvdtrain.optim.scaling import ScalingOptions
 from hvdtrain.optim.schedules import Length, ScheduleOptions, check_schedule
 from hvdtrain.options import Options, option
+from hvdtrain.strict_yaml import parse_yaml
 from hvdtrain.sync import SyncOptions
 from hvdtrain.tasks import TaskOptions
 from hvdtrain.watch.metrics import MetricsOptions
@@ -94,141 +92,11 @@ class RunConfig(Options):
         )
         return {key: value for key, value in whole.items() if not may_change.fullmatch(key)}
 
-    def sized(self, ranks: int) -> "RunConfig":
-        """With the batch of ``ranks`` ranks (scaling.per_rank). Errors: ConfigError where that is no whole number."""
-        rows, tokens = update_size(self.scaling, self.train.global_batch, self.train.global_tokens, ranks)
-        train = self.train.model_copy(update={"global_batch": rows, "global_tokens": tokens})
-        return self.model_copy(update={"train": train})
 
-    def scale(self, ranks: int, epoch_tokens: int) -> Scaled:
-        """Batch, rates and lengths that ``ranks`` ranks use, of a recipe as it was given; see optim/scaling.py."""
-        train, ramp = self.train, self.sized(ranks).ramp()
-        return scale(
-            self.scaling,
-            self.optim,
-            self.schedule,
-            Length("train.", train.steps, train.tokens, train.epochs),
-            context=self.model.context,
-            global_batch=train.global_batch,
-            global_tokens=train.global_tokens,
-            ranks=ranks,
-            epoch_tokens=epoch_tokens,
-            lengthened=ramp and (lambda steps: ramp.steps_to(steps * ramp.full)),
-        )
-
-    def ramp(self) -> Ramp | None:
-        """How the batch of this recipe, once it is ``sized``, grows; None: it does not. Errors: see Ramp."""
-        train, context = self.train, self.model.context
-        if not train.ramp_start:
-            if train.ramp_increment or train.ramp_tokens:
-                raise ConfigError("train.ramp_increment and train.ramp_tokens need train.ramp_start")
-            return None
-        if self.task.name != "lm":
-            raise ConfigError(f"train.ramp_start is for task.name=lm, whose rows are alike; not for {self.task.name}")
-        full = train.global_tokens // context if train.global_tokens else train.global_batch
-        return Ramp(train.ramp_start, train.ramp_increment, train.ramp_tokens // context, full)
-
-    def resolved(self, scaled: Scaled) -> "RunConfig":
-        """With what ``scale`` found, lengths in steps."""
-        train = {"steps": scaled.steps, "global_batch": scaled.global_batch, "global_tokens": scaled.global_tokens}
-        return self.model_copy(
-            update={
-                "train": self.train.model_copy(update={**train, "tokens": 0, "epochs": 0.0}),
-                "optim": scaled.optim(self.optim),
-                "schedule": scaled.schedule(self.schedule),
-            }
-        )
-
-    def feed(self, rank: int, size: int, pin: bool = False) -> Feed:
-        """How rank ``rank`` of ``size`` wants its batches.
-
-        Errors: ConfigError where the tokens of an update are not whole windows, for a task that takes windows.
-        """
-        context, rows, tokens = self.model.context, self.train.global_batch, self.train.global_tokens
-        if tokens and self.task.name == "lm":
-            if tokens % context:
-                raise ConfigError(
-                    f"train.global_tokens={tokens} is not a multiple of model.context={context}; "
-                    f"set it to {max(1, tokens // context) * context}"
-                )
-            rows = tokens // context
-        feed = Feed(context, self.seed, rows, self.train.microbatch, rank, size, tokens, pin, self.ramp())
-        feed.check_ramp()
-        return feed
-
-    def check_shareable(self, ranks: int) -> None:
-        """Errors: ConfigError where ``ranks`` ranks cannot share every batch of this recipe (``sized``) evenly."""
-        feed = self.feed(0, ranks)
-        if self.task.name == "lm":  # the batches of other tasks are shared as evenly as can be
-            _ = feed.share  # which raises it
-
-
-_MOST_NODES = 1 << 16  # of a recipe: ours have a hundred
 _MOST_PROBLEMS = 20  # told at once
 _MOST_SHOWN = 300  # characters of a wrong value
-_NO_TEXT = re.compile("[\x00\ud800-\udfff]")
 
 # --- reading -----------------------------------------------------------------------------------------------------
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML's safe subset, with traps closed: ``1e-3`` is a number, a key given twice is an error, and a few lines of
-    aliases of aliases, which stand for more than fits into memory, are refused.
-    """
-
-    def get_single_node(self) -> yaml.Node | None:
-        node = super().get_single_node()
-        if node is not None and _nodes(node, {}) > _MOST_NODES:
-            raise ConfigError(f"it holds itself, or more than {_MOST_NODES} values")
-        return node
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        merge = "tag:yaml.org,2002:merge"  # `<<: *anchor` may come more than once
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != merge]
-        seen: set[Any] = set()
-        for key in (key for key in keys if isinstance(key, Hashable)):  # for the others there is an error of YAML
-            if key in seen:
-                raise ConfigError(f"key {key!r} is given twice, the second time before line {node.end_mark.line + 1}")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def _nodes(node: yaml.Node, known: dict[int, float]) -> float:
-    """How many values a node stands for, aliases written out; infinite where it holds itself.
-
-    Errors: ConfigError where a text has characters that no file name can have.
-    """
-    if id(node) not in known:
-        known[id(node)] = math.inf  # until it is counted
-        if isinstance(node, yaml.ScalarNode):
-            if _NO_TEXT.search(node.value):
-                line = node.start_mark.line + 1
-                raise ConfigError(f"line {line}: {node.value[:50]!r} has characters that are no text")
-            inside: list[yaml.Node] = []
-        else:
-            is_mapping = isinstance(node, yaml.MappingNode)
-            inside = [child for pair in node.value for child in pair] if is_mapping else node.value
-        known[id(node)] = 1 + sum(_nodes(child, known) for child in inside)
-    return known[id(node)]
-
-
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d[\d_]*)?\.?\d+[eE][-+]?\d+"), list("-+.0123456789")
-)
-
-
-def parse_yaml(text: str, origin: str) -> Any:
-    """Errors: ConfigError naming ``origin`` and the line."""
-    try:
-        return yaml.load(text, _StrictLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{origin}{where} is not valid YAML: {getattr(error, 'problem', error)}") from None
-    except ConfigError as error:
-        raise ConfigError(f"{origin}: {error}") from None
-    except (RecursionError, ValueError, KeyError, AttributeError) as error:  # `!!bool x`, `!!timestamp x`
-        raise ConfigError(f"{origin} is not valid YAML: {error}") from None
 
 
 def recipe_names() -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from hvdtrain import sizing
 from hvdtrain.checkpoint import writer as checkpoint
 from hvdtrain.checkpoint.saver import Saver
 from hvdtrain.checkpoint.start import find_start, moved_rate
@@ -114,7 +115,7 @@ class _Run:
     ):
         self.words, self.watchdog, self.claim = words, watchdog, claim
         self.recipe, self.run_dir, self.world, self.group = config, run_dir, world, group
-        self.config = config = group.together(lambda: config.sized(group.size))
+        self.config = config = group.together(lambda: sizing.sized(config, group.size))
         self.is_main = group.rank == 0
         self.stopping = group.together(lambda: Stopping(run_dir, config.stop, self.is_main, signals))
         self.cores = take_cores(group)
@@ -127,7 +128,7 @@ class _Run:
         self.fallbacks += group.together(lambda: read_through_note(self.data.train.source.read_through))
         self.scaled = group.together(self._scale)
         self.fallbacks += self.scaled.notes
-        self.config = config = self.recipe.resolved(self.scaled)
+        self.config = config = sizing.resolved(self.recipe, self.scaled)
         group.together(lambda: check_compiler(config.compile, self.device))
         use_tf32(config.tf32)
         self.matmul = "cuBLAS"
@@ -327,12 +328,13 @@ class _Run:
         """Batch, rates and lengths of this run, now that the ranks and the size of an epoch are known (local)."""
         source, train = self.data.train.source, self.config.train
         update_tokens = train.global_tokens or train.global_batch * self.config.model.context
-        return self.recipe.scale(self.group.size, source.rows_per_epoch * update_tokens // source.rows_per_step)
+        epoch_tokens = source.rows_per_epoch * update_tokens // source.rows_per_step
+        return sizing.scaled(self.recipe, self.group.size, epoch_tokens)
 
     def _open_data(self) -> _Data:
         """Find out what is wrong with the data now, on all ranks, and open what is right (collective)."""
         config, group, world = self.config, self.group, self.world
-        feed = group.together(lambda: config.feed(group.rank, group.size, pin=self.device.type == "cuda"))
+        feed = group.together(lambda: sizing.feed_of(config, group.rank, group.size, pin=self.device.type == "cuda"))
         corpora = group.together(lambda: open_corpora(config.data))
         group.agree(corpora.data_digest, f"the data in {corpora.names}")
         group.together(lambda: self.task.check(corpora, feed))

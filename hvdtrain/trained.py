@@ -18,12 +18,13 @@ from hvdtrain.checkpoint import writer as checkpoint
 from hvdtrain.checkpoint.writer import Progress
 from hvdtrain.comm.group import Group
 from hvdtrain.comm.world import World
-from hvdtrain.config import RunConfig, make_config, parse_yaml
+from hvdtrain.config import RunConfig, make_config
 from hvdtrain.data.carried import Carried, read_carried
 from hvdtrain.data.corpora import Corpora, folders_of, open_corpora, open_folders
 from hvdtrain.errors import CheckpointError, ConfigError, DataError
 from hvdtrain.files import exists, read_text
 from hvdtrain.machine.device import pick_device
+from hvdtrain.strict_yaml import parse_yaml
 from hvdtrain.tasks import make_task
 from hvdtrain.tasks.task import check_kind
 

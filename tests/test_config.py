@@ -15,11 +15,11 @@ from hvdtrain.config import (
     flatten,
     load_config,
     make_config,
-    parse_yaml,
     recipe_names,
     recipe_text,
 )
 from hvdtrain.errors import EXIT_USAGE, ConfigError
+from hvdtrain.strict_yaml import parse_yaml
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the bottom up. A room imports what lies below it, never a neighbour on its own line.
 TABLE = [
     {"errors", "options"},
-    {"files"},
+    {"files", "strict_yaml"},
     {"version"},
     {"comm"},
     {"slices"},
@@ -23,6 +23,7 @@ TABLE = [
     {"cut", "sync"},
     {"checkpoint", "watch"},
     {"config", "engine"},
+    {"sizing"},
     {"trained", "planner", "jobs"},
     {"train", "commands"},
     {"cli"},

@@ -12,6 +12,7 @@ from hvdtrain.comm.world import World
 from hvdtrain.engine import Plan
 from hvdtrain.machine.cores import threads_of_rank
 from hvdtrain.machine.matmul import use_fast_matmul
+from hvdtrain.sizing import feed_of
 from hvdtrain.tasks import make_task
 from hvdtrain.tasks.task import Evaluation
 from hvdtrain.trained import find_run, open_data, open_model
@@ -42,7 +43,7 @@ def evaluate(
         task = make_task(config.task)
 
         def open_split() -> Evaluation:
-            return task.open_evaluation(corpora, split, config.feed(group.rank, group.size), config.eval.rows)
+            return task.open_evaluation(corpora, split, feed_of(config, group.rank, group.size), config.eval.rows)
 
         batches = group.together(open_split)
         plan = Plan(trained.model, group, config.sync, config.precision, config.seed)

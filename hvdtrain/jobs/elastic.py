@@ -324,6 +324,8 @@ def ranks_that_share(config: "RunConfig", most: int, unit: int = 1) -> int:
 
     Errors: ConfigError where the batch follows the number of ranks.
     """
+    from hvdtrain.sizing import check_shareable
+
     if config.scaling.per_rank:
         raise ConfigError(
             "scaling.per_rank=true makes the batch of the ranks that there are, which here would change within the "
@@ -331,7 +333,7 @@ def ranks_that_share(config: "RunConfig", most: int, unit: int = 1) -> int:
         )
     for count in range(most, unit, -unit):
         try:
-            config.check_shareable(count)
+            check_shareable(config, count)
             return count
         except ConfigError:
             continue

@@ -199,6 +199,7 @@ def check(job: Job, template: str) -> list[str]:
 
     Errors: ConfigError for settings that cannot be, among them a batch that the ranks cannot share.
     """
+    from hvdtrain import sizing
     from hvdtrain.config import load_config  # and torch with it, which asking the queue does not need
 
     for name, number in (("--nodes", job.nodes), ("--ranks-per-node", job.ranks_per_node)):
@@ -212,9 +213,9 @@ def check(job: Job, template: str) -> list[str]:
     _check_options(job.options)
     _check_site(job)
     config, ranks = load_config(job.recipe, job.overrides), ranks_of(job, template)
-    config.sized(ranks).check_shareable(ranks)
+    sizing.check_shareable(sizing.sized(config, ranks), ranks)
     if not (config.train.epochs or config.schedule.warmup_epochs):  # those need the data, which may come later
-        config.scale(ranks, 0)
+        sizing.scaled(config, ranks, 0)
     _check_run_dir(job)
     names = list(config.data.mixture) or [config.data.dir]
     missing = [name for name in names if not seen(job.folder / name / "manifest.json")]

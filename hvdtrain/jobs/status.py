@@ -281,9 +281,10 @@ def _steps(run_dir: Path, job: _JobRecord) -> int | None:
 def _scaled_steps(tree: dict[str, Any], ranks: int) -> int | None:
     """Of a run that was given in tokens or for another batch; None where the length is in epochs of unknown data."""
     from hvdtrain.config import make_config  # and torch with it
+    from hvdtrain.sizing import scaled
 
     with suppress(HvdtrainError):
-        return make_config(tree, "config.yaml").scale(ranks, 0).steps
+        return scaled(make_config(tree, "config.yaml"), ranks, 0).steps
     return None
 
 

@@ -80,6 +80,21 @@ class Scaled:
         return options.model_copy(update={**resolved, "warmup_tokens": 0, "warmup_epochs": 0.0})
 
 
+@dataclass(frozen=True)
+class Unscaled:
+    """Batch, rates and lengths as a recipe gives them. ``context``: tokens of a sequence. ``global_tokens``: 0 where
+    the batch is given in sequences (``global_batch``).
+    """
+
+    scaling: ScalingOptions
+    optim: OptimOptions
+    schedule: ScheduleOptions
+    length: Length
+    context: int
+    global_batch: int
+    global_tokens: int = 0
+
+
 _ADAM_LIKE = ("adamw", "lamb")
 _FITS = {"adamw": "sqrt", "lamb": "sqrt", "sgd": "linear", "lars": "linear"}
 _LARGEST_ADAM_RATE, _LARGEST_RATE = 10.0, 1000.0  # an update of Adam moves a weight by about the rate
@@ -104,57 +119,40 @@ def update_size(options: ScalingOptions, global_batch: int, global_tokens: int =
 
 
 def scale(
-    options: ScalingOptions,
-    optim: OptimOptions,
-    schedule: ScheduleOptions,
-    length: Length,
-    *,
-    context: int,
-    global_batch: int,
-    global_tokens: int = 0,
-    ranks: int = 1,
-    epoch_tokens: int = 0,
-    lengthened: Callable[[int], int] | None = None,
+    given: Unscaled, ranks: int = 1, epoch_tokens: int = 0, lengthened: Callable[[int], int] | None = None
 ) -> Scaled:
     """What the run uses at its batch: a pure function, the same on every rank.
 
-    length: of the run, as the recipe gives it. global_batch (sequences), global_tokens (0: sequences count): the
-    recipe's. context: tokens of a sequence. epoch_tokens: of the corpus, needed where a length is in epochs.
-    lengthened: for a batch that grows within the run, the steps in which it takes as many rows as in that number of
-    steps with the whole batch; lengths that are given in steps, for this batch, stay what they are.
+    epoch_tokens: of the corpus, needed where a length is in epochs; 0: not known. lengthened: for a batch that grows
+    within the run, the steps in which it takes as many rows as in that number of steps with the whole batch; lengths
+    that are given in steps, for this batch, stay what they are.
     Errors: ConfigError where a rule has no base or two, the result is no learning rate that one would train with, or
     the warm-up is longer than the run.
     """
+    options, optim, schedule = given.scaling, given.optim, given.schedule
     _check(options, optim)
     check_schedule(schedule, optim.lr, None)
-    rows, tokens = update_size(options, global_batch, global_tokens, ranks)
-    new = tokens or rows * context
-    base = options.base_tokens or options.base_batch * context
-    if not base:  # not stated: with per_rank what the recipe says, else what is used
-        base = (global_tokens or global_batch * context) if options.per_rank else new
-    factor = Fraction(new, base)
+    rows, tokens = update_size(options, given.global_batch, given.global_tokens, ranks)
+    change = _change_of(given, rows, tokens)
     is_scaled = bool(options.base_batch or options.base_tokens or options.per_rank)
 
-    steps = _steps(length, options.length, base, new, epoch_tokens, lengthened)
-    warmup = _steps(warmup_length(schedule), options.warmup, base, new, epoch_tokens, lengthened)
-    in_rows = not tokens and base % context == 0
-    sizes = f"{base // context} -> {rows} sequences" if in_rows else f"{base} -> {new} tokens"
-    batch = f"batch {sizes} ({float(factor):.4g}x)"
-    lr, min_lr = _rates(options, optim, schedule.min_lr, factor, batch)
-    beta1, beta2, eps, decay, beta_notes = _moments(options, optim, factor, batch)
+    steps = _steps(given.length, options.length, change, epoch_tokens, lengthened)
+    warmup = _steps(warmup_length(schedule), options.warmup, change, epoch_tokens, lengthened)
+    lr, min_lr = _rates(options, optim, schedule.min_lr, change)
+    beta1, beta2, eps, decay, beta_notes = _moments(options, optim, change)
     start = schedule.warmup_start
     if is_scaled and schedule.warmup == "constant" and not start:
         start = min(1.0, optim.lr / lr)  # Goyal et al. 2017, "constant warmup": the base rate, which is lr / k
     if is_scaled and warmup > steps:
         raise ConfigError(
-            f"scaling: {batch}: the warm-up of {warmup} steps is longer than the run, then of {steps}; "
+            f"scaling: {change.words}: the warm-up of {warmup} steps is longer than the run, then of {steps}; "
             "set scaling.warmup=tokens, scaling.length=steps or a shorter warm-up"
         )
 
     scaled = Scaled(
         global_batch=rows,
         global_tokens=tokens,
-        factor=float(factor),
+        factor=float(change.factor),
         steps=steps,
         warmup_steps=warmup,
         warmup_start=start,
@@ -168,19 +166,42 @@ def scale(
         notes=(*_fit_notes(options, optim), *beta_notes),
     )
     check_schedule(scaled.schedule(schedule), lr, steps)
-    if not is_scaled:
-        return scaled
-    base_lengths = (each.in_steps(base, epoch_tokens) for each in (warmup_length(schedule), length))
-    return replace(scaled, about=_about(options, optim, scaled, batch, *base_lengths))
+    return replace(scaled, about=_about(given, scaled, change, epoch_tokens)) if is_scaled else scaled
 
 
-def _about(
-    options: ScalingOptions, optim: OptimOptions, scaled: Scaled, batch: str, base_warmup: int, base_steps: int
-) -> str:
+@dataclass(frozen=True)
+class _Change:
+    """From the batch that the recipe was made for to the one that is used: tokens of an update, and in words."""
+
+    base: int
+    new: int
+    words: str
+
+    @property
+    def factor(self) -> Fraction:
+        return Fraction(self.new, self.base)
+
+
+def _change_of(given: Unscaled, rows: int, tokens: int) -> _Change:
+    """rows, tokens: of an update as it is used, see ``update_size``."""
+    options, context = given.scaling, given.context
+    new = tokens or rows * context
+    base = options.base_tokens or options.base_batch * context
+    if not base:  # not stated: with per_rank what the recipe says, else what is used
+        base = (given.global_tokens or given.global_batch * context) if options.per_rank else new
+    in_rows = not tokens and base % context == 0
+    sizes = f"{base // context} -> {rows} sequences" if in_rows else f"{base} -> {new} tokens"
+    return _Change(base, new, f"batch {sizes} ({new / base:.4g}x)")
+
+
+def _about(given: Unscaled, scaled: Scaled, change: _Change, epoch_tokens: int) -> str:
+    options, optim = given.scaling, given.optim
+    lengths = warmup_length(given.schedule), given.length
+    base_warmup, base_steps = (length.in_steps(change.base, epoch_tokens) for length in lengths)
     source = {"none": "", "linear": ": Goyal et al. 2017", "sqrt": ": You et al. 2020"}[options.rule]
     if options.max_lr and scaled.lr == options.max_lr != optim.lr:
         source += ", at scaling.max_lr"
-    parts = [f"scaling: {batch}", f"lr {optim.lr:g} -> {scaled.lr:g} ({options.rule}{source})"]
+    parts = [f"scaling: {change.words}", f"lr {optim.lr:g} -> {scaled.lr:g} ({options.rule}{source})"]
     if options.betas:
         parts += [
             f"betas {optim.beta1:g}, {optim.beta2:g} -> {scaled.beta1:g}, {scaled.beta2:g}",
@@ -213,37 +234,31 @@ def _check(options: ScalingOptions, optim: OptimOptions) -> None:
 
 
 def _steps(
-    length: Length,
-    keep: str,
-    base_tokens: int,
-    new_tokens: int,
-    epoch_tokens: int,
-    lengthened: Callable[[int], int] | None,
+    length: Length, keep: str, change: _Change, epoch_tokens: int, lengthened: Callable[[int], int] | None
 ) -> int:
-    """Updates of ``new_tokens`` that a length made for updates of ``base_tokens`` takes. Tokens are kept or exceeded,
-    by less than one update's.
+    """Updates of the new batch that a length made for the base batch takes. Tokens are kept or exceeded, by less than
+    one update's.
     """
-    steps = length.in_steps(base_tokens, epoch_tokens)
-    if keep == "none" and base_tokens != new_tokens:
+    base, new = change.base, change.new
+    steps = length.in_steps(base, epoch_tokens)
+    if keep == "none" and base != new:
         return 0
-    if keep == "steps" or (base_tokens == new_tokens and (length.is_in_steps or lengthened is None)):
+    if keep == "steps" or (base == new and (length.is_in_steps or lengthened is None)):
         return steps
-    steps = -(-steps * base_tokens // new_tokens) if length.is_in_steps else length.in_steps(new_tokens, epoch_tokens)
+    steps = -(-steps * base // new) if length.is_in_steps else length.in_steps(new, epoch_tokens)
     return lengthened(steps) if lengthened else steps
 
 
-def _rates(
-    options: ScalingOptions, optim: OptimOptions, min_lr: float, factor: Fraction, batch: str
-) -> tuple[float, float]:
+def _rates(options: ScalingOptions, optim: OptimOptions, min_lr: float, change: _Change) -> tuple[float, float]:
     """Peak and end of the schedule, scaled alike."""
-    gain = {"none": 1.0, "linear": float(factor), "sqrt": math.sqrt(factor)}[options.rule]
+    gain = {"none": 1.0, "linear": float(change.factor), "sqrt": math.sqrt(change.factor)}[options.rule]
     lr = optim.lr * gain
     if gain > 1 and 0 < options.max_lr < lr:
         lr, gain = options.max_lr, options.max_lr / optim.lr
     largest = _LARGEST_ADAM_RATE if optim.name in _ADAM_LIKE else _LARGEST_RATE
     if gain != 1 and not 0 < lr <= largest:
         raise ConfigError(
-            f"scaling: {batch} takes lr from {optim.lr:g} to {lr:g} ({options.rule}); {optim.name} "
+            f"scaling: {change.words} takes lr from {optim.lr:g} to {lr:g} ({options.rule}); {optim.name} "
             f"needs one above 0 and at most {largest:g}: set scaling.max_lr, another scaling.rule or a batch nearer to "
             "the base"
         )
@@ -251,20 +266,20 @@ def _rates(
 
 
 def _moments(
-    options: ScalingOptions, optim: OptimOptions, factor: Fraction, batch: str
+    options: ScalingOptions, optim: OptimOptions, change: _Change
 ) -> tuple[float, float, float, float, list[str]]:
     """(beta1, beta2, eps, weight decay, notes). Moments forget by the token as they did, and eps keeps its share of the
     second moment's root, which is noise and shrinks with sqrt k (Malladi et al. 2022, square root scaling rule). They
     say nothing of weight decay: lr x weight decay is what an update takes from a weight, so it must grow with k.
     """
     kept = optim.beta1, optim.beta2, optim.eps, optim.weight_decay
-    if not options.betas or factor == 1:
+    if not options.betas or change.factor == 1:
         return *kept, []
-    k, root = float(factor), math.sqrt(factor)
+    k, root = float(change.factor), math.sqrt(change.factor)
     beta1, beta2 = (1 - k * (1 - beta) for beta in (optim.beta1, optim.beta2))
     if beta2 <= 0:
         raise ConfigError(
-            f"scaling.betas: {batch} takes beta2 from {optim.beta2:g} to {beta2:g}; the rule holds below "
+            f"scaling.betas: {change.words} takes beta2 from {optim.beta2:g} to {beta2:g}; the rule holds below "
             f"{1 / (1 - optim.beta2):.4g}x: set scaling.betas=false, a larger optim.beta2 or a smaller batch"
         )
     notes = []

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from hvdtrain import sizing
 from hvdtrain.config import RunConfig, load_config
 from hvdtrain.data.corpora import open_corpora
 from hvdtrain.data.records import Records
@@ -51,10 +52,10 @@ def plan(
 def estimate(config: RunConfig, ranks: int, ranks_per_node: int = 0, vocab_size: int = 0) -> Estimate:
     """``plan`` of settings, as numbers. On a CPU it sets this process's matrix library as a run would (local)."""
     check_ranks(ranks, ranks_per_node)
-    recipe, config = config, config.sized(ranks)
+    recipe, config = config, sizing.sized(config, ranks)
     facts, epoch_tokens, notes = read_facts(config, ranks, vocab_size)
-    scaled = recipe.scale(ranks, epoch_tokens)
-    config = recipe.resolved(scaled)
+    scaled = sizing.scaled(recipe, ranks, epoch_tokens)
+    config = sizing.resolved(recipe, scaled)
     notes += [scaled.about, *scaled.notes] if scaled.factor != 1 else scaled.notes
     device = config.device
     if device == "auto":
@@ -86,7 +87,7 @@ def read_facts(config: RunConfig, ranks: int, vocab_size: int = 0) -> tuple[Corp
         note = f"no shards in {missing[0]}: planned for a vocabulary of {vocab_size:,}{classes}, without its files"
         return CorpusFacts(vocab_size), 0, [note]
     corpora = open_corpora(config.data)
-    task, feed = make_task(config.task), config.feed(0, ranks)
+    task, feed = make_task(config.task), sizing.feed_of(config, 0, ranks)
     task.check(corpora, feed)
     manifest = corpora.manifest
     if vocab_size and vocab_size != manifest.vocab_size:

@@ -40,6 +40,7 @@ from hvdtrain.errors import ConfigError
 from hvdtrain.models.layers import Attention, CrossAttention
 from hvdtrain.models.recompute import Recomputed, use_recompute
 from hvdtrain.optim.optimizer import OptimOptions
+from hvdtrain.sizing import feed_of
 from hvdtrain.sync.allreduce import AllReduceOptions
 from hvdtrain.tasks import make_task
 
@@ -136,7 +137,7 @@ def workload(config: RunConfig, facts: CorpusFacts, ranks: int, ranks_per_node: 
     Errors: ConfigError where the ranks cannot share the batch, or numbers of ranks are not above 0.
     """
     check_ranks(ranks, ranks_per_node)
-    feed = config.feed(0, ranks)
+    feed = feed_of(config, 0, ranks)
     if config.task.name == "lm":
         positions = feed.context
         share = share_of(feed.global_batch, feed.microbatch, 0, ranks)

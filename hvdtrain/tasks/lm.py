@@ -35,6 +35,7 @@ class LanguageModel(Task[Decoder, Batch]):
     """Cross-entropy of the next token, in nats, summed over the targets that count."""
 
     kind = "text"
+    rows_are_alike = True
 
     def __init__(self, options: LanguageModelOptions | None = None):
         self._options = options or LanguageModelOptions()

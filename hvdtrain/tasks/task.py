@@ -4,7 +4,7 @@ sums become scores.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -58,9 +58,14 @@ class Evaluation:
 
 
 class Task(Protocol[Model, Read]):
-    """What the loop needs to know of a task, for its kind of model and its kind of batch. ``kind``: of the shards."""
+    """What the loop needs to know of a task, for its kind of model and its kind of batch.
 
-    kind: str
+    ``kind``: of the shards. ``rows_are_alike``: each row has model.context positions, so that ranks share a batch in
+    whole rows; else rows have lengths of their own.
+    """
+
+    kind: ClassVar[str]
+    rows_are_alike: ClassVar[bool] = False
 
     def __init__(self, options: Any) -> None:
         """options: the task's own."""

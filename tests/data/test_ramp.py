@@ -9,6 +9,7 @@ from hvdtrain.config import make_config
 from hvdtrain.data.loader import Feed
 from hvdtrain.data.ramp import Ramp
 from hvdtrain.errors import ConfigError
+from hvdtrain.sizing import feed_of, scaled
 
 
 def steps_of(ramp: Ramp, rows: int) -> list[int]:
@@ -58,21 +59,21 @@ def test_by_arithmetic_as_one_after_another(ramp: Ramp, rows: int):
 def test_what_is_no_ramp(settings: dict[str, int], message: str):
     config = make_config({"train": {"global_batch": 32, **settings}, "model": {"context": 64}}, "test")
     with pytest.raises(ConfigError, match=message):
-        config.feed(0, 1)
+        feed_of(config, 0, 1)
 
 
 def test_ranks_that_cannot_share_a_batch_on_the_way():
     train = {"global_batch": 32, "microbatch": 4, "ramp_start": 8, "ramp_increment": 12, "ramp_tokens": 6400}
     config = make_config({"train": train, "model": {"context": 64}}, "test")
-    assert isinstance(config.feed(0, 1), Feed)
+    assert isinstance(feed_of(config, 0, 1), Feed)
     with pytest.raises(ConfigError, match="a batch of 20 sequences on the way from"):
-        config.feed(1, 4)
+        feed_of(config, 1, 4)
 
 
 def test_only_where_rows_are_alike():
     config = make_config({"train": {"ramp_start": 8}, "task": {"name": "seq2seq"}}, "test")
     with pytest.raises(ConfigError, match="is for task"):
-        config.feed(0, 1)
+        feed_of(config, 0, 1)
 
 
 def test_lengths_in_tokens_take_more_steps():
@@ -81,7 +82,7 @@ def test_lengths_in_tokens_take_more_steps():
     ramp = {"ramp_start": 2, "ramp_increment": 2, "ramp_tokens": 48 * 16}
     schedule = {"warmup_tokens": 64 * 16}
     plain, grown = (
-        make_config({"train": {**train, **more}, "schedule": schedule, "model": {"context": 16}}, "test").scale(1, 0)
+        scaled(make_config({"train": {**train, **more}, "schedule": schedule, "model": {"context": 16}}, "test"), 1, 0)
         for more in ({}, ramp)
     )
     assert (plain.steps, plain.warmup_steps) == (40, 8)
@@ -90,7 +91,7 @@ def test_lengths_in_tokens_take_more_steps():
     assert grown.steps == len(sizes)
     assert grown.warmup_steps == len(steps_of(Ramp(2, 2, 48, 8), 64))
     in_steps = make_config({"train": {"global_batch": 8, "steps": 500, **ramp}, "model": {"context": 16}}, "test")
-    assert in_steps.scale(1, 0).steps == 500  # updates of the run, whatever their size
+    assert scaled(in_steps, 1, 0).steps == 500  # updates of the run, whatever their size
 
 
 RAMP = ("train.ramp_start=4", "train.ramp_increment=4", "train.ramp_tokens=512", "train.steps=12")

@@ -27,6 +27,7 @@ import yaml
 from safetensors import safe_open
 from tiny import CPU, documents, labelled, pairs, random_tokens, rewrite, seal, tiny_decoder, write_corpus
 
+from hvdtrain import sizing
 from hvdtrain.checkpoint import writer as checkpoint
 from hvdtrain.checkpoint.writer import CheckpointOptions, Progress, folder_of
 from hvdtrain.comm.local_group import LocalGroup
@@ -271,9 +272,9 @@ def judge_config(folder: Path, overrides: list[str]) -> str:
     if make_config(yaml.safe_load(dump_yaml(config)), "again") != config:
         return "wrong: written and read again, it is another"
     try:
-        sized = config.sized(2)
-        config.scale(2, 100_000)
-        sized.feed(0, 2)
+        sized = sizing.sized(config, 2)
+        sizing.scaled(config, 2, 100_000)
+        sizing.feed_of(sized, 0, 2)
     except HvdtrainError as error:
         return _refused(error)
     return RIGHT

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from hvdtrain.errors import ConfigError
 from hvdtrain.optim.optimizer import OptimOptions
-from hvdtrain.optim.scaling import Scaled, ScalingOptions, scale, update_size
+from hvdtrain.optim.scaling import Scaled, ScalingOptions, Unscaled, scale, update_size
 from hvdtrain.optim.schedules import Length, ScheduleOptions, learning_rate
 
 CONTEXT = 64
@@ -27,11 +27,13 @@ def scaled(
     steps: int | Length = 1000,
     optim: OptimOptions | None = None,
     schedule: ScheduleOptions | None = None,
-    **sizes: int,
+    context: int = CONTEXT,
+    global_tokens: int = 0,
+    **known: int,
 ) -> Scaled:
     length = Length("train.", steps) if isinstance(steps, int) else steps
-    how = {"context": CONTEXT, "global_batch": batch, **sizes}
-    return scale(ScalingOptions(**options), optim or optim_of(), schedule or ScheduleOptions(), length, **how)
+    rates = optim or optim_of(), schedule or ScheduleOptions()
+    return scale(Unscaled(ScalingOptions(**options), *rates, length, context, batch, global_tokens), **known)
 
 
 def fails(message: str, *args, **kwargs) -> None:
@@ -61,13 +63,13 @@ def test_the_linear_rule():
     """Goyal et al. 2017: 0.1 for 256 images becomes 3.2 for 8,192; 5 of 90 epochs of warm-up stay 5 of 90."""
     optim = optim_of("sgd", lr=0.1)
     epoch = 1_281_167
-    found = scale(
-        ScalingOptions(rule="linear", base_batch=256),
-        optim,
-        ScheduleOptions(warmup_epochs=5.0),
-        Length("train.", 1000, epochs=90.0),
+    found = scaled(
+        {"rule": "linear", "base_batch": 256},
+        batch=8192,
+        steps=Length("train.", 1000, epochs=90.0),
+        optim=optim,
+        schedule=ScheduleOptions(warmup_epochs=5.0),
         context=1,
-        global_batch=8192,
         epoch_tokens=epoch,
     )
     assert found.lr == pytest.approx(3.2, rel=1e-15)

@@ -1,0 +1,90 @@
+"""The sizes of a run: what a recipe says of batch, rates and lengths, on a number of ranks.
+
+recipe     as it was given; its batch may be that of one rank, its length in tokens or epochs
+sized      with the batch of all ranks; enough to lay out batches, before the data are open
+resolved   with rates and lengths for that batch, in steps, once an epoch's tokens are known
+"""
+
+from hvdtrain.config import RunConfig
+from hvdtrain.data.loader import Feed
+from hvdtrain.data.ramp import Ramp
+from hvdtrain.errors import ConfigError
+from hvdtrain.optim.scaling import Scaled, Unscaled, scale, update_size
+from hvdtrain.optim.schedules import Length
+from hvdtrain.tasks import TASKS
+
+
+def sized(recipe: RunConfig, ranks: int) -> RunConfig:
+    """With the batch of ``ranks`` ranks (scaling.per_rank). Errors: ConfigError where that is no whole number."""
+    rows, tokens = update_size(recipe.scaling, recipe.train.global_batch, recipe.train.global_tokens, ranks)
+    train = recipe.train.model_copy(update={"global_batch": rows, "global_tokens": tokens})
+    return recipe.model_copy(update={"train": train})
+
+
+def scaled(recipe: RunConfig, ranks: int, epoch_tokens: int) -> Scaled:
+    """Batch, rates and lengths that ``ranks`` ranks use, of a recipe as it was given; see optim/scaling.py.
+
+    epoch_tokens: of the corpus; 0: not known.
+    """
+    train, ramp = recipe.train, ramp_of(sized(recipe, ranks))
+    given = Unscaled(
+        recipe.scaling,
+        recipe.optim,
+        recipe.schedule,
+        Length("train.", train.steps, train.tokens, train.epochs),
+        recipe.model.context,
+        train.global_batch,
+        train.global_tokens,
+    )
+    return scale(given, ranks, epoch_tokens, ramp and (lambda steps: ramp.steps_to(steps * ramp.full)))
+
+
+def resolved(recipe: RunConfig, found: Scaled) -> RunConfig:
+    """With what ``scaled`` found, lengths in steps."""
+    train = {"steps": found.steps, "global_batch": found.global_batch, "global_tokens": found.global_tokens}
+    return recipe.model_copy(
+        update={
+            "train": recipe.train.model_copy(update={**train, "tokens": 0, "epochs": 0.0}),
+            "optim": found.optim(recipe.optim),
+            "schedule": found.schedule(recipe.schedule),
+        }
+    )
+
+
+def ramp_of(config: RunConfig) -> Ramp | None:
+    """How the batch of ``config``, which is ``sized``, grows; None: it does not. Errors: see Ramp."""
+    train, context = config.train, config.model.context
+    if not train.ramp_start:
+        if train.ramp_increment or train.ramp_tokens:
+            raise ConfigError("train.ramp_increment and train.ramp_tokens need train.ramp_start")
+        return None
+    if not TASKS[config.task.name].rows_are_alike:
+        fit = " or ".join(name for name, task in TASKS.items() if task.rows_are_alike)
+        raise ConfigError(f"train.ramp_start is for task.name={fit}, whose rows are alike; not for {config.task.name}")
+    full = train.global_tokens // context if train.global_tokens else train.global_batch
+    return Ramp(train.ramp_start, train.ramp_increment, train.ramp_tokens // context, full)
+
+
+def feed_of(config: RunConfig, rank: int, size: int, pin: bool = False) -> Feed:
+    """How rank ``rank`` of ``size`` wants its batches. config: ``sized``.
+
+    Errors: ConfigError where the tokens of an update are not whole rows, for a task whose rows are alike.
+    """
+    context, rows, tokens = config.model.context, config.train.global_batch, config.train.global_tokens
+    if tokens and TASKS[config.task.name].rows_are_alike:
+        if tokens % context:
+            raise ConfigError(
+                f"train.global_tokens={tokens} is not a multiple of model.context={context}; "
+                f"set it to {max(1, tokens // context) * context}"
+            )
+        rows = tokens // context
+    feed = Feed(context, config.seed, rows, config.train.microbatch, rank, size, tokens, pin, ramp_of(config))
+    feed.check_ramp()
+    return feed
+
+
+def check_shareable(config: RunConfig, ranks: int) -> None:
+    """Errors: ConfigError where ``ranks`` ranks cannot share every batch of ``config`` (``sized``) evenly."""
+    feed = feed_of(config, 0, ranks)
+    if TASKS[config.task.name].rows_are_alike:  # the batches of other tasks are shared as evenly as can be
+        _ = feed.share  # which raises it
