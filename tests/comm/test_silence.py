@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from hosts import Host, Network
 from not_here import require_hosts
+from threads import Scripted
 
-from hvdtrain.comm.ranks import OneRank
 from hvdtrain.comm.silence import Silence, other_hosts, own_addresses
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,14 +68,9 @@ def test_a_cut_cable_is_silence_and_a_stopped_process_is_not(network: Network):
             assert next(look for look in looks if not look) == {}
 
 
-class Hosts(OneRank):
-    """Whose ranks are on hosts with these addresses."""
-
-    def __init__(self, *hosts: tuple[str, list[str]]):
-        self._hosts = hosts
-
-    def all_gather_object(self, value: object) -> list:
-        return [*self._hosts, value]
+def hosts(*others: tuple[str, list[str]]) -> Scripted:
+    """The last of some ranks; the others are on hosts with these addresses."""
+    return Scripted(len(others), 1 + len(others), lambda value: [*others, value])
 
 
 def test_what_every_host_has_names_none(monkeypatch: pytest.MonkeyPatch):
@@ -83,8 +78,8 @@ def test_what_every_host_has_names_none(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("socket.gethostname", lambda: "n1")
     monkeypatch.setattr("hvdtrain.comm.silence.own_addresses", lambda: ["10.0.0.1", "172.17.0.1"])
     n2, n3 = ("n2", ["10.0.0.2", "172.17.0.1", "fe80::2"]), ("n3", ["10.0.0.3", "172.17.0.1"])
-    assert other_hosts(Hosts(n2, n2, n3)) == {"10.0.0.2": "n2", "fe80::2": "n2", "10.0.0.3": "n3"}
-    assert other_hosts(Hosts()) == {}
+    assert other_hosts(hosts(n2, n2, n3)) == {"10.0.0.2": "n2", "fe80::2": "n2", "10.0.0.3": "n3"}
+    assert other_hosts(hosts()) == {}
 
 
 def test_loopback_is_no_address():

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 import yaml
 from safetensors import safe_open
+from threads import in_process
 from tiny import CPU, documents, labelled, pairs, random_tokens, rewrite, seal, tiny_decoder, write_corpus
 
 from hvdtrain import sizing
@@ -416,12 +417,6 @@ def _use(options: DataOptions) -> None:
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-class _Ranks(LocalGroup):
-    """Rank 0 of two, whose part is all that matters: the other's is written likewise."""
-
-    size = 2
-
-
 def _parts() -> tuple[torch.nn.Module, torch.optim.Optimizer, Ema]:
     model = tiny_decoder(seed=1)
     optimizer = make_optimizer(model, OptimOptions())
@@ -443,10 +438,8 @@ def write_sound_run(folder: Path) -> None:
     tensors = checkpoint._named_tensors(model, optimizer, ema)
     checkpoint.begin(folder, 7)
     parts = []
-    for rank in range(2):
-        group = _Ranks()
-        group.rank = rank
-        parts.append(checkpoint.write_part(folder, 7, checkpoint._share(tensors, group), rank, 2))
+    for group in in_process(2):
+        parts.append(checkpoint.write_part(folder, 7, checkpoint._share(tensors, group), group.rank, 2))
     checkpoint.finish(folder, progress, parts, CheckpointOptions())
 
 

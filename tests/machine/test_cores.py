@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from threads import Scripted
 
-from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.machine import cores
 from hvdtrain.machine.cores import (
     LIBRARY_THREADS,
@@ -110,15 +110,11 @@ def test_one_node_is_left_to_the_scheduler():
     assert place(set(range(16)), 0, 4, Topology()) is None
 
 
-class Node(LocalGroup):
+def node(everyone: list[tuple[str, Any]], rank: int = 0, limits: Any = ()) -> Scripted:
     """Rank ``rank`` of those that gathered (host, cores). ``limits``: of each, on its processor time."""
-
-    def __init__(self, everyone: list[tuple[str, Any]], rank: int = 0, limits: Any = ()):
-        self.everyone, self.rank, self.size = everyone, rank, len(everyone)
-        self.limits = limits or [()] * self.size
-
-    def all_gather_object(self, value):
-        return [(host, tuple(cpus), limits) for (host, cpus), limits in zip(self.everyone, self.limits, strict=True)]
+    limits = limits or [()] * len(everyone)
+    told = [(host, tuple(cpus), limit) for (host, cpus), limit in zip(everyone, limits, strict=True)]
+    return Scripted(rank, len(everyone), lambda value: told)
 
 
 @pytest.fixture
@@ -136,7 +132,7 @@ def moved(monkeypatch: pytest.MonkeyPatch) -> list[set[int]]:
 
 def test_a_rank_moves_to_its_cores(moved: list[set[int]], two_nodes: Topology):
     """Ranks of other nodes of the cluster do not count."""
-    group = Node([("there", ALL), ("here", ALL), ("there", ALL), ("here", ALL)], rank=3)
+    group = node([("there", ALL), ("here", ALL), ("there", ALL), ("here", ALL)], rank=3)
     found = take_cores(group, topology=two_nodes)
     own = {4, 5, 6, 7, 12, 13, 14, 15}
     assert moved == [own]
@@ -145,9 +141,9 @@ def test_a_rank_moves_to_its_cores(moved: list[set[int]], two_nodes: Topology):
 
 
 def test_threads_are_physical_cores_also_where_nobody_is_bound(moved: list[set[int]], two_nodes: Topology):
-    found = take_cores(Node([("here", ALL)]), topology=two_nodes)
+    found = take_cores(node([("here", ALL)]), topology=two_nodes)
     assert (found.threads, found.bound_to, found.note) == (8, None, "8 threads a rank, on any of cores 0-15")
-    assert take_cores(Node([("here", ALL)] * 3), topology=two_nodes).threads == 2
+    assert take_cores(node([("here", ALL)] * 3), topology=two_nodes).threads == 2
     assert moved == []
 
 
@@ -157,40 +153,40 @@ def test_threads_are_physical_cores_also_where_nobody_is_bound(moved: list[set[i
 )
 def test_who_has_a_plan_is_left_alone(moved, two_nodes: Topology, monkeypatch, name: str, value: str):
     monkeypatch.setenv(name, value)
-    found = take_cores(Node([("here", ALL)] * 2), topology=two_nodes)
+    found = take_cores(node([("here", ALL)] * 2), topology=two_nodes)
     assert (found.threads, found.bound_to, moved) == (4, None, [])
 
 
 def test_it_can_be_asked_without_moving(moved: list[set[int]], two_nodes: Topology):
-    assert take_cores(Node([("here", ALL)] * 2), bind=False, topology=two_nodes).threads == 4
+    assert take_cores(node([("here", ALL)] * 2), bind=False, topology=two_nodes).threads == 4
     assert moved == []
 
 
 def test_a_launchers_binding_is_respected(moved: list[set[int]], two_nodes: Topology, monkeypatch):
     mine = {0, 1, 8, 9}
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: mine)
-    found = take_cores(Node([("here", mine), ("here", {2, 3, 10, 11})]), topology=two_nodes)
+    found = take_cores(node([("here", mine), ("here", {2, 3, 10, 11})]), topology=two_nodes)
     assert (found.threads, found.bound_to, moved) == (2, None, [])
 
 
 def test_ranks_on_the_two_threads_of_one_core(moved: list[set[int]], two_nodes: Topology, monkeypatch):
     """As Slurm binds by hardware threads: never none, never more than there are."""
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1})
-    assert take_cores(Node([("here", {0, 1}), ("here", {8, 9})]), topology=two_nodes).threads == 1
+    assert take_cores(node([("here", {0, 1}), ("here", {8, 9})]), topology=two_nodes).threads == 1
 
 
 @pytest.mark.parametrize(("text", "threads", "is_bound"), [("2", 2, True), ("4", 4, True), ("5", 5, False)])
 def test_omp_num_threads(moved, two_nodes: Topology, monkeypatch, text: str, threads: int, is_bound: bool):
     """Obeyed; but more threads than the rank's cores are not squeezed into them."""
     monkeypatch.setenv("OMP_NUM_THREADS", text)
-    found = take_cores(Node([("here", ALL)] * 2), topology=two_nodes)
+    found = take_cores(node([("here", ALL)] * 2), topology=two_nodes)
     assert (found.threads, found.bound_to is not None, len(moved)) == (threads, is_bound, int(is_bound))
 
 
 @pytest.mark.parametrize(("text", "threads"), [("3", 3), ("3,2", 3), ("0", 1), ("many", 8), ("", 8)])
 def test_forms_of_omp_num_threads(moved, two_nodes: Topology, monkeypatch, text: str, threads: int):
     monkeypatch.setenv("OMP_NUM_THREADS", text)
-    assert take_cores(Node([("here", ALL)]), topology=two_nodes).threads == threads
+    assert take_cores(node([("here", ALL)]), topology=two_nodes).threads == threads
 
 
 @pytest.mark.parametrize(
@@ -210,9 +206,9 @@ def test_cores_are_shared_by_neighbours(monkeypatch: pytest.MonkeyPatch, everyon
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(everyone[0][1]))
     monkeypatch.setattr(cores, "read_topology", Topology)  # each hardware thread a core
     monkeypatch.setattr(cores, "read_limits", tuple)
-    assert threads_of_rank(Node(everyone)) == threads
+    assert threads_of_rank(node(everyone)) == threads
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert threads_of_rank(Node(everyone)) == 3
+    assert threads_of_rank(node(everyone)) == 3
 
 
 POD, BOX, OTHER = Limit((2, 1), 6.0), Limit((2, 2), 2.5), Limit((2, 3), 2.5)
@@ -231,11 +227,11 @@ POD, BOX, OTHER = Limit((2, 1), 6.0), Limit((2, 2), 2.5), Limit((2, 3), 2.5)
 )
 def test_no_more_threads_than_the_quota(moved, two_nodes: Topology, monkeypatch, limits: list, note: str):
     monkeypatch.setattr(cores, "read_limits", lambda: tuple(limits[0]))
-    node = Node([("here", ALL)] * 2, limits=limits)
-    found = take_cores(node, bind=False, topology=two_nodes)
+    group = node([("here", ALL)] * 2, limits=limits)
+    found = take_cores(group, bind=False, topology=two_nodes)
     assert found.note == f"{note}, on any of cores 0-15"
     assert (found.threads, moved) == (int(note[0]), [])
-    found = take_cores(node, topology=two_nodes)
+    found = take_cores(group, topology=two_nodes)
     assert found.note == f"{note}, bound on cores 0-3,8-11 of NUMA node 0"
     assert found.threads == int(note[0])
 
@@ -243,7 +239,7 @@ def test_no_more_threads_than_the_quota(moved, two_nodes: Topology, monkeypatch,
 def test_the_users_threads_above_the_quota_are_said(moved, two_nodes: Topology, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
     monkeypatch.setattr(cores, "read_limits", lambda: (BOX,))
-    found = take_cores(Node([("here", ALL)], limits=[[BOX]]), topology=two_nodes)
+    found = take_cores(node([("here", ALL)], limits=[[BOX]]), topology=two_nodes)
     assert (found.threads, found.note) == (4, "4 threads a rank above a CPU quota of 2.5, on any of cores 0-15")
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from threads import Scripted
 
 from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.comm.world import World
@@ -23,11 +24,6 @@ def gpus(monkeypatch: pytest.MonkeyPatch):
     return see
 
 
-class Several(LocalGroup):
-    def __init__(self, backend: str):
-        self.size, self.backend = 4, backend
-
-
 def test_no_gpu_is_said(gpus):
     gpus(0)
     device, notes = pick_device("auto", World(), LocalGroup())
@@ -40,7 +36,7 @@ def test_no_gpu_is_said(gpus):
 def test_a_rank_takes_the_gpu_of_its_place_on_the_node(gpus):
     chosen = gpus(4)
     world = World(rank=6, size=8, local_rank=2, local_size=4, launcher="mpirun")
-    assert pick_device("auto", world, Several("nccl")) == (torch.device("cuda", 2), [])
+    assert pick_device("auto", world, Scripted(size=4, backend="nccl")) == (torch.device("cuda", 2), [])
     assert chosen == [2]
 
 
@@ -48,12 +44,12 @@ def test_a_rank_takes_the_gpu_of_its_place_on_the_node(gpus):
 def test_a_launcher_may_show_each_rank_its_own_gpu_only(gpus, launcher: str, local_size: int):
     gpus(1)
     world = World(rank=3, size=4, local_rank=3, local_size=local_size, launcher=launcher)
-    assert pick_device("auto", world, Several("nccl"))[0] == torch.device("cuda", 0)
+    assert pick_device("auto", world, Scripted(size=4, backend="nccl"))[0] == torch.device("cuda", 0)
 
 
 def test_gradients_through_host_memory_are_said(gpus):
     gpus(4)
-    _, notes = pick_device("cuda", World(0, 4, 0, 4, "mpirun"), Several("mpi"))
+    _, notes = pick_device("cuda", World(0, 4, 0, 4, "mpirun"), Scripted(size=4, backend="mpi"))
     assert len(notes) == 1
     assert "host memory (mpi)" in notes[0]
 
@@ -61,12 +57,12 @@ def test_gradients_through_host_memory_are_said(gpus):
 def test_more_ranks_than_gpus_is_an_error(gpus):
     gpus(2)
     with pytest.raises(ConfigError, match=r"4 ranks on a node with 2 GPUs.*HVDTRAIN_SHARE_GPUS=1"):
-        pick_device("auto", World(2, 4, 2, 4, "mpirun"), Several("nccl"))
+        pick_device("auto", World(2, 4, 2, 4, "mpirun"), Scripted(size=4, backend="nccl"))
 
 
 def test_ranks_share_gpus_where_they_are_told_to(gpus, monkeypatch: pytest.MonkeyPatch):
     gpus(2)
     monkeypatch.setenv("HVDTRAIN_SHARE_GPUS", "1")
-    device, notes = pick_device("auto", World(3, 4, 3, 4, "mpirun"), Several("mpi"))
+    device, notes = pick_device("auto", World(3, 4, 3, 4, "mpirun"), Scripted(size=4, backend="mpi"))
     assert device == torch.device("cuda", 1)
     assert notes == ["gradients travel through host memory (mpi): HVDTRAIN_SHARE_GPUS=1"]

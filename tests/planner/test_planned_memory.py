@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from launch import Prepared, succeed, summary
+from threads import Scripted
 from tiny import stream_of
 
 from hvdtrain.config import RunConfig, load_config, make_config
@@ -168,19 +169,12 @@ def test_loss_on_a_gpu_holds_larger_chunks():
     assert gpu >= 8192 * 8192 * (4 + 4) > 10 * cpu  # logits and their softmax, of all 8,192 targets at once
 
 
-class _Ranks:
-    """So many that nobody sends anything."""
-
-    def __init__(self, size: int):
-        self.size = size
-
-
 @pytest.mark.parametrize("ranks", [2, 5])
 @pytest.mark.parametrize("bucket_mib", [0.004, 16.0])
 def test_wire_buffers(ranks: int, bucket_mib: float):
     model = build_model(settings(), FACTS)
     options = AllReduceOptions(wire="bf16", bucket_mib=bucket_mib)
-    group = _Ranks(ranks)
+    group = Scripted(size=ranks)  # nobody sends anything
     sync = AllReduceSync(model, group, AllReduceOptions(bucket_mib=bucket_mib))
     wire = _TwoPhases(group, FORMS["bf16"])
     exchanges = [_Exchange(group, FORMS["bf16"], bucket.flat, bucket.name) for bucket in sync._buckets]

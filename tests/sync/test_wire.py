@@ -1,88 +1,34 @@
-"""Two-byte wires between ranks that are objects of this test: rounding, scale, padding, phases; and real ones by Gloo.
+"""Two-byte wires between ranks of this process: rounding, scale, padding, phases; and real ones by Gloo.
 
 tests/mpi/test_wire.py has the same over MPI.
 """
 
 import struct
 import sys
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from launch import succeed
+from threads import in_process
 
-from hvdtrain.comm.group import Group, Pending
 from hvdtrain.comm.local_group import LocalGroup
-from hvdtrain.comm.ranks import OneRank
 from hvdtrain.sync import wire as wires
-from hvdtrain.sync.wire import FORMS, make_wire
+from hvdtrain.sync.wire import FORMS, Wire, make_wire
 
 UNIT = {"bf16": 2.0**-8, "fp16": 2.0**-11}
 NAMES = sorted(UNIT)
 
 
-class _Hub:
-    """Where ranks of one process leave what they send, by name."""
-
-    def __init__(self, size: int):
-        self.size, self.sent = size, {}
-
-    def rank(self, rank: int) -> "_HubRank":
-        return _HubRank(self, rank)
-
-
-class _HubRank(OneRank, Group):
-    """Rank of a hub. A collective is done as soon as all have begun it; a ``wait`` that would block is an error."""
-
-    backend = "hub"
-
-    def __init__(self, hub: _Hub, rank: int):
-        self.hub, self.rank, self.size = hub, rank, hub.size
-        self.began: list[str] = []
-
-    def _begin(self, sent: torch.Tensor, name: str, receive: Callable[[list[torch.Tensor]], Any]) -> Pending:
-        assert sent.dtype == torch.int32
-        assert sent.is_contiguous()
-        self.began.append(name)
-        turn = self.began.count(name)
-        posts = self.hub.sent.setdefault((name, turn), {})
-        posts[self.rank] = sent.clone()
-        hub = self.hub
-
-        class Waiting:
-            taken = False
-
-            def done(self) -> bool:
-                return len(posts) == hub.size
-
-            def wait(self) -> None:
-                assert self.done(), f"{name} would block"
-                if not self.taken:
-                    receive([posts[rank] for rank in range(hub.size)])
-                self.taken = True
-
-        return Waiting()
-
-    def all_to_all_async(self, rows, received, name):
-        return self._begin(rows, name, lambda posts: received.copy_(torch.stack([p[self.rank] for p in posts])))
-
-    def all_gather_async(self, row, rows, name):
-        return self._begin(row, name, lambda posts: rows.copy_(torch.cat(posts)))
-
-    def all_reduce_sum_async(self, tensor, name):
-        raise AssertionError("not on this wire")
-
-    def broadcast(self, tensor, root, name):
-        raise AssertionError("not on this wire")
+def wires_of(name: str, ranks: int) -> list[Wire]:
+    """Each rank's wire, all driven by this thread: a ``wait`` that would block is an error."""
+    return [make_wire(name, group) for group in in_process(ranks, patience_s=0)]
 
 
 def summed(name: str, buckets: list[torch.Tensor]) -> list[torch.Tensor]:
     """What each rank has after one all-reduce of its bucket, all in one thread."""
-    hub = _Hub(len(buckets))
-    lines = [make_wire(name, hub.rank(rank)) for rank in range(hub.size)]
+    lines = wires_of(name, len(buckets))
     flats = [bucket.clone() for bucket in buckets]
     pending = [line.start(flat, "b") for line, flat in zip(lines, flats, strict=True)]
     for line in lines:
@@ -181,8 +127,7 @@ def test_opposite_infinities_are_nan(name: str):
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_of_the_last_step_is_left(name: str):
     """Buffers are used again: after a step of nan, the next one is what a new wire gives."""
-    hub = _Hub(3)
-    lines = [make_wire(name, hub.rank(rank)) for rank in range(3)]
+    lines = wires_of(name, 3)
     for seed, spoil in enumerate([None, float("nan"), None]):
         buckets = random_buckets(3, 11, seed)
         if spoil:
@@ -200,8 +145,7 @@ def test_nothing_of_the_last_step_is_left(name: str):
 
 
 def test_buffers_are_kept():
-    hub = _Hub(2)
-    lines = [make_wire("fp16", hub.rank(rank)) for rank in range(2)]
+    lines = wires_of("fp16", 2)
     seen = []
     for _ in range(3):
         flats = [torch.ones(100), torch.ones(100)]
@@ -218,20 +162,18 @@ def test_buffers_are_kept():
 
 def test_the_second_phase_begins_by_itself_when_another_bucket_starts():
     """Not only when somebody waits: that would be after backward."""
-    hub = _Hub(2)
-    ranks = [hub.rank(0), hub.rank(1)]
+    ranks = in_process(2, patience_s=0)
     lines = [make_wire("bf16", rank) for rank in ranks]
     flats = {(name, rank): torch.ones(8) for name in "abc" for rank in range(2)}
     for name in "abc":
         for rank, line in enumerate(lines):
             line.start(flats[name, rank], name)
-    assert ranks[0].began == ["a.parts", "a.sums", "b.parts", "b.sums", "c.parts"]
+    assert ranks[0].sent == ["a.parts", "a.sums", "b.parts", "b.sums", "c.parts"]
 
 
 def test_waiting_for_one_does_not_wait_for_others_that_a_rank_has_not_started():
-    """Rank 0 has started a and b, rank 1 only b: b must end without a (the hub refuses to block)."""
-    hub = _Hub(2)
-    lines = [make_wire("bf16", hub.rank(rank)) for rank in range(2)]
+    """Rank 0 has started a and b, rank 1 only b: b must end without a (nothing here can block)."""
+    lines = wires_of("bf16", 2)
     flats = [torch.ones(8) for _ in range(3)]
     lines[0].start(flats[0], "a")
     pending = [line.start(flat, "b") for line, flat in zip(lines, flats[1:], strict=True)]
@@ -247,7 +189,7 @@ def test_waiting_for_one_does_not_wait_for_others_that_a_rank_has_not_started():
 
 
 def test_starting_a_name_twice_is_our_mistake():
-    line = make_wire("bf16", _Hub(2).rank(0))
+    line, _ = wires_of("bf16", 2)
     line.start(torch.ones(4), "a")
     with pytest.raises(AssertionError, match="a is under way"):
         line.start(torch.ones(4), "a")
@@ -262,18 +204,13 @@ def test_a_process_alone_has_no_wire(name: str):
 
 
 def test_fp32_is_the_groups_own_sum():
-    calls = []
-
-    class Several(LocalGroup):
-        size = 2
-
-        def all_reduce_sum_async(self, tensor, name):
-            calls.append((tensor, name))
-            return super().all_reduce_sum_async(tensor, name)
-
-    flat = torch.ones(3)
-    make_wire("fp32", Several()).start(flat, "b").wait()
-    assert calls == [(flat, "b")]
+    groups, flats = in_process(2, patience_s=0), [torch.ones(3), torch.full((3,), 0.1)]
+    pending = [make_wire("fp32", group).start(flat, "b") for group, flat in zip(groups, flats, strict=True)]
+    for one in pending:
+        one.wait()
+    assert [group.sent for group in groups] == [["b"], ["b"]]
+    assert torch.equal(flats[0], torch.full((3,), 1.0) + 0.1)
+    assert torch.equal(*flats)
 
 
 def test_an_unknown_name_is_a_key_error():
@@ -299,17 +236,17 @@ def test_scale(value: float, exponent: int):
 
 def test_words_hold_two_numbers_each():
     """[1.0, -2.0] in bf16 is 0x3F80, 0xC000; one after the other in memory."""
-    hub = _Hub(2)
-    make_wire("bf16", hub.rank(0)).start(torch.tensor([1.0, -2.0, 0.0, 0.0]), "b")
-    words = hub.sent["b.parts", 1][0]
+    group, _ = in_process(2)
+    make_wire("bf16", group).start(torch.tensor([1.0, -2.0, 0.0, 0.0]), "b")
+    words = group.under_way["b.parts"]
     assert words.shape == (2, 2)
     assert struct.pack("<i", words[0, 0].item()) == struct.pack("<HH", 0x3F80, 0xC000)
 
 
 def test_half_the_bytes():
-    hub = _Hub(4)
-    make_wire("fp16", hub.rank(0)).start(torch.ones(1 << 16), "b")
-    sent = hub.sent["b.parts", 1][0]
+    group, *_ = in_process(4)
+    make_wire("fp16", group).start(torch.ones(1 << 16), "b")
+    sent = group.under_way["b.parts"]
     assert sent.numel() * sent.element_size() == (1 << 16) * 2 + 4 * 4
 
 

@@ -11,25 +11,14 @@ from types import FrameType
 
 import pytest
 from command import until
+from threads import Scripted
 
 import hvdtrain.comm.horovod_group
-from hvdtrain.comm.ranks import OneRank
 from hvdtrain.watch import watchdog
 from hvdtrain.watch.watchdog import Heartbeat, Idle, Watchdog, WatchdogOptions, look_at, read_heartbeat, who_is_behind
 
 LIMIT_S = 0.3
 _PATIENCE_S = watchdog.patience_s  # before any test replaces it
-
-
-class Ended(OneRank):
-    """Of ``size`` ranks, one that notes how it would end the job."""
-
-    def __init__(self, rank: int = 0, size: int = 1):
-        self.rank, self.size = rank, size
-        self.exit_codes: list[int] = []
-
-    def abort(self, exit_code: int) -> None:
-        self.exit_codes.append(exit_code)
 
 
 @pytest.fixture(autouse=True)
@@ -96,13 +85,13 @@ def test_a_rank_in_a_collective_waits():
 
 
 def test_a_hang_is_told_and_ends_the_job(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
-    group = Ended()
+    group = Scripted()
     with pytest.raises(KeyError), Watchdog(_options(), tmp_path, group) as watched:
         watched.enter("compute", 4)
         watched.enter("data", 5)
-        until(lambda: group.exit_codes != [], "the alarm", 20)
+        until(lambda: group.did != [], "the alarm", 20)
         raise KeyError  # as if the hang had ended with an error
-    assert set(group.exit_codes) == {70}
+    assert set(group.did) == {70}
     stacks = (tmp_path / "heartbeats/rank-00000.stacks.txt").read_text()
     assert re.match(r"no progress for \d s in data of step 5\n", stacks)
     assert "in test_a_hang_is_told_and_ends_the_job" in stacks
@@ -120,11 +109,11 @@ def test_who_waits_names_the_others(tmp_path: Path, capfd: pytest.CaptureFixture
     (tmp_path / "heartbeats").mkdir()
     culprit = vars(_beat(0, 5, "data", False)) | {"time": time.time() + 3600}
     (tmp_path / "heartbeats/rank-00000.json").write_text(json.dumps(culprit))
-    group = Ended(rank=1, size=2)
+    group = Scripted(rank=1, size=2)
     with Watchdog(_options(), tmp_path, group) as watched:
         watched.enter("compute", 4)
         watched.enter("sync", 5)
-        until(lambda: group.exit_codes != [], "the alarm", 20)
+        until(lambda: group.did != [], "the alarm", 20)
     assert "in sync of step 5, finish (allreduce.py:9); behind: rank 0 on node0 (process 7) in data of step 5" in (
         capfd.readouterr().err
     )
@@ -152,24 +141,24 @@ def silent(monkeypatch: pytest.MonkeyPatch) -> Silent:
 
 def test_a_silent_node_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str], silent: Silent):
     """But not for what it did between steps that were made after all."""
-    group = Ended(rank=0, size=2)
+    group = Scripted(rank=0, size=2)
     options = WatchdogOptions(timeout_s=60, start_timeout_s=60, network_timeout_s=1)  # a look every 0.1 s
     with Watchdog(options, tmp_path, group) as watched:
         for step in (1, 2, 3, 4):
             watched.enter("sync", step)
             until(lambda: silent.looks == 0, "it is forgotten", 20)
             until(lambda: silent.looks > 1, "two looks", 20)
-        assert group.exit_codes == []
+        assert group.did == []
         watched.enter("sync", 5)
-        until(lambda: group.exit_codes != [], "the end of the job", 20)
-    assert set(group.exit_codes) == {70}
+        until(lambda: group.did != [], "the end of the job", 20)
+    assert set(group.did) == {70}
     said = capfd.readouterr().err.splitlines()[0]
     assert "no answer from n2 (10.0.0.2) for 1 s, in sync of step 5" in said
     assert said.endswith(": the network to it or the node itself is gone")
 
 
 def test_tcp_alone_may_judge_silence(tmp_path: Path, silent: Silent):
-    with Watchdog(WatchdogOptions(timeout_s=3, network_timeout_s=0), tmp_path, Ended()) as watched:  # every 0.3 s
+    with Watchdog(WatchdogOptions(timeout_s=3, network_timeout_s=0), tmp_path, Scripted()) as watched:  # every 0.3 s
         watched.enter("sync", 1)
         time.sleep(1.5)
         assert silent.looks == 0
@@ -177,7 +166,7 @@ def test_tcp_alone_may_judge_silence(tmp_path: Path, silent: Silent):
 
 def test_progress_keeps_it_silent(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     """Steps, batches of an evaluation, and a start that may take its time."""
-    group = Ended()
+    group = Scripted()
     with Watchdog(_options(), tmp_path, group) as watched:
         time.sleep(3 * LIMIT_S)  # reading, compiling
         watched.enter("compute", 1)
@@ -186,7 +175,7 @@ def test_progress_keeps_it_silent(tmp_path: Path, capfd: pytest.CaptureFixture[s
         for _ in watched.each(range(15)):
             time.sleep(0.2 * LIMIT_S)
         assert read_heartbeat(tmp_path / "heartbeats/rank-00000.json") is not None
-    assert group.exit_codes == []
+    assert group.did == []
     assert capfd.readouterr().err == ""
     assert list(tmp_path.iterdir()) == []  # nothing is left of a run that ended well
 
@@ -194,7 +183,7 @@ def test_progress_keeps_it_silent(tmp_path: Path, capfd: pytest.CaptureFixture[s
 @pytest.mark.parametrize("timeout_s", [0, 60])
 def test_no_files_without_need(tmp_path: Path, timeout_s: float):
     """It is off; or the run folder is not there, and is not the watchdog's to make."""
-    with Watchdog(_options(timeout_s), tmp_path / "run", Ended()) as watched:
+    with Watchdog(_options(timeout_s), tmp_path / "run", Scripted()) as watched:
         assert ("hvdtrain-watchdog" in [thread.name for thread in threading.enumerate()]) == (timeout_s > 0)
         watched.enter("data", 1)
         watched._beat(("data", 1), 0.0, 0.0)
@@ -208,18 +197,18 @@ def test_files_of_a_start_that_was_killed_go_with_the_end(tmp_path: Path):
         (tmp_path / f"heartbeats/rank-{rank:05d}.json").touch()
         (tmp_path / f"heartbeats/rank-{rank:05d}.stacks.txt").write_text("in finish" * rank)
     for rank in (0, 1):
-        with Watchdog(_options(60), tmp_path, Ended(rank=rank, size=2)):
+        with Watchdog(_options(60), tmp_path, Scripted(rank=rank, size=2)):
             pass
     assert [path.name for path in (tmp_path / "heartbeats").iterdir()] == ["rank-00001.stacks.txt"]
 
 
 def test_what_cannot_be_written_is_told_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     (tmp_path / "heartbeats").write_text("no folder")
-    group = Ended()
+    group = Scripted()
     with Watchdog(_options(), tmp_path, group) as watched:
         watched.enter("compute", 4)
         watched.enter("data", 5)
-        until(lambda: group.exit_codes != [], "the alarm", 20)
+        until(lambda: group.did != [], "the alarm", 20)
     lines = capfd.readouterr().err.splitlines()
     assert len([line for line in lines if f"note: cannot write {tmp_path}/heartbeats: File exists" in line]) == 1
     assert [line for line in lines if re.search(r"no progress for \d s in data of step 5; stacks: above$", line)]
