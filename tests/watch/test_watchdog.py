@@ -70,7 +70,8 @@ def test_a_rank_in_a_collective_waits():
     source = "def wait(inside):\n    return inside()\n"
     exec(compile(source, hvdtrain.comm.horovod_group.__file__, "exec"), namespace)
     exec(
-        compile(source.replace("wait", "finish"), str(Path(watchdog.__file__).with_name("train.py")), "exec"), namespace
+        compile(source.replace("wait", "finish"), str(Path(watchdog.__file__).parents[1] / "train.py"), "exec"),
+        namespace,
     )
 
     def here() -> tuple[bool, str]:
