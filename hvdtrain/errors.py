@@ -21,6 +21,8 @@ EXIT_IO = 74
 EXIT_STOPPED_EARLY = 75
 EXIT_DIVERGED = 76
 EXIT_INTERRUPTED = 130  # Ctrl-C, as shells count it
+# The same command would end so another time: no script starts it again by itself.
+FINAL_EXITS = (EXIT_USAGE, EXIT_BAD_DATA, EXIT_OUT_OF_MEMORY, EXIT_IO, EXIT_DIVERGED, EXIT_INTERRUPTED)
 
 
 class HvdtrainError(Exception):

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# shellcheck disable=SC2154  # nodes, tasks and code are set by job.sh, before by train.sbatch
+# shellcheck disable=SC2154  # nodes, tasks, code and the exit codes are set by job.sh, before by train.sbatch
 # Whether and how a training job starts again, as functions; train.sbatch sources it after job.sh.
 
 # find_run_dir WORDS...: sets run_dir, as `hvdtrain train WORDS...` will have it; resume, if its words must change; and
@@ -89,11 +89,11 @@ ended_by_slurm() {
 # go_on_or_end WORDS...: ends with the exit code of the run; before, where that is right, it starts the job again.
 go_on_or_end() {
     local stalled=0 most=${HVDTRAIN_MAX_STALLED:-3} record=$run_dir/stalled
+    # bad data, out of memory, diverged, ...: it would only happen again
+    [[ " $FINAL_EXITS " != *" $code "* ]] || { say "exit code $code, not started again" && exit "$code"; }
     case $code in
-    0) say "finished" && exit 0 ;;
-    75) say "stopped early; newest checkpoint: $(newest_step)" ;;
-    # wrong use, bad data, out of memory, input or output, diverged, interrupted: it would only happen again
-    2 | 65 | 71 | 74 | 76 | 130) say "exit code $code, not started again" && exit "$code" ;;
+    "$EXIT_OK") say "finished" && exit "$code" ;;
+    "$EXIT_STOPPED_EARLY") say "stopped early; newest checkpoint: $(newest_step)" ;;
     *) say "exit code $code: a rank has died; newest checkpoint: $(newest_step)" ;;
     esac
     if [ -e "$run_dir/stop" ]; then

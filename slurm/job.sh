@@ -3,7 +3,7 @@
 # HVDTRAIN_HOME is the folder above this one.
 
 say() { echo "hvdtrain job: $*"; }
-fail() { # wrong use: hvdtrain's exit code for it
+fail() { # wrong use; the package's code for it, which may not be known yet (read_exit_codes)
     say "$*" >&2
     exit 2
 }
@@ -53,6 +53,15 @@ enter_environment() {
         export PATH
     fi
     command -v python >/dev/null || fail "no python on the PATH: run make env, or set HVDTRAIN_VENV"
+}
+
+# read_exit_codes: sets EXIT_OK, EXIT_USAGE, ... and FINAL_EXITS, after which a run is not started again, as
+# hvdtrain/errors.py has them. After enter_environment.
+read_exit_codes() {
+    local codes
+    codes=$(python -m hvdtrain.jobs.exit_codes) ||
+        fail "$(command -v python) cannot load hvdtrain: run make env, or set HVDTRAIN_VENV"
+    eval "$codes"
 }
 
 # launch_words LAUNCHER NODES TASKS: sets `launch`, the words before a program that start it in every task.

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# shellcheck disable=SC2154  # code, launch, tasks, run_dir and recipe_words are set by job.sh and again.sh
+# shellcheck disable=SC2154  # what job.sh and again.sh set: code, exit codes, launch, tasks, run_dir, recipe_words
 # The first step of a training job, as a function: are its nodes fit? train.sbatch sources it.
 
 # preflight WORDS...: goes on where they are, ends the job where they are not. WORDS: what a next job is started with.
@@ -8,7 +8,7 @@
 preflight() {
     [ "${HVDTRAIN_PREFLIGHT:-1}" != 0 ] || return 0
     local found=$run_dir/jobs/preflight-$SLURM_JOB_ID.json bad=
-    mkdir -p "$run_dir/jobs" || exit 74
+    mkdir -p "$run_dir/jobs" || exit "$EXIT_IO"
     serve_rendezvous
     # A node that hangs or never comes must not hold up the job for ever.
     # USR2 is for the training: it is remembered till then.
@@ -16,11 +16,11 @@ preflight() {
         timeout --kill-after=10 "${HVDTRAIN_PREFLIGHT_S:-300}" "${launch[@]}" \
         python -m hvdtrain doctor --job --run-dir "$run_dir" --json "$found" "${recipe_words[@]}"
     case $code in
-    0) return ;;
-    124 | 137) say "not started: the preflight has not ended in time; a node hangs" && code=70 ;;
+    "$EXIT_OK") return ;;
+    124 | 137) say "not started: the preflight has not ended in time; a node hangs" && code=$EXIT_CRASH ;;
     *) say "not started: the preflight ended with exit code $code" ;;
     esac
-    if [ "$code" = 70 ] && [ -e "$found" ]; then
+    if [ "$code" = "$EXIT_CRASH" ] && [ -e "$found" ]; then
         bad=$(python -c 'import json, sys; print(*json.load(open(sys.argv[1]))["bad_nodes"], sep=",")' "$found")
     fi
     [ -n "$bad" ] || exit "$code"

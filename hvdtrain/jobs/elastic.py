@@ -36,15 +36,10 @@ from typing import TYPE_CHECKING
 from hvdtrain.comm.ancestors import signal_at_parents_end
 from hvdtrain.comm.world import World
 from hvdtrain.errors import (
-    EXIT_BAD_DATA,
     EXIT_CRASH,
-    EXIT_DIVERGED,
-    EXIT_INTERRUPTED,
-    EXIT_IO,
     EXIT_OK,
-    EXIT_OUT_OF_MEMORY,
     EXIT_STOPPED_EARLY,
-    EXIT_USAGE,
+    FINAL_EXITS,
     ConfigError,
     LaunchError,
     describe,
@@ -56,8 +51,7 @@ from hvdtrain.files import listed, optional, seen
 if TYPE_CHECKING:
     from hvdtrain.config import RunConfig
 
-# Another try would end as this one did.
-_FINAL = {EXIT_OK, EXIT_USAGE, EXIT_BAD_DATA, EXIT_OUT_OF_MEMORY, EXIT_IO, EXIT_DIVERGED, EXIT_INTERRUPTED}
+_OVER = {EXIT_OK, *FINAL_EXITS}  # another try would end as this one did
 _MOST_STALLED = 3  # deaths in a row without a newer checkpoint
 _LOOK_S = 1.0  # between two looks at the child and the driver
 _LOST_S = 15.0  # in which a training process that has lost another one ends by itself
@@ -180,7 +174,7 @@ class _Worker:
                 before = self._driver.size
                 hosts = self._driver.meet()
                 code, word = self._round(hosts) if hosts else (EXIT_CRASH, "")
-                if word == _LEAVE or (code in _FINAL and word != _IDLE):
+                if word == _LEAVE or (code in _OVER and word != _IDLE):
                     return code
                 if self._leaving:
                     raise _Left
@@ -220,7 +214,7 @@ class _Worker:
         self._child = None
         with os.fdopen(reads) as told:
             word = told.read()
-        if code not in _FINAL and word not in (_IDLE, _AGAIN, _LEAVE):
+        if code not in _OVER and word not in (_IDLE, _AGAIN, _LEAVE):
             self._driver.put("died", str(self._driver.rank))
         return code, word
 

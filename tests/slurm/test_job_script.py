@@ -6,6 +6,7 @@ What the fakes believe about Slurm was seen on the real one, where test_train_jo
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,6 +69,7 @@ FAKES = {
         echo "python $*" >>"$CALLS"
         case "$*" in
         "-m hvdtrain.comm.probe") [[ " $WORKS " == *" $BY "* ]] || { echo "hvdtrain: alone" >&2 && exit 2; } ;;
+        "-m hvdtrain.jobs.exit_codes") exec "$REAL_PYTHON" "$@" ;;
         "-m hvdtrain.comm.rendezvous serve"*) echo 10.0.0.1:99 && exec sleep 60 ;;
         "-m hvdtrain.comm.rendezvous exec"*) shift 3 && exec "$@" ;;
         "-m hvdtrain doctor --job"*) eval "$DOCTOR" ;;
@@ -121,6 +123,7 @@ def job(tmp_path: Path) -> Iterator[Job]:
             **keep, **JOB, "PATH": f"{fakes}:{os.environ['PATH']}", "HVDTRAIN_HOME": str(ROOT), "SLURM_CONF": "conf",
             "HVDTRAIN_VENV": str(fakes.parent), "SLURM_SUBMIT_DIR": str(tmp_path), "CALLS": str(tmp_path / "calls"),
             "OFFERED": "pmix pmi2", "WORKS": "pmix pmi2 mpirun", "TRAIN": "exit 0", "HVDTRAIN_PREFLIGHT": "0",
+            "REAL_PYTHON": sys.executable,
         },
     )  # fmt: skip
 
@@ -185,6 +188,14 @@ def test_wrong_use_is_told_and_not_repeated(job: Job, env: dict[str, str], messa
     assert job.run(**env) == 2
     assert message in job.log
     assert not job.called("scontrol requeue") and not job.called("sbatch") and not job.called("ranks=")
+
+
+@pytest.mark.parametrize("script", ["train", "elastic"])
+def test_an_environment_without_hvdtrain_is_told_and_not_repeated(job: Job, script: str):
+    """Nobody knows then which exit code means what."""
+    assert job.run(script=script, REAL_PYTHON="false", SLURM_NTASKS="") == 2
+    assert f"{job.folder}/fake/bin/python cannot load hvdtrain: run make env, or set HVDTRAIN_VENV" in job.log
+    assert not job.called("scontrol requeue") and not job.called("ranks=")
 
 
 @pytest.mark.parametrize(
