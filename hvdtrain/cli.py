@@ -200,9 +200,9 @@ def _train(words: argparse.Namespace, world: World) -> int:
     from hvdtrain.watch.stopping import StopSignals
 
     if words.elastic:
-        from hvdtrain.jobs import elastic
+        from hvdtrain.jobs import elastic, elastic_rank
 
-        if not elastic.in_round():
+        if not elastic_rank.in_round():
             return elastic.supervise(words.run_dir or Path("runs") / Path(words.recipe).stem, words.resume)
     launcher = None if words.elastic else Launcher(world)  # elastic ranks end with their worker
     if launcher is not None:
@@ -210,12 +210,12 @@ def _train(words: argparse.Namespace, world: World) -> int:
     with StopSignals(launcher) as signals:
         from hvdtrain.train import train  # which loads torch, for seconds
 
-        if words.elastic and (place := elastic.enter(words.recipe, words.overrides, world)) is None:
+        if words.elastic and (place := elastic_rank.enter(words.recipe, words.overrides, world)) is None:
             return EXIT_OK  # one rank too many
         world = place if words.elastic else world
         result = train(words.recipe, words.overrides, words.run_dir, words.resume, world, words.timeline, signals)
         if words.elastic and result["status"] == "stopped":
-            elastic.tell_stopped(result["reason"], signals.got(signal.SIGTERM))
+            elastic_rank.tell_stopped(result["reason"], signals.got(signal.SIGTERM))
         # The launcher ends the others as soon as the first has left; let each leave with its own exit code.
         for number in (signal.SIGTERM, signal.SIGUSR2) if world.size > 1 else ():
             signal.signal(number, signal.SIG_IGN)

@@ -28,13 +28,10 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
 
-from hvdtrain.comm.ancestors import signal_at_parents_end
-from hvdtrain.comm.world import World
 from hvdtrain.errors import (
     EXIT_CRASH,
     EXIT_OK,
@@ -42,14 +39,11 @@ from hvdtrain.errors import (
     FINAL_EXITS,
     ConfigError,
     LaunchError,
-    describe,
     plural,
     say,
 )
 from hvdtrain.files import listed, optional, seen
-
-if TYPE_CHECKING:
-    from hvdtrain.config import RunConfig
+from hvdtrain.jobs.elastic_rank import AGAIN, IDLE, LEAVE, MARK
 
 _OVER = {EXIT_OK, *FINAL_EXITS}  # another try would end as this one did
 _MOST_STALLED = 3  # deaths in a row without a newer checkpoint
@@ -59,10 +53,6 @@ _ANSWER_S = 10.0
 _ENDS_S = 3.0  # that a driver which has told its workers to leave takes to answer them
 _SILENT_S = 60.0  # after which a driver is believed dead: save and stop
 _MEET_S = 120.0  # for all workers of a round to come; each has started, or has just ended a training process
-_MARK = "HVDTRAIN_ELASTIC_ROUND"  # in the environment of a training process
-_IDLE, _AGAIN, _LEAVE = "idle", "again", "leave"  # what it tells its worker
-
-# --- the worker --------------------------------------------------------------------------------------------------
 
 
 def supervise(run_dir: Path, resume: str) -> int:
@@ -174,11 +164,11 @@ class _Worker:
                 before = self._driver.size
                 hosts = self._driver.meet()
                 code, word = self._round(hosts) if hosts else (EXIT_CRASH, "")
-                if word == _LEAVE or (code in _OVER and word != _IDLE):
+                if word == LEAVE or (code in _OVER and word != IDLE):
                     return code
                 if self._leaving:
                     raise _Left
-                if word not in (_IDLE, _AGAIN) and not self._may_try_again(code):
+                if word not in (IDLE, AGAIN) and not self._may_try_again(code):
                     return code
                 self._changed = False  # from here on; the driver looks at the hosts when all have asked
                 has_place = self._driver.next_place()
@@ -201,7 +191,7 @@ class _Worker:
         reads, writes = os.pipe()
         mark = json.dumps({"worker": os.getpid(), "tell": writes, "hosts": hosts})
         env = {**os.environ, "HOROVOD_RANK": str(self._driver.rank), "HOROVOD_SIZE": str(self._driver.size)}
-        env = {**env, _MARK: mark}
+        env = {**env, MARK: mark}
         del env["HOROVOD_ELASTIC"]  # for Horovod this is a run like any other
         # Until it listens, USR2 would end it; ignored signals stay so in a new program.
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)
@@ -214,7 +204,7 @@ class _Worker:
         self._child = None
         with os.fdopen(reads) as told:
             word = told.read()
-        if code not in _OVER and word not in (_IDLE, _AGAIN, _LEAVE):
+        if code not in _OVER and word not in (IDLE, AGAIN, LEAVE):
             self._driver.put("died", str(self._driver.rank))
         return code, word
 
@@ -283,110 +273,3 @@ def newest_step(run_dir: Path) -> str | None:
     folder = run_dir / "checkpoints"
     steps = optional(lambda: listed(folder, "step-*"), f"cannot read {folder}", [])
     return max((path.name for path in steps if seen(path / "manifest.json")), default=None)
-
-
-# --- the training process ----------------------------------------------------------------------------------------
-
-
-def in_round() -> bool:
-    """Is this a worker's training process?"""
-    return _MARK in os.environ
-
-
-def enter(recipe: str, overrides: Sequence[str], world: World) -> World | None:
-    """Begin a round, in a training process: the world as it is to be; None: one rank too many, which shall end now.
-
-    From here on the process ends when its worker does. Horovod's variables are set for the ranks that take part.
-    Errors: ConfigError where the recipe is wrong, or makes the batch follow the number of ranks (scaling.per_rank).
-    """
-    from hvdtrain.config import load_config
-
-    mark = json.loads(os.environ[_MARK])
-    os.set_inheritable(mark["tell"], False)
-    _end_with(mark["worker"])
-    count = ranks_that_share(load_config(recipe, overrides), world.size)
-    if world.rank >= count:
-        say(f"elastic: rank {world.rank} waits: of {world.size} ranks {count} can share the batch evenly")
-        tell(_IDLE)
-        return None
-    return take_place(mark["hosts"][:count], world.rank, os.environ)
-
-
-def ranks_that_share(config: "RunConfig", most: int, unit: int = 1) -> int:
-    """The largest number of ranks, up to ``most`` and a multiple of ``unit``, that can share every batch of the run
-    evenly; ``unit``, where there is none.
-
-    Errors: ConfigError where the batch follows the number of ranks.
-    """
-    from hvdtrain.sizing import check_shareable
-
-    if config.scaling.per_rank:
-        raise ConfigError(
-            "scaling.per_rank=true makes the batch of the ranks that there are, which here would change within the "
-            "run; set scaling.per_rank=false and train.global_batch"
-        )
-    for count in range(most, unit, -unit):
-        try:
-            check_shareable(config, count)
-            return count
-        except ConfigError:
-            continue
-    return unit
-
-
-def take_place(hosts: Sequence[str], rank: int, env: MutableMapping[str, str]) -> World:
-    """The world of ``rank``, where rank i is on ``hosts[i]``; ``env`` gets Horovod's variables for it."""
-    here, local_rank = hosts[rank], hosts[:rank].count(hosts[rank])
-    across = [host for host in dict.fromkeys(hosts) if hosts.count(host) > local_rank]  # that have such a local rank
-    world = World(rank, len(hosts), local_rank, hosts.count(here), "horovodrun --gloo")
-    places = {
-        "RANK": world.rank,
-        "SIZE": world.size,
-        "LOCAL_RANK": world.local_rank,
-        "LOCAL_SIZE": world.local_size,
-        "CROSS_RANK": across.index(here),
-        "CROSS_SIZE": len(across),
-    }
-    env.update({f"HOROVOD_{name}": str(number) for name, number in places.items()})
-    return world
-
-
-def tell_stopped(reason: str, was_told_to_leave: bool) -> None:
-    """Let the worker know why the run stopped early: only a signal to other ranks lets it go on.
-
-    reason: what all ranks agreed on, see stopping.py. was_told_to_leave: whether this very process has got a SIGTERM.
-    """
-    tell(_AGAIN if reason.startswith("SIG") and not was_told_to_leave else _LEAVE)
-
-
-def tell(word: str) -> None:
-    os.write(json.loads(os.environ[_MARK])["tell"], word.encode())
-
-
-def _end_with(worker: int) -> None:
-    """Let the kernel end this process as soon as its worker has ended, however that ends (Linux)."""
-    signal_at_parents_end(signal.SIGKILL)
-    if os.getppid() != worker:
-        os._exit(EXIT_CRASH)
-
-
-# --- the batch script --------------------------------------------------------------------------------------------
-
-
-def main(words: list[str]) -> int:
-    """``python -m hvdtrain.jobs.elastic RANKS_PER_NODE NODES RECIPE [key=value ...]``, for slurm/elastic.sbatch: how
-    many of the nodes can share the batch evenly. Returns the exit code.
-    """
-    from hvdtrain.config import load_config
-
-    try:
-        per_node, nodes = int(words[0]), int(words[1])
-        print(ranks_that_share(load_config(words[2], words[3:]), per_node * nodes, per_node) // per_node)
-    except ConfigError as error:
-        say(describe(error))
-        return error.exit_code
-    return EXIT_OK
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

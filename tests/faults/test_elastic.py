@@ -28,7 +28,8 @@ from safetensors.torch import load_file
 from hvdtrain.comm.world import World
 from hvdtrain.config import load_config
 from hvdtrain.errors import ConfigError, LaunchError
-from hvdtrain.jobs.elastic import Driver, main, ranks_that_share, supervise, take_place, tell_stopped
+from hvdtrain.jobs.elastic import Driver, supervise
+from hvdtrain.jobs.elastic_rank import main, ranks_that_share, take_place, tell_stopped
 
 LONG_S = 120  # for what takes 10 s where the machine has nothing else to do
 # Ten rows are shared evenly by 1 or 2 ranks, not by 3.
@@ -41,7 +42,7 @@ SETTINGS = ("train.global_batch=10", "checkpoint.every=2", "checkpoint.keep_last
 _NOTING = """
 import hashlib, os, sys, time
 from pathlib import Path
-from hvdtrain.jobs import elastic
+from hvdtrain.jobs import elastic_rank
 from hvdtrain import __main__
 held = [int(step) for step in sys.argv.pop(1).split(",")]
 def note(plan, name):
@@ -53,7 +54,7 @@ def note(plan, name):
         f"{os.getpid()} {os.getppid()} {digest.hexdigest()} {os.environ['HOROVOD_HOSTNAME']}"
     )
     path.with_name(f".{path}").rename(path)
-if elastic.in_round():
+if elastic_rank.in_round():
     from hvdtrain.engine import Plan
     from hvdtrain.watch.stopping import Stopping
     forward_backward, check_finite, asked = Plan.forward_backward, Plan.check_finite, Stopping.asked
@@ -260,7 +261,7 @@ class _FakeHandler(BaseHTTPRequestHandler):
 _SCRIPTED = """
 import json, os, signal, sys
 from pathlib import Path
-from hvdtrain.jobs import elastic
+from hvdtrain.jobs import elastic_rank
 lines = Path("lines").read_text().splitlines()
 Path("lines").write_text("\\n".join(lines[1:]))
 exec(lines[0])
@@ -268,7 +269,7 @@ exec(lines[0])
 KILLED = "os.kill(os.getpid(), signal.SIGKILL)"
 SAVED = "os.makedirs('run/checkpoints/step-00000002'); open('run/checkpoints/step-00000002/manifest.json', 'w')"
 FINISHED = "os.mkdir('run'); open('run/summary.json', 'w')"
-STOPPED = "elastic.tell_stopped('SIGUSR2', False); sys.exit(75)"
+STOPPED = "elastic_rank.tell_stopped('SIGUSR2', False); sys.exit(75)"
 
 
 @pytest.mark.parametrize(
@@ -281,13 +282,13 @@ STOPPED = "elastic.tell_stopped('SIGUSR2', False); sys.exit(75)"
         ([STOPPED] * 6 + ["sys.exit(0)"], ["0,1"] * 9, 0, 0),
         (["sys.exit(70)"] * 3 + [KILLED, "-"], ["0,1"] * 9, 137, 1),
         (["sys.exit(70)"] * 3 + [f"{SAVED}; sys.exit(70)", "sys.exit(0)"], ["0,1"] * 9, 0, 0),
-        (["elastic.tell_stopped('stop file', False); sys.exit(75)", "-"], ["0,1"], 75, 1),
-        (["elastic.tell_stopped('SIGTERM', True); sys.exit(75)", "-"], ["0,1"], 75, 1),
+        (["elastic_rank.tell_stopped('stop file', False); sys.exit(75)", "-"], ["0,1"], 75, 1),
+        (["elastic_rank.tell_stopped('SIGTERM', True); sys.exit(75)", "-"], ["0,1"], 75, 1),
         ([STOPPED, "-"], ["-1,-1"], 0, 1),  # its host is gone
-        (["elastic.tell('idle')", "sys.exit(2)"], ["0,1"], 2, 0),
-        ([f"elastic.tell('idle'); {FINISHED}", "-"], [], 0, 1),  # the run has finished without it
+        (["elastic_rank.tell('idle')", "sys.exit(2)"], ["0,1"], 2, 0),
+        ([f"elastic_rank.tell('idle'); {FINISHED}", "-"], [], 0, 1),  # the run has finished without it
         ([f"{FINISHED}; {KILLED}", "-"], [], 0, 1),
-        (["elastic.tell('idle')", "-"], [], 75, 1),
+        (["elastic_rank.tell('idle')", "-"], [], 75, 1),
         ([STOPPED, "-"], [], 75, 1),
         (["sys.exit(70)", "-"], [], 70, 1),
     ],

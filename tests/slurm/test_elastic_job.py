@@ -18,7 +18,7 @@ from test_job_script import job as job  # a fixture
 # Of the nodes that are asked, those in DEAD do not answer; of those that do, SHARE can share the batch.
 _FAKES = {
     "srun": f'for word; do [[ " $DEAD " != *" ${{word#--nodelist=}} "* ]] || exit 1; done\n{FAKES["srun"]}',
-    "python": f'[ "$1 $2" != "-m hvdtrain.jobs.elastic" ] || echo "${{SHARE:-$4}}"\n{FAKES["python"]}',
+    "python": f'[ "$1 $2" != "-m hvdtrain.jobs.elastic_rank" ] || echo "${{SHARE:-$4}}"\n{FAKES["python"]}',
 }
 
 
@@ -41,8 +41,8 @@ def starts(job: Job) -> list[str]:
 def test_all_nodes_are_there(elastic: Job):
     assert elastic.run("demo", "optim.lr=1", "--run-dir", "x", "seed=2", script="elastic") == 0, elastic.log
     assert starts(elastic) == ["--ntasks=4 --ntasks-per-node=2"]
-    assert elastic.called("python -m hvdtrain.jobs.elastic") == [
-        "python -m hvdtrain.jobs.elastic 2 2 demo optim.lr=1 seed=2"
+    assert elastic.called("python -m hvdtrain.jobs.elastic_rank") == [
+        "python -m hvdtrain.jobs.elastic_rank 2 2 demo optim.lr=1 seed=2"
     ]
     assert elastic.called("ranks=")[0].startswith("ranks=4 ")
 
