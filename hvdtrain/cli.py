@@ -1,18 +1,344 @@
-"""The commands. No logic: each one reads its words and calls the module that does the work."""
+"""The commands. No logic: each reads its words and calls the module that does the work.
+
+A command is one function here and a line in ``_COMMANDS``. The function adds what may follow the command's name, and
+returns what runs then; that imports what it calls, so that the words of others load nothing heavy.
+"""
 
 import argparse
 import json
 import os
 import signal
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from hvdtrain.comm.ancestors import Launcher
 from hvdtrain.comm.world import World
 from hvdtrain.errors import EXIT_CRASH, EXIT_OK, EXIT_STOPPED_EARLY, ConfigError
 from hvdtrain.version import __version__
+
+Run = Callable[[argparse.Namespace, World], int]  # returns the exit code; errors: HvdtrainError
+
+
+def run(argv: Sequence[str], world: World) -> int:
+    """Run one command; returns the exit code, raises HvdtrainError."""
+    words = _parse(argv)
+    if words.command != "train":  # which saves first
+        Launcher(world).end_with_it()
+    return words.run(words, world)
+
+
+def works_on_ranks(argv: Sequence[str]) -> bool:
+    """Does it matter to these words whether there are other ranks? Some only look, whoever started them."""
+    first = argv[0] if argv else "--help"
+    only_looks = first in _COMMANDS and _COMMANDS[first].only_looks
+    return "--job" in argv or not (only_looks or first.startswith("-") or {"-h", "--help"} & set(argv))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="hvdtrain", description="Train Transformers as batch jobs on one or many ranks.")
+    parser.add_argument("--version", action="version", version=__version__)
+    names = parser.add_subparsers(dest="command", required=True, parser_class=_Parser, metavar="COMMAND")
+    for name, command in _COMMANDS.items():
+        of_command = names.add_parser(name, help=command.help, conflict_handler="resolve")  # train has its own --help
+        of_command.set_defaults(run=command.define(of_command))
+    return parser
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = make_parser()
+    words, rest = parser.parse_known_args(argv)
+    if rest and "overrides" not in words:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    # Options may stand between overrides; argparse alone would then take the later overrides for strangers.
+    if strangers := [word for word in rest if word.startswith("-") or "=" not in word]:
+        raise ConfigError(f"unknown argument {strangers[0]!r}; settings are given as key=value")
+    if rest:
+        words.overrides += rest
+    return words
+
+
+# --- the commands ----------------------------------------------------------------------------------------------------
+
+
+def _train(parser: argparse.ArgumentParser) -> Run:
+    _add_recipe(parser, "settings on top of the recipe: optim.lr=3e-4")
+    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="where the run is kept (default: runs/RECIPE)")
+    parser.add_argument(
+        "--resume", default="auto", metavar="auto|never|DIR",
+        help="go on from the newest whole checkpoint in the run folder (auto, the default), "
+        "refuse a folder that holds a run (never), or go on from another run (DIR)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--timeline", type=Path, metavar="FILE", help="record every all-reduce there, for chrome://tracing"
+    )
+    parser.add_argument(
+        "--elastic", action="store_true", help="under horovodrun --host-discovery-script: go on when hosts come or go"
+    )
+    parser.add_argument("-h", "--help", action=_TrainHelp)
+
+    def run(words: argparse.Namespace, world: World) -> int:
+        from hvdtrain.watch.stopping import StopSignals
+
+        if words.elastic:
+            from hvdtrain.jobs import elastic, elastic_rank
+
+            if not elastic_rank.in_round():
+                return elastic.supervise(words.run_dir or Path("runs") / Path(words.recipe).stem, words.resume)
+        launcher = None if words.elastic else Launcher(world)  # elastic ranks end with their worker
+        if launcher is not None:
+            launcher.outlast()
+        with StopSignals(launcher) as signals:
+            from hvdtrain.train import train  # which loads torch, for seconds
+
+            if words.elastic and (place := elastic_rank.enter(words.recipe, words.overrides, world)) is None:
+                return EXIT_OK  # one rank too many
+            world = place if words.elastic else world
+            result = train(words.recipe, words.overrides, words.run_dir, words.resume, world, words.timeline, signals)
+            if words.elastic and result["status"] == "stopped":
+                elastic_rank.tell_stopped(result["reason"], signals.got(signal.SIGTERM))
+            # The launcher ends the others as soon as the first has left; let each leave with its own exit code.
+            for number in (signal.SIGTERM, signal.SIGUSR2) if world.size > 1 else ():
+                signal.signal(number, signal.SIG_IGN)
+        return EXIT_OK if result["status"] == "finished" else EXIT_STOPPED_EARLY
+
+    return run
+
+
+def _evaluate(parser: argparse.ArgumentParser) -> Run:
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    parser.add_argument(
+        "--data", type=Path, action="append", default=[], metavar="DIR",
+        help="shards to take instead of the run's own, or where these are now; again for each folder of a mixture",
+    )  # fmt: skip
+    parser.add_argument("--split", default="val", choices=["train", "val", "test"], help="default: val")
+    _add_choice(parser)
+
+    def run(words: argparse.Namespace, world: World) -> int:
+        from hvdtrain.commands.evaluate import evaluate
+
+        scores = evaluate(words.run_dir, words.data, words.split, world, words.weights, words.checkpoint)
+        if world.is_main:
+            print(json.dumps(scores))
+        return EXIT_OK
+
+    return run
+
+
+def _generate(parser: argparse.ArgumentParser) -> Run:
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    parser.add_argument("--prompt", required=True, metavar="TEXT")
+    parser.add_argument("--max-tokens", type=int, default=200, metavar="N", help="default: 200")
+    parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0: greedy; default: 0.8")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="0: all tokens (default)")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus; 1: all tokens (default)")
+    parser.add_argument("--seed", type=int, default=1, metavar="N", help="default: 1")
+    _add_choice(parser)
+
+    def run(words: argparse.Namespace, world: World) -> int:
+        from pydantic import ValidationError
+
+        from hvdtrain.commands.generate import SamplingOptions, generate
+
+        try:
+            names = ("max_tokens", "temperature", "top_k", "top_p", "seed")
+            options = SamplingOptions(**{name: getattr(words, name) for name in names})
+        except ValidationError as error:
+            problem = error.errors()[0]
+            flag = str(problem["loc"][0]).replace("_", "-")
+            raise ConfigError(f"--{flag} {problem['input']}: {problem['msg'].lower()}") from None
+        print(generate(words.run_dir, words.prompt, options, world, words.weights, words.checkpoint))
+        return EXIT_OK
+
+    return run
+
+
+def _average(parser: argparse.ArgumentParser) -> Run:
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    parser.add_argument("--last", type=int, required=True, metavar="K", help="how many whole checkpoints")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="new run folder (default: RUN_DIR/average-K)")
+
+    def run(words: argparse.Namespace, world: World) -> int:
+        from hvdtrain.commands.average import average
+
+        print(average(words.run_dir, words.last, words.out, world))
+        return EXIT_OK
+
+    return run
+
+
+def _plan(parser: argparse.ArgumentParser) -> Run:
+    _add_recipe(parser, "settings on top of the recipe")
+    parser.add_argument("--ranks", type=int, required=True, metavar="N")
+    parser.add_argument("--ranks-per-node", type=int, default=0, metavar="M", help="default: all on one node")
+    parser.add_argument("--vocab-size", type=int, default=0, metavar="V", help="of data that are not there yet")
+    parser.add_argument("--json", action="store_true", help="for programs")
+
+    def run(words: argparse.Namespace, world: World) -> int:
+        from hvdtrain.planner.estimate import plan
+
+        print(plan(words.recipe, words.overrides, words.ranks, words.ranks_per_node, words.vocab_size, words.json))
+        return EXIT_OK
+
+    return run
+
+
+def _sweep(parser: argparse.ArgumentParser) -> Run:
+    _add_recipe(parser, "settings of all runs")
+    parser.add_argument(
+        "--vary", action="append", required=True, metavar="KEY=V1,V2...",
+        help="values that take turns; several: every combination, the first changes slowest",
+    )  # fmt: skip
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="a run folder in it for each combination"
+    )
+    parser.add_argument("--launcher", default="", metavar="WORDS", help='starts the ranks: "horovodrun -np 4"')
+    parser.add_argument("--point", type=int, metavar="I", help="only the combination of this number, from 0")
+
+    def run(words: argparse.Namespace, world: World) -> int:
+        from hvdtrain.jobs.sweep import sweep
+
+        return sweep(words.recipe, words.overrides, words.vary, words.out, words.launcher, words.point, world)
+
+    return run
+
+
+def _submit(parser: argparse.ArgumentParser) -> Run:
+    _add_recipe(parser, "settings on top of the recipe")
+    parser.add_argument("--nodes", type=int, required=True, metavar="N")
+    parser.add_argument("--ranks-per-node", type=int, metavar="M", help="default: that of slurm/train.sbatch")
+    parser.add_argument("--time", default="", metavar="T", help="limit: minutes, H:MM:SS, D-HH:MM:SS")
+    parser.add_argument("--partition", default="", metavar="P")
+    parser.add_argument("--account", default="", metavar="A")
+    parser.add_argument("--site", default="", metavar="NAME", help="a file of slurm/sites, or a path")
+    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="where the run is kept (default: runs/RECIPE)")
+    parser.add_argument("--chain", action="store_true", help="go on in new jobs, where requeueing is not wanted")
+    parser.add_argument(
+        "--slurm", action="append", default=[], metavar="OPTION", help="one more of sbatch: gpus-per-node=4, exclusive"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the script; submit and write nothing")
+
+    def run(words: argparse.Namespace, world: World) -> int:
+        from hvdtrain.jobs.slurm import make_job, submit
+
+        names = ("ranks_per_node", "time", "partition", "account", "site", "chain")
+        rest = {name: getattr(words, name) for name in names}
+        job = make_job(words.recipe, words.overrides, words.run_dir, words.nodes, options=tuple(words.slurm), **rest)
+        print(submit(job, words.dry_run, world))
+        return EXIT_OK
+
+    return run
+
+
+def _status(parser: argparse.ArgumentParser) -> Run:
+    parser.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR")
+    parser.add_argument("--json", action="store_true", help="for programs")
+
+    def run(words: argparse.Namespace, world: World) -> int:
+        from hvdtrain.jobs.status import status
+
+        print(status(words.run_dirs, words.json))
+        return EXIT_OK
+
+    return run
+
+
+def _report(parser: argparse.ArgumentParser) -> Run:
+    parser.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="default: loss.png in the first run folder")
+
+    def run(words: argparse.Namespace, world: World) -> int:
+        from hvdtrain.commands.report import report
+
+        print(report(words.run_dirs, words.out))
+        return EXIT_OK
+
+    return run
+
+
+_OF_JOB = ("recipe", "run_dir", "data", "stage", "ranks_per_node", "max_clock_skew", "slow_factor", "json")
+
+
+def _doctor(parser: argparse.ArgumentParser) -> Run:
+    parser.add_argument("--job", action="store_true", help="look at all nodes of this job (start it with the launcher)")
+    of_job = parser.add_argument_group("with --job")
+    of_job.add_argument("--run-dir", type=Path, metavar="DIR", help="can every node write there, and see the others?")
+    of_job.add_argument("--data", type=Path, nargs="+", default=[], metavar="DIR", help="shards every node must see")
+    of_job.add_argument("--stage", type=Path, metavar="DIR", help="on each node: is there room for the shards?")
+    of_job.add_argument("--ranks-per-node", type=int, metavar="N", help="of the training; default: those started here")
+    of_job.add_argument("--max-clock-skew", type=float, metavar="S", help="seconds; default: 1")
+    of_job.add_argument(
+        "--slow-factor", type=float, metavar="F",
+        help="a node slower than the median by more is bad; default: HVDTRAIN_SLOW_FACTOR, or 2",
+    )  # fmt: skip
+    of_job.add_argument("--json", type=Path, metavar="FILE", help="what was found, for programs")
+    of_job.add_argument(
+        "recipe", nargs="*", metavar="RECIPE key=value", help="what it will train: its shards are --data"
+    )
+
+    def run(words: argparse.Namespace, world: World) -> int:
+        if words.job:
+            return _preflight(words, world)
+        if given := [name for name in _OF_JOB if getattr(words, name)]:
+            flag = "a recipe" if given[0] == "recipe" else f"--{given[0].replace('_', '-')}"
+            raise ConfigError(f"{flag} goes with --job")
+        from hvdtrain.jobs.doctor import doctor
+
+        table, healthy = doctor()
+        print(table)
+        return EXIT_OK if healthy else EXIT_CRASH
+
+    return run
+
+
+def _preflight(words: argparse.Namespace, world: World) -> int:
+    from hvdtrain.jobs.preflight import MAX_CLOCK_SKEW_S, Job, preflight, slow_factor_of
+
+    data, stage = words.data, words.stage
+    if words.recipe:
+        from hvdtrain.config import load_config
+        from hvdtrain.data.corpora import folders_of
+
+        options = load_config(words.recipe[0], words.recipe[1:]).data
+        data = data or folders_of(options)
+        stage = stage or (Path(options.stage) if options.stage else None)
+    job = Job(
+        run_dir=words.run_dir,
+        data=tuple(data),
+        stage=stage,
+        max_clock_skew_s=MAX_CLOCK_SKEW_S if words.max_clock_skew is None else words.max_clock_skew,
+        slow_factor=slow_factor_of(os.environ) if words.slow_factor is None else words.slow_factor,
+        ranks_per_node=words.ranks_per_node,
+        json=words.json,
+    )
+    preflight(job, world)
+    return EXIT_OK
+
+
+class _Command(NamedTuple):
+    """``define`` adds the command's words to its parser and returns what runs it."""
+
+    help: str
+    define: Callable[[argparse.ArgumentParser], Run]
+    only_looks: bool = False  # at what is there: it answers wherever it is started, by any launcher
+
+
+_COMMANDS = {
+    "train": _Command("train a recipe, or go on with it", _train),
+    "evaluate": _Command("scores of a trained run on a whole split", _evaluate),
+    "generate": _Command("text from a trained run", _generate),
+    "average": _Command("one checkpoint with the mean weights of a run's newest ones", _average),
+    "plan": _Command("what a recipe will need on a number of ranks: batch, steps, memory", _plan, only_looks=True),
+    "sweep": _Command("train a recipe at several settings, in turn or as a Slurm array", _sweep),
+    "submit": _Command("train a recipe as a Slurm job", _submit),
+    "status": _Command("where runs stand: state, step, loss, time left, restarts", _status, only_looks=True),
+    "report": _Command("table and loss.png of one or several runs", _report, only_looks=True),
+    "doctor": _Command("what is installed, and a real two-rank all-reduce; or a job's nodes", _doctor, only_looks=True),
+}
+
+
+# --- words -----------------------------------------------------------------------------------------------------------
 
 
 class _Parser(argparse.ArgumentParser):
@@ -49,112 +375,9 @@ class _TrainHelp(argparse.Action):
         parser.exit()
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="hvdtrain", description="Train Transformers as batch jobs on one or many ranks.")
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser, metavar="COMMAND")
-
-    train = commands.add_parser("train", help="train a recipe, or go on with it", add_help=False)
-    train.add_argument("recipe", metavar="RECIPE", help="name of a built-in recipe, or path of a .yaml file")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="settings on top of the recipe: optim.lr=3e-4")
-    train.add_argument("--run-dir", type=Path, metavar="DIR", help="where the run is kept (default: runs/RECIPE)")
-    train.add_argument(
-        "--resume", default="auto", metavar="auto|never|DIR",
-        help="go on from the newest whole checkpoint in the run folder (auto, the default), "
-        "refuse a folder that holds a run (never), or go on from another run (DIR)",
-    )  # fmt: skip
-    train.add_argument(
-        "--timeline", type=Path, metavar="FILE", help="record every all-reduce there, for chrome://tracing"
-    )
-    train.add_argument(
-        "--elastic", action="store_true", help="under horovodrun --host-discovery-script: go on when hosts come or go"
-    )
-    train.add_argument("-h", "--help", action=_TrainHelp)
-
-    evaluate = commands.add_parser("evaluate", help="scores of a trained run on a whole split")
-    evaluate.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    evaluate.add_argument(
-        "--data", type=Path, action="append", default=[], metavar="DIR",
-        help="shards to take instead of the run's own, or where these are now; again for each folder of a mixture",
-    )  # fmt: skip
-    evaluate.add_argument("--split", default="val", choices=["train", "val", "test"], help="default: val")
-    _add_choice(evaluate)
-
-    generate = commands.add_parser("generate", help="text from a trained run")
-    generate.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    generate.add_argument("--prompt", required=True, metavar="TEXT")
-    generate.add_argument("--max-tokens", type=int, default=200, metavar="N", help="default: 200")
-    generate.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0: greedy; default: 0.8")
-    generate.add_argument("--top-k", type=int, default=0, metavar="K", help="0: all tokens (default)")
-    generate.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus; 1: all tokens (default)")
-    generate.add_argument("--seed", type=int, default=1, metavar="N", help="default: 1")
-    _add_choice(generate)
-
-    average = commands.add_parser("average", help="one checkpoint with the mean weights of a run's newest ones")
-    average.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    average.add_argument("--last", type=int, required=True, metavar="K", help="how many whole checkpoints")
-    average.add_argument("--out", type=Path, metavar="DIR", help="new run folder (default: RUN_DIR/average-K)")
-
-    plan = commands.add_parser("plan", help="what a recipe will need on a number of ranks: batch, steps, memory")
-    plan.add_argument("recipe", metavar="RECIPE", help="name of a built-in recipe, or path of a .yaml file")
-    plan.add_argument("overrides", nargs="*", metavar="key=value", help="settings on top of the recipe")
-    plan.add_argument("--ranks", type=int, required=True, metavar="N")
-    plan.add_argument("--ranks-per-node", type=int, default=0, metavar="M", help="default: all on one node")
-    plan.add_argument("--vocab-size", type=int, default=0, metavar="V", help="of data that are not there yet")
-    plan.add_argument("--json", action="store_true", help="for programs")
-
-    sweep = commands.add_parser("sweep", help="train a recipe at several settings, in turn or as a Slurm array")
-    sweep.add_argument("recipe", metavar="RECIPE", help="name of a built-in recipe, or path of a .yaml file")
-    sweep.add_argument("overrides", nargs="*", metavar="key=value", help="settings of all runs")
-    sweep.add_argument(
-        "--vary", action="append", required=True, metavar="KEY=V1,V2...",
-        help="values that take turns; several: every combination, the first changes slowest",
-    )  # fmt: skip
-    sweep.add_argument("--out", type=Path, required=True, metavar="DIR", help="a run folder in it for each combination")
-    sweep.add_argument("--launcher", default="", metavar="WORDS", help='starts the ranks: "horovodrun -np 4"')
-    sweep.add_argument("--point", type=int, metavar="I", help="only the combination of this number, from 0")
-
-    submit = commands.add_parser("submit", help="train a recipe as a Slurm job")
-    submit.add_argument("recipe", metavar="RECIPE", help="name of a built-in recipe, or path of a .yaml file")
-    submit.add_argument("overrides", nargs="*", metavar="key=value", help="settings on top of the recipe")
-    submit.add_argument("--nodes", type=int, required=True, metavar="N")
-    submit.add_argument("--ranks-per-node", type=int, metavar="M", help="default: that of slurm/train.sbatch")
-    submit.add_argument("--time", default="", metavar="T", help="limit: minutes, H:MM:SS, D-HH:MM:SS")
-    submit.add_argument("--partition", default="", metavar="P")
-    submit.add_argument("--account", default="", metavar="A")
-    submit.add_argument("--site", default="", metavar="NAME", help="a file of slurm/sites, or a path")
-    submit.add_argument("--run-dir", type=Path, metavar="DIR", help="where the run is kept (default: runs/RECIPE)")
-    submit.add_argument("--chain", action="store_true", help="go on in new jobs, where requeueing is not wanted")
-    submit.add_argument(
-        "--slurm", action="append", default=[], metavar="OPTION", help="one more of sbatch: gpus-per-node=4, exclusive"
-    )
-    submit.add_argument("--dry-run", action="store_true", help="print the script; submit and write nothing")
-
-    status = commands.add_parser("status", help="where runs stand: state, step, loss, time left, restarts")
-    status.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR")
-    status.add_argument("--json", action="store_true", help="for programs")
-
-    report = commands.add_parser("report", help="table and loss.png of one or several runs")
-    report.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR")
-    report.add_argument("--out", type=Path, metavar="FILE", help="default: loss.png in the first run folder")
-
-    doctor = commands.add_parser("doctor", help="what is installed, and a real two-rank all-reduce; or a job's nodes")
-    doctor.add_argument("--job", action="store_true", help="look at all nodes of this job (start it with the launcher)")
-    of_job = doctor.add_argument_group("with --job")
-    of_job.add_argument("--run-dir", type=Path, metavar="DIR", help="can every node write there, and see the others?")
-    of_job.add_argument("--data", type=Path, nargs="+", default=[], metavar="DIR", help="shards every node must see")
-    of_job.add_argument("--stage", type=Path, metavar="DIR", help="on each node: is there room for the shards?")
-    of_job.add_argument("--ranks-per-node", type=int, metavar="N", help="of the training; default: those started here")
-    of_job.add_argument("--max-clock-skew", type=float, metavar="S", help="seconds; default: 1")
-    of_job.add_argument(
-        "--slow-factor", type=float, metavar="F",
-        help="a node slower than the median by more is bad; default: HVDTRAIN_SLOW_FACTOR, or 2",
-    )  # fmt: skip
-    of_job.add_argument("--json", type=Path, metavar="FILE", help="what was found, for programs")
-    of_job.add_argument(
-        "recipe", nargs="*", metavar="RECIPE key=value", help="what it will train: its shards are --data"
-    )
-    return parser
+def _add_recipe(parser: argparse.ArgumentParser, settings: str) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="name of a built-in recipe, or path of a .yaml file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=settings)
 
 
 def _add_choice(parser: argparse.ArgumentParser) -> None:
@@ -166,179 +389,3 @@ def _add_choice(parser: argparse.ArgumentParser) -> None:
         "--weights", choices=["raw", "ema"],
         help="of the last step (raw) or averaged in training (ema); default: ema where the checkpoint has it",
     )  # fmt: skip
-
-
-_LOOK = ("doctor", "plan", "report", "status")
-
-
-def works_on_ranks(argv: Sequence[str]) -> bool:
-    """Does it matter to these words whether there are other ranks? Some only look, whoever started them."""
-    first = argv[0] if argv else "--help"
-    return "--job" in argv or not (first in _LOOK or first.startswith("-") or {"-h", "--help"} & set(argv))
-
-
-def run(argv: Sequence[str], world: World) -> int:
-    """Run one command; returns the exit code, raises HvdtrainError."""
-    takes_settings = argv[:1] in (["train"], ["sweep"], ["plan"], ["submit"])
-    words = _parse_with_settings(argv) if takes_settings else make_parser().parse_args(argv)
-    if words.command != "train":  # which saves first
-        Launcher(world).end_with_it()
-    return _COMMANDS[words.command](words, world)
-
-
-def _parse_with_settings(argv: Sequence[str]) -> argparse.Namespace:
-    # Options may stand between overrides; argparse alone would then take the later overrides for strangers.
-    words, rest = make_parser().parse_known_args(argv)
-    strangers = [word for word in rest if word.startswith("-") or "=" not in word]
-    if strangers:
-        raise ConfigError(f"unknown argument {strangers[0]!r}; settings are given as key=value")
-    words.overrides += rest
-    return words
-
-
-def _train(words: argparse.Namespace, world: World) -> int:
-    from hvdtrain.watch.stopping import StopSignals
-
-    if words.elastic:
-        from hvdtrain.jobs import elastic, elastic_rank
-
-        if not elastic_rank.in_round():
-            return elastic.supervise(words.run_dir or Path("runs") / Path(words.recipe).stem, words.resume)
-    launcher = None if words.elastic else Launcher(world)  # elastic ranks end with their worker
-    if launcher is not None:
-        launcher.outlast()
-    with StopSignals(launcher) as signals:
-        from hvdtrain.train import train  # which loads torch, for seconds
-
-        if words.elastic and (place := elastic_rank.enter(words.recipe, words.overrides, world)) is None:
-            return EXIT_OK  # one rank too many
-        world = place if words.elastic else world
-        result = train(words.recipe, words.overrides, words.run_dir, words.resume, world, words.timeline, signals)
-        if words.elastic and result["status"] == "stopped":
-            elastic_rank.tell_stopped(result["reason"], signals.got(signal.SIGTERM))
-        # The launcher ends the others as soon as the first has left; let each leave with its own exit code.
-        for number in (signal.SIGTERM, signal.SIGUSR2) if world.size > 1 else ():
-            signal.signal(number, signal.SIG_IGN)
-    return EXIT_OK if result["status"] == "finished" else EXIT_STOPPED_EARLY
-
-
-def _evaluate(words: argparse.Namespace, world: World) -> int:
-    from hvdtrain.commands.evaluate import evaluate
-
-    scores = evaluate(words.run_dir, words.data, words.split, world, words.weights, words.checkpoint)
-    if world.is_main:
-        print(json.dumps(scores))
-    return EXIT_OK
-
-
-def _generate(words: argparse.Namespace, world: World) -> int:
-    from pydantic import ValidationError
-
-    from hvdtrain.commands.generate import SamplingOptions, generate
-
-    try:
-        names = ("max_tokens", "temperature", "top_k", "top_p", "seed")
-        options = SamplingOptions(**{name: getattr(words, name) for name in names})
-    except ValidationError as error:
-        problem = error.errors()[0]
-        flag = str(problem["loc"][0]).replace("_", "-")
-        raise ConfigError(f"--{flag} {problem['input']}: {problem['msg'].lower()}") from None
-    print(generate(words.run_dir, words.prompt, options, world, words.weights, words.checkpoint))
-    return EXIT_OK
-
-
-def _average(words: argparse.Namespace, world: World) -> int:
-    from hvdtrain.commands.average import average
-
-    print(average(words.run_dir, words.last, words.out, world))
-    return EXIT_OK
-
-
-def _plan(words: argparse.Namespace, world: World) -> int:
-    from hvdtrain.planner.estimate import plan
-
-    print(plan(words.recipe, words.overrides, words.ranks, words.ranks_per_node, words.vocab_size, words.json))
-    return EXIT_OK
-
-
-def _sweep(words: argparse.Namespace, world: World) -> int:
-    from hvdtrain.jobs.sweep import sweep
-
-    return sweep(words.recipe, words.overrides, words.vary, words.out, words.launcher, words.point, world)
-
-
-def _submit(words: argparse.Namespace, world: World) -> int:
-    from hvdtrain.jobs.slurm import make_job, submit
-
-    names = ("ranks_per_node", "time", "partition", "account", "site", "chain")
-    rest = {name: getattr(words, name) for name in names}
-    job = make_job(words.recipe, words.overrides, words.run_dir, words.nodes, options=tuple(words.slurm), **rest)
-    print(submit(job, words.dry_run, world))
-    return EXIT_OK
-
-
-def _status(words: argparse.Namespace, world: World) -> int:
-    from hvdtrain.jobs.status import status
-
-    print(status(words.run_dirs, words.json))
-    return EXIT_OK
-
-
-def _report(words: argparse.Namespace, world: World) -> int:
-    from hvdtrain.commands.report import report
-
-    print(report(words.run_dirs, words.out))
-    return EXIT_OK
-
-
-def _doctor(words: argparse.Namespace, world: World) -> int:
-    if words.job:
-        return _preflight(words, world)
-    if given := [name for name in _OF_JOB if getattr(words, name)]:
-        flag = "a recipe" if given[0] == "recipe" else f"--{given[0].replace('_', '-')}"
-        raise ConfigError(f"{flag} goes with --job")
-    from hvdtrain.jobs.doctor import doctor
-
-    table, healthy = doctor()
-    print(table)
-    return EXIT_OK if healthy else EXIT_CRASH
-
-
-_OF_JOB = ("recipe", "run_dir", "data", "stage", "ranks_per_node", "max_clock_skew", "slow_factor", "json")
-
-
-def _preflight(words: argparse.Namespace, world: World) -> int:
-    from hvdtrain.jobs.preflight import MAX_CLOCK_SKEW_S, Job, preflight, slow_factor_of
-
-    data, stage = words.data, words.stage
-    if words.recipe:
-        from hvdtrain.config import load_config
-
-        options = load_config(words.recipe[0], words.recipe[1:]).data
-        data = data or [Path(folder) for folder in (options.mixture or [options.dir])]
-        stage = stage or (Path(options.stage) if options.stage else None)
-    job = Job(
-        run_dir=words.run_dir,
-        data=tuple(data),
-        stage=stage,
-        max_clock_skew_s=MAX_CLOCK_SKEW_S if words.max_clock_skew is None else words.max_clock_skew,
-        slow_factor=slow_factor_of(os.environ) if words.slow_factor is None else words.slow_factor,
-        ranks_per_node=words.ranks_per_node,
-        json=words.json,
-    )
-    preflight(job, world)
-    return EXIT_OK
-
-
-_COMMANDS = {
-    "train": _train,
-    "evaluate": _evaluate,
-    "generate": _generate,
-    "average": _average,
-    "plan": _plan,
-    "sweep": _sweep,
-    "submit": _submit,
-    "status": _status,
-    "report": _report,
-    "doctor": _doctor,
-}

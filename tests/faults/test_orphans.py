@@ -215,8 +215,12 @@ def started(
 _ENDLESS = """
 import sys, time
 from {package} import __main__
-commands = __main__.cli._COMMANDS if hasattr(__main__, "cli") else __main__._COMMANDS
-commands[sys.argv[1]] = lambda *_: (print("works", flush=True), time.sleep(30))
+name, endless = sys.argv[1], lambda *_: (print("works", flush=True), time.sleep(30))
+if hasattr(__main__, "cli"):
+    commands = __main__.cli._COMMANDS
+    commands[name] = commands[name]._replace(define=lambda parser: parser.add_argument("run_dir") and endless)
+else:
+    __main__._COMMANDS[name] = endless
 sys.exit(__main__.main())
 """
 
