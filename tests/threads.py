@@ -78,7 +78,7 @@ class ThreadGroup(Group):
     least integer), what was sent must not change, and no name is started twice.
 
     sent: the names of tensors that were started, in the order in which they left; copied: those of ``broadcast``.
-    under_way: what was sent and not waited for yet.
+    under_way: what was sent and not waited for yet. meetings: how often objects were exchanged.
     """
 
     backend = "threads"
@@ -88,9 +88,11 @@ class ThreadGroup(Group):
         self.sent: list[str] = []
         self.copied: list[str] = []
         self.under_way: dict[str, torch.Tensor] = {}
+        self.meetings = 0
         self._turns: Counter[str] = Counter()
 
     def all_gather_object(self, value: Any) -> list[Any]:
+        self.meetings += 1
         # Pickled, as between processes: nobody gets an object that another rank goes on to change.
         turn = self._post("objects", "exchange of objects", pickle.dumps(value))
         return [pickle.loads(one) for one in self._meeting.collect(turn, self.rank)]

@@ -14,6 +14,7 @@ import pytest
 import torch
 from not_here import small_disk
 from safetensors import SafetensorError
+from threads import on_ranks
 from tiny import tiny_decoder
 from torch import nn
 
@@ -197,24 +198,9 @@ def test_each_rank_digests_its_share(run_dir: Path):
         read_progress(folder_of(run_dir, 2), rank=0, size=2)
     assert read_progress(folder_of(run_dir, 2), rank=1, size=2).step == 2
 
-    class Second(LocalGroup):
-        rank, size = 1, 2
-
-        def all_gather_object(self, value):
-            if isinstance(value, list | bool):
-                return [value, value]
-            try:
-                read_progress(folder_of(run_dir, 2 if not self.skipped else 1), 0, 2)
-                return [None, value]
-            except CheckpointError as error:
-                self.skipped = True
-                return [str(error), value]
-
-        skipped = False
-
-    folder, _, damaged = newest_valid(run_dir, Second())
-    assert folder == folder_of(run_dir, 1)
-    assert "does not match its digest" in damaged[0]
+    for folder, _, damaged in on_ranks(2, lambda group: newest_valid(run_dir, group)):
+        assert folder == folder_of(run_dir, 1)
+        assert "does not match its digest" in damaged[0]
 
 
 def test_one_that_was_dropped_while_it_was_read_is_no_damage(run_dir: Path, monkeypatch: pytest.MonkeyPatch):

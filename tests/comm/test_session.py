@@ -6,9 +6,9 @@ import threading
 from collections.abc import Iterator
 
 import pytest
+from threads import Scripted
 
 from hvdtrain.comm import session
-from hvdtrain.comm.ranks import OneRank
 from hvdtrain.comm.world import World
 from hvdtrain.errors import DivergedError, OutputError, RankLostError
 
@@ -17,26 +17,16 @@ class _Ended(BaseException):
     """In place of the end of the process."""
 
 
-class _Pair(OneRank):
-    """One of two ranks, which notes what it is asked to do. ``lost``: the other one is gone."""
+def _one_of_two(rank: int) -> Scripted:
+    """Its ``abort`` ends it."""
+    group = Scripted(rank, 2)
 
-    size = 2
-
-    def __init__(self, rank: int, lost: bool = False):
-        self.rank, self._lost = rank, lost
-        self.did: list[object] = []
-
-    def barrier(self) -> None:
-        if self._lost:
-            raise RankLostError("lost contact")
-        self.did.append("barrier")
-
-    def close(self) -> None:
-        self.did.append("close")
-
-    def abort(self, exit_code: int) -> None:
-        self.did.append(exit_code)
+    def abort(exit_code: int) -> None:
+        group.did.append(exit_code)
         raise _Ended
+
+    group.abort = abort  # type: ignore[method-assign]
+    return group
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +38,7 @@ def _signals(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     signal.signal(signal.SIGTERM, before)
 
 
-def _leave(group: _Pair, error: BaseException | None, launcher: str = "srun") -> None:
+def _leave(group: Scripted, error: BaseException | None, launcher: str = "srun") -> None:
     with session._in_good_order(group, World(group.rank, 2, 0, 1, launcher)):
         if error is not None:
             raise error
@@ -73,7 +63,7 @@ def _leave(group: _Pair, error: BaseException | None, launcher: str = "srun") ->
 def test_one_that_fails_alone_ends_all(
     capsys: pytest.CaptureFixture[str], error: BaseException, exit_code: int, message: str, has_trace: bool
 ):
-    group = _Pair(1)
+    group = _one_of_two(1)
     with pytest.raises(_Ended):
         _leave(group, error)
     assert group.did == [exit_code]
@@ -95,7 +85,7 @@ def test_who_has_lost_another_rank_is_ended_in_silence(
 
     monkeypatch.setattr(os, "_exit", end)
     monkeypatch.setattr(session.time, "sleep", lambda seconds: os.kill(os.getpid(), signal.SIGTERM))
-    group = _Pair(0)
+    group = _one_of_two(0)
     with pytest.raises(_Ended):
         _leave(group, RankLostError("lost contact"))
     assert (ended, group.did, capsys.readouterr().err) == ([70], [], "")
@@ -103,7 +93,7 @@ def test_who_has_lost_another_rank_is_ended_in_silence(
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_all_that_fail_alike_leave_together(capsys: pytest.CaptureFixture[str], rank: int):
-    group = _Pair(rank)
+    group = _one_of_two(rank)
     with pytest.raises(DivergedError):
         _leave(group, DivergedError("loss nan"))
     assert group.did == ["barrier", "close"]
@@ -112,20 +102,26 @@ def test_all_that_fail_alike_leave_together(capsys: pytest.CaptureFixture[str], 
 
 def test_under_mpirun_rank_0_ends_them(capsys: pytest.CaptureFixture[str]):
     """Once it has spoken and all are there: mpirun would comment on exit codes other than 0."""
-    group = _Pair(0)
+    group = _one_of_two(0)
     with pytest.raises(_Ended):
         _leave(group, DivergedError("loss nan"), launcher="mpirun")
     assert group.did == ["barrier", "barrier", 76]
     assert capsys.readouterr().err == "hvdtrain: DivergedError: loss nan\n"
 
 
+def _lose() -> None:
+    raise RankLostError("lost contact")
+
+
 def test_a_rank_that_is_lost_meanwhile_changes_nothing():
+    group = _one_of_two(0)
+    group.barrier = _lose  # type: ignore[method-assign]
     with pytest.raises(DivergedError):
-        _leave(_Pair(0, lost=True), DivergedError("loss nan"))
+        _leave(group, DivergedError("loss nan"))
 
 
 def test_a_good_end():
-    group = _Pair(0)
+    group = _one_of_two(0)
     _leave(group, None)
     assert group.did == ["close"]
 
@@ -134,7 +130,7 @@ def test_nobody_waits_for_ever(capfd: pytest.CaptureFixture[str], monkeypatch: p
     """For a rank that was stopped while all leave."""
     ended, exit_codes = threading.Event(), []
     monkeypatch.setattr(os, "_exit", lambda code: (exit_codes.append(code), ended.set()))
-    group = _Pair(1)
+    group = _one_of_two(1)
     group.close = lambda: ended.wait(20)  # type: ignore[method-assign]
     _leave(group, None)
     assert exit_codes == [70]

@@ -4,20 +4,18 @@ import bz2
 import codecs
 import gzip
 import lzma
-import pickle
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import groupby, pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import h5py
 import pytest
 import zstandard
 from hypothesis import strategies as st
+from threads import on_ranks
 from tokenizers import Tokenizer
 
 from data_prep import aligned, pieces, readers, tables
@@ -27,10 +25,8 @@ from data_prep.prepare import Kind, PrepareOptions, prepare
 from data_prep.readers import Item, Reader, TextReader
 from data_prep.text import TextKind
 from data_prep.tokenizer_file import load_tokenizer
-from hvdtrain.comm.ranks import OneRank, Ranks
 from hvdtrain.data.shards import Manifest, read_manifest
 
-T = TypeVar("T")
 EOS = 0  # of every tokenizer that build_tokenizer makes
 
 # Everything that a careless reader, splitter or normaliser would lose or change.
@@ -118,48 +114,6 @@ def small_pieces(piece_bytes: int, look_ahead: int = 8) -> Iterator[None]:
             patch.setattr(module, "PIECE_BYTES", piece_bytes)
         patch.setattr(pieces, "_LOOK_AHEAD", look_ahead)
         yield
-
-
-# --- ranks -------------------------------------------------------------------------------------------------------
-
-
-class ThreadRanks(Ranks):
-    """A rank that is a thread of this process: what they exchange is pickled, as by MPI."""
-
-    def __init__(self, rank: int, meeting: threading.Barrier, values: list[bytes]):
-        self.rank, self.size = rank, len(values)
-        self._meeting, self._values = meeting, values
-
-    def all_gather_object(self, value: Any) -> list[Any]:
-        self._values[self.rank] = pickle.dumps(value)
-        self._meeting.wait(60)
-        found = [pickle.loads(one) for one in self._values]
-        self._meeting.wait(60)
-        return found
-
-    def close(self) -> None:
-        pass
-
-
-def on_ranks(size: int, work: Callable[[Ranks], T]) -> list[T]:
-    """``work(ranks)`` of every rank at once: what each returned. If one fails all end, with its error."""
-    if size == 1:
-        return [work(OneRank())]
-    meeting, values = threading.Barrier(size), [b""] * size
-
-    def run(rank: int) -> T:
-        try:
-            return work(ThreadRanks(rank, meeting, values))
-        except BaseException:
-            meeting.abort()
-            raise
-
-    with ThreadPoolExecutor(size) as pool:
-        started = [pool.submit(run, rank) for rank in range(size)]
-    errors = [error for one in started if (error := one.exception())]
-    if errors:
-        raise next((error for error in errors if not isinstance(error, threading.BrokenBarrierError)), errors[0])
-    return [one.result() for one in started]
 
 
 # --- preparing ---------------------------------------------------------------------------------------------------

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from preparing import files_of, on_ranks, run, snapshot, text_kind, texts_of, write
+from preparing import files_of, run, snapshot, text_kind, texts_of, write
+from threads import on_ranks
 
 from data_prep import duplicates
 from data_prep.corpus import InputFile

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from preparing import files_of, on_ranks, run, shards_of, snapshot, text_kind, texts_of, write
+from preparing import files_of, run, shards_of, snapshot, text_kind, texts_of, write
+from threads import on_ranks
 
 from data_prep import prepare as prepare_module
 from data_prep.cleaning import Cleaning

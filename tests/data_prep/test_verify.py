@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from preparing import files_of, on_ranks, run, text_kind, write
+from preparing import files_of, run, text_kind, write
+from threads import on_ranks
 from tiny import rewrite, seal
 
 from data_prep.__main__ import main

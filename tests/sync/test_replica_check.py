@@ -1,11 +1,13 @@
 """64 bits of a tensor: any change of its bits shows. And the words for replicas that differ."""
 
 import random
+import threading
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from threads import ThreadGroup, on_ranks
 from tiny import CPU, tiny_decoder
 
 from hvdtrain.comm.local_group import LocalGroup
@@ -105,28 +107,24 @@ def test_the_optimizers_state_is_compared_too():
     ]
 
 
-class _Others(OneRank):
-    """Of four ranks this one, whose copies the others have, apart from rank 2's at the second tensor."""
+def test_the_rank_that_differs_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("socket.gethostname", lambda: threading.current_thread().name.replace("rank-", "n"))
 
-    size = 4
+    def work(group: ThreadGroup) -> ReplicaError:
+        tensors = {"a": torch.zeros(3, device=CPU), "b": torch.ones(3), "c": torch.ones(2)}
+        ReplicaCheck(group).check(tensors, step=20)
+        if group.rank == 2:
+            tensors["b"] = _flipped(tensors["b"], element=1, bit=0)
+        with pytest.raises(ReplicaError) as caught:
+            ReplicaCheck(group).check(tensors, step=40)
+        return caught.value
 
-    def all_gather_object(self, value):
-        if isinstance(value, bytes):
-            return [value, value, value[::-1], value]
-        host, hashes = value
-        wrong = {**hashes, "b": hashes["b"] ^ 1}
-        return [(host, hashes), ("n1", hashes), ("n2", wrong), ("n3", hashes)]
-
-
-def test_the_rank_that_differs_is_named():
-    tensors = {"a": torch.zeros(3, device=CPU), "b": torch.ones(3), "c": torch.ones(2)}
-    with pytest.raises(ReplicaError) as caught:
-        ReplicaCheck(_Others()).check(tensors, step=40)
-    assert str(caught.value) == (
-        "step 40: the replica of rank 2 on n2 differs from those of the other 3 ranks; first in b (1 of 3 tensors); "
-        "the last checkpoint is from before"
-    )
-    assert (caught.value.exit_code, caught.value.on_all_ranks) == (70, True)
+    for error in on_ranks(4, work):
+        assert str(error) == (
+            "step 40: the replica of rank 2 on n2 differs from those of the other 3 ranks; first in b (1 of 3 tensors)"
+            "; the last checkpoint is from before"
+        )
+        assert (error.exit_code, error.on_all_ranks) == (70, True)
 
 
 def test_words_for_many_and_for_a_tie():
