@@ -38,7 +38,7 @@ class UnknownWord(DataError):
         self.text = text
 
 
-class Encoder:
+class TokenEncoder:
     """``encode(documents)``; ``name`` says which library does it and ``note``, if any, why it is not the fast one.
 
     sample: texts of the corpus. ``bytes_per_token``: on the sample; it sizes the shards.

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.encoder import Encoder
+from data_prep.encoder import TokenEncoder
 from data_prep.pieces import Unit
 from data_prep.prepare import SplitsOf
 from data_prep.readers import Item, Reader
@@ -32,7 +32,7 @@ class PairsKind:
     def identity(self) -> dict[str, Any]:
         return {"min_tokens": self.min_tokens, "max_tokens": self.max_tokens}
 
-    def begin(self, encoder: Encoder) -> None:
+    def begin(self, encoder: TokenEncoder) -> None:
         self._encoder = encoder
 
     def scan(self, splits_of: SplitsOf, units: Sequence[Unit], mine: Sequence[int], ranks: Ranks) -> None:

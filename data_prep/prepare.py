@@ -28,10 +28,10 @@ import numpy as np
 from data_prep import duplicates
 from data_prep.bad import NAMED, Counts
 from data_prep.corpus import files_sha256
-from data_prep.encoder import Encoder, UnknownWord
+from data_prep.encoder import TokenEncoder, UnknownWord
 from data_prep.gathering import Gathering
 from data_prep.pieces import Piece, Unit, gather, share
-from data_prep.progress import Progress
+from data_prep.progress import ProgressBar
 from data_prep.readers import Item, Reader
 from data_prep.sample import sample_texts
 from data_prep.tokenizer_file import TokenizerFile
@@ -52,7 +52,7 @@ from hvdtrain.files import again, exists, file_sha256, listed, make_folder, read
 
 _BATCH_BYTES = 1 << 23  # of text encoded at once; bounds the memory
 _TEMPORARY = re.compile(rf"\.({SHARD_NAME.pattern}|manifest\.json|tokenizer\.json)\.\d+\.tmp")
-_PARTS = ".parts"
+_RECORDS = ".parts"
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # as on Lustre that is mounted without flock
 
 
@@ -79,7 +79,7 @@ class Kind(Protocol):
     def identity(self) -> dict[str, Any]:
         """The settings that decide what the shards hold, besides the reader's."""
 
-    def begin(self, encoder: Encoder) -> None:
+    def begin(self, encoder: TokenEncoder) -> None:
         """Before anything is encoded (local)."""
 
     def scan(self, splits_of: "SplitsOf", units: Sequence[Unit], mine: Sequence[int], ranks: Ranks) -> None:
@@ -114,23 +114,23 @@ def prepare(
     input is kept. Errors: DataError for bad text, ConfigError where ``out`` holds other shards, OutputError when
     writing fails.
     """
-    job = ranks.together(lambda: _Job(kind, options, tokenizer, out, ranks))
-    ranks.agree(job.identity, "what is to be prepared")
+    preparation = ranks.together(lambda: _Preparation(kind, options, tokenizer, out, ranks))
+    ranks.agree(preparation.identity, "what is to be prepared")
     with ranks.on_main(lambda: _locked(out)) or nullcontext():
         if ranks.together(lambda: exists(out / "manifest.json")):
-            return job.reuse(), True
-        ranks.together(job.clear_leftovers)
-        return job.run(), False
+            return preparation.reuse(), True
+        ranks.together(preparation.clear_leftovers)
+        return preparation.run(), False
 
 
-class _Job:
+class _Preparation:
     """One preparation on one rank."""
 
     def __init__(self, kind: Kind, options: PrepareOptions, tokenizer: TokenizerFile, out: Path, ranks: Ranks):
         self.kind, self.options, self.out, self.ranks = kind, options, out, ranks
-        self.parts = out / _PARTS
+        self.records_dir = out / _RECORDS
         self.tokenizer = tokenizer
-        self.encoder = Encoder(tokenizer, sample_texts(kind.reader))
+        self.encoder = TokenEncoder(tokenizer, sample_texts(kind.reader))
         kind.begin(self.encoder)
         self.unit_bytes = max(1, int(options.shard_tokens * self.encoder.bytes_per_token))
         tail = options.val_fraction if options.val_split == "tail" else 0.0
@@ -153,7 +153,7 @@ class _Job:
         self._announce()
         self.kind.scan(self.splits_of, self.units, self.mine, self.ranks)
         dropped = self._find_duplicates() if self.options.deduplicate else duplicates.NONE
-        with Progress(self.units, self.parts, self.ranks) as progress:
+        with ProgressBar(self.units, self.records_dir, self.ranks) as progress:
             for number in self.mine:
                 unit = self.units[number]
                 if not self._is_done(unit, dropped):
@@ -202,15 +202,15 @@ class _Job:
         if self.ranks.rank:
             return
         _remove(self.out, _TEMPORARY.fullmatch)
-        known = self.parts / "identity.json"
+        known = self.records_dir / "identity.json"
         if exists(known) and read_json(known) == self.identity:
-            if done := sum(exists(self.parts / _record_name(unit)) for unit in self.units):
+            if done := sum(exists(self.records_dir / _record_name(unit)) for unit in self.units):
                 say(f"going on with an interrupted preparation: {done} of {len(self.units)} units are there")
             return
-        shutil.rmtree(self.parts, ignore_errors=True)
+        shutil.rmtree(self.records_dir, ignore_errors=True)
         _remove(self.out, SHARD_NAME.fullmatch)
         try:
-            make_folder(self.parts)
+            make_folder(self.records_dir)
             if self.tokenizer.path.resolve() != (self.out / "tokenizer.json").resolve():
                 write(self.out / "tokenizer.json", lambda temporary: temporary.write_bytes(self.tokenizer.content))
             elif self.tokenizer.path.read_bytes() != self.tokenizer.content:
@@ -235,7 +235,7 @@ class _Job:
             )
 
     def _find_duplicates(self) -> "duplicates.Dropped":
-        return duplicates.find(self._hashes, self.units, self.mine, self.parts, self.ranks)
+        return duplicates.find(self._hashes, self.units, self.mine, self.records_dir, self.ranks)
 
     def _hashes(self, unit: Unit) -> Iterator[bytes]:
         for batch in self._batches(unit, Counter()):
@@ -262,7 +262,7 @@ class _Job:
         return hashlib.sha256(repr(said).encode()).hexdigest()[:16]
 
     def _is_done(self, unit: Unit, dropped: "duplicates.Dropped") -> bool:
-        path = self.parts / _record_name(unit)
+        path = self.records_dir / _record_name(unit)
         if not exists(path):
             return False
         record = read_json(path)
@@ -274,7 +274,7 @@ class _Job:
                 return False
         return record["stamp"] == unit.stamp or record["digest"] == self._digest(unit)
 
-    def _make(self, unit: Unit, dropped: "duplicates.Dropped", progress: Progress) -> None:
+    def _make(self, unit: Unit, dropped: "duplicates.Dropped", progress: ProgressBar) -> None:
         counts = Counts()
         gathering = Gathering(self.out, unit, token_dtype(self.encoder.vocab_size), self.options.shard_tokens)
         waiting: dict[str, list[Item]] = {name: [] for name in SPLITS}
@@ -307,7 +307,7 @@ class _Job:
             "bad_items": counts.bad_items,
             "shards": [asdict(shard) for shard in gathering.shards],
         }
-        write_json(self.parts / _record_name(unit), record)
+        write_json(self.records_dir / _record_name(unit), record)
 
     def _encode(self, waiting: dict[str, list[Item]], gathering: Gathering, counts: Counter) -> None:
         for split, items in waiting.items():
@@ -316,7 +316,7 @@ class _Job:
                 gathering.add(split, self.kind.encode(items, counts))
                 items.clear()
 
-    def _make_or_name_its_file(self, unit: Unit, dropped: "duplicates.Dropped", progress: Progress) -> None:
+    def _make_or_name_its_file(self, unit: Unit, dropped: "duplicates.Dropped", progress: ProgressBar) -> None:
         try:
             self._make(unit, dropped, progress)
         except UnknownWord as error:
@@ -332,7 +332,7 @@ class _Job:
         return unit.pieces[0].file.path  # it was changed meanwhile
 
     def _finish(self) -> None:
-        records = [read_json(self.parts / _record_name(unit)) for unit in self.units]
+        records = [read_json(self.records_dir / _record_name(unit)) for unit in self.units]
         rows = [row for record in records for row in record["shards"]]
         shards = [ShardInfo(**{**row, "block_sha256": tuple(row["block_sha256"])}) for row in rows]
         if not shards:
@@ -360,7 +360,7 @@ class _Job:
             label_names=self.kind.label_names,
         )
         write_manifest(self.out, manifest)
-        shutil.rmtree(self.parts, ignore_errors=True)
+        shutil.rmtree(self.records_dir, ignore_errors=True)
 
 
 def _record_name(unit: Unit) -> str:

@@ -19,7 +19,7 @@ _LOOK_EVERY_S = 1.0
 _LINE_EVERY_S = 30.0
 
 
-class Progress:
+class ProgressBar:
     """Bytes of input done. ``advance`` within a unit, ``unit_done`` after it."""
 
     def __init__(self, units: Sequence[Unit], records: Path, ranks: Ranks):
@@ -33,7 +33,7 @@ class Progress:
         self._at_start = 0
         self._is_main = ranks.rank == 0
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "ProgressBar":
         self._at_start = self._look()
         hidden = not (self._is_main and sys.stderr.isatty())
         self._bar = tqdm(

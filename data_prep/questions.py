@@ -17,7 +17,7 @@ import numpy as np
 from data_prep.bad import KINDS, BadItem, leave_out
 from data_prep.cleaning import EXACT, Cleaning
 from data_prep.corpus import InputFile
-from data_prep.encoder import Encoder
+from data_prep.encoder import TokenEncoder
 from data_prep.labels import check_room
 from data_prep.pieces import Piece, Unit
 from data_prep.prepare import SplitsOf
@@ -172,7 +172,7 @@ class QuestionsKind:
     def identity(self) -> dict[str, Any]:
         return {"max_tokens": self.max_tokens, "stride": self.stride, "question_tokens": self.question_tokens}
 
-    def begin(self, encoder: Encoder) -> None:
+    def begin(self, encoder: TokenEncoder) -> None:
         self._encoder = encoder
 
     def scan(self, splits_of: SplitsOf, units: Sequence[Unit], mine: Sequence[int], ranks: Ranks) -> None:

@@ -293,7 +293,7 @@ def _doctor(parser: argparse.ArgumentParser) -> Run:
 
 
 def _preflight(words: argparse.Namespace, world: World) -> int:
-    from hvdtrain.jobs.preflight import MAX_CLOCK_SKEW_S, Job, preflight, slow_factor_of
+    from hvdtrain.jobs.preflight import MAX_CLOCK_SKEW_S, Inspection, preflight, slow_factor_of
 
     data, stage = words.data, words.stage
     if words.recipe:
@@ -303,7 +303,7 @@ def _preflight(words: argparse.Namespace, world: World) -> int:
         options = load_config(words.recipe[0], words.recipe[1:]).data
         data = data or folders_of(options)
         stage = stage or (Path(options.stage) if options.stage else None)
-    job = Job(
+    inspection = Inspection(
         run_dir=words.run_dir,
         data=tuple(data),
         stage=stage,
@@ -312,7 +312,7 @@ def _preflight(words: argparse.Namespace, world: World) -> int:
         ranks_per_node=words.ranks_per_node,
         json=words.json,
     )
-    preflight(job, world)
+    preflight(inspection, world)
     return EXIT_OK
 
 

@@ -32,7 +32,7 @@ from hvdtrain.engine import Plan
 from hvdtrain.errors import EXIT_OK, EXIT_STOPPED_EARLY, crash_code, say
 from hvdtrain.files import read_text, troubles, write_text
 from hvdtrain.jobs.claim import Claim
-from hvdtrain.jobs.records import close_job, record_job
+from hvdtrain.jobs.job_record import close_job, record_job
 from hvdtrain.machine.cores import take_cores
 from hvdtrain.machine.device import pick_device
 from hvdtrain.machine.malloc import keep_freed_memory

@@ -279,24 +279,24 @@ def test_an_interrupted_preparation_keeps_the_same(labels: Labels, monkeypatch: 
     other = next(f"y{n}" for n in range(99) if not in_validation(label, f"y{n}", 0.5))
     write(labels.folder / "train", **{"a.tsv": table([("0", f"{n}") for n in range(9)] + [(label, "x")])})
     write(labels.folder / "train", **{"b.tsv": table([("1", f"{n}") for n in range(9)])})
-    finish = prepare_module._Job._finish
+    finish = prepare_module._Preparation._finish
 
     def stopped(job) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(prepare_module._Job, "_finish", stopped)
+    monkeypatch.setattr(prepare_module._Preparation, "_finish", stopped)
     with pytest.raises(KeyboardInterrupt):
         labels.prepare(val_fraction=0.5, shard_tokens=1)
-    monkeypatch.setattr(prepare_module._Job, "_finish", finish)
+    monkeypatch.setattr(prepare_module._Preparation, "_finish", finish)
     times = [path.stat().st_mtime_ns for path in sorted((labels.out).glob("*.h5"))]
     assert labels.prepare(val_fraction=0.5, shard_tokens=1).source["kept_in_training"] == 1
     assert [path.stat().st_mtime_ns for path in sorted((labels.out).glob("*.h5"))] == times  # nothing was made anew
     # Now the same size of b.tsv, and in it a text of the rare label.
     shutil.rmtree(labels.out)
-    monkeypatch.setattr(prepare_module._Job, "_finish", stopped)
+    monkeypatch.setattr(prepare_module._Preparation, "_finish", stopped)
     with pytest.raises(KeyboardInterrupt):
         labels.prepare(val_fraction=0.5, shard_tokens=1)
-    monkeypatch.setattr(prepare_module._Job, "_finish", finish)
+    monkeypatch.setattr(prepare_module._Preparation, "_finish", finish)
     path = labels.folder / "train" / "b.tsv"
     content = table([(label, other)])
     path.write_text(content + table([("1", "filler".ljust(path.stat().st_size - len(content) - 3, "."))], ())[1:])

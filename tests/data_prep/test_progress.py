@@ -20,7 +20,7 @@ from preparing import files_of, run, text_kind, write
 from data_prep import progress as progress_module
 from data_prep.corpus import InputFile
 from data_prep.pieces import Piece, Unit
-from data_prep.progress import Progress
+from data_prep.progress import ProgressBar
 from hvdtrain.comm.ranks import OneRank
 
 MB = 10**6
@@ -59,7 +59,7 @@ def ranks(rank: int, size: int) -> OneRank:
 
 
 def test_a_line_every_half_minute_in_a_log(tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture):
-    with Progress(units(), tmp_path, OneRank()) as progress:
+    with ProgressBar(units(), tmp_path, OneRank()) as progress:
         clock.wait(10)
         progress.advance(0, 20 * MB)
         assert capsys.readouterr().err == ""
@@ -78,14 +78,14 @@ def test_a_compressed_file_that_holds_more_than_was_guessed(
     tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture
 ):
     """The bar would run ahead, and back when the next unit begins."""
-    with Progress(units(), tmp_path, OneRank()) as progress:
+    with ProgressBar(units(), tmp_path, OneRank()) as progress:
         clock.wait(40)
         progress.advance(0, 900 * MB)
         assert capsys.readouterr().err.startswith("hvdtrain: 33 %: 100 of 300 MB")
 
 
 def test_others_are_seen_by_their_records(tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture):
-    with Progress(units(), tmp_path, ranks(0, 2)) as progress:
+    with ProgressBar(units(), tmp_path, ranks(0, 2)) as progress:
         clock.wait(40)
         (tmp_path / "00002.json").touch()
         progress.unit_done(0)
@@ -98,7 +98,7 @@ def test_others_are_seen_by_their_records(tmp_path: Path, clock: Clock, capsys: 
 def test_what_was_there_at_the_start_makes_no_speed(tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture):
     for name in ("00000.json", "00001.json"):
         (tmp_path / name).touch()
-    with Progress(units(), tmp_path, OneRank()) as progress:
+    with ProgressBar(units(), tmp_path, OneRank()) as progress:
         progress.unit_done(0)
         progress.unit_done(1)
         clock.wait(50)
@@ -107,7 +107,7 @@ def test_what_was_there_at_the_start_makes_no_speed(tmp_path: Path, clock: Clock
 
 
 def test_other_ranks_are_silent_and_do_not_wait(tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture):
-    with Progress(units(), tmp_path, ranks(1, 2)) as progress:
+    with ProgressBar(units(), tmp_path, ranks(1, 2)) as progress:
         for number in range(3):
             clock.wait(100)
             progress.advance(number, 100 * MB)

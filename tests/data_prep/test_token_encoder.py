@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from preparing import EOS, ODD_TEXTS
 
 from data_prep import encoder as encoder_module
-from data_prep.encoder import Encoder
+from data_prep.encoder import TokenEncoder
 from data_prep.tokenizer import build_tokenizer
 from data_prep.tokenizer_file import load_tokenizer
 
@@ -26,12 +26,12 @@ PIECES = st.sampled_from(
 )
 
 
-def encoder_of(tokenizer: Path, sample: list[bytes]) -> Encoder:
-    return Encoder(load_tokenizer(tokenizer), sample)
+def encoder_of(tokenizer: Path, sample: list[bytes]) -> TokenEncoder:
+    return TokenEncoder(load_tokenizer(tokenizer), sample)
 
 
 @pytest.fixture(scope="module")
-def fast(bpe: Path) -> Encoder:
+def fast(bpe: Path) -> TokenEncoder:
     encoder = encoder_of(bpe, [TEXT.encode()])
     assert (encoder.name, encoder.note) == ("gigatoken", "")
     return encoder
@@ -39,7 +39,7 @@ def fast(bpe: Path) -> Encoder:
 
 @settings(max_examples=100)
 @given(st.lists(st.lists(ANY | PIECES).map("".join), min_size=1))
-def test_both_libraries_give_the_same_tokens(fast: Encoder, texts: list[str]):
+def test_both_libraries_give_the_same_tokens(fast: TokenEncoder, texts: list[str]):
     documents = [text.encode() for text in texts]
     tokens, offsets = fast.encode(documents)
     slow_tokens, slow_offsets = fast._encode_slow(documents)
@@ -67,15 +67,15 @@ def test_what_the_fast_one_does_not_know_is_said(tokenizers_of: dict[str, Path])
 
 
 def test_one_token_of_difference_is_enough(bpe: Path, monkeypatch: pytest.MonkeyPatch):
-    right = Encoder._encode_fast
+    right = TokenEncoder._encode_fast
 
-    def wrong(self: Encoder, documents: list[bytes]):
+    def wrong(self: TokenEncoder, documents: list[bytes]):
         tokens, offsets = right(self, documents)
         tokens = tokens.copy()
         tokens[offsets[1]] ^= 1
         return tokens, offsets
 
-    monkeypatch.setattr(Encoder, "_encode_fast", wrong)
+    monkeypatch.setattr(TokenEncoder, "_encode_fast", wrong)
     encoder = encoder_of(bpe, [b"first", b"second"])
     assert (encoder.name, encoder._encode) == ("tokenizers", encoder._encode_slow)
     assert "disagree on document 1 of the sample" in encoder.note
@@ -85,10 +85,10 @@ def test_a_crash_of_the_fast_one_is_no_crash(bpe: Path, monkeypatch: pytest.Monk
     class PanicException(BaseException):  # what Rust's panics become
         pass
 
-    def panic(self: Encoder, documents: list[bytes]):
+    def panic(self: TokenEncoder, documents: list[bytes]):
         raise PanicException("index out of bounds\nnote: run with RUST_BACKTRACE=1")
 
-    monkeypatch.setattr(Encoder, "_encode_fast", panic)
+    monkeypatch.setattr(TokenEncoder, "_encode_fast", panic)
     encoder = encoder_of(bpe, [TEXT.encode()])
     assert encoder.note == "gigatoken does not take this tokenizer (index out of bounds)"
     assert len(encoder.encode([TEXT.encode()])[0]) > 0
@@ -117,7 +117,7 @@ def test_bytes_of_a_token(byte: Path, bpe: Path):
 @pytest.mark.parametrize(
     "texts", [[END_OF_TEXT], [f"a{END_OF_TEXT}b", "c"], ["", "x", f"{END_OF_TEXT}"], ["a", "<|unk|><|cls|>", "b"]]
 )
-def test_the_name_of_a_special_token_in_a_text_is_text(fast: Encoder, texts: list[str]):
+def test_the_name_of_a_special_token_in_a_text_is_text(fast: TokenEncoder, texts: list[str]):
     """Taken for the token, it would make a border of a document where there is none, and be lost on the way back."""
     for encode in (fast._encode_fast, fast._encode_slow):
         tokens, offsets = encode([text.encode() for text in texts])
@@ -144,7 +144,7 @@ def test_a_token_that_is_not_special_is_one_in_a_text(bpe: Path, tmp_path: Path)
 
 @settings(max_examples=100)
 @given(st.lists(st.lists(st.lists(ANY | PIECES).map("".join), max_size=6)), st.integers(4, 60))
-def test_a_long_text_gives_the_tokens_of_one_piece(fast: Encoder, documents: list[list[str]], at_once: int):
+def test_a_long_text_gives_the_tokens_of_one_piece(fast: TokenEncoder, documents: list[list[str]], at_once: int):
     """As long as there is a line end between letters near, which there is in any text that is not made for this."""
     texts = ["".join(f"{part}ab\ncd" for part in parts) + "ab\n" for parts in documents]
     with pytest.MonkeyPatch.context() as patch:

@@ -12,9 +12,9 @@ from tiny import random_tokens, write_data
 
 from hvdtrain.comm.horovod_group import HorovodGroup
 from hvdtrain.comm.world import detect_world
-from hvdtrain.jobs.preflight import Job, clock, examine, node, shared_folder, speed
+from hvdtrain.jobs.job_record import record_job
+from hvdtrain.jobs.preflight import Inspection, clock, examine, node, shared_folder, speed
 from hvdtrain.jobs.preflight.findings import Verdict
-from hvdtrain.jobs.records import record_job
 
 NOISE = 50.0  # the ranks share few cores with other work
 
@@ -35,7 +35,7 @@ def look(group: HorovodGroup, folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for name, less in (("_SECONDS", 0.02), ("_COPY_BYTES", 1 << 20), ("_REDUCE_BYTES", 1 << 18)):
         monkeypatch.setattr(speed, name, less)
     group.barrier()
-    return lambda: examine(Job(run_dir=Path("run"), data=(Path("shards"),), slow_factor=NOISE), group)
+    return lambda: examine(Inspection(run_dir=Path("run"), data=(Path("shards"),), slow_factor=NOISE), group)
 
 
 def test_all_is_well(group: HorovodGroup, folder: Path, look: Callable[[], Verdict]):

@@ -66,9 +66,9 @@ def test_the_record_of_a_batch_job(slurm: SlurmCluster, tmp_path: Path):
     program = (
         "from pathlib import Path; from hvdtrain.comm.local_group import LocalGroup as G\n"
         "from hvdtrain.comm.world import World; from hvdtrain.config import RunConfig\n"
-        "from hvdtrain.jobs import records\n"
-        "records.LIMIT_S = records._ANSWER_S = 60\n"
-        "print(*records.record_job(Path(), ['demo'], G(), World(), RunConfig(), {})[1])\n"
+        "from hvdtrain.jobs import job_record\n"
+        "job_record.LIMIT_S = job_record._ANSWER_S = 60\n"
+        "print(*job_record.record_job(Path(), ['demo'], G(), World(), RunConfig(), {})[1])\n"
     )
     script = tmp_path / "job.sh"
     script.write_text(f'#!/bin/bash\nexport HF_TOKEN=hf_abc\nexec {sys.executable} -c "{program}"\n')

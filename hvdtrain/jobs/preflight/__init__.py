@@ -24,12 +24,12 @@ from hvdtrain.comm.session import open_group
 from hvdtrain.comm.world import World
 from hvdtrain.errors import ConfigError, RankError, plural
 from hvdtrain.files import write_json
+from hvdtrain.jobs.job_record import node_name
 from hvdtrain.jobs.preflight.clock import look_at_clocks, meet
 from hvdtrain.jobs.preflight.findings import Look, Verdict, judge, resubmit_without, table
 from hvdtrain.jobs.preflight.node import Gpus, look_around, look_at_gpus, safely, see_gpus, within
 from hvdtrain.jobs.preflight.shared_folder import look_at_run_folder
 from hvdtrain.jobs.preflight.speed import measure_speeds
-from hvdtrain.jobs.records import node_name
 
 MAX_CLOCK_SKEW_S = 1.0
 SLOW_FACTOR = 2.0
@@ -45,10 +45,11 @@ def slow_factor_of(env: Mapping[str, str]) -> float:
 
 
 @dataclass(frozen=True)
-class Job:
-    """What is looked at. ``ranks_per_node``: of the training, where the preflight has fewer; None: those that are here.
+class Inspection:
+    """What is looked at, and from where on it is bad. Errors: ConfigError.
 
-    ``slow_factor``: a rank that is slower than the median by more than this is bad. Errors: ConfigError.
+    ranks_per_node: of the training, where the preflight has fewer; None: those that are here.
+    slow_factor: a rank that is slower than the median by more than this is bad.
     """
 
     run_dir: Path | None = None
@@ -68,49 +69,49 @@ class Job:
             raise ConfigError("--stage needs --data: the shards that will be copied there")
 
 
-def preflight(job: Job, world: World) -> None:
+def preflight(inspection: Inspection, world: World) -> None:
     """Look at all nodes of the job and print what was found (every rank calls this).
 
     Errors: RankError, on all ranks, where a node is bad (exit code 70) or the job cannot run on any.
     """
     started = time.monotonic()
     with open_group(world) as group:
-        verdict = examine(job, group)
+        verdict = examine(inspection, group)
         seconds = time.monotonic() - started
         nodes = len({finding.node for finding in verdict.findings})
         if group.rank == 0:
             print(table(verdict.findings), flush=True)
             if not verdict.exit_code:
                 print(f"hvdtrain: preflight: {_healthy(nodes)} ({seconds:.1f} s)", flush=True)
-        if job.json is not None:
-            group.on_main(lambda: write_json(job.json, _as_json(verdict, seconds)))
+        if inspection.json is not None:
+            group.on_main(lambda: write_json(inspection.json, _as_json(verdict, seconds)))
         if verdict.exit_code:
             raise RankError(verdict.message, verdict.exit_code)
 
 
-def examine(job: Job, group: Group) -> Verdict:
+def examine(inspection: Inspection, group: Group) -> Verdict:
     """The looks of all nodes and what follows from them, the same on all ranks (collective)."""
-    group.agree(job, "what the preflight is told")
+    group.agree(inspection, "what the preflight is told")
     node = node_name()
     nodes = group.all_gather_object(node)
     first = {name: nodes.index(name) for name in nodes}
     is_first = first[node] == group.rank
     looks: dict[str, list[Look]] = {name: [] for name in first}
 
-    shared = look_at_run_folder(job.run_dir, node, is_first, group) if job.run_dir is not None else {}
-    local = look_around(job.run_dir, job.data, job.stage) if is_first else []
+    shared = look_at_run_folder(inspection.run_dir, node, is_first, group) if inspection.run_dir is not None else {}
+    local = look_around(inspection.run_dir, inspection.data, inspection.stage) if is_first else []
     seen = group.all_gather_object((local, _gpus()))
     for name, rank in first.items():
         looks[name] += [*seen[rank][0], *([shared[name]] if shared else [])]
-        ranks = job.ranks_per_node or (nodes.count(name) if nodes.count(name) > 1 else None)
+        ranks = inspection.ranks_per_node or (nodes.count(name) if nodes.count(name) > 1 else None)
         here = [gpus for owner, (_, gpus) in zip(nodes, seen, strict=True) if owner == name]
         looks[name].append(safely("GPUs", lambda here=here, ranks=ranks: look_at_gpus(here, ranks)))
     if len(first) > 1:
         rounds = meet(group)
-        clocks = look_at_clocks([rounds[rank] for rank in first.values()], job.max_clock_skew_s)
+        clocks = look_at_clocks([rounds[rank] for rank in first.values()], inspection.max_clock_skew_s)
         for name, clock in zip(first, clocks, strict=True):
             looks[name].append(clock)
-    for name, speeds in measure_speeds(node, job.slow_factor, group).items():
+    for name, speeds in measure_speeds(node, inspection.slow_factor, group).items():
         looks[name] += speeds
     return judge(looks)
 

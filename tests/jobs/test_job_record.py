@@ -11,8 +11,8 @@ from pydantic import BaseModel
 
 from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.comm.world import World
-from hvdtrain.jobs import records
-from hvdtrain.jobs.records import close_job, job_name, record_job, telling, without_secrets
+from hvdtrain.jobs import job_record
+from hvdtrain.jobs.job_record import close_job, job_name, record_job, telling, without_secrets
 from hvdtrain.machine.asking import answer_of
 
 
@@ -120,14 +120,14 @@ def test_no_secret_is_recorded():
 
 def test_a_hung_slurm_delays_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scontrol: Path):
     scontrol.write_text("#!/bin/sh\nsleep 100 &\nwait\n")
-    monkeypatch.setattr(records, "LIMIT_S", 0.3)
-    monkeypatch.setattr(records, "_ANSWER_S", 1.0)
+    monkeypatch.setattr(job_record, "LIMIT_S", 0.3)
+    monkeypatch.setattr(job_record, "_ANSWER_S", 1.0)
     began = time.monotonic()
     folder, notes = _begin(tmp_path / "run")
     assert time.monotonic() - began < 1.0  # less than one answer
     assert notes == [f"the record of this job in {folder} takes long; it may not be whole"]
     assert _job(folder)["job_id"] == "4711"  # what was known at once is there
-    monkeypatch.setattr(records, "LIMIT_S", 30.0)
+    monkeypatch.setattr(job_record, "LIMIT_S", 30.0)
     assert close_job(folder, 0, "finished", 5) == []  # after the beginning, not in its midst
     job = _job(folder)
     assert (job["exit_code"], "packages" in job) == (0, True)
