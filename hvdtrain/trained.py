@@ -182,8 +182,7 @@ def _check_there(run: Run, folders: Sequence[Path]) -> None:
 
 
 def _check_like_the_runs(run: Run, corpora: Corpora) -> None:
-    name = run.config.task.name
-    check_kind(corpora, name, make_task(run.config.task).kind)
+    check_kind(corpora, make_task(run.config.task))
     for key, value in corpora.identity().items():
         trained_on = (run.progress.identity or {}).get(key)
         if key != "data_digest" and value != trained_on:

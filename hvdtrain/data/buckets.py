@@ -40,7 +40,7 @@ class BucketSampler:
     (8 from 2**32 rows on).
 
     ``padding``: the share of padding among all positions when every column is as wide as its bucket's end; less where
-    a batch is padded to its own longest row.
+    a batch is padded to its own longest row. ``longest``: tokens of the longest row that is not left out.
     Errors: ConfigError for a budget or ``max_length`` below 1; DataError where no row is left, or a length is negative.
     """
 
@@ -80,6 +80,7 @@ class BucketSampler:
         self._first_batch = self._batch_ends - batches
         self.batches_per_epoch = int(batches.sum())
         kept = longest <= max_length
+        self.longest = int(longest.max(initial=1, where=kept))
         tokens = sum(int(column.sum(dtype=np.int64, where=kept)) for column in columns)
         self.padding = 1 - tokens / (len(columns) * int(rows @ edges))
 

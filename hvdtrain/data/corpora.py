@@ -58,6 +58,22 @@ class Corpora:
         return ", ".join(str(folder) for folder, _ in self.entries)
 
 
+@dataclass(frozen=True)
+class CorpusFacts:
+    """What the data say of a run's size. 0: not known, and left out of the estimate.
+
+    ``longest``: tokens of the longest row that is trained on, where rows have lengths of their own; 0: the context.
+    ``shard_bytes``, ``documents``: of all shards.
+    """
+
+    vocab_size: int
+    classes: int = 2
+    longest: int = 0
+    train_tokens: int = 0
+    shard_bytes: int = 0
+    documents: int = 0
+
+
 def folders_of(options: DataOptions) -> list[Path]:
     """As they are written there, in order."""
     return [Path(name) for name in options.mixture or [options.dir]]

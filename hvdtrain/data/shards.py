@@ -102,6 +102,11 @@ TOKENS_OF = {"text": ("tokens",), "pairs": ("source_tokens", "target_tokens"), "
 _PER_DOCUMENT: dict[str, dict[str, tuple[int, ...]]] = {"labels": {"labels": ()}, "qa": {"spans": (2,), "examples": ()}}
 
 
+def has_labels(kind: str) -> bool:
+    """Does the manifest of such shards name labels?"""
+    return "labels" in _PER_DOCUMENT.get(kind, {})
+
+
 def offsets_of(tokens: str) -> str:
     """The name of the offsets that belong to a dataset of tokens."""
     return tokens.replace("tokens", "doc_offsets")

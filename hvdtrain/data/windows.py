@@ -63,9 +63,8 @@ class WindowSource:
         self.rows_per_step = feed.global_batch
         self.rows_per_epoch = sampler.rows_per_epoch
         self._width = sampler.context + 1
-        # Of a short text no more than an epoch, since each has a price of its own.
         steps_per_epoch = sampler.rows_per_epoch // feed.global_batch
-        self.steps_per_block = max(1, min(_BLOCK_TOKENS // (rows_of_rank * self._width), steps_per_epoch))
+        self.steps_per_block = steps_per_block(rows_of_rank * self._width, steps_per_epoch)
         self._fingerprints = Fingerprints(self._width)
         self._pinned: dict[int, torch.Tensor] = {}
         self._wide = torch.empty(rows_of_rank, self._width, dtype=torch.int64)
@@ -107,6 +106,15 @@ class WindowSource:
         """The microbatches of a step, as views: ids int64 [rows, T + 1]."""
         parts = ids.split(self._feed.microbatch or len(ids))
         return [Batch(part[:, :-1], part[:, 1:], part.shape[0] * (self._width - 1)) for part in parts]
+
+
+def steps_per_block(step_tokens: int, steps_per_epoch: int | None) -> int:
+    """How many steps of ``step_tokens`` on this rank are gathered at once.
+
+    Of a short text no more than an epoch (None: not known), since each has a price of its own.
+    """
+    most = _BLOCK_TOKENS // step_tokens
+    return max(1, most if steps_per_epoch is None else min(most, steps_per_epoch))
 
 
 class Fingerprints:

@@ -117,4 +117,4 @@ def _pair(options: TransformerOptions) -> int:
 
 
 def _head_of_token(options: TransformerOptions, vocab_size: int) -> int:
-    return 2 * options.width * (-(-vocab_size // options.vocab_multiple) * options.vocab_multiple)
+    return 2 * options.width * options.padded(vocab_size)

@@ -32,20 +32,25 @@ class LossTerms:
 
 
 def linear_cross_entropy(
-    hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, terms: LossTerms, chunk_rows: int = 0
+    hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, terms: LossTerms, rows_at_once: int = 0
 ) -> torch.Tensor:
     """SUM over the targets of -log softmax(hidden @ weight.T)[target] plus ``terms``: fp32 scalar, in nats.
 
     Products are made in the type of ``hidden`` (autocast's where that is on), everything else in fp32.
-    chunk_rows: targets scored at once; 0: chosen by the device. It changes the order of sums, nothing else.
+    rows_at_once: targets scored together; 0: see ``chunk_rows``. It changes the order of sums, nothing else.
     """
     device = hidden_ND.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         hidden_ND, weight_VD = hidden_ND.to(dtype), weight_VD.to(dtype)
-    rows = chunk_rows or max(_MIN_ROWS, _CHUNK_ELEMENTS.get(device, _CHUNK_ELEMENTS_GPU) // len(weight_VD))
+    rows = rows_at_once or chunk_rows(device, len(weight_VD))
     with torch.autocast(device, enabled=False):
         return _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, terms, rows)
+
+
+def chunk_rows(device: str, vocabulary: int) -> int:
+    """How many targets are scored at once on a type of device, over a padded vocabulary."""
+    return max(_MIN_ROWS, _CHUNK_ELEMENTS.get(device, _CHUNK_ELEMENTS_GPU) // vocabulary)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -38,6 +38,10 @@ class TransformerOptions(Options):
     dropout: float = option(0.0, "probability, on embeddings, attention and residual branches", ge=0, lt=1)
     vocab_multiple: int = option(1, "pad the vocabulary up to a multiple of this (64 suits GPUs)", ge=1)
 
+    def padded(self, vocab_size: int) -> int:
+        """The vocabulary with its padding: rows of the embedding, columns of the output layer."""
+        return -(-vocab_size // self.vocab_multiple) * self.vocab_multiple
+
     @model_validator(mode="after")
     def _sizes_fit(self) -> "TransformerOptions":
         if self.width % self.heads:
@@ -55,8 +59,7 @@ class Transformer(nn.Module):
     def __init__(self, options: TransformerOptions, vocab_size: int):
         super().__init__()
         self.options, self.vocab_size = options, vocab_size
-        padded = -(-vocab_size // options.vocab_multiple) * options.vocab_multiple
-        self.embedding = nn.Embedding(padded, options.width)
+        self.embedding = nn.Embedding(options.padded(vocab_size), options.width)
         self.position = nn.Embedding(options.context, options.width) if options.positions == "learned" else None
         if options.positions == "rotary":
             table = rotary_table(options.context, options.width // options.heads)

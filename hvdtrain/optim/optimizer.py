@@ -42,6 +42,13 @@ def make_optimizer(model: nn.Module, options: OptimOptions, norms: Norms = whole
     return _MAKERS[options.name]([group for group in groups if group["params"]], options, norms)
 
 
+def state_bytes(options: OptimOptions) -> int:
+    """What the optimizer keeps for each parameter, in fp32: two moments, or one momentum where there is any."""
+    if options.name in ("adamw", "lamb"):
+        return 2 * 4
+    return 4 if options.momentum else 0
+
+
 def _adamw(groups: list[dict[str, Any]], options: OptimOptions, norms: Norms) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=options.lr, betas=(options.beta1, options.beta2), eps=options.eps, fused=True)
 

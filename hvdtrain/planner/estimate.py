@@ -9,12 +9,13 @@ import torch
 
 from hvdtrain import sizing
 from hvdtrain.config import RunConfig, load_config
-from hvdtrain.data.corpora import open_corpora
-from hvdtrain.data.records import Records
+from hvdtrain.data.corpora import CorpusFacts, open_corpora
+from hvdtrain.data.shards import has_labels
 from hvdtrain.errors import ConfigError
 from hvdtrain.files import exists
 from hvdtrain.machine.matmul import use_fast_matmul
-from hvdtrain.planner.memory import CorpusFacts, Memory, Workload, check_ranks, memory, workload
+from hvdtrain.planner.memory import Memory, memory
+from hvdtrain.planner.workload import Workload, check_ranks, workload
 from hvdtrain.tasks import make_task
 
 _MIB = 1 << 20
@@ -77,40 +78,40 @@ def read_facts(config: RunConfig, ranks: int, vocab_size: int = 0) -> tuple[Corp
     config: with the batch of these ranks.
     """
     names = list(config.data.mixture) or [config.data.dir]
+    task = make_task(config.task)
     missing = [name for name in names if not exists(Path(name) / "manifest.json")]
     if missing:
         if vocab_size < 1:
             raise ConfigError(
                 f"no shards in {missing[0]}, so the vocabulary is not known; give --vocab-size N, or data.dir=DIR"
             )
-        classes = " and 2 labels" if config.task.name == "classify" else ""
+        classes = " and 2 labels" if has_labels(task.kind) else ""
         note = f"no shards in {missing[0]}: planned for a vocabulary of {vocab_size:,}{classes}, without its files"
         return CorpusFacts(vocab_size), 0, [note]
     corpora = open_corpora(config.data)
-    task, feed = make_task(config.task), sizing.feed_of(config, 0, ranks)
+    feed = sizing.feed_of(config, 0, ranks)
     task.check(corpora, feed)
     manifest = corpora.manifest
     if vocab_size and vocab_size != manifest.vocab_size:
         raise ConfigError(
             f"--vocab-size {vocab_size}, but {corpora.names} has a vocabulary of {manifest.vocab_size}; leave it out"
         )
-    train = [info for _, one in corpora.entries for info in one.split("train")]
+    training, train = task.open_training(corpora, feed), config.train  # opens files, reads no token
+    source, longest = training.source, training.longest_row
+    update_tokens = train.global_tokens or train.global_batch * config.model.context
+    epoch_tokens = source.rows_per_epoch * update_tokens // source.rows_per_step
+    shards = [info for _, one in corpora.entries for info in one.shards]
+    tokens = sum(info.tokens for _, one in corpora.entries for info in one.split("train"))
     facts = CorpusFacts(
         manifest.vocab_size,
         max(1, len(manifest.label_names)),
-        train_tokens=sum(info.tokens for info in train) if config.task.name == "lm" else 0,
-        shard_bytes=sum(info.file_bytes for _, one in corpora.entries for info in one.shards),
+        longest,
+        train_tokens=tokens if task.rows_are_alike else 0,
+        shard_bytes=sum(info.file_bytes for info in shards),
+        documents=sum(info.documents for info in shards),
     )
-    source, train = task.open_training(corpora, feed).source, config.train  # opens files, reads no token
-    update_tokens = train.global_tokens or train.global_batch * config.model.context
-    epoch_tokens = source.rows_per_epoch * update_tokens // source.rows_per_step
-    if config.task.name == "lm":
-        return facts, epoch_tokens, []
-    lengths = Records(*corpora.entries[0], "train").lengths.max(axis=1)
-    longest = int(lengths[lengths <= config.model.context].max(initial=1))
-    documents = sum(info.documents for info in manifest.shards)
-    known = {**asdict(facts), "longest": longest, "documents": documents}
-    return CorpusFacts(**known), epoch_tokens, [f"rows: as long as the longest that is trained on, {longest} tokens"]
+    notes = [f"rows: as long as the longest that is trained on, {longest} tokens"] if longest else []
+    return facts, epoch_tokens, notes
 
 
 # --- printing -----------------------------------------------------------------------------------------------------
@@ -136,7 +137,8 @@ def as_text(recipe: str, found: Estimate) -> str:
     length = f"{load.positions:,}"
     end = f", at the end {load.min_lr:g}" if config.schedule.name != "constant" else ""
     epochs = f", {load.epochs:.2f} epochs" if load.epochs is not None else ""
-    fixed = config.task.name == "lm" and config.task.lm.rows == "windows"
+    task = make_task(config.task)
+    fixed = task.rows_are_alike and not task.rows_are_packed
     rows = [
         ("global batch", f"{load.global_batch:,} x {length}", f"tokens, {load.global_tokens:,} in all"),
         ("a rank's share", f"{load.rows_of_rank:,} x {length}", "" if fixed else "at most"),

@@ -1,28 +1,37 @@
 """What a model is trained for. A task is one file and one line in this table."""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import create_model
 
 from hvdtrain.options import Options, option
-from hvdtrain.tasks.classify import Classification, ClassifyOptions
-from hvdtrain.tasks.lm import LanguageModel, LanguageModelOptions
-from hvdtrain.tasks.seq2seq import Seq2SeqOptions, SequenceToSequence
+from hvdtrain.tasks.classify import Classification
+from hvdtrain.tasks.lm import LanguageModel
+from hvdtrain.tasks.seq2seq import SequenceToSequence
 from hvdtrain.tasks.task import Task
 
-TASKS = {
-    "lm": LanguageModel,
-    "seq2seq": SequenceToSequence,
-    "classify": Classification,
+TASKS: dict[str, type[Task[Any, Any]]] = {
+    task.name: task
+    for task in (
+        LanguageModel,
+        SequenceToSequence,
+        Classification,
+    )
 }
 
 
-class TaskOptions(Options):
-    name: Literal["lm", "seq2seq", "classify"] = option(
-        "lm", "lm: predict the next token; seq2seq: a target from a source; classify: a text's label"
-    )
-    lm: LanguageModelOptions = LanguageModelOptions()
-    seq2seq: Seq2SeqOptions = Seq2SeqOptions()
-    classify: ClassifyOptions = ClassifyOptions()
+def options_of(tasks: Mapping[str, type[Task[Any, Any]]]) -> type[Options]:
+    """``name``, the first of ``tasks`` unless it is given, and under each task's name its own options."""
+    meaning = "; ".join(f"{name}: {task.about}" for name, task in tasks.items())
+    own: dict[str, Any] = {name: (task.options, task.options()) for name, task in tasks.items()}
+    choice = option(next(iter(tasks)), meaning)
+    return create_model("TaskOptions", __base__=Options, name=(Literal[*tasks], choice), **own)
+
+
+TaskOptions = options_of(TASKS)
 
 
 def make_task(options: TaskOptions) -> Task:
+    """The task that is chosen, with its own options."""
     return TASKS[options.name](getattr(options, options.name))

@@ -7,13 +7,13 @@ import torch.nn.functional as F
 
 from hvdtrain.data.batch import IGNORE, LabelBatch
 from hvdtrain.data.bucketed import eval_rows, label_batch
-from hvdtrain.data.corpora import Corpora
-from hvdtrain.data.loader import Feed
+from hvdtrain.data.corpora import Corpora, CorpusFacts
+from hvdtrain.data.loader import BUFFERS, Feed
 from hvdtrain.data.shards import Manifest
 from hvdtrain.models.encoder import Classifier
 from hvdtrain.models.transformer import TransformerOptions
 from hvdtrain.options import Options, option
-from hvdtrain.tasks.seq2seq import bucketed_training, check_one_folder, open_records
+from hvdtrain.tasks.rows import bucketed_training, check_one_folder, open_records
 from hvdtrain.tasks.task import Evaluation, LossSum, Task, Training
 
 
@@ -24,6 +24,9 @@ class ClassifyOptions(Options):
 class Classification(Task[Classifier, LabelBatch]):
     """Cross-entropy of the label, in nats, summed over rows. Scores: accuracy, and F1 as the mean over the labels."""
 
+    name = "classify"
+    about = "a text's label"
+    options = ClassifyOptions
     kind = "labels"
 
     def __init__(self, options: ClassifyOptions):
@@ -33,7 +36,7 @@ class Classification(Task[Classifier, LabelBatch]):
         return Classifier(options, manifest.vocab_size, len(manifest.label_names))
 
     def check(self, corpora: Corpora, feed: Feed) -> None:
-        check_one_folder(corpora, "classify", self.kind)
+        check_one_folder(corpora, self)
 
     def open_training(self, corpora: Corpora, feed: Feed) -> Training:
         records, make_batch = self._open(corpora, "train", feed)
@@ -58,10 +61,10 @@ class Classification(Task[Classifier, LabelBatch]):
     def measure(self, model: Classifier, batch: LabelBatch) -> torch.Tensor:
         logits = model(batch.tokens, batch.lengths).float()
         loss = self._cross_entropy(logits, batch, 0.0)
-        classes = logits.shape[-1]
+        classes = torch.arange(logits.shape[-1], device=logits.device)
         counted = batch.labels != IGNORE
-        truth = F.one_hot(batch.labels[counted], classes).double()
-        guess = F.one_hot(logits.argmax(-1)[counted], classes).double()
+        truth = (batch.labels[:, None] == classes).double()  # IGNORE is no class
+        guess = ((logits.argmax(-1)[:, None] == classes) & counted[:, None]).double()
         counts = torch.cat([(truth * guess).sum(0), truth.sum(0), guess.sum(0)])
         return torch.cat([torch.stack([loss.double(), counted.sum().double()]), counts])
 
@@ -76,3 +79,11 @@ class Classification(Task[Classifier, LabelBatch]):
         right, truth, guess = counts[:classes], counts[classes : 2 * classes], counts[2 * classes :]
         f1 = [2 * r / (t + g) for r, t, g in zip(right, truth, guess, strict=True) if t + g]
         return {"val_loss": loss / rows, "accuracy": sum(right) / rows, "f1": sum(f1) / len(f1), "rows": int(rows)}
+
+    def example(self, rows: int, positions: int) -> LabelBatch:
+        tokens, labels = torch.zeros(rows, positions, dtype=torch.int64), torch.zeros(rows, dtype=torch.int64)
+        return LabelBatch(tokens, torch.full((rows,), positions), labels, rows)
+
+    def loader_bytes(self, rows: int, positions: int, steps_per_epoch: int | None, facts: CorpusFacts) -> int:
+        # the texts of a batch; of each text its length and its turn
+        return BUFFERS * 8 * rows * positions + 12 * facts.documents

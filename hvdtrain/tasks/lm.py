@@ -7,14 +7,14 @@ from typing import Literal
 import torch
 
 from hvdtrain.data.batch import IGNORE, Batch
-from hvdtrain.data.corpora import Corpora
-from hvdtrain.data.loader import Feed
+from hvdtrain.data.corpora import Corpora, CorpusFacts
+from hvdtrain.data.loader import BUFFERS, Feed
 from hvdtrain.data.packed import PackedSource, document_lengths
 from hvdtrain.data.packing import PackSampler
 from hvdtrain.data.sampler import WindowSampler, derive, share_of
-from hvdtrain.data.shards import Manifest
+from hvdtrain.data.shards import Manifest, token_dtype
 from hvdtrain.data.stream import TokenStream
-from hvdtrain.data.windows import MixedWindows, WindowSource, eval_windows
+from hvdtrain.data.windows import MixedWindows, WindowSource, eval_windows, steps_per_block
 from hvdtrain.errors import ConfigError, DataError
 from hvdtrain.models.decoder import Decoder
 from hvdtrain.models.losses import LossTerms, linear_cross_entropy
@@ -34,19 +34,25 @@ class LanguageModelOptions(Options):
 class LanguageModel(Task[Decoder, Batch]):
     """Cross-entropy of the next token, in nats, summed over the targets that count."""
 
+    name = "lm"
+    about = "predict the next token"
+    options = LanguageModelOptions
     kind = "text"
     rows_are_alike = True
+    predicts_tokens = True
+    continues_text = True
 
     def __init__(self, options: LanguageModelOptions | None = None):
         self._options = options or LanguageModelOptions()
+        self.rows_are_packed = self._options.rows == "packed"
 
     def make_model(self, options: TransformerOptions, manifest: Manifest) -> Decoder:
         return Decoder(options, manifest.vocab_size)
 
     def check(self, corpora: Corpora, feed: Feed) -> None:
-        check_kind(corpora, "lm", self.kind)
+        check_kind(corpora, self)
         check_val(corpora, "val")
-        if self._options.rows == "packed" and len(corpora.entries) > 1:
+        if self.rows_are_packed and len(corpora.entries) > 1:
             raise ConfigError("task.lm.rows=packed takes one folder (data.dir), not data.mixture")
         share_of(feed.global_batch, feed.microbatch, feed.rank, feed.size)
 
@@ -55,7 +61,7 @@ class LanguageModel(Task[Decoder, Batch]):
         step = f"a step is {feed.global_batch} x {feed.context} tokens"
         if feed.ramp is not None:
             step += f", from {feed.ramp.start} x {feed.context} up over {feed.ramp.rows * feed.context:,} tokens"
-        if self._options.rows == "packed":
+        if self.rows_are_packed:
             end = corpora.manifest.special_tokens.get("eos", 0)
             sampler = PackSampler(document_lengths(corpora), feed.context, feed.seed)
             about = f"{len(stream):,} training tokens packed into rows that are {sampler.efficiency:.1%} full; {step}"
@@ -108,3 +114,14 @@ class LanguageModel(Task[Decoder, Batch]):
     def scores(self, sums: list[float]) -> dict[str, float]:
         loss = sums[0] / sums[1]
         return {"val_loss": loss, "perplexity": math.exp(min(loss, 700.0)), "target_tokens": int(sums[1])}
+
+    def example(self, rows: int, positions: int) -> Batch:
+        tokens = torch.zeros(rows, positions, dtype=torch.int64)
+        return Batch(tokens, torch.zeros_like(tokens), rows * positions)
+
+    def loader_bytes(self, rows: int, positions: int, steps_per_epoch: int | None, facts: CorpusFacts) -> int:
+        if self.rows_are_packed:  # four tensors of a batch; where each document begins and which row it is in
+            return BUFFERS * 4 * 8 * rows * positions + 16 * facts.documents
+        step = rows * (positions + 1)
+        narrow = BUFFERS * steps_per_block(step, steps_per_epoch) * token_dtype(facts.vocab_size).itemsize
+        return step * (narrow + 8)  # and the step that is handed out, as int64

@@ -7,18 +7,17 @@ import torch
 import torch.nn.functional as F
 
 from hvdtrain.data.batch import IGNORE, PairBatch
-from hvdtrain.data.bucketed import BucketSource, eval_rows, pair_batch
-from hvdtrain.data.buckets import BucketSampler
-from hvdtrain.data.corpora import Corpora
-from hvdtrain.data.loader import Feed
-from hvdtrain.data.records import Records
+from hvdtrain.data.bucketed import eval_rows, pair_batch
+from hvdtrain.data.corpora import Corpora, CorpusFacts
+from hvdtrain.data.loader import BUFFERS, Feed
 from hvdtrain.data.shards import Manifest
-from hvdtrain.errors import ConfigError, DataError
+from hvdtrain.errors import DataError
 from hvdtrain.models.losses import LossTerms, linear_cross_entropy
 from hvdtrain.models.seq2seq import Seq2Seq
 from hvdtrain.models.transformer import TransformerOptions
 from hvdtrain.options import Options, option
-from hvdtrain.tasks.task import Evaluation, LossSum, Task, Training, check_kind, check_val
+from hvdtrain.tasks.rows import bucketed_training, check_one_folder, open_records
+from hvdtrain.tasks.task import Evaluation, LossSum, Task, Training
 
 
 class Seq2SeqOptions(Options):
@@ -29,7 +28,11 @@ class Seq2SeqOptions(Options):
 class SequenceToSequence(Task[Seq2Seq, PairBatch]):
     """Cross-entropy of the target's tokens, in nats, summed; in training with smoothed labels (Szegedy et al. 2016)."""
 
+    name = "seq2seq"
+    about = "a target from a source"
+    options = Seq2SeqOptions
     kind = "pairs"
+    predicts_tokens = True
 
     def __init__(self, options: Seq2SeqOptions):
         self._options = options
@@ -38,7 +41,7 @@ class SequenceToSequence(Task[Seq2Seq, PairBatch]):
         return Seq2Seq(options, manifest.vocab_size)
 
     def check(self, corpora: Corpora, feed: Feed) -> None:
-        check_one_folder(corpora, "seq2seq", self.kind)
+        check_one_folder(corpora, self)
         _begin(corpora)
 
     def open_training(self, corpora: Corpora, feed: Feed) -> Training:
@@ -80,6 +83,14 @@ class SequenceToSequence(Task[Seq2Seq, PairBatch]):
             "target_tokens": int(sums[1]),
         }
 
+    def example(self, rows: int, positions: int) -> PairBatch:
+        source, tokens, targets = (torch.zeros(rows, positions, dtype=torch.int64) for _ in range(3))
+        return PairBatch(source, torch.full((rows,), positions), tokens, targets, rows * positions)
+
+    def loader_bytes(self, rows: int, positions: int, steps_per_epoch: int | None, facts: CorpusFacts) -> int:
+        # three tensors of a batch; of each pair two lengths and its turn
+        return BUFFERS * 3 * 8 * rows * positions + 20 * facts.documents
+
 
 def _begin(corpora: Corpora) -> int:
     """The token that begins each target: of a text, or else the one that ends them. Errors: DataError."""
@@ -90,34 +101,3 @@ def _begin(corpora: Corpora) -> int:
             f"{corpora.names} does not say which token begins or ends a text; prepare it with data_prep pairs"
         )
     return begin
-
-
-def check_one_folder(corpora: Corpora, task_name: str, kind: str) -> None:
-    """Errors: DataError for shards of another kind or without validation; ConfigError for a mixture, which only
-    language models take.
-    """
-    check_kind(corpora, task_name, kind)
-    if len(corpora.entries) > 1:
-        raise ConfigError(f"task.name={task_name} takes one folder (data.dir), not data.mixture")
-    check_val(corpora, "val")
-
-
-def open_records(corpora: Corpora, split: str) -> Records:
-    """Errors: DataError for a split that is missing or has no target."""
-    check_val(corpora, split)
-    records = Records(*corpora.entries[0], split)
-    if not records.lengths[:, -1].any():
-        raise DataError(f"the {split} split of {corpora.names} is empty; nothing to predict")
-    return records
-
-
-def bucketed_training(records: Records, feed: Feed, make_batch, what: str) -> Training:
-    """Length-bucketed batches of ``feed.global_tokens`` padded tokens."""
-    budget = feed.global_tokens or feed.global_batch * feed.context
-    sampler = BucketSampler(records.lengths, budget, feed.seed, feed.context)
-    dropped = f", {sampler.dropped:,} longer than model.context={feed.context} left out" if sampler.dropped else ""
-    about = (
-        f"{len(records) - sampler.dropped:,} {what}{dropped}; a step is up to {budget:,} tokens, at most "
-        f"{sampler.padding:.0%} of them padding; {sampler.batches_per_epoch:,} steps an epoch"
-    )
-    return Training(BucketSource(records, sampler, feed, make_batch), about)

@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from hvdtrain.data.batch import AnyBatch
-from hvdtrain.data.corpora import Corpora
+from hvdtrain.data.corpora import Corpora, CorpusFacts
 from hvdtrain.data.loader import Feed, Source
 from hvdtrain.data.sampler import even_parts
 from hvdtrain.data.shards import Manifest
 from hvdtrain.errors import DataError
 from hvdtrain.models.transformer import TransformerOptions
+from hvdtrain.options import Options
 
 Model = TypeVar("Model", bound=nn.Module)
 Read = TypeVar("Read", bound=AnyBatch)
@@ -35,10 +36,14 @@ class LossSum:
 
 @dataclass(frozen=True)
 class Training:
-    """What a run reads. ``about``: one line for the user: how much there is, how large a step is."""
+    """What a run reads. ``about``: one line for the user: how much there is, how large a step is.
+
+    ``longest_row``: the most tokens of a row, where rows have lengths of their own; 0: model.context.
+    """
 
     source: Source
     about: str
+    longest_row: int = 0
 
 
 @dataclass(frozen=True)
@@ -58,17 +63,29 @@ class Evaluation:
 
 
 class Task(Protocol[Model, Read]):
-    """What the loop needs to know of a task, for its kind of model and its kind of batch.
+    """What a run needs to know of a task, for its kind of model and its kind of batch.
 
-    ``kind``: of the shards. ``rows_are_alike``: each row has model.context positions, so that ranks share a batch in
-    whole rows; else rows have lengths of their own.
+    name, about        what ``task.name`` calls it, and what it does, for --help
+    options            its own settings, which lie under its name
+    kind               of the shards that it reads
+    rows_are_alike     each row has model.context positions, so that ranks share a batch in whole rows; else rows have
+                       lengths of their own
+    rows_are_packed    a row holds whole documents, and padding where none fits
+    predicts_tokens    its loss is ``linear_cross_entropy`` over the vocabulary
+    continues_text     its model goes on with a prompt, token by token
     """
 
+    name: ClassVar[str]
+    about: ClassVar[str]
+    options: ClassVar[type[Options]]
     kind: ClassVar[str]
     rows_are_alike: ClassVar[bool] = False
+    rows_are_packed: bool = False
+    predicts_tokens: ClassVar[bool] = False
+    continues_text: ClassVar[bool] = False
 
     def __init__(self, options: Any) -> None:
-        """options: the task's own."""
+        """options: of its own kind, see above."""
 
     def make_model(self, options: TransformerOptions, manifest: Manifest) -> Model:
         """The model, not yet initialised; it has ``initialise(seed)``."""
@@ -97,13 +114,25 @@ class Task(Protocol[Model, Read]):
     def scores(self, sums: list[float]) -> dict[str, float]:
         """Scores of a whole split from its global sums; ``val_loss`` (nats per target) is always among them."""
 
+    # What the planner asks, which has no data:
 
-def check_kind(corpora: Corpora, task_name: str, kind: str) -> None:
+    def example(self, rows: int, positions: int) -> Read:
+        """A batch of training, of rows that are all of ``positions`` tokens 0, on torch's present device."""
+
+    def loader_bytes(self, rows: int, positions: int, steps_per_epoch: int | None, facts: CorpusFacts) -> int:
+        """What the loader holds of a rank that takes ``rows`` of ``positions`` tokens a step.
+
+        steps_per_epoch: None: not known.
+        """
+
+
+def check_kind(corpora: Corpora, task: Task) -> None:
     """Errors: DataError where the shards are of another kind than the task reads."""
-    if corpora.manifest.kind != kind:
+    kind = corpora.manifest.kind
+    if kind != task.kind:
         raise DataError(
-            f"task.name={task_name} reads shards of kind {kind}, but {corpora.names} has kind {corpora.manifest.kind}; "
-            f"make them with `python -m data_prep {kind}`, or choose another task.name"
+            f"task.name={task.name} reads shards of kind {task.kind}, but {corpora.names} has kind {kind}; "
+            f"make them with `python -m data_prep {task.kind}`, or choose another task.name"
         )
 
 

@@ -15,23 +15,15 @@ from tiny import stream_of
 
 from hvdtrain.config import RunConfig, load_config, make_config
 from hvdtrain.data import windows
+from hvdtrain.data.corpora import CorpusFacts
 from hvdtrain.data.loader import BUFFERS, Feed
 from hvdtrain.data.sampler import WindowSampler
 from hvdtrain.errors import ConfigError
-from hvdtrain.models import losses
 from hvdtrain.models.flops import decoder_flops
-from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
-from hvdtrain.planner import memory as module
-from hvdtrain.planner.memory import (
-    CorpusFacts,
-    build_model,
-    dry_run,
-    loader_bytes,
-    memory,
-    state_bytes,
-    wire_bytes,
-    workload,
-)
+from hvdtrain.optim.optimizer import OptimOptions, make_optimizer, state_bytes
+from hvdtrain.planner.dry_run import dry_run
+from hvdtrain.planner.memory import loader_bytes, memory, wire_bytes
+from hvdtrain.planner.workload import build_model, workload
 from hvdtrain.sync.allreduce import AllReduceOptions, AllReduceSync
 from hvdtrain.sync.wire import FORMS, _Exchange, _TwoPhases
 
@@ -162,7 +154,6 @@ def test_a_gpu_counts_tensors_alone():
 
 
 def test_loss_on_a_gpu_holds_larger_chunks():
-    assert (module._CHUNK_ELEMENTS_GPU, module._MIN_ROWS) == (losses._CHUNK_ELEMENTS_GPU, losses._MIN_ROWS)
     config, facts = settings(model={"context": 1024}), CorpusFacts(8192)
     load = workload(config, facts, 1)
     cpu, gpu = (memory(config, facts, load, device).parts["temporaries"] for device in ("cpu", "cuda"))
@@ -189,7 +180,6 @@ def test_wire_buffers(ranks: int, bucket_mib: float):
 
 
 def test_loader_buffers_of_windows(tmp_path: Path):
-    assert module._BLOCK_TOKENS == windows._BLOCK_TOKENS
     stream = stream_of(tmp_path / "data", range(3000), 3000)
     config = settings()
     for tokens, batch in ((3000, 8), (3000, 2)):

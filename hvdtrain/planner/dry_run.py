@@ -1,0 +1,197 @@
+"""The bytes that a microbatch takes: it goes forward and backward over tensors that have shapes and no numbers.
+
+That is torch's FakeTensorMode. The bytes of every storage are counted for as long as it would live. So what autograd
+keeps is not in a table here: it follows from the model's own code, with every option, and from torch's choice of
+attention.
+
+    bytes alive   |             ___
+                  |          __/   \\__             peak      activations and temporaries
+                  |       __/         \\__          kept      activations: what backward waits for
+                  |    __/               \\__
+                  | __/                     \\__
+                  +-------------------------------
+                     forward  loss  backward
+"""
+
+import contextlib
+import weakref
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from hvdtrain.config import RunConfig
+from hvdtrain.cut.precision import PRECISIONS
+from hvdtrain.data.batch import AnyBatch
+from hvdtrain.data.corpora import CorpusFacts
+from hvdtrain.models.layers import Attention, CrossAttention
+from hvdtrain.models.recompute import Recomputed
+from hvdtrain.planner.workload import build_model
+from hvdtrain.tasks import make_task
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of a microbatch beyond weights, their gradients and the batch itself.
+
+    ``before_loss``: when the model has its output; ``kept``: when backward begins; ``of_layer``: of ``kept``, by a
+    block on average; ``peak``: at any time.
+    """
+
+    before_loss: int
+    kept: int
+    of_layer: int
+    peak: int
+
+
+def dry_run(
+    config: RunConfig,
+    facts: CorpusFacts,
+    rows: int,
+    positions: int,
+    attention: Literal["flash", "math", "fused"] = "flash",
+    training: bool = True,
+    shapes_only: bool = True,
+) -> Footprint:
+    """One microbatch forward and backward, or one batch of an evaluation, counting bytes as on a CPU.
+
+    attention: math keeps T x T scores; flash does not, but on a CPU it knows no dropout and leaves that to math; fused
+    is a GPU's, which does.
+    shapes_only: with tensors that have no numbers; False: with real ones (for tests).
+    """
+    precision = PRECISIONS[config.precision]
+    backends = [SDPBackend.MATH] if attention == "math" else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+    with FakeTensorMode() if shapes_only else contextlib.nullcontext(), sdpa_kernel(backends):
+        model = build_model(config, facts).train(training)
+        if attention == "fused":
+            for module in model.modules():
+                if isinstance(module, Attention | CrossAttention):
+                    module.dropout = 0.0
+        if precision.weights:
+            _convert(model, precision.weights)
+        _give_gradients(model, dropped=bool(precision.weights))
+        task = make_task(config.task)
+        batch = task.example(rows, positions)
+        live = LiveBytes(_tensors_of(model, batch))
+        autocast = contextlib.nullcontext()
+        if precision.autocast:
+            autocast = torch.autocast("cpu", dtype=precision.autocast)
+        with live, _noting(model, live) as notes:
+            if training:
+                with autocast:
+                    loss = task.loss(model, batch)
+                kept = live.now
+                loss.total.backward()
+            else:
+                kept = 0
+                with autocast, torch.no_grad():
+                    task.measure(model, batch)
+        of_layer = round(sum(notes.of_layers) / len(notes.of_layers))
+        return Footprint(notes.before_loss, kept, of_layer, live.peak)
+
+
+class LiveBytes(TorchDispatchMode):
+    """While it is entered: how many bytes the storages have that operations made (``now``), and had at most (``peak``).
+
+    Storages of ``known`` tensors count nothing.
+    """
+
+    def __init__(self, known: Iterable[torch.Tensor]):
+        super().__init__()
+        self.now = self.peak = 0
+        self._known = [tensor.untyped_storage() for tensor in known]
+        self._alive: dict[int, Any] = {id(storage): storage for storage in self._known}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 1.0  # a number asked of a tensor that has none; memory does not depend on it
+        made = func(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves(made) if isinstance(leaf, torch.Tensor)]
+        for tensor in tensors:
+            self._watch(tensor.untyped_storage())
+        within = 0
+        if func is torch.ops.aten._safe_softmax.default:  # softmax, then the same with rows of nothing set to 0
+            within = tensors[0].nbytes + tensors[0].numel()
+        self.peak = max(self.peak, self.now + within)
+        return made
+
+    def _watch(self, storage: torch.UntypedStorage) -> None:
+        if id(storage) not in self._alive:
+            size = storage.nbytes()
+            self._alive[id(storage)] = weakref.ref(storage, partial(self._forget, id(storage), size))
+            self.now += size
+
+    def _forget(self, number: int, size: int, _: Any) -> None:
+        del self._alive[number]
+        self.now -= size
+
+
+@dataclass
+class _Notes:
+    of_layers: list[int] = field(default_factory=list)
+    before_loss: int = 0
+
+
+@contextlib.contextmanager
+def _noting(model: nn.Module, live: LiveBytes) -> Iterator[_Notes]:
+    """Within: what each block of the model adds to the bytes alive, and how many there are when the model is done."""
+    notes, before = _Notes(), []
+
+    def enter(*_: Any) -> None:
+        before.append(live.now)
+
+    def leave(*_: Any) -> None:
+        notes.of_layers.append(live.now - before.pop())
+
+    def done(*_: Any) -> None:
+        notes.before_loss = live.now
+
+    hooks = [model.register_forward_hook(done)]
+    for module in model.modules():
+        if isinstance(module, Recomputed):
+            hooks += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+    try:
+        yield notes
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _convert(model: nn.Module, dtype: torch.dtype) -> None:
+    """``model.to(dtype)``, which shares nothing of tied weights where tensors are fake."""
+    converted: dict[nn.Parameter, nn.Parameter] = {}
+    for parameter in list(model.parameters()):
+        converted[parameter] = nn.Parameter(parameter.detach().to(dtype))
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = converted[parameter]
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_floating_point():
+                module._buffers[name] = buffer.to(dtype)
+
+
+def _give_gradients(model: nn.Module, dropped: bool) -> None:
+    """As sync/allreduce.py has them: there before backward; of 16-bit weights added up elsewhere, and dropped."""
+
+    def drop(parameter: torch.Tensor) -> None:
+        parameter.grad = None
+
+    for parameter in model.parameters():
+        if dropped:
+            parameter.register_post_accumulate_grad_hook(drop)
+        else:
+            parameter.grad = torch.zeros_like(parameter)
+
+
+def _tensors_of(model: nn.Module, batch: AnyBatch) -> list[torch.Tensor]:
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    of_batch = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
+    return [*model.parameters(), *model.buffers(), *gradients, *of_batch]

@@ -1,0 +1,116 @@
+"""What a step and a whole run are for a rank, from the recipe and what is known of the data; no weight is allocated."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from hvdtrain.config import RunConfig
+from hvdtrain.data.corpora import CorpusFacts
+from hvdtrain.data.sampler import share_of
+from hvdtrain.data.shards import Manifest, token_dtype
+from hvdtrain.errors import ConfigError
+from hvdtrain.models.recompute import use_recompute
+from hvdtrain.sizing import feed_of
+from hvdtrain.sync.allreduce import AllReduceOptions
+from hvdtrain.sync.wire import FORMS
+from hvdtrain.tasks import make_task
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A step and a run, as the ranks share them.
+
+    Where rows have lengths of their own (seq2seq, classify, packed) this is the largest step: rows of ``positions``
+    tokens, and ``tokens`` is what the run sees at most.
+    """
+
+    ranks: int
+    nodes: int
+    ranks_per_node: int  # on the fullest node
+    global_batch: int  # sequences
+    global_tokens: int
+    rows_of_rank: int  # sequences
+    microbatch: int  # sequences of a forward pass
+    microbatches: int  # forward passes of a step
+    positions: int  # tokens of a row
+    lr: float
+    min_lr: float
+    warmup_steps: int
+    steps: int
+    tokens: int  # of the whole run
+    epochs: float | None  # of the training tokens; None: not known
+    parameters: int
+    flops_of_step: int  # model FLOPs of a rank, forward and backward
+    sent_bytes: int  # by a rank in a step
+
+
+def workload(config: RunConfig, facts: CorpusFacts, ranks: int, ranks_per_node: int = 0) -> Workload:
+    """What each of ``ranks`` does in a step. ``ranks_per_node``: 0: all on one node.
+
+    Errors: ConfigError where the ranks cannot share the batch, or numbers of ranks are not above 0.
+    """
+    check_ranks(ranks, ranks_per_node)
+    feed, task = feed_of(config, 0, ranks), make_task(config.task)
+    if task.rows_are_alike:
+        positions = feed.context
+        share = share_of(feed.global_batch, feed.microbatch, 0, ranks)
+        rows, mine, microbatch = feed.global_batch, share.count, share.microbatch
+        global_tokens = rows * positions
+    else:
+        positions = min(facts.longest or feed.context, feed.context)
+        global_tokens = feed.global_tokens or feed.global_batch * feed.context
+        rows = max(1, global_tokens // positions)
+        mine = -(-rows // ranks)
+        microbatch = min(feed.microbatch or mine, mine)
+    microbatches = -(-mine // microbatch)
+    with torch.device("meta"):
+        model, batch = build_model(config, facts), task.example(microbatch, positions)
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    tokens = config.train.steps * global_tokens
+    return Workload(
+        ranks=ranks,
+        nodes=-(-ranks // (ranks_per_node or ranks)),
+        ranks_per_node=min(ranks, ranks_per_node or ranks),
+        global_batch=rows,
+        global_tokens=global_tokens,
+        rows_of_rank=mine,
+        microbatch=microbatch,
+        microbatches=microbatches,
+        positions=positions,
+        lr=config.optim.lr,
+        min_lr=config.schedule.min_lr,
+        warmup_steps=config.schedule.warmup_steps,
+        steps=config.train.steps,
+        tokens=tokens,
+        epochs=tokens / facts.train_tokens if facts.train_tokens else None,
+        parameters=parameters,
+        flops_of_step=microbatches * task.training_flops(model, batch),
+        sent_bytes=sent_bytes(parameters, ranks, config.sync.allreduce),
+    )
+
+
+def check_ranks(ranks: int, ranks_per_node: int) -> None:
+    """Errors: ConfigError for numbers that no job has."""
+    if ranks < 1:
+        raise ConfigError(f"--ranks {ranks}: a job has 1 rank or more")
+    if ranks_per_node < 0:
+        raise ConfigError(f"--ranks-per-node {ranks_per_node}: give 1 or more, or leave it out for one node")
+
+
+def sent_bytes(parameters: int, ranks: int, options: AllReduceOptions) -> int:
+    """By one rank in one step: a ring all-reduce of n bytes sends 2 (ranks - 1) / ranks * n of them, and so do the
+    all-to-all and the all-gather of a two-byte wire together.
+    """
+    form = FORMS[options.wire]
+    return 2 * (ranks - 1) * parameters * (4 if form is None else form.dtype.itemsize) // ranks
+
+
+def build_model(config: RunConfig, facts: CorpusFacts) -> nn.Module:
+    """The run's model, not initialised, on torch's present device."""
+    labels = tuple(map(str, range(facts.classes)))
+    dtype = str(token_dtype(facts.vocab_size))
+    manifest = Manifest(facts.vocab_size, "", dtype, (), {}, label_names=labels)
+    model = make_task(config.task).make_model(config.model, manifest)
+    use_recompute(model, config.recompute)
+    return model
