@@ -64,33 +64,34 @@ _LEFT_OUT = {
 }
 
 
-def _cleaning(words: argparse.Namespace) -> Cleaning:
-    return Cleaning(words.invalid_utf8, words.normalise == "nfc")
-
-
-def _files(words: argparse.Namespace, ranks: Ranks, name: str) -> list[InputFile]:
-    """The input of all splits: ``--NAME``, ``--val-NAME`` and ``--test-NAME``. Rank 0 says what was left out."""
-    from data_prep.finding import Search
-
-    aligned = name in ("source", "target")
-    own = [words.out, words.out.parent / f"{words.out.stem}.record.json"]
-    if words.command != "tokenizer":
-        own = [words.tokenizer, words.out / "tokenizer.json", words.out / "manifest.json"]
-    search = Search(
-        endings=None if aligned else endings_of(words.command),
-        globs=() if aligned else words.glob,
-        exclude=words.exclude,
-        own=own,
-        every_name=aligned,
-    )
-    found = []
-    for prefix, split in (("", None), ("val_", "val"), ("test_", "test")):
-        if inputs := getattr(words, f"{prefix}{name}", []):
-            found += search.files(inputs, split)
-    if ranks.rank == 0:
-        for sentence in search.left_out.sentences():
-            say(sentence)
-    return found
+def main(argv: list[str] | None = None) -> int:
+    is_main = True
+    set_library_threads(os.environ)  # numpy is loaded by the commands, above
+    try:
+        world = detect_world()
+        take_terminal(world)
+        Launcher(world).end_with_it()
+        is_main = world.is_main
+        words = make_parser().parse_args(argv)
+        with open_ranks(world) as ranks:
+            keep_freed_memory()
+            # A million files are a million objects that stay: looking through them for cycles at Python's own rate took
+            # 6 % of the time of 22,675 files (AMD EPYC).
+            gc.set_threshold(50_000, 20, 20)
+            # The libraries that encode would each start a thread for every core of the node.
+            os.environ.setdefault("RAYON_NUM_THREADS", str(threads_of_rank(ranks)))
+            return _COMMANDS[words.command](words, ranks)
+    except HvdtrainError as error:
+        report(error, is_main=is_main)
+        if isinstance(error, LaunchError):
+            let_rank_0_speak()
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("data_prep: interrupted; what is done is kept, run the same command again", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except Exception:
+        traceback.print_exc()
+        return EXIT_CRASH
 
 
 def _tokenizer(words: argparse.Namespace, ranks: Ranks) -> int:
@@ -210,6 +211,15 @@ def _labels(words: argparse.Namespace, ranks: Ranks) -> int:
     return _prepare(make, words, ranks)
 
 
+def _verify(words: argparse.Namespace, ranks: Ranks) -> int:
+    from data_prep.verify import verify
+
+    return EXIT_BAD_DATA if verify(words.folder, ranks, threads_of_rank(ranks)) else EXIT_OK
+
+
+_COMMANDS = {"tokenizer": _tokenizer, "text": _text, "pairs": _pairs, "labels": _labels, "verify": _verify}
+
+
 def _prepare(make: Callable[["TokenizerFile"], "Kind"], words: argparse.Namespace, ranks: Ranks) -> int:
     from data_prep.prepare import PrepareOptions, prepare
     from data_prep.tokenizer_file import load_tokenizer
@@ -267,43 +277,33 @@ def _say_what_was_mended(out: Path, counts: Mapping[str, Any], bad_items: Sequen
             say(f"left out: {item}")
 
 
-def _verify(words: argparse.Namespace, ranks: Ranks) -> int:
-    from data_prep.verify import verify
+def _files(words: argparse.Namespace, ranks: Ranks, name: str) -> list[InputFile]:
+    """The input of all splits: ``--NAME``, ``--val-NAME`` and ``--test-NAME``. Rank 0 says what was left out."""
+    from data_prep.finding import Search
 
-    return EXIT_BAD_DATA if verify(words.folder, ranks, threads_of_rank(ranks)) else EXIT_OK
+    aligned = name in ("source", "target")
+    own = [words.out, words.out.parent / f"{words.out.stem}.record.json"]
+    if words.command != "tokenizer":
+        own = [words.tokenizer, words.out / "tokenizer.json", words.out / "manifest.json"]
+    search = Search(
+        endings=None if aligned else endings_of(words.command),
+        globs=() if aligned else words.glob,
+        exclude=words.exclude,
+        own=own,
+        every_name=aligned,
+    )
+    found = []
+    for prefix, split in (("", None), ("val_", "val"), ("test_", "test")):
+        if inputs := getattr(words, f"{prefix}{name}", []):
+            found += search.files(inputs, split)
+    if ranks.rank == 0:
+        for sentence in search.left_out.sentences():
+            say(sentence)
+    return found
 
 
-_COMMANDS = {"tokenizer": _tokenizer, "text": _text, "pairs": _pairs, "labels": _labels, "verify": _verify}
-
-
-def main(argv: list[str] | None = None) -> int:
-    is_main = True
-    set_library_threads(os.environ)  # numpy is loaded by the commands, above
-    try:
-        world = detect_world()
-        take_terminal(world)
-        Launcher(world).end_with_it()
-        is_main = world.is_main
-        words = make_parser().parse_args(argv)
-        with open_ranks(world) as ranks:
-            keep_freed_memory()
-            # A million files are a million objects that stay: looking through them for cycles at Python's own rate took
-            # 6 % of the time of 22,675 files (AMD EPYC).
-            gc.set_threshold(50_000, 20, 20)
-            # The libraries that encode would each start a thread for every core of the node.
-            os.environ.setdefault("RAYON_NUM_THREADS", str(threads_of_rank(ranks)))
-            return _COMMANDS[words.command](words, ranks)
-    except HvdtrainError as error:
-        report(error, is_main=is_main)
-        if isinstance(error, LaunchError):
-            let_rank_0_speak()
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("data_prep: interrupted; what is done is kept, run the same command again", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except Exception:
-        traceback.print_exc()
-        return EXIT_CRASH
+def _cleaning(words: argparse.Namespace) -> Cleaning:
+    return Cleaning(words.invalid_utf8, words.normalise == "nfc")
 
 
 if __name__ == "__main__":

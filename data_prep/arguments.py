@@ -8,36 +8,6 @@ from typing import Any, NoReturn
 from data_prep.formats import describe
 from hvdtrain.errors import ConfigError
 
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}\n{self.format_usage().rstrip()}")
-
-
-def _fraction(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < 1:
-        raise ValueError(text)
-    return value
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError(text)
-    return value
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise ValueError(text)
-    return value
-
-
-# argparse shows these
-_fraction.__name__, _positive.__name__, _count.__name__ = "fraction (0 to below 1)", "positive number", "number"
-
 KINDS = ("bpe", "unigram", "char", "byte")
 ROLES = ("pad", "bos", "unk", "mask", "sep", "cls")
 ALL_ROLES = ("eos", *ROLES)
@@ -108,89 +78,6 @@ four times as long as what is taken of it."""
 _COMPRESSED = """
 A compressed file is read from its start, by one rank, and makes as many shards as it takes. Memory does not grow with
 what it holds; only a .zst may ask for a window of up to 2 GiB (zstd --long=31), which is memory then."""
-
-
-class _Help(argparse.HelpFormatter):
-    """Paragraphs are filled, but those with indented lines are left as they are."""
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        paragraphs = text.split("\n\n")
-        return "\n\n".join(part if "\n  " in part else textwrap.fill(part, width) for part in paragraphs)
-
-
-def _formats(command: str) -> dict[str, Any]:
-    """What ``--help`` says of files, for whoever wants to know what becomes of one."""
-    tables = {"pairs": [_TABLES, _ALIGNED], "labels": [_TABLES, _LABELS, _SQUAD]}
-    more = tables.get(command, [_SAMPLED] if command == "tokenizer" else [])
-    table = f"How files are read, by their endings:\n{describe(command)}"
-    return {"epilog": "\n".join([table, _LINES, *more, _FOLDERS, _COMPRESSED]), "formatter_class": _Help}
-
-
-def _source() -> argparse.ArgumentParser:
-    source = argparse.ArgumentParser(add_help=False)
-    source.add_argument("--input", type=Path, nargs="+", required=True, metavar="PATH", help="files, or folders")
-    _folders(source)
-    source.add_argument("--field", default="text", metavar="NAME", help="of JSON objects: the text (default: text)")
-    return source
-
-
-def _folders(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--glob", nargs="+", default=[], metavar="PATTERN", help="which files of a folder (default: by ending, below)"
-    )
-    command.add_argument(
-        "--exclude", nargs="+", default=[], metavar="NAME", help="files or folders to leave out, by name"
-    )
-
-
-def _cleaning() -> argparse.ArgumentParser:
-    cleaning = argparse.ArgumentParser(add_help=False)
-    cleaning.add_argument(
-        "--invalid-utf8",
-        choices=["refuse", "replace"],
-        default="refuse",
-        help="bytes that are not UTF-8, or zero: refuse them (default), or put U+FFFD in their place, counted",
-    )
-    cleaning.add_argument(
-        "--skip-bad",
-        action="store_true",
-        help="leave out lines, rows or documents that cannot be used, counted and the first named (default: refuse)",
-    )
-    cleaning.add_argument(
-        "--normalise",
-        choices=["none", "nfc"],
-        default="none",
-        help="Unicode normalisation; default: every byte is kept",
-    )
-    return cleaning
-
-
-def _shards() -> argparse.ArgumentParser:
-    shards = argparse.ArgumentParser(add_help=False)
-    shards.add_argument("--tokenizer", type=Path, required=True, metavar="FILE", help="tokenizer.json to use")
-    shards.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the shards")
-    shards.add_argument(
-        "--val-fraction",
-        type=_fraction,
-        metavar="F",
-        help="of the documents, for validation, chosen by a digest of each (default: 0.01, or 0 with validation input)",
-    )
-    shards.add_argument(
-        "--shard-tokens", type=_positive, default=1 << 25, metavar="N", help="about so many a shard; default: 2**25"
-    )
-    shards.add_argument("--deduplicate", action="store_true", help="keep only the first of equal documents")
-    _roles(shards)
-    return shards
-
-
-def _roles(shards: argparse.ArgumentParser) -> None:
-    group = shards.add_argument_group(
-        "tokens of the tokenizer",
-        "Default: what the files of its folder say, then it itself, then known names of tokens marked special. "
-        "Of several ends that of a document counts, not that of a turn; where it is not clear, --eos must be given.",
-    )
-    for role in ALL_ROLES:
-        group.add_argument(f"--{role}", metavar="NAME", help=_WHAT_ROLES_ARE[role])
 
 
 def _add_tokenizer(commands, parents: list[argparse.ArgumentParser]) -> None:
@@ -274,6 +161,73 @@ def _add_labels(commands, parents: list[argparse.ArgumentParser]) -> None:
     )
 
 
+def _source() -> argparse.ArgumentParser:
+    source = argparse.ArgumentParser(add_help=False)
+    source.add_argument("--input", type=Path, nargs="+", required=True, metavar="PATH", help="files, or folders")
+    _folders(source)
+    source.add_argument("--field", default="text", metavar="NAME", help="of JSON objects: the text (default: text)")
+    return source
+
+
+def _folders(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--glob", nargs="+", default=[], metavar="PATTERN", help="which files of a folder (default: by ending, below)"
+    )
+    command.add_argument(
+        "--exclude", nargs="+", default=[], metavar="NAME", help="files or folders to leave out, by name"
+    )
+
+
+def _cleaning() -> argparse.ArgumentParser:
+    cleaning = argparse.ArgumentParser(add_help=False)
+    cleaning.add_argument(
+        "--invalid-utf8",
+        choices=["refuse", "replace"],
+        default="refuse",
+        help="bytes that are not UTF-8, or zero: refuse them (default), or put U+FFFD in their place, counted",
+    )
+    cleaning.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help="leave out lines, rows or documents that cannot be used, counted and the first named (default: refuse)",
+    )
+    cleaning.add_argument(
+        "--normalise",
+        choices=["none", "nfc"],
+        default="none",
+        help="Unicode normalisation; default: every byte is kept",
+    )
+    return cleaning
+
+
+def _shards() -> argparse.ArgumentParser:
+    shards = argparse.ArgumentParser(add_help=False)
+    shards.add_argument("--tokenizer", type=Path, required=True, metavar="FILE", help="tokenizer.json to use")
+    shards.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the shards")
+    shards.add_argument(
+        "--val-fraction",
+        type=_fraction,
+        metavar="F",
+        help="of the documents, for validation, chosen by a digest of each (default: 0.01, or 0 with validation input)",
+    )
+    shards.add_argument(
+        "--shard-tokens", type=_positive, default=1 << 25, metavar="N", help="about so many a shard; default: 2**25"
+    )
+    shards.add_argument("--deduplicate", action="store_true", help="keep only the first of equal documents")
+    _roles(shards)
+    return shards
+
+
+def _roles(shards: argparse.ArgumentParser) -> None:
+    group = shards.add_argument_group(
+        "tokens of the tokenizer",
+        "Default: what the files of its folder say, then it itself, then known names of tokens marked special. "
+        "Of several ends that of a document counts, not that of a turn; where it is not clear, --eos must be given.",
+    )
+    for role in ALL_ROLES:
+        group.add_argument(f"--{role}", metavar="NAME", help=_WHAT_ROLES_ARE[role])
+
+
 def _more_splits(command: argparse.ArgumentParser) -> None:
     for split, name in (("val", "validation"), ("test", "test")):
         command.add_argument(
@@ -309,3 +263,49 @@ def _limits(command: argparse.ArgumentParser, what: str, most: int) -> None:
     command.add_argument(
         "--max-tokens", type=_count, default=most, metavar="N", help=f"leave out {what} longer than this ({default})"
     )
+
+
+def _formats(command: str) -> dict[str, Any]:
+    """What ``--help`` says of files, for whoever wants to know what becomes of one."""
+    tables = {"pairs": [_TABLES, _ALIGNED], "labels": [_TABLES, _LABELS, _SQUAD]}
+    more = tables.get(command, [_SAMPLED] if command == "tokenizer" else [])
+    table = f"How files are read, by their endings:\n{describe(command)}"
+    return {"epilog": "\n".join([table, _LINES, *more, _FOLDERS, _COMPRESSED]), "formatter_class": _Help}
+
+
+class _Help(argparse.HelpFormatter):
+    """Paragraphs are filled, but those with indented lines are left as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        paragraphs = text.split("\n\n")
+        return "\n\n".join(part if "\n  " in part else textwrap.fill(part, width) for part in paragraphs)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}\n{self.format_usage().rstrip()}")
+
+
+def _fraction(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise ValueError(text)
+    return value
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError(text)
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise ValueError(text)
+    return value
+
+
+# argparse shows these
+_fraction.__name__, _positive.__name__, _count.__name__ = "fraction (0 to below 1)", "positive number", "number"

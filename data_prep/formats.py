@@ -39,17 +39,17 @@ _HEAD_BYTES = 1 << 16  # of a .json, that it is known by
 _SQUAD = re.compile(rb'\{\s*(?:"(?:[^"\\]|\\.)*"\s*:\s*(?:"(?:[^"\\]|\\.)*"|[\w.+-]+)\s*,\s*)*"data"\s*:\s*\[\s*[{\]]')
 
 
-def endings_of(command: str) -> list[str]:
-    """What a folder is searched for."""
-    return [ending for ending, formats in FORMATS.items() if command in formats]
-
-
 def describe(command: str) -> str:
     """The command's part of the table, for ``--help``."""
     rows = [(ending, FORMATS[ending][command]) for ending in endings_of(command)]
     rows.append(("others", f"{OTHERS[command]}, where they are named or match --glob"))
     lines = [f"  {ending:<7} {how}" for ending, how in rows]
     return "\n".join([*lines, f"  each also in upper case, and compressed: {' '.join(COMPRESSIONS)}"])
+
+
+def endings_of(command: str) -> list[str]:
+    """What a folder is searched for."""
+    return [ending for ending, formats in FORMATS.items() if command in formats]
 
 
 def resolve(files: Sequence[InputFile], command: str, quoted: bool = False) -> list[InputFile]:

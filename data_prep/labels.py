@@ -29,12 +29,6 @@ def frame_tokens(special: Mapping[str, int]) -> tuple[int, int]:
     return first, last
 
 
-def check_room(max_tokens: int, taken: int) -> None:
-    """Errors: ConfigError where ``taken`` tokens leave none of ``max_tokens`` (0: no limit) to the text."""
-    if 0 < max_tokens <= taken:
-        raise ConfigError(f"--max-tokens {max_tokens} leaves no room for text; it must be above {taken}")
-
-
 @dataclass
 class LabelsKind:
     """frame: ids of [cls] and [sep]. A text above ``max_tokens`` (0: no limit) loses its end, and that is counted.
@@ -133,6 +127,12 @@ class LabelsKind:
             return False
         leave_out(BadItem("unseen", self._strange[item[0]]), True, counts)
         return True
+
+
+def check_room(max_tokens: int, taken: int) -> None:
+    """Errors: ConfigError where ``taken`` tokens leave none of ``max_tokens`` (0: no limit) to the text."""
+    if 0 < max_tokens <= taken:
+        raise ConfigError(f"--max-tokens {max_tokens} leaves no room for text; it must be above {taken}")
 
 
 def _shortened(parts: list[np.ndarray], room: int) -> list[np.ndarray]:

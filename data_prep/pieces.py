@@ -125,81 +125,7 @@ def share(weights: Sequence[int], size: int) -> list[list[int]]:
     return [sorted(numbers) for numbers in ranks]
 
 
-# --- where documents end ---------------------------------------------------------------------------------------------
-
-BLANK_LINES = re.compile(rb"\n[ \t\r]*\n(?:[ \t\r]*\n)*")
 Read = Callable[[int, int], bytes]  # (offset, size) -> bytes, fewer only at the end
-
-
-# White space as a tokenizer sees it, which gathers it with a line end: that of one byte, of two, of three.
-_SPACE = (rb"\s", rb"\xc2[\x85\xa0]", rb"(?:\xe1\x9a\x80|\xe2(?:\x80[\x80-\x8a\xa8\xa9\xaf]|\x81\x9f)|\xe3\x80\x80)")
-_LINE_END = re.compile(b"".join(b"(?<!%b)" % space for space in _SPACE) + rb"\n(?!%b)(?=[\s\S]{3})" % b"|".join(_SPACE))
-
-
-def end_of_text(read: Read, nominal: int) -> int:
-    """A good place to cut a long text: at a line's end, or between words, or at least between characters.
-
-    Best is a line end between two letters: there a tokenizer would cut anyway.
-    """
-    start = max(0, nominal - 3)
-    window, first = read(start, _LOOK_AHEAD), nominal - start
-    if match := _LINE_END.search(window, first):
-        return start + match.end()
-    if (newline := window.find(b"\n", first)) >= 0:
-        return start + newline + 1
-    if match := re.compile(rb"[ \t]").search(window, first):
-        return start + match.start()
-    return end_of_character(read, nominal)
-
-
-def end_of_character(read: Read, nominal: int) -> int:
-    """The next byte that begins a UTF-8 character."""
-    window = read(nominal, 4)
-    at_end = len(window) if len(window) < 4 else 0  # four in a row are of no character
-    return nominal + next((i for i, byte in enumerate(window) if byte & 0xC0 != 0x80), at_end)
-
-
-def end_of_line(read: Read, nominal: int) -> int:
-    """After the next line end."""
-    position = nominal
-    while window := read(position, _LOOK_AHEAD):
-        if (newline := window.find(b"\n")) >= 0:
-            return position + newline + 1
-        position += len(window)
-        if position - nominal > LONGEST_DOCUMENT:
-            raise _TooLong
-    return position
-
-
-def end_of_paragraph(read: Read, nominal: int) -> int:
-    """After the next blank lines."""
-    size = _LOOK_AHEAD
-    while True:
-        window = read(nominal, size)
-        if match := BLANK_LINES.search(window):  # those beyond the window belong to the next piece, which skips them
-            return nominal + match.end()
-        if len(window) < size:
-            return nominal + len(window)
-        if size > LONGEST_DOCUMENT:
-            raise _TooLong
-        size *= 2
-
-
-class _TooLong(Exception):
-    pass
-
-
-_END_OF_DOCUMENT = {"file": end_of_text, "line": end_of_line, "blank-line": end_of_paragraph}
-
-
-def _end_of_document(file: InputFile, documents: str, read: Read, nominal: int, offset: int = 0) -> int:
-    try:
-        return _END_OF_DOCUMENT[documents](read, nominal)
-    except _TooLong:
-        raise DataError(
-            f"{file.path}: a document is longer than {LONGEST_DOCUMENT >> 20} MiB (from byte {offset + nominal}); "
-            "is it really one document a line? (--documents)"
-        ) from None
 
 
 def chunks(piece: Piece, documents: str) -> Iterator[tuple[int, bytes]]:
@@ -287,3 +213,80 @@ def line_blocks(file: InputFile, block_bytes: int) -> Iterator[tuple[int, bytes]
                 )
         if raw := b"".join(parts):
             yield offset, raw
+
+
+# --- where documents end ---------------------------------------------------------------------------------------------
+
+
+BLANK_LINES = re.compile(rb"\n[ \t\r]*\n(?:[ \t\r]*\n)*")
+
+
+# White space as a tokenizer sees it, which gathers it with a line end: that of one byte, of two, of three.
+_SPACE = (rb"\s", rb"\xc2[\x85\xa0]", rb"(?:\xe1\x9a\x80|\xe2(?:\x80[\x80-\x8a\xa8\xa9\xaf]|\x81\x9f)|\xe3\x80\x80)")
+_LINE_END = re.compile(b"".join(b"(?<!%b)" % space for space in _SPACE) + rb"\n(?!%b)(?=[\s\S]{3})" % b"|".join(_SPACE))
+
+
+def _end_of_document(file: InputFile, documents: str, read: Read, nominal: int, offset: int = 0) -> int:
+    try:
+        return _END_OF_DOCUMENT[documents](read, nominal)
+    except _TooLong:
+        raise DataError(
+            f"{file.path}: a document is longer than {LONGEST_DOCUMENT >> 20} MiB (from byte {offset + nominal}); "
+            "is it really one document a line? (--documents)"
+        ) from None
+
+
+def end_of_text(read: Read, nominal: int) -> int:
+    """A good place to cut a long text: at a line's end, or between words, or at least between characters.
+
+    Best is a line end between two letters: there a tokenizer would cut anyway.
+    """
+    start = max(0, nominal - 3)
+    window, first = read(start, _LOOK_AHEAD), nominal - start
+    if match := _LINE_END.search(window, first):
+        return start + match.end()
+    if (newline := window.find(b"\n", first)) >= 0:
+        return start + newline + 1
+    if match := re.compile(rb"[ \t]").search(window, first):
+        return start + match.start()
+    return end_of_character(read, nominal)
+
+
+def end_of_character(read: Read, nominal: int) -> int:
+    """The next byte that begins a UTF-8 character."""
+    window = read(nominal, 4)
+    at_end = len(window) if len(window) < 4 else 0  # four in a row are of no character
+    return nominal + next((i for i, byte in enumerate(window) if byte & 0xC0 != 0x80), at_end)
+
+
+def end_of_line(read: Read, nominal: int) -> int:
+    """After the next line end."""
+    position = nominal
+    while window := read(position, _LOOK_AHEAD):
+        if (newline := window.find(b"\n")) >= 0:
+            return position + newline + 1
+        position += len(window)
+        if position - nominal > LONGEST_DOCUMENT:
+            raise _TooLong
+    return position
+
+
+def end_of_paragraph(read: Read, nominal: int) -> int:
+    """After the next blank lines."""
+    size = _LOOK_AHEAD
+    while True:
+        window = read(nominal, size)
+        if match := BLANK_LINES.search(window):  # those beyond the window belong to the next piece, which skips them
+            return nominal + match.end()
+        if len(window) < size:
+            return nominal + len(window)
+        if size > LONGEST_DOCUMENT:
+            raise _TooLong
+        size *= 2
+
+
+class _TooLong(Exception):
+    pass
+
+
+_END_OF_DOCUMENT = {"file": end_of_text, "line": end_of_line, "blank-line": end_of_paragraph}

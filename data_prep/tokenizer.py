@@ -28,6 +28,43 @@ _STEP = 1e-4  # of the library, between the scores of bytes that it never met
 _LONGEST_RUN = 1 << 10  # of white space, or of anything else, that unigram is trained on in one
 
 
+def train_tokenizer(
+    texts: Iterable[str], identity: dict[str, Any], kind: str, vocab_size: int, special: Sequence[str], out: Path
+) -> dict[str, Any]:
+    """Train and write ``out`` and, beside it, a record of how it was made (which is returned).
+
+    identity: what the caller knows the text by, as JSON has it (lists, no tuples). A tokenizer that the same text and
+    settings made before is left as it is, and ``texts`` are not touched.
+    Errors: those of ``build_tokenizer``; ConfigError where ``out`` holds another one; OutputError.
+    """
+    record = {"kind": kind, "asked_vocab_size": vocab_size, "special": list(special), **identity}
+    record_path = out.with_name(f"{out.stem}.record.json")
+    if exists(out):
+        before = read_json(record_path) if exists(record_path) else {}
+        if {key: before.get(key) for key in record} == record:
+            return {**before, "reused": True}
+        raise ConfigError(
+            f"{out} exists and was not made from this input and these settings; remove it or choose another --out"
+        )
+    sizes = [0, 0]
+
+    def counted() -> Iterator[str]:
+        for text in texts:
+            sizes[0] += 1
+            sizes[1] += len(text.encode())
+            yield text
+
+    tokenizer = build_tokenizer(counted(), kind, vocab_size, special)
+    record |= {"vocab_size": tokenizer.get_vocab_size(), "documents": sizes[0], "trained_on_bytes": sizes[1]}
+    try:
+        make_folder(out.parent)
+    except OSError as error:
+        raise OutputError(f"cannot make {out.parent}: {error.strerror}") from None
+    write_json(record_path, record)
+    write_text(out, tokenizer.to_str(pretty=True))
+    return {**record, "reused": False}
+
+
 def build_tokenizer(texts: Iterable[str], kind: str, vocab_size: int, special: Sequence[str] = ()) -> Tokenizer:
     """Train a tokenizer of this kind on ``texts``; its special tokens have the first ids, end of text is 0.
 
@@ -146,43 +183,3 @@ def _without_long_runs(text: str) -> Iterator[str]:
             yield text[begin:end]
             begin = end
     yield text[begin:]
-
-
-# --- files -----------------------------------------------------------------------------------------------------------
-
-
-def train_tokenizer(
-    texts: Iterable[str], identity: dict[str, Any], kind: str, vocab_size: int, special: Sequence[str], out: Path
-) -> dict[str, Any]:
-    """Train and write ``out`` and, beside it, a record of how it was made (which is returned).
-
-    identity: what the caller knows the text by, as JSON has it (lists, no tuples). A tokenizer that the same text and
-    settings made before is left as it is, and ``texts`` are not touched.
-    Errors: those of ``build_tokenizer``; ConfigError where ``out`` holds another one; OutputError.
-    """
-    record = {"kind": kind, "asked_vocab_size": vocab_size, "special": list(special), **identity}
-    record_path = out.with_name(f"{out.stem}.record.json")
-    if exists(out):
-        before = read_json(record_path) if exists(record_path) else {}
-        if {key: before.get(key) for key in record} == record:
-            return {**before, "reused": True}
-        raise ConfigError(
-            f"{out} exists and was not made from this input and these settings; remove it or choose another --out"
-        )
-    sizes = [0, 0]
-
-    def counted() -> Iterator[str]:
-        for text in texts:
-            sizes[0] += 1
-            sizes[1] += len(text.encode())
-            yield text
-
-    tokenizer = build_tokenizer(counted(), kind, vocab_size, special)
-    record |= {"vocab_size": tokenizer.get_vocab_size(), "documents": sizes[0], "trained_on_bytes": sizes[1]}
-    try:
-        make_folder(out.parent)
-    except OSError as error:
-        raise OutputError(f"cannot make {out.parent}: {error.strerror}") from None
-    write_json(record_path, record)
-    write_text(out, tokenizer.to_str(pretty=True))
-    return {**record, "reused": False}

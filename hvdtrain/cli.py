@@ -29,11 +29,17 @@ def run(argv: Sequence[str], world: World) -> int:
     return words.run(words, world)
 
 
-def works_on_ranks(argv: Sequence[str]) -> bool:
-    """Does it matter to these words whether there are other ranks? Some only look, whoever started them."""
-    first = argv[0] if argv else "--help"
-    only_looks = first in _COMMANDS and _COMMANDS[first].only_looks
-    return "--job" in argv or not (only_looks or first.startswith("-") or {"-h", "--help"} & set(argv))
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = make_parser()
+    words, rest = parser.parse_known_args(argv)
+    if rest and "overrides" not in words:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    # Options may stand between overrides; argparse alone would then take the later overrides for strangers.
+    if strangers := [word for word in rest if word.startswith("-") or "=" not in word]:
+        raise ConfigError(f"unknown argument {strangers[0]!r}; settings are given as key=value")
+    if rest:
+        words.overrides += rest
+    return words
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -46,17 +52,11 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = make_parser()
-    words, rest = parser.parse_known_args(argv)
-    if rest and "overrides" not in words:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    # Options may stand between overrides; argparse alone would then take the later overrides for strangers.
-    if strangers := [word for word in rest if word.startswith("-") or "=" not in word]:
-        raise ConfigError(f"unknown argument {strangers[0]!r}; settings are given as key=value")
-    if rest:
-        words.overrides += rest
-    return words
+def works_on_ranks(argv: Sequence[str]) -> bool:
+    """Does it matter to these words whether there are other ranks? Some only look, whoever started them."""
+    first = argv[0] if argv else "--help"
+    only_looks = first in _COMMANDS and _COMMANDS[first].only_looks
+    return "--job" in argv or not (only_looks or first.startswith("-") or {"-h", "--help"} & set(argv))
 
 
 # --- the commands ----------------------------------------------------------------------------------------------------

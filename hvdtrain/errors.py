@@ -98,6 +98,32 @@ class RankError(HvdtrainError):
         self.exit_code = exit_code
 
 
+def report(error: HvdtrainError, is_main: bool) -> None:
+    """Print ``error`` once: by rank 0, and only the first time it passes by."""
+    if is_main and getattr(error, "rank", 0) == 0 and not getattr(error, "reported", False):
+        say(describe(error))
+    error.reported = True  # type: ignore[attr-defined]
+
+
+def describe(error: HvdtrainError) -> str:
+    kind = type(error).__name__
+    return str(error) if kind == "RankError" else f"{kind}: {error}"  # a RankError carries its kind in its message
+
+
+def describe_crash(error: BaseException) -> str:
+    """An error that is not of our own making, in one line."""
+    first, *_ = str(error).strip().splitlines() or [""]
+    kind = "out of memory: " if is_out_of_memory(error) else ""
+    return f"{kind}{type(error).__name__}" + (f": {first}" if first else "")
+
+
+def crash_code(error: BaseException) -> int:
+    """The exit code of an error that is not of this family."""
+    if isinstance(error, KeyboardInterrupt):
+        return EXIT_INTERRUPTED
+    return EXIT_OUT_OF_MEMORY if is_out_of_memory(error) else EXIT_CRASH
+
+
 _ONEDNN = "could not create a primitive"  # which it says where there is no room for one
 
 
@@ -109,32 +135,6 @@ def is_out_of_memory(error: BaseException) -> bool:
         return error.errno == errno.ENOMEM
     words = ("DefaultCPUAllocator: can't allocate memory", "out of memory", "_ALLOC_FAILED", _ONEDNN)
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
-
-
-def crash_code(error: BaseException) -> int:
-    """The exit code of an error that is not of this family."""
-    if isinstance(error, KeyboardInterrupt):
-        return EXIT_INTERRUPTED
-    return EXIT_OUT_OF_MEMORY if is_out_of_memory(error) else EXIT_CRASH
-
-
-def describe_crash(error: BaseException) -> str:
-    """An error that is not of our own making, in one line."""
-    first, *_ = str(error).strip().splitlines() or [""]
-    kind = "out of memory: " if is_out_of_memory(error) else ""
-    return f"{kind}{type(error).__name__}" + (f": {first}" if first else "")
-
-
-def describe(error: HvdtrainError) -> str:
-    kind = type(error).__name__
-    return str(error) if kind == "RankError" else f"{kind}: {error}"  # a RankError carries its kind in its message
-
-
-def report(error: HvdtrainError, is_main: bool) -> None:
-    """Print ``error`` once: by rank 0, and only the first time it passes by."""
-    if is_main and getattr(error, "rank", 0) == 0 and not getattr(error, "reported", False):
-        say(describe(error))
-    error.reported = True  # type: ignore[attr-defined]
 
 
 def let_rank_0_speak() -> None:

@@ -84,15 +84,6 @@ def note(trouble: str) -> None:
 # --- looking -----------------------------------------------------------------------------------------------------
 
 
-def is_there(path: Path) -> bool:
-    """Errors: OSError where that cannot be told; ``Path.exists`` raises some of them and takes others for absence."""
-    try:
-        path.stat()
-    except _ABSENT:
-        return False
-    return True
-
-
 def exists(path: Path) -> bool:
     """Is it there? Tried again. Errors: OutputError (exit 74) where that cannot be told."""
     try:
@@ -104,6 +95,15 @@ def exists(path: Path) -> bool:
 def seen(path: Path) -> bool:
     """Is it there, as far as can be told now? An optional look."""
     return optional(lambda: is_there(path), f"cannot look for {path}", False)
+
+
+def is_there(path: Path) -> bool:
+    """Errors: OSError where that cannot be told; ``Path.exists`` raises some of them and takes others for absence."""
+    try:
+        path.stat()
+    except _ABSENT:
+        return False
+    return True
 
 
 def listed(folder: Path, pattern: str = "*") -> list[Path]:
@@ -118,11 +118,6 @@ def listed(folder: Path, pattern: str = "*") -> list[Path]:
     return [folder / name for name in sorted(names) if fnmatchcase(name, pattern)]
 
 
-def read_text(path: Path) -> str:
-    """UTF-8. Errors: OSError, UnicodeDecodeError."""
-    return again(lambda: path.read_text(encoding="utf-8"), path)
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Errors: DataError naming it."""
     try:
@@ -132,6 +127,11 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DataError(f"{path} does not hold a JSON object")
     return value
+
+
+def read_text(path: Path) -> str:
+    """UTF-8. Errors: OSError, UnicodeDecodeError."""
+    return again(lambda: path.read_text(encoding="utf-8"), path)
 
 
 # --- digests -----------------------------------------------------------------------------------------------------
@@ -172,6 +172,16 @@ def fields_sha256(fields: Mapping[str, Any]) -> str:
 # --- writing -----------------------------------------------------------------------------------------------------
 
 
+def write_json(path: Path, value: Any) -> None:
+    """``write`` of JSON. Errors: OutputError."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """``write`` of UTF-8. Errors: OutputError."""
+    write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
 def write(path: Path, fill: Callable[[Path], object]) -> None:
     """A file that is whole or not there: ``fill`` writes it under a name beside ``path``, then it is renamed.
 
@@ -195,16 +205,6 @@ def write(path: Path, fill: Callable[[Path], object]) -> None:
     finally:
         with suppress(OSError):  # such as a parent that is no folder; the error on its way says so
             temporary.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """``write`` of UTF-8. Errors: OutputError."""
-    write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def write_json(path: Path, value: Any) -> None:
-    """``write`` of JSON. Errors: OutputError."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def make_folder(path: Path) -> None:

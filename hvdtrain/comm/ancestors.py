@@ -48,34 +48,6 @@ class Process:
     words: tuple[str, ...]
 
 
-def find_process(pid: int, proc: Path = Path("/proc")) -> Process | None:
-    """None: it is gone, or has ended and waits for its parent to ask. Errors: OSError where that cannot be told."""
-    try:
-        head, _, tail = (proc / str(pid) / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")
-        words = (proc / str(pid) / "cmdline").read_text(encoding="utf-8", errors="replace").split("\0")
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    fields = tail.split()
-    if fields[0] in ("Z", "X"):
-        return None
-    return Process(pid, fields[19], int(fields[1]), head.partition("(")[2], tuple(words[:-1]))
-
-
-def process_began(pid: int, proc: Path = Path("/proc")) -> str:
-    """When a process began, in ticks since the machine's start; its number may be used again. Empty: it is gone.
-
-    Errors: OSError where that cannot be told.
-    """
-    process = find_process(pid, proc)
-    return "" if process is None else process.began
-
-
-def signal_at_parents_end(number: signal.Signals) -> None:
-    """Let the kernel send that signal to this process as soon as its parent has ended, however that ends (Linux)."""
-    set_parent_death_signal = 1
-    ctypes.CDLL(None).prctl(set_parent_death_signal, number)
-
-
 class Launcher:
     """The processes that a rank of ``world`` was started by; made while they are there. Nothing is a collective."""
 
@@ -199,3 +171,31 @@ def _command_of(process: Process) -> str:
             if re.fullmatch("-[a-z]*c", option):
                 return command
     return ""
+
+
+def process_began(pid: int, proc: Path = Path("/proc")) -> str:
+    """When a process began, in ticks since the machine's start; its number may be used again. Empty: it is gone.
+
+    Errors: OSError where that cannot be told.
+    """
+    process = find_process(pid, proc)
+    return "" if process is None else process.began
+
+
+def find_process(pid: int, proc: Path = Path("/proc")) -> Process | None:
+    """None: it is gone, or has ended and waits for its parent to ask. Errors: OSError where that cannot be told."""
+    try:
+        head, _, tail = (proc / str(pid) / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")
+        words = (proc / str(pid) / "cmdline").read_text(encoding="utf-8", errors="replace").split("\0")
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    fields = tail.split()
+    if fields[0] in ("Z", "X"):
+        return None
+    return Process(pid, fields[19], int(fields[1]), head.partition("(")[2], tuple(words[:-1]))
+
+
+def signal_at_parents_end(number: signal.Signals) -> None:
+    """Let the kernel send that signal to this process as soon as its parent has ended, however that ends (Linux)."""
+    set_parent_death_signal = 1
+    ctypes.CDLL(None).prctl(set_parent_death_signal, number)

@@ -34,12 +34,6 @@ KNOBS = {
 _POLL_S = 5e-5
 
 
-def set_knobs(environment: MutableMapping[str, str]) -> None:
-    """Put into ``environment`` what the user has not set there (local; before Horovod starts)."""
-    for name, value in KNOBS.items():
-        environment.setdefault(name, value)
-
-
 class HorovodGroup(Group):
     """The group of all ranks. Making one is a collective; there is one per process.
 
@@ -133,6 +127,12 @@ class HorovodGroup(Group):
         if self._mpi is not None:
             end_all_ranks(self._mpi, exit_code)
         os._exit(exit_code)
+
+
+def set_knobs(environment: MutableMapping[str, str]) -> None:
+    """Put into ``environment`` what the user has not set there (local; before Horovod starts)."""
+    for name, value in KNOBS.items():
+        environment.setdefault(name, value)
 
 
 class _PendingCollective:

@@ -25,6 +25,29 @@ _INNER = re.compile(r"(docker|podman|cni|flannel|virbr|lxcbr|lxdbr|veth)\S*|br-[
 LEAVE_S = 120.0  # for all ranks to leave, once they have nothing more to do
 
 
+class MpiRanks(Ranks):
+    """All ranks of the job over MPI alone. Making one is a collective.
+
+    Errors: LaunchError where the launcher brings no MPI.
+    """
+
+    def __init__(self, world: World):
+        if world.launcher.endswith("--gloo"):
+            raise LaunchError(f"{world.launcher} brings no MPI; start with mpirun or srun --mpi=pmix", world.rank)
+        self._mpi = start_mpi(world)
+        self._comm = self._mpi.COMM_WORLD.Dup()
+        self.rank, self.size = world.rank, world.size
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        return self._comm.allgather(value)
+
+    def close(self) -> None:
+        self._comm.Free()
+
+    def abort(self, exit_code: int) -> None:
+        end_all_ranks(self._mpi, exit_code)
+
+
 def start_mpi(world: World) -> ModuleType:
     """Initialise MPI (collective) and return ``mpi4py.MPI``. It ends with the process, or the process ends without it.
 
@@ -88,26 +111,3 @@ def _end_in_time(mpi: ModuleType, rank: int) -> None:
     # Made now: later Pythons make no threads at their end.
     threading.Thread(target=watch, name="hvdtrain-farewell", daemon=True).start()
     atexit.register(end)
-
-
-class MpiRanks(Ranks):
-    """All ranks of the job over MPI alone. Making one is a collective.
-
-    Errors: LaunchError where the launcher brings no MPI.
-    """
-
-    def __init__(self, world: World):
-        if world.launcher.endswith("--gloo"):
-            raise LaunchError(f"{world.launcher} brings no MPI; start with mpirun or srun --mpi=pmix", world.rank)
-        self._mpi = start_mpi(world)
-        self._comm = self._mpi.COMM_WORLD.Dup()
-        self.rank, self.size = world.rank, world.size
-
-    def all_gather_object(self, value: Any) -> list[Any]:
-        return self._comm.allgather(value)
-
-    def close(self) -> None:
-        self._comm.Free()
-
-    def abort(self, exit_code: int) -> None:
-        end_all_ranks(self._mpi, exit_code)

@@ -12,6 +12,15 @@ from hvdtrain.comm.world import detect_world
 from hvdtrain.errors import HvdtrainError, LaunchError, say
 
 
+def main() -> int:
+    try:
+        print(probe(), flush=True)
+    except HvdtrainError as error:
+        say(str(error))
+        return error.exit_code
+    return 0
+
+
 def probe() -> str:
     """Meet the other ranks, and leave again (collective); what to say about it.
 
@@ -24,15 +33,6 @@ def probe() -> str:
         if ranks.all_gather_object(world.rank) != list(range(world.size)):
             raise LaunchError(f"{world.launcher} and MPI number the ranks in different ways")
     return f"{world.size} ranks joined ({world.launcher})"
-
-
-def main() -> int:
-    try:
-        print(probe(), flush=True)
-    except HvdtrainError as error:
-        say(str(error))
-        return error.exit_code
-    return 0
 
 
 if __name__ == "__main__":

@@ -19,38 +19,46 @@ from hvdtrain.comm.world import tasks_of_nodes
 from hvdtrain.errors import EXIT_USAGE, LaunchError, say
 
 
-def address_towards(host: str, interface: str | None = None) -> str:
-    """This machine's IPv4 address on the way to ``host``, or that of ``interface``. Nothing is sent.
-
-    Errors: LaunchError where there is no such way or interface.
-    """
-    if interface is not None:
-        found = [address for name, address in _addresses() if name == interface]
-        if not found:
-            names = sorted({name for name, _ in _addresses()})
-            raise LaunchError(f"HOROVOD_GLOO_IFACE={interface} has no IPv4 address here; there are {', '.join(names)}")
-        return found[0]
+def main(words: list[str]) -> int:
+    """``serve [HOST]`` or ``exec WORDS...``; returns the exit code of a failure."""
     try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((host, 9))
-            return probe.getsockname()[0]
+        if words[:1] == ["serve"] and len(words) <= 2:
+            serve(words[1] if len(words) == 2 else "127.0.0.1")
+        if words[:1] == ["exec"] and len(words) > 1:
+            run_in(os.environ, words[1:])
+        raise LaunchError("usage: python -m hvdtrain.comm.rendezvous serve [HOST] | exec WORDS...")
+    except LaunchError as error:
+        say(str(error))
+        return EXIT_USAGE
+
+
+def serve(towards: str) -> NoReturn:
+    """Print ``ADDRESS:PORT`` of a server that the machines around ``towards`` can reach; serve until SIGTERM.
+
+    It keeps what it was told: Horovod's own drops it when everyone has said goodbye, for which it would have to know
+    beforehand who comes. So a server serves one step.
+    """
+    from horovod.runner.http.http_server import OK, RendezvousHandler, RendezvousServer
+
+    class Keep(RendezvousHandler):
+        def do_DELETE(self) -> None:
+            self.send_status_code(OK)
+
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    address = address_towards(towards, os.environ.get("HOROVOD_GLOO_IFACE"))
+    port = RendezvousServer().start(Keep)
+    print(f"{address}:{port}", flush=True)
+    while True:
+        signal.pause()
+
+
+def run_in(env: MutableMapping[str, str], words: list[str]) -> NoReturn:
+    """Become ``words``, in this process, with ``env`` and a rank's variables."""
+    env = {**env, **rank_environment(env)}
+    try:
+        os.execvpe(words[0], words, env)
     except OSError as error:
-        raise LaunchError(f"no way from {socket.gethostname()} to {host}: {error.strerror}") from None
-
-
-def interface_of(address: str) -> str:
-    """The network interface that has ``address``. Errors: LaunchError."""
-    for name, theirs in _addresses():
-        if theirs == address:
-            return name
-    raise LaunchError(f"no network interface of {socket.gethostname()} has {address}; name one in HOROVOD_GLOO_IFACE")
-
-
-def _addresses() -> list[tuple[str, str]]:
-    import psutil  # Horovod needs it too
-
-    cards = psutil.net_if_addrs().items()
-    return [(name, card.address) for name, parts in cards for card in parts if card.family == socket.AF_INET]
+        raise LaunchError(f"cannot start {words[0]}: {error.strerror}") from None
 
 
 def rank_environment(env: Mapping[str, str], interface: str | None = None) -> dict[str, str]:
@@ -88,46 +96,38 @@ def rank_environment(env: Mapping[str, str], interface: str | None = None) -> di
     }
 
 
-def serve(towards: str) -> NoReturn:
-    """Print ``ADDRESS:PORT`` of a server that the machines around ``towards`` can reach; serve until SIGTERM.
+def address_towards(host: str, interface: str | None = None) -> str:
+    """This machine's IPv4 address on the way to ``host``, or that of ``interface``. Nothing is sent.
 
-    It keeps what it was told: Horovod's own drops it when everyone has said goodbye, for which it would have to know
-    beforehand who comes. So a server serves one step.
+    Errors: LaunchError where there is no such way or interface.
     """
-    from horovod.runner.http.http_server import OK, RendezvousHandler, RendezvousServer
-
-    class Keep(RendezvousHandler):
-        def do_DELETE(self) -> None:
-            self.send_status_code(OK)
-
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-    address = address_towards(towards, os.environ.get("HOROVOD_GLOO_IFACE"))
-    port = RendezvousServer().start(Keep)
-    print(f"{address}:{port}", flush=True)
-    while True:
-        signal.pause()
-
-
-def run_in(env: MutableMapping[str, str], words: list[str]) -> NoReturn:
-    """Become ``words``, in this process, with ``env`` and a rank's variables."""
-    env = {**env, **rank_environment(env)}
+    if interface is not None:
+        found = [address for name, address in _addresses() if name == interface]
+        if not found:
+            names = sorted({name for name, _ in _addresses()})
+            raise LaunchError(f"HOROVOD_GLOO_IFACE={interface} has no IPv4 address here; there are {', '.join(names)}")
+        return found[0]
     try:
-        os.execvpe(words[0], words, env)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, 9))
+            return probe.getsockname()[0]
     except OSError as error:
-        raise LaunchError(f"cannot start {words[0]}: {error.strerror}") from None
+        raise LaunchError(f"no way from {socket.gethostname()} to {host}: {error.strerror}") from None
 
 
-def main(words: list[str]) -> int:
-    """``serve [HOST]`` or ``exec WORDS...``; returns the exit code of a failure."""
-    try:
-        if words[:1] == ["serve"] and len(words) <= 2:
-            serve(words[1] if len(words) == 2 else "127.0.0.1")
-        if words[:1] == ["exec"] and len(words) > 1:
-            run_in(os.environ, words[1:])
-        raise LaunchError("usage: python -m hvdtrain.comm.rendezvous serve [HOST] | exec WORDS...")
-    except LaunchError as error:
-        say(str(error))
-        return EXIT_USAGE
+def interface_of(address: str) -> str:
+    """The network interface that has ``address``. Errors: LaunchError."""
+    for name, theirs in _addresses():
+        if theirs == address:
+            return name
+    raise LaunchError(f"no network interface of {socket.gethostname()} has {address}; name one in HOROVOD_GLOO_IFACE")
+
+
+def _addresses() -> list[tuple[str, str]]:
+    import psutil  # Horovod needs it too
+
+    cards = psutil.net_if_addrs().items()
+    return [(name, card.address) for name, parts in cards for card in parts if card.family == socket.AF_INET]
 
 
 if __name__ == "__main__":

@@ -23,15 +23,6 @@ _INFO = struct.Struct("2xBB")
 _FAMILIES = (socket.AF_INET, socket.AF_INET6)
 
 
-def own_addresses() -> list[str]:
-    """This host's IP addresses, without those that only it can reach."""
-    import psutil  # Horovod needs it too
-
-    cards = [card for parts in psutil.net_if_addrs().values() for card in parts if card.family in _FAMILIES]
-    addresses = {_plain(card.address) for card in cards}
-    return sorted(address for address in addresses if not ip_address(address).is_loopback)
-
-
 def other_hosts(ranks: Ranks) -> dict[str, str]:
     """Address -> name of every other host of the job (collective).
 
@@ -46,6 +37,15 @@ def other_hosts(ranks: Ranks) -> dict[str, str]:
         for address in addresses
         if name != here and owners[address] == 1
     }
+
+
+def own_addresses() -> list[str]:
+    """This host's IP addresses, without those that only it can reach."""
+    import psutil  # Horovod needs it too
+
+    cards = [card for parts in psutil.net_if_addrs().values() for card in parts if card.family in _FAMILIES]
+    addresses = {_plain(card.address) for card in cards}
+    return sorted(address for address in addresses if not ip_address(address).is_loopback)
 
 
 class Silence:

@@ -48,16 +48,6 @@ class World:
         return self.rank == 0
 
 
-def _int(env: Mapping[str, str], name: str, default: int | None = None) -> int:
-    text = env.get(name)
-    if text is None and default is not None:
-        return default
-    try:
-        return int(text or "")
-    except ValueError:
-        raise LaunchError(f"the launcher set {name}={text!r}, which is not a number") from None
-
-
 def detect_world(env: Mapping[str, str] | None = None) -> World:
     """Read the launcher's marks from ``env`` (default: the process's environment).
 
@@ -197,6 +187,16 @@ def tasks_of_nodes(text: str) -> list[int]:
             raise LaunchError(f"the launcher set SLURM_STEP_TASKS_PER_NODE={text!r}, which is not a list of counts")
         counts += [int(match[1])] * int(match[2] or 1)
     return counts
+
+
+def _int(env: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = env.get(name)
+    if text is None and default is not None:
+        return default
+    try:
+        return int(text or "")
+    except ValueError:
+        raise LaunchError(f"the launcher set {name}={text!r}, which is not a number") from None
 
 
 def check_sizes(world: World, seen_size: int, library: str) -> None:

@@ -46,15 +46,6 @@ def doctor() -> tuple[str, bool]:
     return "\n".join(f"{name:<{width}}  {found}" for name, found in rows), healthy
 
 
-def _environment() -> dict[str, str]:
-    """The environment for a launcher: this interpreter's folder first on the PATH, root allowed where we are root."""
-    env = dict(os.environ)
-    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', '')}"
-    if os.geteuid() == 0:
-        env |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    return env
-
-
 def _self_test(launcher: list[str]) -> tuple[bool, str]:
     env = _environment() | {"HVDTRAIN_RANKS": "2"}  # whatever else has left its marks here
     if shutil.which(launcher[0], path=env["PATH"]) is None:
@@ -74,6 +65,15 @@ def _self_test(launcher: list[str]) -> tuple[bool, str]:
         return True, told[0].partition(">:")[2] or told[0]
     last = (output.strip().splitlines() or ["no output"])[-1]
     return False, f"FAILED (exit {process.returncode}): {last}"
+
+
+def _environment() -> dict[str, str]:
+    """The environment for a launcher: this interpreter's folder first on the PATH, root allowed where we are root."""
+    env = dict(os.environ)
+    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', '')}"
+    if os.geteuid() == 0:
+        env |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    return env
 
 
 def _torch() -> str:

@@ -50,11 +50,6 @@ _SECRET_SET = re.compile(rf"""\b([A-Z0-9_]*(?:{_SECRET})[A-Z0-9_]*=)("[^"]*"|'[^
 _one_at_a_time = threading.Lock()  # a job may end while its beginning is still being written
 
 
-def node_name() -> str:
-    """This machine, as the batch system calls it (``sbatch --exclude`` takes that name); elsewhere the host's name."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname().partition(".")[0]
-
-
 def record_job(
     run_dir: Path,
     recipe_words: Sequence[str],
@@ -123,18 +118,9 @@ def job_name(env: Mapping[str, str]) -> str:
     return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.getpid()}"
 
 
-def telling(env: Mapping[str, str]) -> dict[str, str]:
-    """The variables that change how a job runs, in order of their names; without anything that looks like a secret."""
-    return {
-        name: value
-        for name, value in sorted(env.items())
-        if name.startswith(_ENVIRONMENT) and not _SECRET_NAME.search(name) and not _SECRET_VALUE.search(value)
-    }
-
-
-def without_secrets(script: str) -> str:
-    """A shell script in which no variable is set to what looks like a secret."""
-    return _SECRET_VALUE.sub("://***@", _SECRET_SET.sub(r"\1***", script))
+def node_name() -> str:
+    """This machine, as the batch system calls it (``sbatch --exclude`` takes that name); elsewhere the host's name."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname().partition(".")[0]
 
 
 def _restart(env: Mapping[str, str]) -> str:
@@ -195,6 +181,20 @@ def _write_record(folder: Path, known: dict[str, Any], config: BaseModel, data: 
             with suppress(OSError, UnicodeDecodeError):
                 if found := text(known["job_id"]):
                     (folder / name).write_text(without_secrets(found), encoding="utf-8")
+
+
+def telling(env: Mapping[str, str]) -> dict[str, str]:
+    """The variables that change how a job runs, in order of their names; without anything that looks like a secret."""
+    return {
+        name: value
+        for name, value in sorted(env.items())
+        if name.startswith(_ENVIRONMENT) and not _SECRET_NAME.search(name) and not _SECRET_VALUE.search(value)
+    }
+
+
+def without_secrets(script: str) -> str:
+    """A shell script in which no variable is set to what looks like a secret."""
+    return _SECRET_VALUE.sub("://***@", _SECRET_SET.sub(r"\1***", script))
 
 
 def _packages() -> dict[str, str]:

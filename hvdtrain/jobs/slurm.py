@@ -102,6 +102,152 @@ def make_job(recipe: str, overrides: Sequence[str], run_dir: Path | None, nodes:
     return Job(recipe, tuple(overrides), run_dir, nodes, Path.cwd(), home, set_ones, **rest)
 
 
+# --- submission ---------------------------------------------------------------------------------------------------
+
+
+def submit(job: Job, dry_run: bool, world: World) -> str:
+    """Hand ``job`` to Slurm and return what the user wants to know: its id, script and log.
+
+    dry_run: return the script; nothing is written or submitted.
+
+    Errors: ConfigError for what ``check`` finds or sbatch refuses; nothing is queued then. OutputError where the script
+    cannot be written. LaunchError under a launcher.
+    """
+    if world.size > 1:
+        raise LaunchError(f"submit is for one process; {world.launcher} started {world.size} of it")
+    template = read_template(job.home)
+    notes, script = check(job, template), render(job, template)
+    for note in notes:
+        say(note)
+    if dry_run:
+        return script.rstrip("\n")
+    if shutil.which("sbatch") is None:
+        raise ConfigError("no sbatch on the PATH: this machine submits no Slurm jobs; --dry-run shows the script")
+    path = _write(job.jobs_dir / time.strftime("submit-%Y%m%d-%H%M%S.sbatch"), script)
+    try:
+        job_id = _sbatch(path, job.home, _environment(_sbatch_options(job)))
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    log = job.jobs_dir / f"{job_id}.log"
+    # For status: a job that waits has left nothing else.
+    _write(path.with_suffix(".json"), json.dumps({"job_id": job_id, "script": str(path), "log": str(log)}) + "\n")
+    ranks = ranks_of(job, template)
+    size = f"{plural(ranks, 'rank')} on {plural(job.nodes, 'node')}"
+    status = f"python -m hvdtrain status {shlex.quote(str(job.run_dir))}"
+    rows = {"job": f"{job_id} ({size})", "script": path, "log": log, "status": status}
+    return "\n".join(f"{name:<8}{value}" for name, value in rows.items())
+
+
+def _write(path: Path, text: str) -> Path:
+    try:
+        make_folder(path.parent)
+        again(lambda: path.write_bytes(os.fsencode(text)), path)  # names of files need not be UTF-8
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from None
+    return path
+
+
+def _environment(asked: Mapping[str, Any]) -> dict[str, str]:
+    """Without the SBATCH_* variables that would win over what was asked for."""
+    other = {"time": "TIMELIMIT"}
+    doomed = {f"SBATCH_{other.get(key, key.upper().replace('-', '_'))}" for key in asked}
+    return {name: value for name, value in os.environ.items() if name not in doomed}
+
+
+def _sbatch(script: Path, home: Path, env: Mapping[str, str]) -> str:
+    """The job's id. ``submit`` may itself run in a job, of which the new one shall know nothing (slurm/job.sh).
+
+    Errors: ConfigError with sbatch's own words.
+    """
+    words = '. "$1" && forget_this_job && exec sbatch --parsable "$2"'
+    command = ["bash", "-c", words, "bash", str(home / "slurm" / "job.sh"), str(script)]
+    try:
+        done = subprocess.run(command, env=env, capture_output=True, text=True, errors="replace")
+    except OSError as error:
+        raise ConfigError(f"cannot start sbatch: {error.strerror}") from None
+    said = [re.sub(r"^sbatch: (error: |fatal: )?", "", line) for line in done.stderr.splitlines() if line.strip()]
+    job_id = (done.stdout.split() or [""])[-1].partition(";")[0]  # ID, or ID;CLUSTER
+    if done.returncode != 0 or not job_id.isdecimal():
+        raise ConfigError(f"sbatch refused the job: {'; '.join(said) or f'exit code {done.returncode}, no word why'}")
+    for line in said:
+        say(f"sbatch: {line}")
+    return job_id
+
+
+# --- checks -------------------------------------------------------------------------------------------------------
+
+
+def check(job: Job, template: str) -> list[str]:
+    """Find out now what would end the job at once; returns what the user should know, a line each.
+
+    Errors: ConfigError for settings that cannot be, among them a batch that the ranks cannot share.
+    """
+    from hvdtrain import sizing
+    from hvdtrain.config import load_config  # and torch with it, which asking the queue does not need
+
+    for name, number in (("--nodes", job.nodes), ("--ranks-per-node", job.ranks_per_node)):
+        if number is not None and number < 1:
+            raise ConfigError(f"{name} {number}: give 1 or more")
+    if job.time:
+        seconds_of(job.time)
+    for name, word in (("--partition", job.partition), ("--account", job.account)):
+        if word and not _NAME.fullmatch(word):
+            raise ConfigError(f"{name} {word!r} is no name that Slurm takes")
+    _check_options(job.options)
+    _check_site(job)
+    config, ranks = load_config(job.recipe, job.overrides), ranks_of(job, template)
+    sizing.check_shareable(sizing.sized(config, ranks), ranks)
+    if not (config.train.epochs or config.schedule.warmup_epochs):  # those need the data, which may come later
+        sizing.scaled(config, ranks, 0)
+    _check_run_dir(job)
+    names = list(config.data.mixture) or [config.data.dir]
+    missing = [name for name in names if not seen(job.folder / name / "manifest.json")]
+    return [f"note: no shards in {name} yet; the job needs them when it starts" for name in missing]
+
+
+def _check_options(options: Sequence[str]) -> None:
+    for option in options:
+        key = option.partition("=")[0]
+        if not re.fullmatch(r"[a-z][a-z-]+", key):
+            raise ConfigError(f"--slurm {option}: expected an option of sbatch, like --slurm gpus-per-node=4")
+        if key in _REFUSED:
+            own = {"ntasks-per-node": "ranks-per-node", "chdir": "run-dir", "output": "run-dir"}
+            cure = f"use --{own.get(key, key)}" if key in _OWN else "the job script needs its own"
+            raise ConfigError(f"--slurm {option}: {cure}")
+
+
+def _check_site(job: Job) -> None:
+    if job.site and not job.site_file.is_file():
+        folder = job.home / "slurm" / "sites"
+        there = ", ".join(sorted(path.stem for path in folder.glob("*.sh"))) or "none"
+        raise ConfigError(f"--site {job.site}: there is no {job.site_file}; sites in {folder}: {there}")
+
+
+def _check_run_dir(job: Job) -> None:
+    run_dir = job.folder / job.run_dir
+    if exists(run_dir / "stop"):
+        raise ConfigError(f"{job.run_dir}/stop tells the run to stop; remove that file first")
+    if queue := ask_queue(job_ids(run_dir)):
+        job_id, queued = next(iter(queue.items()))
+        raise ConfigError(
+            f"job {job_id} of {job.run_dir} is in the queue already ({queued.state}); "
+            f"`scancel {job_id}` first, or give another --run-dir"
+        )
+
+
+def read_template(home: Path) -> str:
+    """Errors: ConfigError that says where the script is to be had."""
+    path = home / "slurm" / "train.sbatch"
+    try:
+        return read_text(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"cannot read {path} ({getattr(error, 'strerror', error)}): the job scripts come with hvdtrain's source, "
+            "not with the installed package; set HVDTRAIN_HOME to a checkout of it"
+        ) from None
+
+
 # --- the script ---------------------------------------------------------------------------------------------------
 
 
@@ -189,152 +335,6 @@ def seconds_of(time_limit: str) -> int:
     raise ConfigError(
         f"--time {time_limit}: give minutes, HOURS:MINUTES:SECONDS or DAYS-HOURS:MINUTES:SECONDS, above 0, like 4:00:00"
     )
-
-
-# --- checks -------------------------------------------------------------------------------------------------------
-
-
-def check(job: Job, template: str) -> list[str]:
-    """Find out now what would end the job at once; returns what the user should know, a line each.
-
-    Errors: ConfigError for settings that cannot be, among them a batch that the ranks cannot share.
-    """
-    from hvdtrain import sizing
-    from hvdtrain.config import load_config  # and torch with it, which asking the queue does not need
-
-    for name, number in (("--nodes", job.nodes), ("--ranks-per-node", job.ranks_per_node)):
-        if number is not None and number < 1:
-            raise ConfigError(f"{name} {number}: give 1 or more")
-    if job.time:
-        seconds_of(job.time)
-    for name, word in (("--partition", job.partition), ("--account", job.account)):
-        if word and not _NAME.fullmatch(word):
-            raise ConfigError(f"{name} {word!r} is no name that Slurm takes")
-    _check_options(job.options)
-    _check_site(job)
-    config, ranks = load_config(job.recipe, job.overrides), ranks_of(job, template)
-    sizing.check_shareable(sizing.sized(config, ranks), ranks)
-    if not (config.train.epochs or config.schedule.warmup_epochs):  # those need the data, which may come later
-        sizing.scaled(config, ranks, 0)
-    _check_run_dir(job)
-    names = list(config.data.mixture) or [config.data.dir]
-    missing = [name for name in names if not seen(job.folder / name / "manifest.json")]
-    return [f"note: no shards in {name} yet; the job needs them when it starts" for name in missing]
-
-
-def _check_options(options: Sequence[str]) -> None:
-    for option in options:
-        key = option.partition("=")[0]
-        if not re.fullmatch(r"[a-z][a-z-]+", key):
-            raise ConfigError(f"--slurm {option}: expected an option of sbatch, like --slurm gpus-per-node=4")
-        if key in _REFUSED:
-            own = {"ntasks-per-node": "ranks-per-node", "chdir": "run-dir", "output": "run-dir"}
-            cure = f"use --{own.get(key, key)}" if key in _OWN else "the job script needs its own"
-            raise ConfigError(f"--slurm {option}: {cure}")
-
-
-def _check_site(job: Job) -> None:
-    if job.site and not job.site_file.is_file():
-        folder = job.home / "slurm" / "sites"
-        there = ", ".join(sorted(path.stem for path in folder.glob("*.sh"))) or "none"
-        raise ConfigError(f"--site {job.site}: there is no {job.site_file}; sites in {folder}: {there}")
-
-
-def _check_run_dir(job: Job) -> None:
-    run_dir = job.folder / job.run_dir
-    if exists(run_dir / "stop"):
-        raise ConfigError(f"{job.run_dir}/stop tells the run to stop; remove that file first")
-    if queue := ask_queue(job_ids(run_dir)):
-        job_id, queued = next(iter(queue.items()))
-        raise ConfigError(
-            f"job {job_id} of {job.run_dir} is in the queue already ({queued.state}); "
-            f"`scancel {job_id}` first, or give another --run-dir"
-        )
-
-
-def read_template(home: Path) -> str:
-    """Errors: ConfigError that says where the script is to be had."""
-    path = home / "slurm" / "train.sbatch"
-    try:
-        return read_text(path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"cannot read {path} ({getattr(error, 'strerror', error)}): the job scripts come with hvdtrain's source, "
-            "not with the installed package; set HVDTRAIN_HOME to a checkout of it"
-        ) from None
-
-
-# --- submission ---------------------------------------------------------------------------------------------------
-
-
-def submit(job: Job, dry_run: bool, world: World) -> str:
-    """Hand ``job`` to Slurm and return what the user wants to know: its id, script and log.
-
-    dry_run: return the script; nothing is written or submitted.
-
-    Errors: ConfigError for what ``check`` finds or sbatch refuses; nothing is queued then. OutputError where the script
-    cannot be written. LaunchError under a launcher.
-    """
-    if world.size > 1:
-        raise LaunchError(f"submit is for one process; {world.launcher} started {world.size} of it")
-    template = read_template(job.home)
-    notes, script = check(job, template), render(job, template)
-    for note in notes:
-        say(note)
-    if dry_run:
-        return script.rstrip("\n")
-    if shutil.which("sbatch") is None:
-        raise ConfigError("no sbatch on the PATH: this machine submits no Slurm jobs; --dry-run shows the script")
-    path = _write(job.jobs_dir / time.strftime("submit-%Y%m%d-%H%M%S.sbatch"), script)
-    try:
-        job_id = _sbatch(path, job.home, _environment(_sbatch_options(job)))
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
-    log = job.jobs_dir / f"{job_id}.log"
-    # For status: a job that waits has left nothing else.
-    _write(path.with_suffix(".json"), json.dumps({"job_id": job_id, "script": str(path), "log": str(log)}) + "\n")
-    ranks = ranks_of(job, template)
-    size = f"{plural(ranks, 'rank')} on {plural(job.nodes, 'node')}"
-    status = f"python -m hvdtrain status {shlex.quote(str(job.run_dir))}"
-    rows = {"job": f"{job_id} ({size})", "script": path, "log": log, "status": status}
-    return "\n".join(f"{name:<8}{value}" for name, value in rows.items())
-
-
-def _write(path: Path, text: str) -> Path:
-    try:
-        make_folder(path.parent)
-        again(lambda: path.write_bytes(os.fsencode(text)), path)  # names of files need not be UTF-8
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from None
-    return path
-
-
-def _environment(asked: Mapping[str, Any]) -> dict[str, str]:
-    """Without the SBATCH_* variables that would win over what was asked for."""
-    other = {"time": "TIMELIMIT"}
-    doomed = {f"SBATCH_{other.get(key, key.upper().replace('-', '_'))}" for key in asked}
-    return {name: value for name, value in os.environ.items() if name not in doomed}
-
-
-def _sbatch(script: Path, home: Path, env: Mapping[str, str]) -> str:
-    """The job's id. ``submit`` may itself run in a job, of which the new one shall know nothing (slurm/job.sh).
-
-    Errors: ConfigError with sbatch's own words.
-    """
-    words = '. "$1" && forget_this_job && exec sbatch --parsable "$2"'
-    command = ["bash", "-c", words, "bash", str(home / "slurm" / "job.sh"), str(script)]
-    try:
-        done = subprocess.run(command, env=env, capture_output=True, text=True, errors="replace")
-    except OSError as error:
-        raise ConfigError(f"cannot start sbatch: {error.strerror}") from None
-    said = [re.sub(r"^sbatch: (error: |fatal: )?", "", line) for line in done.stderr.splitlines() if line.strip()]
-    job_id = (done.stdout.split() or [""])[-1].partition(";")[0]  # ID, or ID;CLUSTER
-    if done.returncode != 0 or not job_id.isdecimal():
-        raise ConfigError(f"sbatch refused the job: {'; '.join(said) or f'exit code {done.returncode}, no word why'}")
-    for line in said:
-        say(f"sbatch: {line}")
-    return job_id
 
 
 # --- the queue ----------------------------------------------------------------------------------------------------

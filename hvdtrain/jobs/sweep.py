@@ -33,28 +33,6 @@ class Point:
     settings: tuple[str, ...]
 
 
-def points_of(vary: Sequence[str]) -> list[Point]:
-    """Every combination of ``KEY=VALUE,VALUE...``. Errors: ConfigError for none, or the same twice."""
-    axes: list[tuple[str, list[str]]] = []
-    for words in vary:
-        key, _, values = words.partition("=")
-        if not key or not values or "" in values.split(","):
-            raise ConfigError(f"--vary {words}: expected KEY=VALUE,VALUE..., like train.global_batch=16,32")
-        axes.append((key, values.split(",")))
-    keys = [key for key, _ in axes]
-    if len(set(keys)) < len(keys):
-        raise ConfigError(f"--vary: a key is given twice: {', '.join(keys)}")
-    short = [key.rpartition(".")[2] for key in keys]
-    names = [part if short.count(part) == 1 else key for key, part in zip(keys, short, strict=True)]
-    points = []
-    for values in itertools.product(*(values for _, values in axes)):
-        name = "_".join(f"{name}-{value.replace('/', '-')}" for name, value in zip(names, values, strict=True))
-        points.append(Point(name, tuple(f"{key}={value}" for key, value in zip(keys, values, strict=True))))
-    if len({point.name for point in points}) < len(points):
-        raise ConfigError("--vary: a value is given twice")
-    return points
-
-
 def sweep(
     recipe: str,
     overrides: Sequence[str],
@@ -118,3 +96,25 @@ def _train(recipe: str, settings: Sequence[str], run_dir: Path, launcher: str) -
     if code:
         say(f"{run_dir} ended with exit code {code}")
     return EXIT_STOPPED_EARLY if told else code
+
+
+def points_of(vary: Sequence[str]) -> list[Point]:
+    """Every combination of ``KEY=VALUE,VALUE...``. Errors: ConfigError for none, or the same twice."""
+    axes: list[tuple[str, list[str]]] = []
+    for words in vary:
+        key, _, values = words.partition("=")
+        if not key or not values or "" in values.split(","):
+            raise ConfigError(f"--vary {words}: expected KEY=VALUE,VALUE..., like train.global_batch=16,32")
+        axes.append((key, values.split(",")))
+    keys = [key for key, _ in axes]
+    if len(set(keys)) < len(keys):
+        raise ConfigError(f"--vary: a key is given twice: {', '.join(keys)}")
+    short = [key.rpartition(".")[2] for key in keys]
+    names = [part if short.count(part) == 1 else key for key, part in zip(keys, short, strict=True)]
+    points = []
+    for values in itertools.product(*(values for _, values in axes)):
+        name = "_".join(f"{name}-{value.replace('/', '-')}" for name, value in zip(names, values, strict=True))
+        points.append(Point(name, tuple(f"{key}={value}" for key, value in zip(keys, values, strict=True))))
+    if len({point.name for point in points}) < len(points):
+        raise ConfigError("--vary: a value is given twice")
+    return points

@@ -74,51 +74,6 @@ class Topology:
         return self.node_of.get(cpu, 0)
 
 
-def read_topology(system: Path = Path("/sys/devices/system")) -> Topology:
-    """What Linux says about this machine; where it says nothing (some containers), an empty one."""
-    core_of, node_of = {}, {}
-    for folder in system.glob("cpu/cpu[0-9]*"):
-        siblings = _read_list(folder / "topology" / "thread_siblings_list")
-        if siblings:
-            core_of[int(folder.name[3:])] = min(siblings)
-    for folder in system.glob("node/node[0-9]*"):
-        node_of.update(dict.fromkeys(_read_list(folder / "cpulist"), int(folder.name[4:])))
-    return Topology(core_of, node_of)
-
-
-def _read_list(path: Path) -> list[int]:
-    """Linux's lists: ``0-3,8`` is 0, 1, 2, 3, 8. Empty where it cannot be read."""
-    try:
-        ranges = [part.partition("-") for part in path.read_text().strip().split(",") if part]
-        return [cpu for first, _, last in ranges for cpu in range(int(first), int(last or first) + 1)]
-    except (OSError, ValueError):
-        return []
-
-
-def place(cpus: set[int], local_rank: int, local_size: int, topology: Topology) -> set[int] | None:
-    """Of ``cpus``, which all ranks of the node may use, those that shall be this rank's own.
-
-    None where there is nothing to win or no even division: one rank, one NUMA node, nodes of different size, a number
-    of ranks that is no multiple of the nodes (nor they of it), or cores that do not divide among a node's ranks.
-    """
-    on_node = defaultdict(list)
-    for core, threads in topology.cores(cpus).items():
-        on_node[topology.node(core)].append(threads)
-    nodes = [on_node[number] for number in sorted(on_node)]
-    if local_size < 2 or len(nodes) < 2 or len({len(cores) for cores in nodes}) > 1:
-        return None
-    if len(nodes) % local_size == 0:  # whole nodes for each rank
-        share = len(nodes) // local_size
-        mine = [threads for cores in nodes[local_rank * share : (local_rank + 1) * share] for threads in cores]
-    elif local_size % len(nodes) == 0 and len(nodes[0]) % (ranks := local_size // len(nodes)) == 0:
-        share = len(nodes[0]) // ranks
-        first = local_rank % ranks * share
-        mine = nodes[local_rank // ranks][first : first + share]
-    else:
-        return None
-    return set().union(*mine)
-
-
 @dataclass(frozen=True)
 class Cores:
     """``threads`` to compute with; ``bound_to``: hardware threads the rank was put on, or None; ``note``: in words."""
@@ -126,6 +81,15 @@ class Cores:
     threads: int
     bound_to: frozenset[int] | None
     note: str
+
+
+def threads_of_rank(group: Ranks) -> int:
+    """Compute threads for this rank (collective): its share of the physical cores and the CPU quota open to it
+    and its neighbours.
+
+    OMP_NUM_THREADS, where set, is obeyed. A launcher that binds ranks to cores of their own is respected.
+    """
+    return take_cores(group, bind=False).threads
 
 
 def take_cores(group: Ranks, bind: bool = True, topology: Topology | None = None) -> Cores:
@@ -175,6 +139,30 @@ def _number(text: str) -> int | None:
     return max(1, int(first)) if first.isdigit() else None
 
 
+def place(cpus: set[int], local_rank: int, local_size: int, topology: Topology) -> set[int] | None:
+    """Of ``cpus``, which all ranks of the node may use, those that shall be this rank's own.
+
+    None where there is nothing to win or no even division: one rank, one NUMA node, nodes of different size, a number
+    of ranks that is no multiple of the nodes (nor they of it), or cores that do not divide among a node's ranks.
+    """
+    on_node = defaultdict(list)
+    for core, threads in topology.cores(cpus).items():
+        on_node[topology.node(core)].append(threads)
+    nodes = [on_node[number] for number in sorted(on_node)]
+    if local_size < 2 or len(nodes) < 2 or len({len(cores) for cores in nodes}) > 1:
+        return None
+    if len(nodes) % local_size == 0:  # whole nodes for each rank
+        share = len(nodes) // local_size
+        mine = [threads for cores in nodes[local_rank * share : (local_rank + 1) * share] for threads in cores]
+    elif local_size % len(nodes) == 0 and len(nodes[0]) % (ranks := local_size // len(nodes)) == 0:
+        share = len(nodes[0]) // ranks
+        first = local_rank % ranks * share
+        mine = nodes[local_rank // ranks][first : first + share]
+    else:
+        return None
+    return set().union(*mine)
+
+
 def show(numbers: Sequence[int] | set[int]) -> str:
     """Linux's way, back again: {0, 1, 2, 8} is ``0-2,8``."""
     runs: list[list[int]] = []
@@ -186,10 +174,22 @@ def show(numbers: Sequence[int] | set[int]) -> str:
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
-def threads_of_rank(group: Ranks) -> int:
-    """Compute threads for this rank (collective): its share of the physical cores and the CPU quota open to it
-    and its neighbours.
+def read_topology(system: Path = Path("/sys/devices/system")) -> Topology:
+    """What Linux says about this machine; where it says nothing (some containers), an empty one."""
+    core_of, node_of = {}, {}
+    for folder in system.glob("cpu/cpu[0-9]*"):
+        siblings = _read_list(folder / "topology" / "thread_siblings_list")
+        if siblings:
+            core_of[int(folder.name[3:])] = min(siblings)
+    for folder in system.glob("node/node[0-9]*"):
+        node_of.update(dict.fromkeys(_read_list(folder / "cpulist"), int(folder.name[4:])))
+    return Topology(core_of, node_of)
 
-    OMP_NUM_THREADS, where set, is obeyed. A launcher that binds ranks to cores of their own is respected.
-    """
-    return take_cores(group, bind=False).threads
+
+def _read_list(path: Path) -> list[int]:
+    """Linux's lists: ``0-3,8`` is 0, 1, 2, 3, 8. Empty where it cannot be read."""
+    try:
+        ranges = [part.partition("-") for part in path.read_text().strip().split(",") if part]
+        return [cpu for first, _, last in ranges for cpu in range(int(first), int(last or first) + 1)]
+    except (OSError, ValueError):
+        return []

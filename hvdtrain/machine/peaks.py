@@ -91,9 +91,11 @@ def find_peak(mode: str, device: torch.device, precision: str, tf32: bool = Fals
     return Peak(gflops_per_s * 1e9, f"MFU against {gflops_per_s:,.0f} GFLOP/s, measured ({what})")
 
 
-def worth_measuring(mode: str, device: torch.device, trained_s: float) -> bool:
-    """At the end of a run: should a CPU's ceiling be measured now? Let one rank's clock decide for all."""
-    return mode == "auto" and device.type == "cpu" and trained_s >= WORTH_MEASURING_AFTER_S
+def _look_up(name: str, kind: str) -> Peak:
+    peak = device_peak(name, kind)
+    if peak is None:
+        return Peak(None, f"MFU unknown: no {kind} peak of {name!r} in hvdtrain/machine/peaks.py")
+    return Peak(peak, f"MFU against {peak / 1e12:,.1f} TFLOP/s, {name}, {kind} dense")
 
 
 def device_peak(name: str, kind: str) -> float | None:
@@ -107,11 +109,9 @@ def device_peak(name: str, kind: str) -> float | None:
     return None
 
 
-def _look_up(name: str, kind: str) -> Peak:
-    peak = device_peak(name, kind)
-    if peak is None:
-        return Peak(None, f"MFU unknown: no {kind} peak of {name!r} in hvdtrain/machine/peaks.py")
-    return Peak(peak, f"MFU against {peak / 1e12:,.1f} TFLOP/s, {name}, {kind} dense")
+def worth_measuring(mode: str, device: torch.device, trained_s: float) -> bool:
+    """At the end of a run: should a CPU's ceiling be measured now? Let one rank's clock decide for all."""
+    return mode == "auto" and device.type == "cpu" and trained_s >= WORTH_MEASURING_AFTER_S
 
 
 @torch.no_grad()

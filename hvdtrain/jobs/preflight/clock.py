@@ -28,14 +28,6 @@ def meet(group: Group) -> list[Rounds]:
     return group.all_gather_object(rounds)
 
 
-def ahead(mine: Rounds, others: Rounds) -> tuple[float, float]:
-    """By how many seconds one clock is ahead of another, and how far from that the truth may be."""
-    both = list(zip(mine, others, strict=True))
-    least = max(enter - other_leave for (enter, _), (_, other_leave) in both)
-    most = min(leave - other_enter for (_, leave), (other_enter, _) in both)
-    return (least + most) / 2, max(0.0, (most - least) / 2)
-
-
 def look_at_clocks(rounds: Sequence[Rounds], max_skew_s: float) -> list[Look]:
     """One look a node, each against the middle one of all clocks; of two against the first.
 
@@ -50,3 +42,11 @@ def look_at_clocks(rounds: Sequence[Rounds], max_skew_s: float) -> list[Look]:
         problem = f"more than {max_skew_s:g} s from the others" if abs(skew_s) - unsure > max_skew_s else ""
         looks.append(Look("clock", text, problem, amount=skew_s))
     return looks
+
+
+def ahead(mine: Rounds, others: Rounds) -> tuple[float, float]:
+    """By how many seconds one clock is ahead of another, and how far from that the truth may be."""
+    both = list(zip(mine, others, strict=True))
+    least = max(enter - other_leave for (enter, _), (_, other_leave) in both)
+    most = min(leave - other_enter for (_, leave), (other_enter, _) in both)
+    return (least + most) / 2, max(0.0, (most - least) / 2)

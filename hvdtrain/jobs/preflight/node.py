@@ -29,6 +29,83 @@ MOST_CELSIUS = 90  # of a GPU that has nothing to do yet
 _NVIDIA_SMI_FIELDS = "uuid,temperature.gpu,ecc.errors.uncorrected.volatile.total"
 
 
+def look_around(run_dir: Path | None, data: Sequence[Path], stage: Path | None) -> list[Look]:
+    """All that a node's first rank sees without the others, in the table's order."""
+    looks = [safely("environment", look_at_environment)]
+    looks += [safely(f"shards {folder}", lambda folder=folder: look_at_shards(folder)) for folder in data]
+    if run_dir is not None:
+        least = LEAST_RUN_FOLDER_BYTES
+        looks.append(safely("run folder's disk", lambda: look_at_disk("run folder's disk", run_dir, least, EXIT_IO)))
+    if stage is not None:
+        looks.append(safely("staging", lambda: look_at_staging(stage, data), EXIT_IO))
+    looks.append(safely("/dev/shm", look_at_shm))
+    own = Path(os.environ.get("TMPDIR") or "/tmp")
+    looks.append(safely(str(own), lambda: look_at_disk(str(own), own, LEAST_TMP_BYTES)))
+    return looks
+
+
+def look_at_environment() -> Look:
+    """The same versions, interpreter and package everywhere?"""
+    seen = {**versions(), "interpreter": sys.executable, "package": str(Path(hvdtrain.__file__).parent)}
+    shown = ", ".join(f"{name} {seen[name]}" for name in ("hvdtrain", "torch", "horovod", "python") if name in seen)
+    return Look("environment", shown, must_agree=seen)
+
+
+def look_at_shards(folder: Path) -> Look:
+    """Is every shard of the manifest there, with its size? Is it the same manifest everywhere?"""
+    manifest = read_manifest(folder)
+    check_files(folder, manifest)
+    count = plural(len(manifest.shards), "shard")
+    return Look(f"shards {folder}", f"{count}, {manifest.data_digest}", must_agree={"digest": manifest.data_digest})
+
+
+def look_at_staging(target: Path, folders: Sequence[Path]) -> Look:
+    """Is there room for those shards that were not copied there before?"""
+    wanted = 0
+    for folder in folders:
+        manifest = read_manifest(folder)
+        place = target / manifest.data_digest
+        for info in manifest.shards:
+            copy = place / info.file
+            if not copy.exists() or copy.stat().st_size != info.file_bytes:
+                wanted += info.file_bytes
+    return look_at_disk("staging", target, wanted, EXIT_IO)
+
+
+def look_at_disk(check: str, path: Path, least_bytes: int, exit_code: int = EXIT_CRASH) -> Look:
+    """Free space and inodes where ``path`` is, or will be. Some file systems do not count inodes."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    disk = os.statvfs(path)
+    free = disk.f_bavail * disk.f_frsize
+    found, problem = f"{_bytes(free)} free", ""
+    if free < least_bytes:
+        problem = f"{_bytes(free)} free in {path}, {_bytes(least_bytes)} are needed"
+    if disk.f_files > 0:
+        found += f", {disk.f_favail:,} inodes"
+        if disk.f_favail < LEAST_INODES:
+            problem = problem or f"{disk.f_favail} inodes free in {path}, {LEAST_INODES} are needed"
+    return Look(check, found, problem, amount=free, exit_code=exit_code)
+
+
+def look_at_shm(path: Path = Path("/dev/shm")) -> Look:
+    if not path.is_dir():
+        return Look(str(path), "none", note="MPI and NCCL share memory through it")
+    return look_at_disk(str(path), path, LEAST_SHM_BYTES)
+
+
+def safely(check: str, look: Callable[[], Look], exit_code: int = EXIT_CRASH, limit_s: float = LIMIT_S) -> Look:
+    """``look``, or what was wrong with it. An error that the package knows is one that ``exit_code`` may stand for."""
+    try:
+        return within(look, limit_s)
+    except HvdtrainError as error:
+        return Look(check, "", problem=str(error), exit_code=error.exit_code)
+    except OSError as error:
+        return Look(check, "", problem=error.strerror or str(error), exit_code=exit_code)
+    except Exception as error:
+        return Look(check, "", problem=f"{type(error).__name__}: {error}")
+
+
 def within(work: Callable[[], T], limit_s: float = LIMIT_S) -> T:
     """``work()`` in a thread that is left behind when it takes longer. Errors: TimeoutError; those of ``work``."""
     results: list[T] = []
@@ -50,66 +127,12 @@ def within(work: Callable[[], T], limit_s: float = LIMIT_S) -> T:
     return results[0]
 
 
-def safely(check: str, look: Callable[[], Look], exit_code: int = EXIT_CRASH, limit_s: float = LIMIT_S) -> Look:
-    """``look``, or what was wrong with it. An error that the package knows is one that ``exit_code`` may stand for."""
-    try:
-        return within(look, limit_s)
-    except HvdtrainError as error:
-        return Look(check, "", problem=str(error), exit_code=error.exit_code)
-    except OSError as error:
-        return Look(check, "", problem=error.strerror or str(error), exit_code=exit_code)
-    except Exception as error:
-        return Look(check, "", problem=f"{type(error).__name__}: {error}")
-
-
-def look_at_environment() -> Look:
-    """The same versions, interpreter and package everywhere?"""
-    seen = {**versions(), "interpreter": sys.executable, "package": str(Path(hvdtrain.__file__).parent)}
-    shown = ", ".join(f"{name} {seen[name]}" for name in ("hvdtrain", "torch", "horovod", "python") if name in seen)
-    return Look("environment", shown, must_agree=seen)
-
-
-def look_at_shards(folder: Path) -> Look:
-    """Is every shard of the manifest there, with its size? Is it the same manifest everywhere?"""
-    manifest = read_manifest(folder)
-    check_files(folder, manifest)
-    count = plural(len(manifest.shards), "shard")
-    return Look(f"shards {folder}", f"{count}, {manifest.data_digest}", must_agree={"digest": manifest.data_digest})
-
-
-def look_at_disk(check: str, path: Path, least_bytes: int, exit_code: int = EXIT_CRASH) -> Look:
-    """Free space and inodes where ``path`` is, or will be. Some file systems do not count inodes."""
-    while not path.exists() and path != path.parent:
-        path = path.parent
-    disk = os.statvfs(path)
-    free = disk.f_bavail * disk.f_frsize
-    found, problem = f"{_bytes(free)} free", ""
-    if free < least_bytes:
-        problem = f"{_bytes(free)} free in {path}, {_bytes(least_bytes)} are needed"
-    if disk.f_files > 0:
-        found += f", {disk.f_favail:,} inodes"
-        if disk.f_favail < LEAST_INODES:
-            problem = problem or f"{disk.f_favail} inodes free in {path}, {LEAST_INODES} are needed"
-    return Look(check, found, problem, amount=free, exit_code=exit_code)
-
-
-def look_at_staging(target: Path, folders: Sequence[Path]) -> Look:
-    """Is there room for those shards that were not copied there before?"""
-    wanted = 0
-    for folder in folders:
-        manifest = read_manifest(folder)
-        place = target / manifest.data_digest
-        for info in manifest.shards:
-            copy = place / info.file
-            if not copy.exists() or copy.stat().st_size != info.file_bytes:
-                wanted += info.file_bytes
-    return look_at_disk("staging", target, wanted, EXIT_IO)
-
-
-def look_at_shm(path: Path = Path("/dev/shm")) -> Look:
-    if not path.is_dir():
-        return Look(str(path), "none", note="MPI and NCCL share memory through it")
-    return look_at_disk(str(path), path, LEAST_SHM_BYTES)
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.1f} {unit}" if unit != "B" else f"{count:.0f} B"
+        count /= 1000
+    return f"{count:.1f} TB"
 
 
 @dataclass(frozen=True)
@@ -184,26 +207,3 @@ def look_at_gpus(seen: Sequence[Gpus], ranks: int | None) -> Look:
         return Look("GPUs", "none", must_agree={"GPUs": "none"})
     found = plural(len(here), "GPU") + (f", {max(hot)} °C" if hot else "")
     return Look("GPUs", found, "; ".join(problems), note, {"GPUs": str(len(here))}, max(hot, default=0), exit_code)
-
-
-def look_around(run_dir: Path | None, data: Sequence[Path], stage: Path | None) -> list[Look]:
-    """All that a node's first rank sees without the others, in the table's order."""
-    looks = [safely("environment", look_at_environment)]
-    looks += [safely(f"shards {folder}", lambda folder=folder: look_at_shards(folder)) for folder in data]
-    if run_dir is not None:
-        least = LEAST_RUN_FOLDER_BYTES
-        looks.append(safely("run folder's disk", lambda: look_at_disk("run folder's disk", run_dir, least, EXIT_IO)))
-    if stage is not None:
-        looks.append(safely("staging", lambda: look_at_staging(stage, data), EXIT_IO))
-    looks.append(safely("/dev/shm", look_at_shm))
-    own = Path(os.environ.get("TMPDIR") or "/tmp")
-    looks.append(safely(str(own), lambda: look_at_disk(str(own), own, LEAST_TMP_BYTES)))
-    return looks
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.1f} {unit}" if unit != "B" else f"{count:.0f} B"
-        count /= 1000
-    return f"{count:.1f} TB"
