@@ -1,141 +1,162 @@
-"""Composes a run: one replica (the cut) and how replicas agree (the sync).
+"""One replica of a model, and its agreement with the others: what makes a step.
 
-Two independent questions. A cut or a sync is one file and one line in its table; the loop never learns its name.
+    forward_backward   cut/      loss and gradients of this rank's microbatches, which travel meanwhile
+    finish             sync/     the sums over all replicas
+    step               sync/     calls optim/update.py: divide, clip, guard, optimizer
+
+Nothing here knows which cut or which sync it is.
 """
 
 import contextlib
-import copy
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import nn
 
+from hvdtrain.checkpoint.manifest import Progress
 from hvdtrain.comm.group import Group
-from hvdtrain.cut.compiling import compile_model, uncompiled
-from hvdtrain.cut.precision import PRECISIONS, LossScale
-from hvdtrain.data.batch import Batch
+from hvdtrain.comm.mesh import Mesh
+from hvdtrain.cut.cut import Passed, Replica
+from hvdtrain.data.batch import AnyBatch
+from hvdtrain.data.loader import TrainLoader
 from hvdtrain.data.sampler import derive
-from hvdtrain.errors import DivergedError
-from hvdtrain.optim.guard import Guard, GuardOptions
-from hvdtrain.sync import SYNCS, SyncOptions
-from hvdtrain.sync.allreduce import StepSums
+from hvdtrain.optim.ema import Ema
+from hvdtrain.optim.guard import Guard
+from hvdtrain.optim.noise_scale import NoiseScale
+from hvdtrain.optim.update import Agreed, Update
+from hvdtrain.sync.replicas import ReplicaCheck
+from hvdtrain.sync.sync import Sync, Told
 from hvdtrain.tasks.task import Task
 
 
-class Plan:
-    """One replica per rank, kept equal by ``sync``. Making it copies rank 0's parameters to all (collective).
+class Engine:
+    """Trains one replica per place of the mesh, and owns what a run's progress is made of.
 
-    ``model``: the fp32 weights, which optimizer and checkpoints know. ``compute``: what computes; the same, or a copy
-    of it in another type. ``replicas`` and ``replica``: how many share the data, and which of them this rank is in.
+    Making it gives all replicas the weights of the first, and takes up ``progress`` (collective). Every method that is
+    not marked *local* is a collective.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        group: Group,
-        options: SyncOptions,
-        precision: str,
-        seed: int,
-        compile: str = "none",
-        guard: GuardOptions | None = None,
-    ):
-        self.model, self.group = model, group
-        self.replicas, self.replica = group.size, group.rank
-        self.device = next(model.parameters()).device
-        self.precision, self._seed = PRECISIONS[precision], seed
-        for number, parameter in enumerate(model.parameters()):
-            group.broadcast(parameter.data, 0, f"hvdtrain.start.{number}")
-        self.compute = copy.deepcopy(model).to(self.precision.weights) if self.precision.weights else model
-        self.loss_scale = LossScale(self.device) if self.precision.scaled else None
-        self.guard = Guard(guard, self.device) if guard is not None and guard.policy == "skip" else None
-        self._overflowed: torch.Tensor | None = None
-        self.sync = SYNCS[options.name](model, group, getattr(options, options.name), self.compute)
-        compile_model(self.compute, compile)
-        self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        self._weight = 0
-        self.flops = 0  # of this rank's last step, see models/flops.py
+        self, replica: Replica, sync: Sync, update: Update, mesh: Mesh, seed: int, ema: Ema | None = None,
+        progress: Progress | None = None,
+    ):  # fmt: skip
+        self.replica, self.sync, self.update, self.mesh, self.ema = replica, sync, update, mesh, ema
+        self._seed, self._start = seed, progress or Progress()
+        for number, piece in enumerate(replica.slices):
+            piece.holders.broadcast(piece.tensor.data, 0, f"hvdtrain.start.{number}")
+        replica.publish()
+        self.noise = NoiseScale(replica.device)
+        self.tokens: Any = self._start.tokens  # target tokens since step 0, of all replicas; on the device
+        self.best_val_loss = self._start.best_val_loss
+        self._checks = ReplicaCheck(mesh.replica)
+        self._passed: Passed | None = None
+        self._take_up(self._start)
 
-    def forward_backward(self, microbatches: list[Batch], task: Task, step: int) -> None:
-        """Sums of loss and gradient over this rank's microbatches; gradients already travel while backward runs.
+    @property
+    def guard(self) -> Guard:
+        """The judge of divergence."""
+        return self.update.guard
+
+    @property
+    def flops(self) -> int:
+        """Model FLOPs of this rank in its last step."""
+        return 0 if self._passed is None else self._passed.flops
+
+    def forward_backward(self, microbatches: Sequence[AnyBatch], task: Task, step: int) -> None:
+        """Sums of loss and gradient over this replica's microbatches; gradients already travel while backward runs.
 
         Dropout's random numbers depend on (seed, step, replica) alone, so a resumed run draws the same ones and no
         random state has to be stored.
         """
-        torch.manual_seed(derive(self._seed, step, self.replica, 2))
-        self.sync.start()
-        self._loss_sum.zero_()
-        self._weight = self.flops = 0
-        for number, batch in enumerate(microbatches):
-            with self.autocast():
-                loss = task.loss(self.compute, batch)
-            if number == len(microbatches) - 1:
-                self.sync.last()
-            (loss.total if self.loss_scale is None else loss.total * self.loss_scale.scale).backward()
-            self._loss_sum += loss.total.detach()
-            self._weight += loss.weight
-            if number == 0 and len(microbatches) > 1:
-                self.sync.part(self._weight)
-            self.flops += task.training_flops(self.model, batch)
+        self.sync.begin(len(microbatches))
+        scale = self.update.loss_scale
+        seed = derive(self._seed, step, self.mesh.number, 2)
+        self._passed = self.replica.forward_backward(microbatches, task, seed, scale and scale.scale)
 
-    def finish(self, max_norm: float, flags: int = 0) -> StepSums:
-        """Global loss and gradient norm of the step; gradients summed, divided by the global weight, clipped.
+    def finish(self, flags: int = 0) -> None:
+        """Wait for the sums over all replicas. flags: what this rank adds to the sum of flags, see Told."""
+        self.sync.finish(Told(self._passed.loss, self._passed.weights, flags))
 
-        flags: what this rank adds to the sum of flags, see StepSums.
+    def step(self, lr: float, step: int) -> Agreed | None:
+        """Move the weights; None where the replicas have not met."""
+        agreed = self.sync.step(self.update, lr)
+        self.replica.publish()
+        if self.ema is not None:
+            self.ema.update(step)
+        if agreed is not None:
+            self.tokens = self.tokens + agreed.weight
+            self.noise.update(agreed.part_square, agreed.part_inverse, agreed.grad_norm**2, agreed.weight)
+        return agreed
+
+    def evaluate(self, batches: Iterable[AnyBatch], task: Task) -> dict[str, float]:
+        """Scores of a split whose batches the replicas share; of the averaged weights, where there are any."""
+        with self._viewed():
+            return scores_of(self.replica, self.mesh.replica, batches, task)
+
+    def note_best(self, val_loss: float) -> None:
+        """A validation of the weights as they are (local)."""
+        self.best_val_loss = val_loss if self.best_val_loss is None else min(self.best_val_loss, val_loss)
+
+    def check_replicas(self, step: int) -> None:
+        """Are the replicas equal, bit by bit? Errors: ReplicaError."""
+        self._checks.check({piece.name: piece.tensor for piece in self.replica.slices}, step)
+
+    def check(self, step: int) -> None:
+        """Before a save: make one model of the replicas. Are they equal then, and the weights numbers?
+
+        Errors: ReplicaError, DivergedError, on all ranks alike.
         """
-        scale = None if self.loss_scale is None else self.loss_scale.scale
-        sums = self.sync.finish(self._loss_sum, self._weight, max_norm, scale, flags)
-        if self.loss_scale is not None:
-            sums = replace(sums, loss_scale=self.loss_scale.scale.clone())
-            self._overflowed = ~sums.grad_norm.isfinite()
-            self.loss_scale.update(self._overflowed)
-        if self.guard is not None:
-            self.guard.judge(sums.loss, sums.grad_norm, self._overflowed)
-        return sums
+        self.sync.settle(self.update)
+        self.check_replicas(step)
+        self.update.guard.check_weights(step, [piece.tensor for piece in self.replica.slices])
 
-    def step(self, optimizer: torch.optim.Optimizer, lr: float) -> None:
-        """Update the weights, where the gradient did not overflow and the guard lets it pass (local: alike on all)."""
-        refused = [flag for flag in (self._overflowed, self.guard and self.guard.skip) if flag is not None]
-        if refused:  # torch's fused optimizers then leave everything as it is
-            optimizer.found_inf = torch.stack(refused).any().float()
-        self.sync.step(optimizer, lr if self.guard is None else (lr * self.guard.factor).float())
-        self.publish()
+    def progress(self, step: int, loader: TrainLoader, **settings: Any) -> Progress:
+        """Where the run stands after ``step``, for a checkpoint. settings: fields that the run itself knows."""
+        own = sum(self.mesh.replica.all_gather_object(loader.fingerprint))
+        loss_scale = self.update.loss_scale
+        return replace(
+            self._start,
+            step=step,
+            rows_consumed=loader.rows_consumed,
+            tokens=int(self.tokens),
+            fingerprint=(self._start.fingerprint + own) % (1 << 64),
+            best_val_loss=self.best_val_loss,
+            loss_scale=None if loss_scale is None else loss_scale.state(),
+            noise=self.noise.state(),
+            guard=self.update.guard.state(),
+            world_size=self.mesh.world.size,
+            **settings,
+        )
 
-    @torch.no_grad()
-    def publish(self) -> None:
-        """Hand the weights on to the copy that computes; also after they were changed from outside (local)."""
-        if self.compute is not self.model:
-            torch._foreach_copy_(list(self.compute.parameters()), list(self.model.parameters()))
+    def close(self) -> None:
+        """Let go of the gradients (local)."""
+        self.sync.close()
 
-    def check_finite(self, step: int) -> None:
-        """Before parameters are saved: are they numbers? Errors: DivergedError, on all ranks alike (local)."""
-        if self.guard is not None:
-            self.guard.check(step)
-        norms = torch.stack(torch._foreach_norm([p.detach() for p in self.model.parameters()]))
-        if not bool(norms.isfinite().all()):
-            raise DivergedError(
-                f"step {step}: parameters are no longer finite numbers; lower optim.lr or lengthen "
-                "schedule.warmup_steps; the last checkpoint is from before"
-            )
+    @contextlib.contextmanager
+    def _viewed(self) -> Iterator[None]:
+        averaged = contextlib.nullcontext() if self.ema is None else self.ema.swapped(self.replica.publish)
+        with self.sync.viewed(), averaged:
+            yield
 
-    def autocast(self) -> contextlib.AbstractContextManager:
-        if self.precision.autocast is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.precision.autocast)
+    def _take_up(self, progress: Progress) -> None:
+        if self.update.loss_scale is not None and progress.loss_scale is not None:
+            self.update.loss_scale.load(progress.loss_scale)
+        self.update.guard.load(progress.guard)
+        if progress.noise is not None:
+            self.noise.load(progress.noise)
 
-    @torch.no_grad()
-    def evaluate(self, batches, task: Task) -> dict[str, float]:
-        """Scores of a split whose batches are shared by the ranks: exact for any number of them (collective)."""
-        sums = None
-        self.compute.eval()
-        with uncompiled():  # other shapes than in training would be compiled anew
-            for batch in batches:
-                with self.autocast():
-                    measured = task.measure(self.compute, batch.to(self.device))
-                sums = measured if sums is None else sums + measured
-        self.compute.train()
-        if self.group.size > 1:
-            # A rank may have had no batch at all: it learns from the others how many sums there are.
-            lengths = self.group.all_gather_object(0 if sums is None else len(sums))
-            sums = torch.zeros(max(lengths), dtype=torch.float64, device=self.device) if sums is None else sums
-        self.group.all_reduce_sum(sums, "hvdtrain.evaluation")
-        return task.scores(sums.tolist())
+
+def scores_of(replica: Replica, group: Group, batches: Iterable[AnyBatch], task: Task) -> dict[str, float]:
+    """Scores of a split whose batches the replicas share, exact for any number of them (collective).
+
+    group: the same place in every replica.
+    """
+    sums = replica.measure(batches, task)
+    if group.size > 1:
+        # A replica may have had no batch at all: it learns from the others how many sums there are.
+        lengths = group.all_gather_object(0 if sums is None else len(sums))
+        if sums is None:
+            sums = torch.zeros(max(lengths), dtype=torch.float64, device=replica.device)
+    group.all_reduce_sum(sums, "hvdtrain.evaluation")
+    return task.scores(sums.tolist())

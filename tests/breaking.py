@@ -7,9 +7,9 @@ PLACES = {
     "start": "__main__.cli.run = breaking(__main__.cli.run, 1)",
     "joined": "config.load_config = breaking(config.load_config, 1)",
     "data": "TrainLoader.next_step = breaking(TrainLoader.next_step, 3)",
-    "first step": "Plan.forward_backward = breaking(Plan.forward_backward, 1)",
-    "compute": "Plan.forward_backward = breaking(Plan.forward_backward, 3)",
-    "evaluation": "Plan.evaluate = breaking(Plan.evaluate, 1)",
+    "first step": "Engine.forward_backward = breaking(Engine.forward_backward, 1)",
+    "compute": "Engine.forward_backward = breaking(Engine.forward_backward, 3)",
+    "evaluation": "Engine.evaluate = breaking(Engine.evaluate, 1)",
     "left": "from hvdtrain.comm import mpi; mpi.LEAVE_S = 4; sys.exit = breaking(sys.exit, 1)",
     "saving": "os.fsync = breaking(os.fsync, 1)",
 }
@@ -47,8 +47,8 @@ def breaking(function, turn):
 place = {place!r}
 if "config." in place:
     from hvdtrain import config
-if "Plan." in place:
-    from hvdtrain.engine import Plan
+if "Engine." in place:
+    from hvdtrain.engine import Engine
 if "TrainLoader." in place:
     from hvdtrain.data.loader import TrainLoader
 exec(place)

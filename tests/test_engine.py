@@ -3,13 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from in_halves import InHalves
 from threads import LateGroup, ThreadGroup, on_ranks
 from tiny import random_tokens, tiny_decoder
 
 from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.data.batch import Batch
 from hvdtrain.data.windows import eval_windows
-from hvdtrain.engine import Plan
 from hvdtrain.sync import SYNCS, SyncOptions
 from hvdtrain.sync.allreduce import AllReduceOptions
 from hvdtrain.tasks.lm import LanguageModel
@@ -19,7 +19,7 @@ def batches_of(count: int, rows: int = 2) -> list[Batch]:
     return [Batch.from_windows(random_tokens(rows * 9, seed=n).reshape(rows, 9)) for n in range(count)]
 
 
-def gradients(plan: Plan) -> list[torch.Tensor]:
+def gradients(plan: InHalves) -> list[torch.Tensor]:
     return [p.grad.clone() for p in plan.model.parameters()]
 
 
@@ -32,7 +32,7 @@ def test_every_sync_of_the_table_can_be_chosen():
 def test_accumulation_changes_nothing_but_rounding():
     results = []
     for batches in (batches_of(4), [Batch.from_windows(windows) for windows in [joined(batches_of(4))]]):
-        plan = Plan(tiny_decoder(), LateGroup(), SyncOptions(), "fp32", seed=1)
+        plan = InHalves(tiny_decoder(), LateGroup(), SyncOptions(), "fp32", seed=1)
         plan.forward_backward(batches, LanguageModel(), step=1)
         sums = plan.finish(max_norm=0.0)
         results.append((sums.loss.item(), sums.weight.item(), gradients(plan)))
@@ -49,7 +49,7 @@ def test_gradients_travel_in_the_last_backward():
     """Not before: they are not complete. Not after: nothing would overlap."""
     group = LateGroup()
     sync = SyncOptions(allreduce=AllReduceOptions(bucket_mib=2e-3))
-    plan = Plan(tiny_decoder(), group, sync, "fp32", seed=1)
+    plan = InHalves(tiny_decoder(), group, sync, "fp32", seed=1)
 
     class Watched(LanguageModel):
         def loss(self, model, batch):
@@ -67,8 +67,9 @@ def test_dropout_depends_on_seed_step_and_replica_alone():
     """So a resumed run draws the same numbers, and no random state is stored."""
 
     def step_of(seed: int, step: int, replica: int) -> float:
-        plan = Plan(tiny_decoder(dropout=0.3), LocalGroup(), SyncOptions(), "fp32", seed)
-        plan.replica = replica
+        group = LocalGroup()
+        group.rank = replica
+        plan = InHalves(tiny_decoder(dropout=0.3), group, SyncOptions(), "fp32", seed)
         torch.rand(step)  # whatever was drawn before
         plan.forward_backward(batches_of(2), LanguageModel(), step)
         return plan.finish(1.0).loss.item()
@@ -84,10 +85,10 @@ def test_replicas_start_from_rank_0():
         with torch.no_grad():
             for number, parameter in enumerate(model.parameters()):
                 parameter.fill_(7.0 + number if group.rank == 0 else torch.nan)
-        plan = Plan(model, group, SyncOptions(), "fp32", 1)
+        plan = InHalves(model, group, SyncOptions(), "fp32", 1)
         assert all((p == 7.0 + number).all() for number, p in enumerate(model.parameters()))
         assert len(set(group.copied)) == len(list(model.parameters()))
-        assert (plan.replica, plan.replicas) == (group.rank, 2)
+        assert (plan.engine.mesh.number, plan.engine.mesh.replicas) == (group.rank, 2)
 
     on_ranks(2, work)
 
@@ -107,7 +108,7 @@ def test_evaluation_is_the_mean_over_every_target():
         def slice(self, start, length):
             return tokens[start : start + length]
 
-    plan = Plan(model, LateGroup(), SyncOptions(), "fp32", 1)
+    plan = InHalves(model, LateGroup(), SyncOptions(), "fp32", 1)
     scores = plan.evaluate(eval_windows(Line(), 8, 3, 0, 1), LanguageModel())
     assert model.training  # dropout is back
     model.eval()

@@ -25,7 +25,9 @@ TABLE = [
     {"config", "engine"},
     {"sizing"},
     {"trained", "planner", "jobs"},
-    {"train", "commands"},
+    {"opening"},
+    {"summary", "commands"},
+    {"train"},
     {"cli"},
     {"__main__"},
 ]

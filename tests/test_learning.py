@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from in_halves import InHalves
 from threads import LateGroup
 from tiny import CPU, stream_of, tiny_decoder
 
@@ -12,7 +13,6 @@ from hvdtrain.data.batch import IGNORE, Batch
 from hvdtrain.data.loader import Feed, TrainLoader
 from hvdtrain.data.sampler import WindowSampler
 from hvdtrain.data.windows import WindowSource
-from hvdtrain.engine import Plan
 from hvdtrain.models.decoder import Decoder
 from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
 from hvdtrain.optim.schedules import ScheduleOptions, learning_rate
@@ -22,7 +22,7 @@ from hvdtrain.tasks.lm import LanguageModel
 
 def train(model: Decoder, steps: Iterator[list[Batch]], count: int, peak: float) -> float:
     """The mean loss of the last ten steps."""
-    plan = Plan(model, LateGroup(), SyncOptions(), "fp32", seed=1)
+    plan = InHalves(model, LateGroup(), SyncOptions(), "fp32", seed=1)
     optimizer = make_optimizer(model, OptimOptions(weight_decay=0.01))
     schedule = ScheduleOptions(warmup_steps=count // 10)
     losses = []

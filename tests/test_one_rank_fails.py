@@ -44,14 +44,14 @@ _TROUBLE = """
 import os, signal, sys
 from hvdtrain import __main__
 from hvdtrain.errors import OutputError
-from hvdtrain.engine import Plan
-forward_backward = Plan.forward_backward
-def troubled(plan, microbatches, task, step):
-    if step == 5 and plan.group.rank == 1:
+from hvdtrain.engine import Engine
+forward_backward = Engine.forward_backward
+def troubled(engine, microbatches, task, step):
+    if step == 5 and engine.mesh.world.rank == 1:
         open("trouble", "w").close()
         {trouble}
-    return forward_backward(plan, microbatches, task, step)
-Plan.forward_backward = troubled
+    return forward_backward(engine, microbatches, task, step)
+Engine.forward_backward = troubled
 sys.exit(__main__.main())
 """
 KILL = "os.kill(os.getpid(), signal.SIGKILL)"

@@ -7,9 +7,12 @@ from typing import Any
 import torch
 
 from hvdtrain.checkpoint.writer import Weights
+from hvdtrain.comm.mesh import whole_replicas
 from hvdtrain.comm.session import open_group
 from hvdtrain.comm.world import World
-from hvdtrain.engine import Plan
+from hvdtrain.cut import CUTS
+from hvdtrain.cut.precision import PRECISIONS
+from hvdtrain.engine import scores_of
 from hvdtrain.machine.cores import threads_of_rank
 from hvdtrain.machine.matmul import use_fast_matmul
 from hvdtrain.sizing import feed_of
@@ -34,7 +37,7 @@ def evaluate(
     """
     with open_group(world) as group:
         torch.set_num_threads(threads_of_rank(group))
-        run = find_run(run_dir, group, which)
+        mesh, run = whole_replicas(group), find_run(run_dir, group, which)
         corpora = open_data(run, data_dirs, group)
         trained, config = open_model(run, corpora, world, group, weights), run.config
         if trained.device.type == "cpu":
@@ -43,10 +46,10 @@ def evaluate(
         task = make_task(config.task)
 
         def open_split() -> Evaluation:
-            return task.open_evaluation(corpora, split, feed_of(config, group.rank, group.size), config.eval.rows)
+            return task.open_evaluation(corpora, split, feed_of(config, mesh.number, mesh.replicas), config.eval.rows)
 
         batches = group.together(open_split)
-        plan = Plan(trained.model, group, config.sync, config.precision, config.seed)
+        replica = CUTS["whole"](trained.model, mesh, PRECISIONS[config.precision], "none")
         data = {
             "folders": [str(folder.absolute()) for folder, _ in corpora.entries],
             "data_digest": corpora.data_digest,
@@ -55,4 +58,4 @@ def evaluate(
         step, kind = run.progress.step, trained.weights
         about = {"run": str(run_dir), "step": step, "split": split, "weights": kind, "data": data}
         shown = evaluating(batches(), batches.count, world.is_main)
-        return {**about, **plan.evaluate(shown, task)}
+        return {**about, **scores_of(replica, mesh.replica, shown, task)}

@@ -65,7 +65,7 @@ class Ema:
         """Within, the model has the averaged weights; afterwards its own again, bit for bit, also after an error.
 
         Values change places and tensors keep their addresses: compiled graphs and flat buffers stay right.
-        changed: called after each change of the weights, for whoever holds a copy of them (``Plan.publish``).
+        changed: called after each change of the weights, for whoever holds a copy of them (``Replica.publish``).
         """
         self._swap()
         try:

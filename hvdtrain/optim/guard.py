@@ -11,6 +11,8 @@ Smoothed values are averages over about 50 steps that were not left out, and cou
 al. 2022, 5.1) went back to a checkpoint and left out some hundred batches by hand; here it is the batch itself.
 """
 
+import math
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -19,6 +21,8 @@ from hvdtrain.errors import DivergedError
 from hvdtrain.options import Options, option
 
 _DECAY, _SETTLED = 0.98, 20
+# Of a sum over thousands of targets; fairseq gives up at 1e-4, of a mean (--min-loss-scale).
+_LEAST_LOSS_SCALE = 2.0**-24
 
 
 class GuardOptions(Options):
@@ -33,13 +37,15 @@ class GuardOptions(Options):
 
 
 class Guard:
-    """``judge`` each step, then ``skip`` (bool) and ``factor`` of the learning rate are scalars on the device."""
+    """The one judge of divergence. ``judge`` each step, then ``skip`` (bool; None: the policy skips nothing) and
+    ``factor`` of the learning rate are scalars on the device; the host learns of them where it checks.
+    """
 
     def __init__(self, options: GuardOptions, device: torch.device):
         self._options = options
         # smoothed loss, smoothed norm, steps in them, skipped in a row, most in a row, skipped, factor
         self._state = torch.tensor([0.0, 0, 0, 0, 0, 0, 1], dtype=torch.float64, device=device)
-        self.skip = torch.zeros((), dtype=torch.bool, device=device)
+        self.skip = torch.zeros((), dtype=torch.bool, device=device) if options.policy == "skip" else None
 
     @property
     def factor(self) -> torch.Tensor:
@@ -47,6 +53,8 @@ class Guard:
 
     def judge(self, loss: torch.Tensor, grad_norm: torch.Tensor, overflowed: torch.Tensor | None = None) -> None:
         """Scalars, fp64, of the global batch. ``overflowed``: by a loss scale; the norm then says nothing."""
+        if self.skip is None:
+            return
         o = self._options
         mean_loss, mean_norm, count, row, most, skipped, factor = self._state.unbind()
         judged = loss.isfinite() if overflowed is None else loss.isfinite() & ~overflowed
@@ -74,6 +82,8 @@ class Guard:
 
         Errors: DivergedError, on all ranks alike, where too many were skipped in a row.
         """
+        if self.skip is None:
+            return 0, 1.0
         _, _, _, _, most, skipped, factor = self._state.tolist()
         if most >= self._options.stop_after:
             raise DivergedError(
@@ -83,8 +93,48 @@ class Guard:
             )
         return int(skipped), factor
 
-    def state(self) -> tuple[float, ...]:
-        return tuple(self._state.tolist())
+    def check_step(
+        self, step: int, loss: float, grad_norm: float, loss_scale: float | None = None
+    ) -> tuple[int, float]:
+        """``check`` of a step whose numbers the host knows.
 
-    def load(self, state: tuple[float, ...]) -> None:
-        self._state.copy_(torch.tensor(state, dtype=torch.float64))
+        Errors: as there; and where the policy skips no step: where loss or gradient is no finite number, and no
+        overflow of a loss scale explains it.
+        """
+        is_finite = math.isfinite(loss) and (math.isfinite(grad_norm) or is_overflow(grad_norm, loss_scale))
+        if self.skip is None and not is_finite:
+            raise DivergedError(
+                f"step {step}: loss {loss}, gradient norm {grad_norm}; lower optim.lr or lengthen "
+                "schedule.warmup_steps; the last checkpoint is from before"
+            )
+        return self.check(step)
+
+    def check_scores(self, step: int, scores: Mapping[str, float]) -> None:
+        """Of a validation. Errors: DivergedError, on all ranks alike."""
+        if not all(math.isfinite(score) for score in scores.values()):
+            raise DivergedError(
+                f"step {step}: evaluation gave {dict(scores)}; lower optim.lr; the last checkpoint is from before"
+            )
+
+    def check_weights(self, step: int, weights: Sequence[torch.Tensor]) -> None:
+        """Before they are saved: are they numbers? (asks the device) Errors: DivergedError, on all ranks alike."""
+        self.check(step)
+        norms = torch.stack(torch._foreach_norm([weight.detach() for weight in weights]))
+        if not bool(norms.isfinite().all()):
+            raise DivergedError(
+                f"step {step}: parameters are no longer finite numbers; lower optim.lr or lengthen "
+                "schedule.warmup_steps; the last checkpoint is from before"
+            )
+
+    def state(self) -> tuple[float, ...] | None:
+        """For a checkpoint; None where the policy keeps nothing."""
+        return None if self.skip is None else tuple(self._state.tolist())
+
+    def load(self, state: tuple[float, ...] | None) -> None:
+        if self.skip is not None and state is not None:
+            self._state.copy_(torch.tensor(state, dtype=torch.float64))
+
+
+def is_overflow(grad_norm: float, loss_scale: float | None) -> bool:
+    """Did a scaled loss overflow? Now and then one does: its step is left out and the scale lowered. Not for ever."""
+    return loss_scale is not None and loss_scale >= _LEAST_LOSS_SCALE and not math.isfinite(grad_norm)

@@ -13,6 +13,7 @@ it is the batch in rows times their length that counts, not the tokens as such.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -51,6 +52,42 @@ class NoiseScale:
 
     def load(self, state: tuple[float, float]) -> None:
         self._moments.copy_(torch.tensor(state, dtype=torch.float64))
+
+
+class PartNorms:
+    """Squares of the gradients of parts of a step's batch: of each replica's share, or where there is one replica, of
+    the first of its microbatches. It watches the gradients on their way; see sync/buckets.py.
+    """
+
+    def __init__(self, replicas: int, device: torch.device):
+        self._has_peers = replicas > 1
+        self._square = torch.zeros((), dtype=torch.float64, device=device)
+
+    def begin(self) -> None:
+        """A step begins."""
+        self._square.zero_()
+
+    def after_first_pass(self, flat: torch.Tensor) -> None:
+        """A bucket as the first of several microbatches has left it."""
+        if not self._has_peers:
+            self._square += torch.dot(flat, flat)
+
+    def as_it_leaves(self, flat: torch.Tensor) -> None:
+        """A bucket as this replica's whole share has filled it."""
+        if self._has_peers:
+            self._square += torch.dot(flat, flat)
+
+    def tell(self, sums: torch.Tensor, weights: Sequence[int], is_complete: bool) -> None:
+        """Put what this replica adds into ``sums`` [3]: |gradient|^2 of its part's mean, 1 / its targets, 1 part.
+
+        weights: targets of its microbatches. is_complete: each of them gave every parameter a gradient; else nobody
+        knows which the first was of, and it is left out.
+        """
+        is_part = is_complete and len(weights) > 1
+        weight = sum(weights) if self._has_peers else weights[0] if is_part else 0
+        if weight:
+            sums[0] = self._square / weight**2
+            sums[1], sums[2] = 1 / weight, 1
 
 
 def advice(noise: float, batch: float, ranks: int) -> str:

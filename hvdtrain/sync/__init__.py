@@ -1,9 +1,15 @@
-"""How replicas agree. A way to agree is one file and one line in this table."""
+"""How replicas agree. A sync is one file and one line in this table."""
 
+from collections.abc import Sequence
 from typing import Literal
 
+import torch
+
+from hvdtrain.comm.mesh import Mesh
 from hvdtrain.options import Options, option
+from hvdtrain.slices import Slice
 from hvdtrain.sync.allreduce import AllReduceOptions, AllReduceSync
+from hvdtrain.sync.sync import Sync
 
 SYNCS = {
     "allreduce": AllReduceSync,
@@ -13,3 +19,8 @@ SYNCS = {
 class SyncOptions(Options):
     name: Literal["allreduce"] = option("allreduce", "how replicas agree; allreduce: sum gradients every step")
     allreduce: AllReduceOptions = AllReduceOptions()
+
+
+def make_sync(options: SyncOptions, slices: Sequence[Slice], computing: Sequence[torch.Tensor], mesh: Mesh) -> Sync:
+    """The sync of a replica's slices (local). computing: for each slice what backward gives a gradient, see Replica."""
+    return SYNCS[options.name](slices, computing, mesh.replica, getattr(options, options.name))

@@ -26,13 +26,13 @@ VOCABULARY, ROWS = 1024, 1
 def measure(folder: Path, threads: int, device: str, sizes: dict, vocabulary: int) -> None:
     """On each rank: seconds of every window of steps and of what the saver took of it; rank 0 prints them."""
     import torch
+    from in_halves import InHalves
 
     from hvdtrain.checkpoint.saver import Saver
     from hvdtrain.checkpoint.writer import CheckpointOptions, Progress
     from hvdtrain.comm.session import open_group
     from hvdtrain.comm.world import detect_world
     from hvdtrain.data.batch import Batch
-    from hvdtrain.engine import Plan
     from hvdtrain.models.decoder import Decoder
     from hvdtrain.models.transformer import TransformerOptions
     from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
@@ -45,7 +45,7 @@ def measure(folder: Path, threads: int, device: str, sizes: dict, vocabulary: in
         model.initialise(1)
         model.to(device)
         optimizer = make_optimizer(model, OptimOptions(lr=1e-6))
-        plan, task = Plan(model, group, SyncOptions(), "fp32", seed=1), LanguageModel()
+        plan, task = InHalves(model, group, SyncOptions(), "fp32", seed=1), LanguageModel()
         windows = torch.randint(vocabulary, (ROWS, sizes["context"] + 1))
         batch = Batch(windows[:, :-1], windows[:, 1:].contiguous(), windows[:, 1:].numel()).to(torch.device(device))
         kinds = {"none": None, "at once": False, "asynchronous": True}

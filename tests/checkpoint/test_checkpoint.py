@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from in_halves import InHalves
 from safetensors import safe_open
 from tiny import CPU, random_tokens, stream_of, tiny_decoder
 from torch import nn
@@ -19,7 +20,6 @@ from hvdtrain.data.loader import Feed, TrainLoader
 from hvdtrain.data.sampler import WindowSampler
 from hvdtrain.data.stream import TokenStream
 from hvdtrain.data.windows import WindowSource
-from hvdtrain.engine import Plan
 from hvdtrain.errors import CheckpointError, RankError
 from hvdtrain.files import fields_sha256
 from hvdtrain.optim.ema import Ema, EmaOptions
@@ -37,7 +37,7 @@ class Training:
     def __init__(self, stream: TokenStream, seed: int = 0, **options):
         self.model = tiny_decoder(seed, dropout=0.2, **options).train()
         self.optimizer = make_optimizer(self.model, OptimOptions())
-        self.plan = Plan(self.model, GROUP, SyncOptions(), "fp32", seed=5)
+        self.plan = InHalves(self.model, GROUP, SyncOptions(), "fp32", seed=5)
         source = WindowSource(stream, WindowSampler(len(stream), 8, seed=5), Feed(8, 5, 4, microbatch=2))
         self.loader = TrainLoader(source, CPU)
         self.step = 0

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from in_halves import InHalves
 from threads import LateGroup
 from tiny import random_tokens, tiny_decoder
 
 from hvdtrain.cut.compiling import CompileClock, check_compiler
 from hvdtrain.data.batch import Batch
-from hvdtrain.engine import Plan
 from hvdtrain.errors import ConfigError
 from hvdtrain.sync import SyncOptions
 from hvdtrain.sync.allreduce import AllReduceOptions
@@ -28,7 +28,7 @@ def batch() -> Batch:
 def one_step(how: str) -> tuple[float, torch.Tensor, list[str]]:
     group = LateGroup()
     sync = SyncOptions(allreduce=AllReduceOptions(bucket_mib=2e-3))
-    plan = Plan(tiny_decoder(layers=2), group, sync, "fp32", 1, how)
+    plan = InHalves(tiny_decoder(layers=2), group, sync, "fp32", 1, how)
     plan.forward_backward([batch(), batch()], LanguageModel(), 1)
     sent = list(group.sent)
     loss = plan.finish(0.0).loss.item()

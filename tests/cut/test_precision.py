@@ -4,12 +4,13 @@ import copy
 
 import pytest
 import torch
+from in_halves import InHalves
 from threads import LateGroup
 from tiny import random_tokens, tiny_decoder
 
-from hvdtrain.cut.precision import PRECISIONS, LossScale
+from hvdtrain.cut.precision import PRECISIONS
 from hvdtrain.data.batch import Batch
-from hvdtrain.engine import Plan
+from hvdtrain.optim.loss_scale import LossScale
 from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
 from hvdtrain.sync import SyncOptions
 from hvdtrain.sync.allreduce import AllReduceOptions
@@ -20,12 +21,12 @@ def batches_of(count: int, rows: int = 4) -> list[Batch]:
     return [Batch.from_windows(random_tokens(rows * 9, seed=n).reshape(rows, 9)) for n in range(count)]
 
 
-def make_plan(precision: str, bucket_mib: float = 16.0, **sizes) -> Plan:
+def make_plan(precision: str, bucket_mib: float = 16.0, **sizes) -> InHalves:
     options = SyncOptions(allreduce=AllReduceOptions(bucket_mib=bucket_mib))
-    return Plan(tiny_decoder(width=32, **sizes), LateGroup(), options, precision, 1)
+    return InHalves(tiny_decoder(width=32, **sizes), LateGroup(), options, precision, 1)
 
 
-def flat_gradient(plan: Plan) -> torch.Tensor:
+def flat_gradient(plan: InHalves) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in plan.model.parameters()])
 
 

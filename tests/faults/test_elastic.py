@@ -45,34 +45,34 @@ from pathlib import Path
 from hvdtrain.jobs import elastic_rank
 from hvdtrain import __main__
 held = [int(step) for step in sys.argv.pop(1).split(",")]
-def note(plan, name):
+def note(engine, name):
     digest = hashlib.sha256()
-    for parameter in plan.model.parameters():
+    for parameter in engine.replica.model.parameters():
         digest.update(parameter.detach().numpy().tobytes())
-    path = Path(f"{name}-of-{plan.group.size}-rank-{plan.group.rank}")
+    path = Path(f"{name}-of-{engine.mesh.world.size}-rank-{engine.mesh.world.rank}")
     path.with_name(f".{path}").write_text(
         f"{os.getpid()} {os.getppid()} {digest.hexdigest()} {os.environ['HOROVOD_HOSTNAME']}"
     )
     path.with_name(f".{path}").rename(path)
 if elastic_rank.in_round():
-    from hvdtrain.engine import Plan
+    from hvdtrain.engine import Engine
     from hvdtrain.watch.stopping import Stopping
-    forward_backward, check_finite, asked = Plan.forward_backward, Plan.check_finite, Stopping.asked
+    forward_backward, check, asked = Engine.forward_backward, Engine.check, Stopping.asked
     now = []
-    def noted_forward_backward(plan, microbatches, task, step):
+    def noted_forward_backward(engine, microbatches, task, step):
         now.append(step)
-        note(plan, f"before-{step}")
-        return forward_backward(plan, microbatches, task, step)
-    def noted_check(plan, step):
-        note(plan, f"saved-{step}")
-        return check_finite(plan, step)
+        note(engine, f"before-{step}")
+        return forward_backward(engine, microbatches, task, step)
+    def noted_check(engine, step):
+        note(engine, f"saved-{step}")
+        return check(engine, step)
     def held_asked(stopping):
         while stopping._is_main and now[-1] in held and not stopping._signals.flags:
             if Path(f"go-{now[-1]}").exists():
                 break
             time.sleep(0.02)
         return asked(stopping)
-    Plan.forward_backward, Plan.check_finite, Stopping.asked = noted_forward_backward, noted_check, held_asked
+    Engine.forward_backward, Engine.check, Stopping.asked = noted_forward_backward, noted_check, held_asked
 sys.exit(__main__.main())
 """
 

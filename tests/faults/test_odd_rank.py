@@ -10,8 +10,8 @@ from launch import TRACE, Prepared, launch
 # From its first step on one weight is not what the others have, and every step's batch takes half a second.
 _ODD = (
     "import gc, hvdtrain.data.loader as loader; "
-    "plan = next(one for one in gc.get_objects() if type(one).__name__ == 'Plan'); "
-    "list(plan.model.parameters())[3].data.view(-1)[:1].add_(1e-3); "
+    "engine = next(one for one in gc.get_objects() if type(one).__name__ == 'Engine'); "
+    "engine.replica.slices[3].tensor.data.view(-1)[:1].add_(1e-3); "
     "read = loader.TrainLoader.next_step; "
     "loader.TrainLoader.next_step = lambda self: (time.sleep(0.5), read(self))[1]"
 )

@@ -8,10 +8,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from in_halves import InHalves
 
 from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.data.batch import IGNORE, Batch
-from hvdtrain.engine import Plan
 from hvdtrain.machine.matmul import use_tf32
 from hvdtrain.models.decoder import Decoder
 from hvdtrain.models.recompute import RecomputeOptions, use_recompute
@@ -74,7 +74,7 @@ class Trained:
         self.model.to(device).train()
         self.began = [p.detach().cpu().clone() for p in self.model.parameters()]
         kind = "fp32" if precision == "tf32" else precision
-        plan = Plan(self.model, LocalGroup(), SyncOptions(), kind, 1, compile, guard)
+        plan = InHalves(self.model, LocalGroup(), SyncOptions(), kind, 1, compile, guard)
         optimizer = make_optimizer(self.model, optim or OptimOptions())
         self.ema = make_ema(self.model, EmaOptions(decay=ema))
         task = LanguageModel(task) if task else LanguageModel()
@@ -200,7 +200,7 @@ def test_fp16_that_overflows_skips_the_step(device: torch.device):
     model = Decoder(TransformerOptions(layers=1, heads=2, width=32, context=16), VOCAB)
     model.initialise(0)
     model.to(device).train()
-    plan = Plan(model, LocalGroup(), SyncOptions(), "fp16", 1)
+    plan = InHalves(model, LocalGroup(), SyncOptions(), "fp16", 1)
     optimizer = make_optimizer(model, OptimOptions())
     ids = torch.randint(VOCAB, (2, 17))
     batch = Batch(ids[:, :-1], ids[:, 1:], 32).to(device)

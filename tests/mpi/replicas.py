@@ -5,13 +5,13 @@ from copy import deepcopy
 
 import numpy as np
 import torch
+from in_halves import InHalves
 from tiny import tiny_decoder
 from torch import nn
 
 from hvdtrain.comm.group import Group
 from hvdtrain.data.batch import IGNORE, Batch
 from hvdtrain.data.sampler import even_parts
-from hvdtrain.engine import Plan
 from hvdtrain.models.decoder import Decoder
 from hvdtrain.sync import SyncOptions
 from hvdtrain.sync.allreduce import AllReduceOptions
@@ -68,6 +68,6 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-def make_plan(group: Group, bucket_mib: float = ONE_BUCKET, seed: int = 0) -> tuple[Decoder, Plan]:
+def make_plan(group: Group, bucket_mib: float = ONE_BUCKET, seed: int = 0) -> tuple[Decoder, InHalves]:
     model = tiny_decoder(seed)
-    return model, Plan(model, group, sync_options(bucket_mib), "fp32", seed=1)
+    return model, InHalves(model, group, sync_options(bucket_mib), "fp32", seed=1)

@@ -4,6 +4,7 @@ import hashlib
 
 import pytest
 import torch
+from in_halves import InHalves
 from replicas import (
     ONE_BUCKET,
     ROWS,
@@ -23,7 +24,6 @@ from torch import nn
 
 from hvdtrain.comm.horovod_group import HorovodGroup
 from hvdtrain.data.batch import IGNORE, Batch
-from hvdtrain.engine import Plan
 from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
 from hvdtrain.tasks.lm import LanguageModel
 from hvdtrain.tasks.task import LossSum, Task
@@ -115,7 +115,7 @@ class _RareTask(Task):
 def test_parameters_that_some_or_no_ranks_use(group: HorovodGroup, bucket_mib: float):
     """Zero gradients instead of none would let AdamW decay what nobody used; that of one rank alone is global too."""
     model = _Rare()
-    plan = Plan(model, group, sync_options(bucket_mib), "fp32", seed=1)
+    plan = InHalves(model, group, sync_options(bucket_mib), "fp32", seed=1)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1)
     batch, task = global_batch(), _RareTask(uses_rare=group.rank == group.size - 1)
     for step in range(1, 4):
@@ -137,7 +137,7 @@ def test_replicas_are_bit_equal_after_50_steps(group: HorovodGroup, bucket_mib: 
     """They begin with other parameters on each rank, of which rank 0's are taken, and draw other dropout."""
     model = tiny_decoder(seed=group.rank, dropout=0.1).train()
     before = tiny_decoder(seed=0, dropout=0.1)
-    plan = Plan(model, group, sync_options(bucket_mib), "fp32", seed=1)
+    plan = InHalves(model, group, sync_options(bucket_mib), "fp32", seed=1)
     assert _digest(model) == _digest(before)
     optimizer = make_optimizer(model, OptimOptions(lr=0.01))
     for step in range(1, 51):

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from in_halves import InHalves
 from replicas import sync_options
 from tiny import random_tokens, tiny_decoder, write_data
 
@@ -12,7 +13,6 @@ from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.data.shards import read_manifest
 from hvdtrain.data.stream import TokenStream
 from hvdtrain.data.windows import eval_windows
-from hvdtrain.engine import Plan
 from hvdtrain.tasks.lm import LanguageModel
 
 CONTEXT = 8
@@ -26,7 +26,7 @@ class _Sums(LanguageModel):
 def _evaluate(folder: Path, group: Group, rows: int) -> dict[str, float]:
     stream = TokenStream([(folder, read_manifest(folder))], "val")
     model = tiny_decoder(dropout=0.5)  # which evaluation must switch off
-    plan = Plan(model, group, sync_options(), "fp32", seed=1)
+    plan = InHalves(model, group, sync_options(), "fp32", seed=1)
     scores = plan.evaluate(eval_windows(stream, CONTEXT, rows, group.rank, group.size), _Sums())
     assert model.training
     return scores

@@ -5,11 +5,11 @@ import math
 
 import pytest
 import torch
+from in_halves import InHalves
 from replicas import global_batch, share, sync_options
 from tiny import tiny_decoder
 
 from hvdtrain.comm.horovod_group import HorovodGroup
-from hvdtrain.engine import Plan
 from hvdtrain.optim.guard import GuardOptions
 from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
 from hvdtrain.tasks.lm import LanguageModel
@@ -32,7 +32,7 @@ class _Poisoned(LanguageModel):
 def test_all_ranks_leave_out_the_same_step(group: HorovodGroup, precision: str):
     model = tiny_decoder(seed=0).train()
     guard = GuardOptions(policy="skip", backoff=0.5)
-    plan = Plan(model, group, sync_options(), precision, seed=1, guard=guard)
+    plan = InHalves(model, group, sync_options(), precision, seed=1, guard=guard)
     optimizer, task = make_optimizer(model, OptimOptions(lr=0.01)), _Poisoned(group)
     weights = []
     for task.step in range(1, 5):

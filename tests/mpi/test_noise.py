@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from in_halves import InHalves
 from replicas import global_batch, share, sync_options
 from tiny import tiny_decoder
 
 from hvdtrain.comm.horovod_group import HorovodGroup
-from hvdtrain.engine import Plan
 from hvdtrain.tasks.lm import LanguageModel
 
 TASK = LanguageModel()
@@ -17,7 +17,7 @@ def test_parts_of_a_step(group: HorovodGroup, precision: str):
     model = tiny_decoder(seed=0).train()
     batch = global_batch()
     parts = share(batch, group, passes=2)
-    plan = Plan(model, group, sync_options(16.0), precision, seed=1)
+    plan = InHalves(model, group, sync_options(16.0), precision, seed=1)
     plan.forward_backward(parts, TASK, step=1)
     sums = plan.finish(max_norm=0.1)  # clipped, which changes nothing here
 
@@ -36,7 +36,7 @@ def test_parts_of_a_step(group: HorovodGroup, precision: str):
 
 
 def test_one_part_says_nothing(group: HorovodGroup):
-    plan = Plan(tiny_decoder(seed=0).train(), group, sync_options(16.0), "fp32", seed=1)
+    plan = InHalves(tiny_decoder(seed=0).train(), group, sync_options(16.0), "fp32", seed=1)
     plan.forward_backward(share(global_batch(), group, passes=1), TASK, step=1)
     assert bool(torch.isnan(plan.finish(max_norm=0).part_square)) == (group.size == 1)
     plan.sync.close()

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from in_halves import InHalves
 from replicas import global_batch, share, sync_options
 from tiny import tiny_decoder
 
 from hvdtrain.comm.horovod_group import HorovodGroup
-from hvdtrain.engine import Plan
 from hvdtrain.errors import ReplicaError
 from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
 from hvdtrain.sync.replicas import ReplicaCheck, tensors_of
@@ -16,7 +16,7 @@ from hvdtrain.tasks.lm import LanguageModel
 @pytest.mark.parametrize("precision", ["fp32", "bf16-weights"])
 def test_one_bit_on_one_rank(group: HorovodGroup, precision: str):
     model = tiny_decoder(seed=group.rank).train()  # the plan makes them equal
-    plan = Plan(model, group, sync_options(), precision, seed=1)
+    plan = InHalves(model, group, sync_options(), precision, seed=1)
     optimizer, check, last = make_optimizer(model, OptimOptions(lr=0.01)), ReplicaCheck(group), group.size - 1
     for step in (1, 2):
         plan.forward_backward(share(global_batch(step), group, passes=2), LanguageModel(), step)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from in_halves import InHalves
 from replicas import distance, gradients, sync_options
 from tiny import CPU, labelled, pairs, random_tokens, write_corpus
 
@@ -18,10 +19,9 @@ from hvdtrain.comm.horovod_group import HorovodGroup
 from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.data.corpora import DataOptions, open_corpora
 from hvdtrain.data.loader import Feed, TrainLoader
-from hvdtrain.engine import Plan
 from hvdtrain.models.transformer import TransformerOptions
 from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
-from hvdtrain.sync.allreduce import StepSums
+from hvdtrain.optim.update import Agreed
 from hvdtrain.tasks import TaskOptions, make_task
 
 TASK_OF = {"pairs": "seq2seq", "labels": "classify"}
@@ -67,11 +67,11 @@ class Run:
             for parameter in self.model.parameters():
                 parameter.mul_(5 if parameter.dim() > 1 else 1)
         self.optimizer = make_optimizer(self.model, OPTIM)
-        self.plan = Plan(self.model, group, sync_options(), "fp32", seed=1)
+        self.plan = InHalves(self.model, group, sync_options(), "fp32", seed=1)
         self.loader = TrainLoader(self.task.open_training(self.corpora, self.feed).source, CPU)
         self.rowless, self._before = 0, 0
 
-    def gradient(self, step: int) -> StepSums:
+    def gradient(self, step: int) -> Agreed:
         batches = self.loader.next_step()
         self.rowless += not sum(batch.target_tokens for batch in batches)
         self.plan.forward_backward(batches, self.task, step)

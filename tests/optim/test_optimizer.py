@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from in_halves import InHalves
 from pydantic import ValidationError
 from tiny import random_tokens, tiny_decoder
 from torch import nn
@@ -13,7 +14,6 @@ from hvdtrain.checkpoint import writer as checkpoint
 from hvdtrain.checkpoint.writer import CheckpointOptions, Progress
 from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.data.batch import Batch
-from hvdtrain.engine import Plan
 from hvdtrain.optim.lamb import Lamb
 from hvdtrain.optim.lars import Lars, whole_norms
 from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
@@ -166,7 +166,7 @@ class Training:
     def __init__(self, name: str, precision: str = "fp32", seed: int = 0, **options):
         self.name, self.model = name, tiny_decoder(seed)
         self.optimizer = make_optimizer(self.model, OptimOptions(name=name, weight_decay=1e-3, **options))
-        self.plan = Plan(self.model, LocalGroup(), SyncOptions(), precision, 1)
+        self.plan = InHalves(self.model, LocalGroup(), SyncOptions(), precision, 1)
 
     def run(self, first: int, last: int) -> list[float]:
         """Losses of steps ``first`` .. ``last`` on one batch."""

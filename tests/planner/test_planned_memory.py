@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from in_halves import allreduce
 from launch import Prepared, succeed, summary
 from threads import Scripted
 from tiny import stream_of
@@ -24,7 +25,7 @@ from hvdtrain.optim.optimizer import OptimOptions, make_optimizer, state_bytes
 from hvdtrain.planner.dry_run import dry_run
 from hvdtrain.planner.memory import loader_bytes, memory, wire_bytes
 from hvdtrain.planner.workload import build_model, workload
-from hvdtrain.sync.allreduce import AllReduceOptions, AllReduceSync
+from hvdtrain.sync.allreduce import AllReduceOptions
 from hvdtrain.sync.wire import FORMS, _Exchange, _TwoPhases
 
 FACTS = CorpusFacts(vocab_size=50, classes=3)
@@ -166,9 +167,9 @@ def test_wire_buffers(ranks: int, bucket_mib: float):
     model = build_model(settings(), FACTS)
     options = AllReduceOptions(wire="bf16", bucket_mib=bucket_mib)
     group = Scripted(size=ranks)  # nobody sends anything
-    sync = AllReduceSync(model, group, AllReduceOptions(bucket_mib=bucket_mib))
+    sync = allreduce(model, group, AllReduceOptions(bucket_mib=bucket_mib))
     wire = _TwoPhases(group, FORMS["bf16"])
-    exchanges = [_Exchange(group, FORMS["bf16"], bucket.flat, bucket.name) for bucket in sync._buckets]
+    exchanges = [_Exchange(group, FORMS["bf16"], bucket.flat, bucket.name) for bucket in sync._buckets.all]
     for exchange in exchanges:
         wire._room(exchange)
     made = sum(t.nbytes for e in exchanges for t in (e._out_pw, e._in_pw)) + wire._work.nbytes

@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
+from in_halves import allreduce, update_of
 from threads import LateGroup, ThreadGroup, on_ranks
 from tiny import random_tokens, tiny_decoder
 from torch import nn
@@ -14,9 +15,14 @@ from torch.utils.checkpoint import checkpoint
 
 from hvdtrain.data.batch import IGNORE, Batch
 from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
-from hvdtrain.sync.allreduce import AllReduceOptions, AllReduceSync, StepSums, _fill_buckets
+from hvdtrain.optim.update import Agreed
+from hvdtrain.slices import Slice, whole_slice
+from hvdtrain.sync.allreduce import AllReduceOptions, AllReduceSync
+from hvdtrain.sync.buckets import fill_buckets
+from hvdtrain.sync.sync import Told
 from hvdtrain.tasks.lm import LanguageModel
 
+NO_OPTIMIZER = torch.optim.SGD([nn.Parameter(torch.zeros(1))])
 EACH_ITS_OWN, SOME, ONE = 1e-6, 2e-3, 16.0  # MiB; the tiny decoder has 15 KiB of gradients
 
 
@@ -41,19 +47,22 @@ def plain(model: nn.Module, batches: list[Batch]) -> tuple[nn.Module, torch.Tens
     return model, loss.detach()
 
 
-def one_step(sync: AllReduceSync, losses: list[Callable[[], torch.Tensor]], weight: int, max_norm: float) -> StepSums:
-    sync.start()
+def slices_of(parameters: list[nn.Parameter]) -> list[Slice]:
+    return [whole_slice(str(number), parameter, LateGroup()) for number, parameter in enumerate(parameters)]
+
+
+def one_step(sync: AllReduceSync, losses: list[Callable[[], torch.Tensor]], weight: int, max_norm: float) -> Agreed:
+    sync.begin(len(losses))
     total = torch.zeros((), dtype=torch.float64)
-    for number, loss in enumerate(losses):
+    for loss in losses:
         value = loss()
-        if number == len(losses) - 1:
-            sync.last()
         value.backward()
         total += value.detach()
-    return sync.finish(total, weight, max_norm)
+    sync.finish(Told(total, [weight]))
+    return update_of(NO_OPTIMIZER, max_norm).divide(sync._summed)
 
 
-def train_step(sync: AllReduceSync, model: nn.Module, batches: list[Batch], max_norm: float = 0.0) -> StepSums:
+def train_step(sync: AllReduceSync, model: nn.Module, batches: list[Batch], max_norm: float = 0.0) -> Agreed:
     task = LanguageModel()
     losses = [lambda batch=batch: task.loss(model, batch).total for batch in batches]
     return one_step(sync, losses, sum(batch.target_tokens for batch in batches), max_norm)
@@ -72,7 +81,7 @@ def test_gradients_are_those_of_the_mean_loss(bucket_mib: float, sizes: tuple[in
     """Uneven microbatches and padding too: sums, then one division."""
     model, batches = tiny_decoder(tied=tied), batches_of(*sizes, padded=3)
     expected, loss = plain(model, batches)
-    sync = AllReduceSync(model, LateGroup(), AllReduceOptions(bucket_mib=bucket_mib))
+    sync = allreduce(model, LateGroup(), AllReduceOptions(bucket_mib=bucket_mib))
     sums = train_step(sync, model, batches)
     assert_same_gradients(model, expected)
     norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(p.grad) for p in expected.parameters()]))
@@ -86,7 +95,7 @@ def test_clipping_is_torchs(max_norm: float):
     model, batches = tiny_decoder(), batches_of(2, 1)
     expected, _ = plain(model, batches)
     norm = torch.nn.utils.clip_grad_norm_(expected.parameters(), max_norm)
-    sync = AllReduceSync(model, LateGroup(), AllReduceOptions(bucket_mib=SOME))
+    sync = allreduce(model, LateGroup(), AllReduceOptions(bucket_mib=SOME))
     sums = train_step(sync, model, batches, max_norm)
     assert sums.grad_norm.item() == pytest.approx(norm.item(), rel=1e-6)  # before clipping
     assert_same_gradients(model, expected)
@@ -94,7 +103,7 @@ def test_clipping_is_torchs(max_norm: float):
 
 def test_every_step_begins_empty():
     model = tiny_decoder()
-    sync = AllReduceSync(model, LateGroup(), AllReduceOptions(bucket_mib=SOME))
+    sync = allreduce(model, LateGroup(), AllReduceOptions(bucket_mib=SOME))
     optimizer = make_optimizer(model, OptimOptions())
     for step in range(3):
         batches = batches_of(step + 1, 2)
@@ -105,7 +114,7 @@ def test_every_step_begins_empty():
         optimizer.zero_grad()  # whoever calls it, as many loops do, does no harm
         train_step(sync, model, batches, max_norm=0.5)
         assert_same_gradients(model, expected)
-        sync.step(optimizer, lr=0.01 * (step + 1))
+        update_of(optimizer).apply(lr=0.01 * (step + 1))
         assert {group["lr"] for group in optimizer.param_groups} == {0.01 * (step + 1)}
 
 
@@ -113,10 +122,10 @@ def test_gradients_that_autograd_puts_elsewhere_are_fetched():
     """Someone sets them to None in between; autograd then makes tensors of its own instead of filling the buckets."""
     model, batches = tiny_decoder(), batches_of(2, 3)
     expected, _ = plain(model, batches)
-    sync = AllReduceSync(model, LateGroup(), AllReduceOptions(bucket_mib=SOME))
+    sync = allreduce(model, LateGroup(), AllReduceOptions(bucket_mib=SOME))
     train_step(sync, model, batches_of(4))  # leaves something in the buckets
-    start = sync.start
-    sync.start = lambda: (start(), model.zero_grad(set_to_none=True))
+    begin = sync.begin
+    sync.begin = lambda passes: (begin(passes), model.zero_grad(set_to_none=True))
     train_step(sync, model, batches)
     assert_same_gradients(model, expected)
 
@@ -127,14 +136,13 @@ def test_gradients_that_autograd_puts_elsewhere_are_fetched():
 def test_buckets_leave_while_backward_runs_last_layer_first():
     layers = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(5)))
     group = LateGroup()
-    sync = AllReduceSync(layers, group, AllReduceOptions(bucket_mib=EACH_ITS_OWN))
-    sync.start()
+    sync = allreduce(layers, group, AllReduceOptions(bucket_mib=EACH_ITS_OWN))
+    sync.begin(passes=2)
     layers(torch.ones(1, 4)).sum().backward()
     assert group.sent == []  # a microbatch that is not the last sends nothing
-    sync.last()
     layers(torch.ones(1, 4)).sum().backward()
     assert group.sent == [f"hvdtrain.gradients.{number}" for number in range(5)]
-    sync.finish(torch.zeros(()), 1, 0.0)
+    sync.finish(Told(torch.zeros(()), [1]))
     assert group.sent[5:] == ["hvdtrain.sums"]
 
 
@@ -142,7 +150,7 @@ def test_buckets_leave_while_backward_runs_last_layer_first():
 def test_buckets_hold_every_parameter_once_last_first(bucket_bytes: int):
     sizes = [3, 50, 4, 4, 4, 1, 30]
     parameters = [nn.Parameter(torch.zeros(size)) for size in sizes]
-    buckets = _fill_buckets(parameters, bucket_bytes)
+    buckets = fill_buckets(slices_of(parameters), bucket_bytes)
     assert [number for bucket in buckets for number, _ in bucket.members] == [6, 5, 4, 3, 2, 1, 0]
     for bucket in buckets:
         assert bucket.flat.numel() * 4 <= bucket_bytes or len(bucket.members) == 1
@@ -153,7 +161,8 @@ def test_buckets_hold_every_parameter_once_last_first(bucket_bytes: int):
 
 def test_a_bucket_has_one_type():
     parameters = [nn.Parameter(torch.zeros(2, dtype=dtype)) for dtype in (torch.float32, torch.float64, torch.float64)]
-    assert [bucket.flat.dtype for bucket in _fill_buckets(parameters, 10**6)] == [torch.float64, torch.float32]
+    buckets = fill_buckets(slices_of(parameters), 10**6)
+    assert [bucket.flat.dtype for bucket in buckets] == [torch.float64, torch.float32]
 
 
 # --- parameters that are used never, sometimes, several times ----------------------------------------------------
@@ -163,12 +172,12 @@ def test_a_bucket_has_one_type():
 def test_an_unused_parameter_is_left_alone(bucket_mib: float):
     model = nn.ModuleDict({"used": nn.Linear(3, 1), "unused": nn.Linear(3, 1)})
     before = model["unused"].weight.detach().clone()
-    sync = AllReduceSync(model, LateGroup(), AllReduceOptions(bucket_mib=bucket_mib))
+    sync = allreduce(model, LateGroup(), AllReduceOptions(bucket_mib=bucket_mib))
     optimizer = make_optimizer(model, OptimOptions(lr=0.1, weight_decay=0.5))
     for _ in range(3):
         one_step(sync, [lambda: model["used"](torch.ones(2, 3)).sum()], 2, 1.0)
         assert [p.grad is None for p in model.parameters()] == [False, False, True, True]
-        sync.step(optimizer, 0.1)
+        update_of(optimizer).apply(0.1)
     assert torch.equal(model["unused"].weight, before)  # neither moved nor decayed
     one_step(sync, [lambda: model["unused"](torch.ones(2, 3)).sum()], 2, 0.0)
     assert [p.grad is None for p in model.parameters()] == [True, True, False, False]
@@ -178,7 +187,7 @@ def test_an_unused_parameter_is_left_alone(bucket_mib: float):
 @pytest.mark.parametrize("bucket_mib", [EACH_ITS_OWN, ONE])
 def test_a_parameter_that_only_the_first_microbatch_used(bucket_mib: float):
     model = nn.ModuleDict({name: nn.Linear(3, 1, bias=False) for name in "ab"})
-    sync = AllReduceSync(model, LateGroup(), AllReduceOptions(bucket_mib=bucket_mib))
+    sync = allreduce(model, LateGroup(), AllReduceOptions(bucket_mib=bucket_mib))
     losses = [lambda: model["a"](torch.ones(4, 3)).sum(), lambda: model["b"](torch.ones(2, 3)).sum()]
     one_step(sync, losses, 2, 0.0)
     assert model["a"].weight.grad.tolist() == [[2.0, 2.0, 2.0]]
@@ -205,7 +214,7 @@ def test_used_several_times_or_computed_again(bucket_mib: float, layers: int, re
 
     x, expected = torch.randn(5, 4, requires_grad=True), copy.deepcopy(model)
     (run(expected, x) / 5).backward()
-    sync = AllReduceSync(model, LateGroup(), AllReduceOptions(bucket_mib=bucket_mib))
+    sync = allreduce(model, LateGroup(), AllReduceOptions(bucket_mib=bucket_mib))
     one_step(sync, [lambda: run(model, x)], 5, 0.0)
     assert_same_gradients(model, expected)
 
@@ -213,9 +222,8 @@ def test_used_several_times_or_computed_again(bucket_mib: float, layers: int, re
 def test_a_gradient_that_comes_twice_is_refused():
     """Reentrant checkpointing of a shared layer: the first part has been sent when the second arrives."""
     layer = nn.Linear(4, 4)
-    sync = AllReduceSync(layer, LateGroup(), AllReduceOptions())
-    sync.start()
-    sync.last()
+    sync = allreduce(layer, LateGroup(), AllReduceOptions())
+    sync.begin(passes=1)
     hidden = checkpoint(layer, torch.randn(5, 4, requires_grad=True), use_reentrant=True)
     with pytest.raises(RuntimeError, match="use_reentrant=False"):
         checkpoint(layer, hidden, use_reentrant=True).sum().backward()
@@ -224,12 +232,12 @@ def test_a_gradient_that_comes_twice_is_refused():
 def test_frozen_parameters_stay_out():
     model = tiny_decoder()
     model.position.weight.requires_grad_(False)
-    sync = AllReduceSync(model, LateGroup(), AllReduceOptions())
+    sync = allreduce(model, LateGroup(), AllReduceOptions())
     train_step(sync, model, batches_of(2))
     assert model.position.weight.grad is None
     sync.close()  # from now on gradients are nobody's business
     model.zero_grad()
-    train_step(AllReduceSync(model, LateGroup(), AllReduceOptions()), model, batches_of(2))
+    train_step(allreduce(model, LateGroup(), AllReduceOptions()), model, batches_of(2))
 
 
 # --- two ranks ---------------------------------------------------------------------------------------------------
@@ -239,9 +247,9 @@ def test_uneven_ranks_do_not_bias_the_gradient():
     whole, batches = tiny_decoder(), batches_of(1, 4, padded=5)
     expected, loss = plain(whole, batches)
 
-    def work(group: ThreadGroup) -> tuple[nn.Module, StepSums]:
+    def work(group: ThreadGroup) -> tuple[nn.Module, Agreed]:
         model = copy.deepcopy(whole)
-        sync = AllReduceSync(model, group, AllReduceOptions(bucket_mib=SOME))
+        sync = allreduce(model, group, AllReduceOptions(bucket_mib=SOME))
         return model, train_step(sync, model, [batches[group.rank]])
 
     for model, sums in on_ranks(2, work):
@@ -256,7 +264,7 @@ def test_what_one_rank_used_moves_on_all():
 
     def work(group: ThreadGroup) -> list:
         model = copy.deepcopy(whole)
-        sync = AllReduceSync(model, group, AllReduceOptions(bucket_mib=EACH_ITS_OWN))
+        sync = allreduce(model, group, AllReduceOptions(bucket_mib=EACH_ITS_OWN))
         name, rows = [("a", 1), ("b", 3)][group.rank]
         one_step(sync, [lambda: model[name](torch.ones(rows, 2)).sum()], rows, 0.0)
         return [p.grad.tolist() if p.grad is not None else None for p in model.parameters()]

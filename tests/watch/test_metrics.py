@@ -5,8 +5,9 @@ import json
 import math
 import os
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +15,11 @@ from pydantic import ValidationError
 
 from hvdtrain import files
 from hvdtrain.errors import EXIT_DIVERGED, DivergedError, OutputError
-from hvdtrain.sync.allreduce import StepSums
-from hvdtrain.watch.metrics import Metrics, MetricsOptions, StepTimes, read_log, write_summary
+from hvdtrain.files import write_json
+from hvdtrain.optim.guard import Guard, GuardOptions
+from hvdtrain.optim.noise_scale import NoiseScale
+from hvdtrain.optim.update import Agreed
+from hvdtrain.watch.metrics import Metrics, MetricsOptions, StepTimes, read_log
 
 TIMES = StepTimes(data=0.1, compute=0.2, sync=0.3, total=0.6)
 KEYS = [
@@ -24,19 +28,37 @@ KEYS = [
 ]  # fmt: skip
 
 
-def sums(loss: float, weight: int = 60, grad_norm: float = 1.5) -> StepSums:
-    return StepSums(*(torch.tensor(value, dtype=torch.float64) for value in (loss, weight, grad_norm)))
+def sums(loss: float, weight: int = 60, grad_norm: float = 1.5) -> Agreed:
+    return Agreed(*(torch.tensor(value, dtype=torch.float64) for value in (loss, weight, grad_norm)))
+
+
+@dataclass
+class Student:
+    """Who learns, in place of the engine."""
+
+    tokens: Any
+    flops: int = 0
+    noise: NoiseScale = field(default_factory=lambda: NoiseScale(torch.device("cpu")))
+    guard: Guard = field(default_factory=lambda: Guard(GuardOptions(), torch.device("cpu")))
 
 
 def metrics_of(
     run_dir: Path, steps: int = 20, every: int = 5, start: int = 0, tokens: int = 0, is_main: bool = True, board=False
 ) -> Metrics:
-    return Metrics(run_dir, MetricsOptions(every=every, tensorboard=board), steps, is_main, start, tokens)
+    options = MetricsOptions(every=every, tensorboard=board)
+    return Metrics(run_dir, options, steps, is_main, start, Student(tokens))
+
+
+def add(metrics: Metrics, step: int, epoch: int, agreed: Agreed, lr: float, times: Any, flops: int = 0) -> None:
+    """A step of the student, and its line."""
+    student = metrics._learner
+    student.tokens, student.flops = student.tokens + agreed.weight, flops
+    metrics.add(step, epoch, agreed, lr, times)
 
 
 def train(metrics: Metrics, first: int, last: int) -> None:
     for step in range(first, last + 1):
-        metrics.add(step, step // 10, sums(loss=1 / step), lr=step * 1e-3, times=TIMES)
+        add(metrics, step, step // 10, sums(loss=1 / step), lr=step * 1e-3, times=TIMES)
 
 
 def lines_of(run_dir: Path) -> list[dict]:
@@ -66,7 +88,7 @@ def test_every_nth_step_the_first_and_the_last_are_lines(tmp_path: Path):
 def test_times_are_means_over_the_interval_and_the_rate_leaves_out_the_start(tmp_path: Path):
     metrics = metrics_of(tmp_path, steps=10)
     slow = StepTimes(data=60.0, compute=0.0, sync=0.0, total=60.0)
-    metrics.add(1, 0, sums(2.0), 0.1, slow)
+    add(metrics, 1, 0, sums(2.0), 0.1, slow)
     train(metrics, 2, 10)
     metrics.close()
     first, second, third = lines_of(tmp_path)
@@ -79,7 +101,7 @@ def test_times_are_means_over_the_interval_and_the_rate_leaves_out_the_start(tmp
 def test_what_no_lap_names_is_other(tmp_path: Path):
     metrics = metrics_of(tmp_path, steps=10)
     for step in range(1, 11):
-        metrics.add(step, 0, sums(2.0), 0.1, StepTimes(data=0.1, compute=0.4, sync=0.2, optimizer=0.2, total=1.0))
+        add(metrics, step, 0, sums(2.0), 0.1, StepTimes(data=0.1, compute=0.4, sync=0.2, optimizer=0.2, total=1.0))
     metrics.close()
     for line in lines_of(tmp_path):
         assert (line["time_optimizer_s"], line["time_other_s"]) == (pytest.approx(0.2), pytest.approx(0.1))
@@ -92,7 +114,7 @@ def test_model_flops_and_their_share_of_the_peak(tmp_path: Path, capsys: pytest.
     assert (metrics.flops_per_s, metrics.mfu) == (0.0, None)
     for step in range(1, 16):
         metrics.peak = 2e10 if step > 5 else None
-        metrics.add(step, 0, sums(2.0), 0.1, TIMES, flops=3_000_000_000 if step > 1 else 0)
+        add(metrics, step, 0, sums(2.0), 0.1, TIMES, flops=3_000_000_000 if step > 1 else 0)
     metrics.close()
     first, second, third, last = lines_of(tmp_path)
     assert not {"model_tflops_per_s", "mfu"} & set(first)
@@ -125,10 +147,10 @@ def test_times_of_a_device_are_read_when_they_are_there(tmp_path: Path):
     """In order, without waiting between the lines, and all of them at a line."""
     metrics = metrics_of(tmp_path, steps=12, every=10)
     device = [1, 0]
-    metrics.add(1, 0, sums(2.0), 0.1, Slow(device, 1))
+    add(metrics, 1, 0, sums(2.0), 0.1, Slow(device, 1))
     for step in range(2, 11):
         device[0] = step - 3
-        metrics.add(step, 0, sums(2.0), 0.1, Slow(device, step))
+        add(metrics, step, 0, sums(2.0), 0.1, Slow(device, step))
         assert len(metrics._unread) == (0 if step == 10 else min(3, step - 1))
         assert device[1] == (3 if step == 10 else 0)
     metrics.close()
@@ -148,19 +170,19 @@ def test_steps_to_profile():
     assert [MetricsOptions(profile=spec).profile for spec in ("7", "10-12")] == ["7", "10-12"]
 
 
-def scaled(scale: float, loss: float = 2.0, grad_norm: float = 1.5) -> StepSums:
+def scaled(scale: float, loss: float = 2.0, grad_norm: float = 1.5) -> Agreed:
     return replace(sums(loss, grad_norm=grad_norm), loss_scale=torch.tensor(scale))
 
 
 def test_an_overflow_of_a_scaled_loss_is_no_divergence(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Until the scale has been lowered so often that it cannot be the scale's fault."""
     metrics = metrics_of(tmp_path, every=1)
-    metrics.add(1, 0, scaled(16.0), 0.1, TIMES)
-    metrics.add(2, 0, scaled(16.0, grad_norm=math.inf), 0.1, TIMES)
-    metrics.add(3, 0, scaled(8.0, grad_norm=math.nan), 0.1, TIMES)
+    add(metrics, 1, 0, scaled(16.0), 0.1, TIMES)
+    add(metrics, 2, 0, scaled(16.0, grad_norm=math.inf), 0.1, TIMES)
+    add(metrics, 3, 0, scaled(8.0, grad_norm=math.nan), 0.1, TIMES)
     for sums_of_step in (scaled(2.0**-25, grad_norm=math.inf), scaled(16.0, loss=math.nan)):
         with pytest.raises(DivergedError):
-            metrics.add(4, 0, sums_of_step, 0.1, TIMES)
+            add(metrics, 4, 0, sums_of_step, 0.1, TIMES)
     metrics.close()
     assert [(line["grad_norm"], line["loss_scale"]) for line in lines_of(tmp_path)] == [
         (1.5, 16),
@@ -228,7 +250,7 @@ def test_a_number_that_is_none_ends_the_run_on_every_rank(tmp_path: Path, is_mai
     metrics = metrics_of(tmp_path, is_main=is_main)
     train(metrics, 1, 4)
     with pytest.raises(DivergedError, match=r"step 5: loss .*optim\.lr") as caught:
-        metrics.add(5, 0, sums(loss, grad_norm=grad_norm), 0.1, TIMES)
+        add(metrics, 5, 0, sums(loss, grad_norm=grad_norm), 0.1, TIMES)
     assert (caught.value.exit_code, caught.value.on_all_ranks) == (EXIT_DIVERGED, True)
     metrics.close()
     if is_main:
@@ -275,7 +297,7 @@ def test_tensorboard_reads_what_was_written(tmp_path: Path):
     metrics = metrics_of(tmp_path, board=True)
     metrics.peak = 1e9
     for step in range(1, 21):
-        metrics.add(step, 0, sums(loss=1 / step), 1e-3, TIMES, flops=300_000_000)
+        add(metrics, step, 0, sums(loss=1 / step), 1e-3, TIMES, flops=300_000_000)
     metrics.add_evaluation(20, {"val_loss": 2.5})
     metrics.close()
     board = EventAccumulator(str(tmp_path / "tensorboard"))
@@ -302,5 +324,5 @@ def test_tensorboard_forgets_the_future_of_a_killed_run(tmp_path: Path):
 
 
 def test_the_summary_of_a_run(tmp_path: Path):
-    write_summary(tmp_path, {"status": "finished"})
+    write_json(tmp_path / "summary.json", {"status": "finished"})
     assert json.loads((tmp_path / "summary.json").read_text())["status"] == "finished"

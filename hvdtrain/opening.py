@@ -1,0 +1,303 @@
+"""Opens a run: finds out on all ranks what is wrong with it, and makes what the walk needs.
+
+open_run      configuration, device, data, lengths, where to begin          nothing is written yet
+open_engine   model, optimizer, update, sync; a checkpoint's tensors in them
+open_log      what the run says of itself
+"""
+
+import contextlib
+import json
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hvdtrain import sizing
+from hvdtrain.checkpoint import writer as checkpoint
+from hvdtrain.checkpoint.manifest import Progress
+from hvdtrain.checkpoint.retention import steps_saved
+from hvdtrain.checkpoint.start import find_start, moved_rate
+from hvdtrain.comm.group import Group
+from hvdtrain.comm.mesh import Mesh, whole_replicas
+from hvdtrain.comm.world import World
+from hvdtrain.config import RunConfig, dump_yaml
+from hvdtrain.cut import CUTS
+from hvdtrain.cut.compiling import CompileClock, check_compiler
+from hvdtrain.cut.precision import PRECISIONS
+from hvdtrain.data.carried import carry
+from hvdtrain.data.corpora import Corpora, check_corpora, open_corpora, stage
+from hvdtrain.data.stream import read_through_note
+from hvdtrain.engine import Engine
+from hvdtrain.errors import EXIT_OK, crash_code, say
+from hvdtrain.files import read_text, write_text
+from hvdtrain.jobs.claim import Claim
+from hvdtrain.jobs.job_record import close_job, record_job
+from hvdtrain.machine.cores import Cores, take_cores
+from hvdtrain.machine.device import pick_device
+from hvdtrain.machine.malloc import keep_freed_memory
+from hvdtrain.machine.matmul import use_fast_matmul, use_tf32
+from hvdtrain.machine.peaks import Peak, find_peak
+from hvdtrain.models.recompute import use_recompute
+from hvdtrain.optim.ema import make_ema
+from hvdtrain.optim.guard import Guard
+from hvdtrain.optim.loss_scale import LossScale
+from hvdtrain.optim.optimizer import make_optimizer
+from hvdtrain.optim.scaling import Scaled
+from hvdtrain.optim.schedules import learning_rate
+from hvdtrain.optim.update import Update
+from hvdtrain.sync import make_sync
+from hvdtrain.tasks import make_task
+from hvdtrain.tasks.task import Evaluation, Task, Training
+from hvdtrain.watch.log import Log
+from hvdtrain.watch.meter import StepClock
+from hvdtrain.watch.metrics import Metrics
+from hvdtrain.watch.phases import Phases
+from hvdtrain.watch.profiler import Profiler, parse_steps
+from hvdtrain.watch.stopping import Stopping, StopSignals
+from hvdtrain.watch.stragglers import Stragglers
+from hvdtrain.watch.watchdog import Watchdog
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the user asks for. words: the recipe and its key=value. resume, timeline: see ``train``."""
+
+    words: Sequence[str]
+    recipe: RunConfig
+    run_dir: Path
+    resume: str
+    timeline: Path | None = None
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a rank reads: checked, opened."""
+
+    corpora: Corpora
+    train: Training
+    val: Evaluation
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: after which progress, from which checkpoint (None: step 0).
+
+    finished: the summary of a run that has nothing left to do.
+    """
+
+    progress: Progress
+    checkpoint: Path | None
+    finished: Mapping[str, Any] | None = None
+
+
+@dataclass
+class OpenRun:
+    """A run that can begin. ``config``: the recipe with all that depends on ranks and data worked out.
+
+    notes: what the user must be told, and the summary keeps. step, end: how far it has come, and how it ended: exit
+    code and reason.
+    """
+
+    asked: Asked
+    config: RunConfig
+    world: World
+    mesh: Mesh
+    claim: Claim
+    stopping: Stopping
+    device: torch.device
+    cores: Cores
+    matmul: str
+    task: Task
+    data: Data
+    scaled: Scaled
+    identity: Mapping[str, Any]
+    start: Start
+    notes: list[str]
+    step: int = 0
+    end: tuple[int, str] = (EXIT_OK, "finished")
+
+    @property
+    def run_dir(self) -> Path:
+        return self.asked.run_dir
+
+    @property
+    def is_main(self) -> bool:
+        return self.mesh.world.rank == 0
+
+    @property
+    def last(self) -> int:
+        """The last step."""
+        return self.config.train.steps
+
+    @property
+    def steps_left(self) -> range:
+        return range(self.start.progress.step + 1, self.last + 1)
+
+    def lr(self, step: int) -> float:
+        return learning_rate(self.config.schedule, self.config.optim.lr, self.last, step - 1)
+
+
+def open_run(asked: Asked, world: World, group: Group, claim: Claim, signals: StopSignals | None) -> OpenRun:
+    """Everything that can be wrong with the input is found here, on all ranks, before the first step (collective)."""
+    recipe, run_dir = asked.recipe, asked.run_dir
+    mesh, is_main = whole_replicas(group), group.rank == 0
+    config = group.together(lambda: sizing.sized(recipe, group.size))
+    stopping = group.together(lambda: Stopping(run_dir, config.stop, is_main, signals))
+    cores = take_cores(group)
+    torch.set_num_threads(cores.threads)
+    task = make_task(config.task)
+    device, notes = group.together(lambda: pick_device(config.device, world, group))
+    notes += stopping.notes
+    data = _open_data(config, task, mesh, world, pin=device.type == "cuda")
+    notes += group.together(lambda: read_through_note(data.train.source.read_through))
+    scaled = group.together(lambda: _scale(recipe, config, data.train, group.size))
+    notes += scaled.notes
+    config = sizing.resolved(recipe, scaled)
+    group.together(lambda: check_compiler(config.compile, device))
+    use_tf32(config.tf32)
+    matmul = "cuBLAS"
+    if device.type == "cpu":
+        keep_freed_memory()
+        matmul = use_fast_matmul(config.precision)
+    identity = {**config.identity(), **data.corpora.identity()}
+    start, found = _find_start(asked, config, identity, group, claim)
+    notes += found + moved_rate(start.progress, config.schedule, config.optim.lr, config.train.steps)
+    if asked.timeline is not None:
+        notes += group.together(lambda: group.start_timeline(asked.timeline))
+    return OpenRun(
+        asked, config, world, mesh, claim, stopping, device, cores, matmul, task, data, scaled, identity, start, notes,
+        step=start.progress.step,
+    )  # fmt: skip
+
+
+def _open_data(config: RunConfig, task: Task, mesh: Mesh, world: World, pin: bool) -> Data:
+    """Find out what is wrong with the data now, on all ranks, and open what is right (collective)."""
+    group = mesh.world
+    feed = group.together(lambda: sizing.feed_of(config, mesh.number, mesh.replicas, pin))
+    corpora = group.together(lambda: open_corpora(config.data))
+    group.agree(corpora.data_digest, f"the data in {corpora.names}")
+    group.together(lambda: task.check(corpora, feed))
+    sharing = group.rank, group.size
+    if config.data.stage:
+        corpora = stage(corpora, Path(config.data.stage), world.local_rank == 0, group.together)
+        sharing = world.local_rank, world.local_size  # each node has a copy of its own
+    if config.data.verify == "full":
+        group.together(lambda: check_corpora(corpora, *sharing, torch.get_num_threads()))
+
+    def open_splits() -> Data:
+        train = task.open_training(corpora, feed)
+        return Data(corpora, train, task.open_evaluation(corpora, "val", feed, config.eval.rows))
+
+    return group.together(open_splits)
+
+
+def _scale(recipe: RunConfig, config: RunConfig, training: Training, ranks: int) -> Scaled:
+    """Batch, rates and lengths of this run, now that the ranks and the size of an epoch are known (local)."""
+    source, train = training.source, config.train
+    update_tokens = train.global_tokens or train.global_batch * config.model.context
+    return sizing.scaled(recipe, ranks, source.rows_per_epoch * update_tokens // source.rows_per_step)
+
+
+def _find_start(
+    asked: Asked, config: RunConfig, identity: Mapping[str, Any], group: Group, claim: Claim
+) -> tuple[Start, list[str]]:
+    """Where to begin, and what has to be said about it (collective). From here on the run folder is this run's, unless
+    nothing is left to do in it.
+    """
+    run_dir, resume = asked.run_dir, asked.resume
+
+    def find(is_owner: bool) -> tuple[Start, list[str]]:
+        progress, folder, notes = find_start(run_dir, resume, identity, group, is_owner, RunConfig().identity())
+        return Start(progress, folder), notes
+
+    def has_checkpoints() -> bool:  # as rank 0 sees it
+        saved = group.together(lambda: group.rank == 0 and bool(steps_saved(run_dir)))
+        return group.all_gather_object(saved)[0]
+
+    summary = group.all_gather_object(_read_summary(run_dir))[0]
+    if summary.get("step", -1) >= config.train.steps:
+        start, notes = find(is_owner=False)
+        if start.progress.step == summary["step"]:
+            return Start(start.progress, start.checkpoint, finished=summary), notes
+    found = None
+    if resume not in ("auto", "never") and not has_checkpoints():
+        # Another run's checkpoint is only read: one that does not fit is refused before this folder is anybody's.
+        found = find(is_owner=False)
+    claim.take()
+    if found is None or has_checkpoints():
+        found = find(is_owner=True)
+    return found
+
+
+def _read_summary(run_dir: Path) -> dict[str, Any]:
+    """That of a run that has ended; else an empty one."""
+    with contextlib.suppress(OSError, ValueError):
+        summary = json.loads(read_text(run_dir / "summary.json"))
+        if isinstance(summary, dict) and isinstance(summary.get("step"), int):
+            return summary
+    return {}
+
+
+@contextlib.contextmanager
+def recorded(run: OpenRun) -> Iterator[None]:
+    """Within: the run folder has the configuration and this job's record, which is closed by whatever end it takes."""
+    group, corpora = run.mesh.world, run.data.corpora
+    group.together(run.stopping.check_start)
+
+    def prepare_folder() -> None:
+        write_text(run.run_dir / "config.yaml", dump_yaml(run.asked.recipe))
+        carry(run.run_dir, run.config.data, corpora)
+
+    group.on_main(prepare_folder)
+    folders = {str(folder): manifest.data_digest for folder, manifest in corpora.entries}
+    data = {**corpora.identity(), "folders": folders}
+    folder, notes = record_job(run.run_dir, run.asked.words, group, run.world, run.config, data, run.step, run.last)
+    run.notes += notes
+    try:
+        yield
+    except BaseException as error:
+        run.end = getattr(error, "exit_code", crash_code(error)), str(error)
+        raise
+    finally:
+        for note in close_job(folder, *run.end, run.step) if run.is_main else ():
+            say(f"note: {note}")
+
+
+def open_engine(run: OpenRun) -> Engine:
+    """The model, all that moves it, and a checkpoint's numbers in them (collective)."""
+    config, mesh, start = run.config, run.mesh, run.start
+    model = run.task.make_model(config.model, run.data.corpora.manifest)
+    model.initialise(config.seed)
+    use_recompute(model, config.recompute)
+    model.to(run.device).train()
+    optimizer, ema = make_optimizer(model, config.optim), make_ema(model, config.ema)
+    if start.checkpoint is not None:
+        mesh.world.together(lambda: checkpoint.load(start.checkpoint, model, optimizer, ema))
+        if ema is not None and not checkpoint.has_ema(start.checkpoint):
+            run.notes.append(f"{start.checkpoint} has no averaged weights: the average begins there")
+    precision = PRECISIONS[config.precision]
+    replica = CUTS["whole"](model, mesh, precision, config.compile)
+    sync = make_sync(config.sync, replica.slices, replica.computing, mesh)
+    loss_scale = LossScale(run.device) if precision.scaled else None
+    update = Update(optimizer, config.optim.clip_norm, Guard(config.guard, run.device), loss_scale)
+    return Engine(replica, sync, update, mesh, config.seed, ema, start.progress)
+
+
+def open_log(run: OpenRun, engine: Engine, watchdog: Watchdog) -> tuple[Log, Peak]:
+    """What the run says of itself, and what its device could do (collective)."""
+    config, group, step = run.config, run.mesh.world, run.start.progress.step
+    compiling = CompileClock() if config.compile != "none" else None
+    group.barrier()  # ranks of a node measure at the same time: each finds its share of the machine
+    peak = find_peak(config.metrics.mfu, run.device, config.precision, config.tf32)
+    metrics = Metrics(run.run_dir, config.metrics, run.last, run.is_main, step, engine, run.device)
+    metrics.peak = peak.flops_per_s
+    profiler = Profiler(parse_steps(config.metrics.profile), run.run_dir, group.rank, run.device)
+    every, factor = config.watchdog.stragglers_every, config.watchdog.straggler_factor
+    stragglers = None
+    if group.size > 1 and every:
+        stragglers = Stragglers(factor, group.all_gather_object(socket.gethostname()), step)
+    phases = Phases(StepClock(run.device), profiler, watchdog)
+    return Log(metrics, phases, group, stragglers, every, compiling), peak

@@ -1,0 +1,114 @@
+"""What becomes of the sums that replicas have agreed on: divide, clip, guard, step. The same for every sync.
+
+sums over microbatches and replicas:  gradient G, loss L, targets W (scaled runs: G and L times the loss scale)
+
+divide    g = G / W          once, so that padding, uneven ranks and accumulation cannot bias it
+clip      g = g * min(1, clip_norm / |g|)          |g| over whole tensors, of the divided gradient
+guard     leave the step out, or go slower         see guard.py, loss_scale.py
+step      w = optimizer(w, g, lr)
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from hvdtrain.optim.guard import Guard
+from hvdtrain.optim.loss_scale import LossScale
+
+# Sums a scalar over the ranks of one replica, in place (collective among them).
+SumOverReplica = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """A flat piece of the summed gradient: fp32, what the optimizer's ``grad`` are views of.
+
+    copies: ranks of the replica that hold this very piece, as in ``Slice``.
+    """
+
+    flat: torch.Tensor
+    copies: int = 1
+
+
+@dataclass(frozen=True)
+class Summed:
+    """Sums over all replicas: gradients, and scalars in fp64. parts: see ``noise_scale.PartNorms``."""
+
+    gradients: Sequence[Gradient]
+    loss: torch.Tensor
+    weight: torch.Tensor
+    flags: torch.Tensor
+    parts: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """What all ranks know after a step in which they met: scalar fp64 tensors, read when someone needs the number."""
+
+    loss: torch.Tensor  # mean over the global batch's targets
+    weight: torch.Tensor  # number of targets in the global batch
+    grad_norm: torch.Tensor  # of the global mean gradient, before clipping
+    loss_scale: torch.Tensor | None = None  # what the loss was multiplied by; an overflow is then no divergence
+    # Of the gradients of parts of the batch (each a mean): means over the parts of |gradient|^2 and of 1 / targets. nan
+    # where there is one part. See optim/noise_scale.py.
+    part_square: torch.Tensor | None = None
+    part_inverse: torch.Tensor | None = None
+    flags: torch.Tensor | None = None  # the sum of what the ranks had to tell one another, see watch/stopping.py
+
+
+class Update:
+    """Moves the weights by a summed gradient: ``divide(summed)``, then ``apply(lr)``. All replicas do the same.
+
+    clip_norm: largest norm of the gradient; 0: any. sum_over_replica: of a replica that is cut over ranks; None: it is
+    whole on this one.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        clip_norm: float,
+        guard: Guard,
+        loss_scale: LossScale | None = None,
+        sum_over_replica: SumOverReplica | None = None,
+    ):
+        self.optimizer, self.clip_norm, self.guard, self.loss_scale = optimizer, clip_norm, guard, loss_scale
+        self._sum_over_replica = sum_over_replica
+        self._overflowed: torch.Tensor | None = None
+
+    def divide(self, summed: Summed) -> Agreed:
+        """Leave the global mean gradient, clipped, where the sums were; and judge it."""
+        scale = None if self.loss_scale is None else self.loss_scale.scale.clone()
+        divisor = summed.weight if scale is None else summed.weight * scale
+        grad_norm = self._norm(summed.gradients) / divisor
+        factor = 1.0 / divisor
+        if self.clip_norm > 0:
+            factor = factor * torch.clamp(self.clip_norm / (grad_norm + 1e-6), max=1.0)
+        flats = [gradient.flat for gradient in summed.gradients]
+        torch._foreach_mul_(flats, factor.to(flats[0].dtype))
+        loss = summed.loss / summed.weight
+        if self.loss_scale is not None:
+            self._overflowed = ~grad_norm.isfinite()
+            self.loss_scale.update(self._overflowed)
+        self.guard.judge(loss, grad_norm, self._overflowed)
+        square, inverse, parts = summed.parts.unbind()
+        square = square / parts if scale is None else square / parts / scale.double() ** 2
+        return Agreed(loss, summed.weight, grad_norm, scale, square, inverse / parts, summed.flags)
+
+    def apply(self, lr: float) -> None:
+        """Step, where the gradient has not overflowed and the guard lets it pass (local: alike on all)."""
+        refused = [flag for flag in (self._overflowed, self.guard.skip) if flag is not None]
+        if refused:  # torch's fused optimizers then leave everything as it is
+            self.optimizer.found_inf = torch.stack(refused).any().float()
+        rate = lr if self.guard.skip is None else (lr * self.guard.factor).float()
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+
+    def _norm(self, gradients: Sequence[Gradient]) -> torch.Tensor:
+        """Of the whole summed gradient, fp64."""
+        norms = torch.stack(torch._foreach_norm([gradient.flat for gradient in gradients])).double()
+        if self._sum_over_replica is None:
+            return torch.linalg.vector_norm(norms)
+        copies = norms.new_tensor([gradient.copies for gradient in gradients])
+        return self._sum_over_replica((norms.square() / copies).sum()).sqrt()

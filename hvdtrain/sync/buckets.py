@@ -1,0 +1,149 @@
+"""Gradients as neighbours in flat buffers, filled in the order in which backward makes them (last layer first).
+
+backward    [layer 4][layer 3][layer 2][layer 1]        the last of a step's passes
+buckets     [bucket 0       ][bucket 1         ]        each leaves when all of its gradients are there
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from hvdtrain.comm.group import Pending
+from hvdtrain.slices import Slice
+
+
+class Bucket:
+    """Some parameters' gradients side by side. members: (number of the parameter, parameter)."""
+
+    def __init__(self, number: int, members: list[tuple[int, torch.Tensor]], copies: int = 1):
+        self.name = f"hvdtrain.gradients.{number}"
+        self.members, self.copies = members, copies
+        first = members[0][1]
+        sizes = [parameter.numel() for _, parameter in members]
+        self.flat = torch.zeros(sum(sizes), dtype=first.dtype, device=first.device)
+        pieces = zip(self.flat.split(sizes), members, strict=True)
+        self.views = [piece.view_as(parameter) for piece, (_, parameter) in pieces]
+        self.pending: Pending | None = None
+        self.missing = self.after_first = 0
+
+
+class Buckets:
+    """The gradients of ``slices``, whose tensors get views of the buckets as their ``grad``.
+
+    computing: for each slice the parameter that backward gives a gradient: its own tensor, or one of fewer bits.
+    send: called with each bucket when the last of its gradients is there; observe: with its flat gradient when the
+    first pass of several has filled it. One step: ``begin(passes)``, a backward for each pass, ``send_rest()``.
+    """
+
+    def __init__(
+        self,
+        slices: Sequence[Slice],
+        computing: Sequence[torch.Tensor],
+        bucket_bytes: int,
+        send: Callable[[Bucket], None],
+        observe: Callable[[torch.Tensor], None],
+    ):
+        self._send, self._observe = send, observe
+        self._parameters = [piece.tensor for piece in slices]
+        self._is_copy = computing[0] is not self._parameters[0]
+        self.all = fill_buckets(slices, bucket_bytes)
+        places = {number: (bucket, view) for bucket in self.all for (number, _), view in _pairs(bucket)}
+        self.used = torch.zeros(len(slices), dtype=torch.bool)
+        self._passes = 0
+        self._seen = [0] * len(slices)
+        self._hooks = [
+            parameter.register_post_accumulate_grad_hook(self._hook(number, *places[number]))
+            for number, parameter in enumerate(computing)
+        ]
+
+    def begin(self, passes: int) -> None:
+        """Empty the gradients for a step of ``passes`` backwards (local)."""
+        for bucket in self.all:
+            bucket.flat.zero_()
+            bucket.missing, bucket.after_first, bucket.pending = len(bucket.members) * passes, len(bucket.members), None
+            for (_, parameter), view in _pairs(bucket):
+                parameter.grad = view
+        self.used.zero_()
+        self._passes = passes
+        self._seen = [0] * len(self._seen)
+
+    def send_rest(self) -> None:
+        """Send the buckets that backward has not filled: another rank may have."""
+        for bucket in self.all:
+            if bucket.pending is None:
+                self._leave(bucket)
+
+    @property
+    def is_complete(self) -> bool:
+        """Has every pass given every parameter a gradient?"""
+        return all(seen == self._passes for seen in self._seen)
+
+    def drop_unused(self, users: torch.Tensor) -> None:
+        """``grad = None`` where nobody had a gradient. users: ranks that used each parameter; on any device."""
+        if self.used.all():  # no need to ask the device: what this rank used, somebody used
+            return
+        for number in (users == 0).nonzero().flatten().tolist():
+            self._parameters[number].grad = None
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _hook(self, number: int, bucket: Bucket, view: torch.Tensor) -> Callable[[torch.Tensor], None]:
+        def gradient_is_there(parameter: torch.Tensor) -> None:
+            self.used[number] = True
+            if self._is_copy:  # its gradient is in few bits: added up in fp32
+                view.add_(parameter.grad)
+                parameter.grad = None
+            self._seen[number] += 1
+            if self._seen[number] > self._passes:  # what comes now would be lost: the sum may be under way
+                raise RuntimeError(
+                    "a gradient arrived twice in one backward (reentrant checkpointing of a shared layer?); "
+                    "checkpoint with use_reentrant=False"
+                )
+            if self._seen[number] == 1:
+                bucket.after_first -= 1
+                if bucket.after_first == 0 and self._passes > 1:
+                    self._observe(bucket.flat)
+            bucket.missing -= 1
+            if bucket.missing == 0:
+                self._leave(bucket)
+
+        return gradient_is_there
+
+    def _leave(self, bucket: Bucket) -> None:
+        for (_, parameter), view in _pairs(bucket):
+            if parameter.grad is not view:  # autograd put another tensor there
+                view.copy_(parameter.grad) if parameter.grad is not None else view.zero_()
+                parameter.grad = view
+        self._send(bucket)
+
+
+def fill_buckets(slices: Sequence[Slice], bucket_bytes: int) -> list[Bucket]:
+    """Cut the slices, last first, into runs of at most ``bucket_bytes`` (a larger one has its own).
+
+    A run is of one type, and of slices that as many ranks of a replica hold.
+    """
+    runs: list[list[int]] = []
+    size = 0
+    for number in reversed(range(len(slices))):
+        tensor = slices[number].tensor
+        alike = runs and _kind(slices[runs[-1][0]]) == _kind(slices[number])
+        if alike and size + tensor.nbytes <= bucket_bytes:
+            runs[-1].append(number)
+            size += tensor.nbytes
+        else:
+            runs.append([number])
+            size = tensor.nbytes
+    return [
+        Bucket(number, [(member, slices[member].tensor) for member in run], slices[run[0]].copies)
+        for number, run in enumerate(runs)
+    ]
+
+
+def _kind(piece: Slice) -> tuple[torch.dtype, int]:
+    return piece.tensor.dtype, piece.copies
+
+
+def _pairs(bucket: Bucket):
+    return zip(bucket.members, bucket.views, strict=True)

@@ -1,0 +1,71 @@
+"""The contract of a sync: how replicas agree. It only agrees; what becomes of the sums is ``optim/update.py``'s."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from hvdtrain.optim.update import Agreed, Update
+from hvdtrain.slices import Slice
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a rank has to tell the others of a step.
+
+    loss: scalar fp64, the sum over its targets; weights: targets of each of its microbatches, whose sum divides the
+    loss; flags: what it adds to a sum of integers (see watch/stopping.py).
+    """
+
+    loss: torch.Tensor
+    weights: Sequence[int]
+    flags: int = 0
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far a run on several replicas may be from one process. ``bound``: in words, with its conditions."""
+
+    is_exact: bool
+    bound: str = ""
+
+
+EXACT = Drift(True, "fp32 sums in another order")
+
+
+class Sync(Protocol):
+    """How replicas agree. Every method that is not marked *local* is a collective.
+
+    One step:  ``begin(passes)``, a backward for each pass, ``finish(told)``, ``step(update, lr)``.
+
+    drift: from one process. moves: what this rank's optimizer updates: all slices, or a shard of them.
+    """
+
+    drift: Drift
+    moves: Sequence[Slice]
+
+    def begin(self, passes: int) -> None:
+        """Empty the gradients. A bucket leaves after ``passes`` gradients of each of its members (local)."""
+
+    def finish(self, told: Told) -> None:
+        """This rank's gradients are all there: send what is left, and wait for what the step needs."""
+
+    def step(self, update: Update, lr: float) -> Agreed | None:
+        """Move the weights; None where the replicas have not met in this step."""
+
+    def settle(self, update: Update) -> None:
+        """ONE model and ONE optimizer state, before a save; training goes on from it, interrupted or not."""
+
+    def viewed(self) -> AbstractContextManager[None]:
+        """Within: the one model, to be evaluated; afterwards training goes on as if nobody had looked."""
+
+    def state(self) -> Sequence[Slice]:
+        """What it keeps from step to step, by names that say nothing of ranks (local)."""
+
+    def report(self) -> dict[str, float]:
+        """What there is to say of it, for the run's record (local)."""
+
+    def close(self) -> None:
+        """Let go of the gradients (local)."""
