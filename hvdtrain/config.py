@@ -22,8 +22,8 @@ from hvdtrain.checkpoint.writer import CheckpointOptions
 from hvdtrain.data.corpora import DataOptions
 from hvdtrain.errors import ConfigError
 from hvdtrain.files import read_text
+from hvdtrain.models.options import TransformerOptions
 from hvdtrain.models.recompute import RecomputeOptions
-from hvdtrain.models.transformer import TransformerOptions
 from hvdtrain.optim.ema import EmaOptions
 from hvdtrain.optim.guard import GuardOptions
 from hvdtrain.optim.optimizer import OptimOptions

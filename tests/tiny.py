@@ -15,7 +15,7 @@ from hvdtrain.data.shards import Manifest, read_manifest, token_dtype, write_man
 from hvdtrain.data.stream import TokenStream
 from hvdtrain.files import file_blocks, file_sha256
 from hvdtrain.models.decoder import Decoder
-from hvdtrain.models.transformer import TransformerOptions
+from hvdtrain.models.options import TransformerOptions
 
 torch.set_num_threads(1)  # a second one would only wait for the first: minutes, where the cores are busy
 

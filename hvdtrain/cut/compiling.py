@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from hvdtrain.errors import ConfigError
-from hvdtrain.models.layers import Block, CrossBlock
+from hvdtrain.models.recompute import AnyBlock
 
 COMPILES = ("none", "blocks", "model")
 
@@ -45,7 +45,7 @@ def compile_model(model: nn.Module, how: str) -> None:
         model.compile()
     elif how == "blocks":
         for module in model.modules():
-            if isinstance(module, Block | CrossBlock):
+            if isinstance(module, AnyBlock):
                 module.compile()
 
 

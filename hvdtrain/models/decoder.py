@@ -6,12 +6,14 @@ Shape letters:  B rows, T positions, D model width, V vocabulary
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 
 from hvdtrain.models.attention import Runs, document_runs, row_runs, runs_fit
 from hvdtrain.models.flops import decoder_flops, packed_pairs
 from hvdtrain.models.layers import Block, KVCache, make_norm
 from hvdtrain.models.masks import packed_mask, window_mask
-from hvdtrain.models.transformer import Transformer, TransformerOptions
+from hvdtrain.models.options import TransformerOptions
+from hvdtrain.models.transformer import Transformer
 
 
 class Decoder(Transformer):
@@ -19,8 +21,8 @@ class Decoder(Transformer):
 
     def __init__(self, options: TransformerOptions, vocab_size: int):
         super().__init__(options, vocab_size)
-        self.blocks = self.make_blocks(Block, options.layers, window=options.window)
-        self.norm = make_norm(options.norm, options.width, options.bias)
+        self.blocks = nn.ModuleList(Block(options) for _ in range(options.layers))
+        self.norm = make_norm(options)
         self.head = self.make_head()
 
     def new_cache(self, rows: int) -> list[KVCache]:

@@ -12,7 +12,8 @@ from hvdtrain.errors import ConfigError
 from hvdtrain.models.flops import classifier_flops, encoder_flops
 from hvdtrain.models.layers import Block, make_norm
 from hvdtrain.models.masks import padding_mask
-from hvdtrain.models.transformer import Transformer, TransformerOptions, initialise
+from hvdtrain.models.options import TransformerOptions
+from hvdtrain.models.transformer import Transformer, initialise
 
 
 class Encoder(Transformer):
@@ -22,8 +23,8 @@ class Encoder(Transformer):
         if options.window:
             raise ConfigError(f"model.window={options.window}: an encoder's positions see the whole row; set it to 0")
         super().__init__(options, vocab_size)
-        self.blocks = self.make_blocks(Block, options.layers, causal=False)
-        self.norm = make_norm(options.norm, options.width, options.bias)
+        self.blocks = nn.ModuleList(Block(options, causal=False) for _ in range(options.layers))
+        self.norm = make_norm(options)
 
     def forward(self, tokens_BT: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
         """Hidden states [B, T, D]; finite and without meaning from each row's length on. Both inputs int64."""

@@ -22,7 +22,7 @@ Shape letters:  B rows, T positions, S source positions, D model width, H heads,
 
 import torch
 
-from hvdtrain.models.transformer import TransformerOptions
+from hvdtrain.models.options import TransformerOptions
 
 PASSES = 3  # forward, and backward for both factors of a product
 
@@ -104,11 +104,9 @@ def _keys_values(options: TransformerOptions) -> int:
 
 
 def _feed_forward(options: TransformerOptions) -> int:
-    """Two matrices, or SwiGLU's three (see layers.FeedForward for the width)."""
-    hidden = int(options.width * options.ff_ratio)
-    if options.activation == "swiglu":
-        return 3 * 2 * options.width * (-(-2 * hidden // 24) * 8)
-    return 2 * 2 * options.width * hidden
+    """Two matrices, or SwiGLU's three."""
+    matrices = 3 if options.activation == "swiglu" else 2
+    return matrices * 2 * options.width * options.hidden_width
 
 
 def _pair(options: TransformerOptions) -> int:

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from hvdtrain.models.attention import Runs, attend
-from hvdtrain.models.recompute import Recomputed
+from hvdtrain.models.options import TransformerOptions
+from hvdtrain.models.recompute import AnyBlock
 
 
 class KVCache:
@@ -35,11 +36,11 @@ class KVCache:
         return self.keys[:, :, :end], self.values[:, :, :end]
 
 
-def make_norm(kind: str, width: int, bias: bool) -> nn.Module:
+def make_norm(options: TransformerOptions) -> nn.Module:
     """``layernorm`` (Ba et al. 2016) or ``rmsnorm`` (Zhang and Sennrich 2019, which has no bias)."""
-    if kind == "rmsnorm":
-        return nn.RMSNorm(width, eps=1e-5)
-    return nn.LayerNorm(width, eps=1e-5, bias=bias)
+    if options.norm == "rmsnorm":
+        return nn.RMSNorm(options.width, eps=1e-5)
+    return nn.LayerNorm(options.width, eps=1e-5, bias=options.bias)
 
 
 def rotary_table(positions: int, head_width: int) -> torch.Tensor:
@@ -62,32 +63,32 @@ def rotate(x_BHTK: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
 
 
-class Attention(nn.Module):
+class AnyAttention(nn.Module):
+    """Base of the two: ``kv_heads`` of keys and values divide ``heads`` (grouped-query attention); ``dropout`` is of
+    who sees whom, in training.
+    """
+
+    def __init__(self, options: TransformerOptions):
+        super().__init__()
+        self.heads, self.kv_heads = options.heads, options.kv_heads or options.heads
+        self.dropout = options.dropout
+
+
+class Attention(AnyAttention):
     """Multi-head self-attention (Vaswani et al. 2017) through torch's scaled_dot_product_attention.
 
     ``causal``: a position sees itself and earlier ones, else all. A ``mask`` says instead of it who sees whom: bool,
     [B, 1, T, T] or what spreads to it, True where a query (third dim) may see a key (last dim); or ``Runs``, the
     documents of packed rows: causal in each.
-    ``kv_heads``: heads of keys and values, which divide ``heads`` (grouped-query attention); 0: as many.
     ``window``: of causal attention, how many positions one sees, itself and those before; 0: all. Not for a mask.
     """
 
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        bias: bool,
-        dropout: float,
-        causal: bool = True,
-        kv_heads: int = 0,
-        window: int = 0,
-    ):
-        super().__init__()
-        assert causal or not window, "a window is for causal attention alone"
-        self.heads, self.kv_heads, self.dropout = heads, kv_heads or heads, dropout
-        self.causal, self.window = causal, window
-        self.qkv = nn.Linear(width, width + 2 * self.kv_heads * (width // heads), bias=bias)
-        self.out = nn.Linear(width, width, bias=bias)
+    def __init__(self, options: TransformerOptions, causal: bool = True):
+        super().__init__(options)
+        self.causal, self.window = causal, options.window if causal else 0
+        width, kv_width = options.width, self.kv_heads * (options.width // self.heads)
+        self.qkv = nn.Linear(width, width + 2 * kv_width, bias=options.bias)
+        self.out = nn.Linear(width, width, bias=options.bias)
 
     def forward(
         self,
@@ -116,18 +117,18 @@ class Attention(nn.Module):
         return self.out(out_BHTK.transpose(1, 2).reshape(rows, positions, width))
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(AnyAttention):
     """Multi-head attention from a decoder's positions to an encoder's output (Vaswani et al. 2017, 3.2.3).
 
-    The two sides count their positions apart, so nothing is rotated here. ``kv_heads``: as in Attention.
+    The two sides count their positions apart, so nothing is rotated here.
     """
 
-    def __init__(self, width: int, heads: int, bias: bool, dropout: float, kv_heads: int = 0):
-        super().__init__()
-        self.heads, self.kv_heads, self.dropout = heads, kv_heads or heads, dropout
-        self.q = nn.Linear(width, width, bias=bias)
-        self.kv = nn.Linear(width, 2 * self.kv_heads * (width // heads), bias=bias)
-        self.out = nn.Linear(width, width, bias=bias)
+    def __init__(self, options: TransformerOptions):
+        super().__init__(options)
+        width, kv_width = options.width, self.kv_heads * (options.width // self.heads)
+        self.q = nn.Linear(width, width, bias=options.bias)
+        self.kv = nn.Linear(width, 2 * kv_width, bias=options.bias)
+        self.out = nn.Linear(width, width, bias=options.bias)
 
     def keys_values(self, memory_BSD: torch.Tensor) -> torch.Tensor:
         """[2, B, G, S, K]: the same at every step of decoding."""
@@ -148,14 +149,12 @@ class CrossAttention(nn.Module):
 class FeedForward(nn.Module):
     """Two matrices with GELU between them, or SwiGLU (Shazeer 2020) at about the same number of parameters."""
 
-    def __init__(self, width: int, ratio: float, activation: str, bias: bool):
+    def __init__(self, options: TransformerOptions):
         super().__init__()
-        self.gated = activation == "swiglu"
-        hidden = int(width * ratio)
-        if self.gated:
-            hidden = -(-2 * hidden // 24) * 8  # two thirds of it, up to a multiple of 8
-        self.up = nn.Linear(width, 2 * hidden if self.gated else hidden, bias=bias)
-        self.out = nn.Linear(hidden, width, bias=bias)
+        self.gated = options.activation == "swiglu"
+        width, hidden = options.width, options.hidden_width
+        self.up = nn.Linear(width, 2 * hidden if self.gated else hidden, bias=options.bias)
+        self.out = nn.Linear(hidden, width, bias=options.bias)
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         hidden_BTF = self.up(x_BTD)
@@ -165,28 +164,16 @@ class FeedForward(nn.Module):
         return self.out(F.gelu(hidden_BTF))
 
 
-class Block(Recomputed):
+class Block(AnyBlock):
     """Pre-norm residual block:  x + attention(norm(x)),  then  x + feed_forward(norm(x))."""
 
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        ratio: float,
-        activation: str,
-        norm: str,
-        bias: bool,
-        dropout: float,
-        kv_heads: int = 0,
-        causal: bool = True,
-        window: int = 0,
-    ):
+    def __init__(self, options: TransformerOptions, causal: bool = True):
         super().__init__()
-        self.attention_norm = make_norm(norm, width, bias)
-        self.attention = Attention(width, heads, bias, dropout, causal, kv_heads, window)
-        self.feed_forward_norm = make_norm(norm, width, bias)
-        self.feed_forward = FeedForward(width, ratio, activation, bias)
-        self.dropout = nn.Dropout(dropout)
+        self.attention_norm = make_norm(options)
+        self.attention = Attention(options, causal)
+        self.feed_forward_norm = make_norm(options)
+        self.feed_forward = FeedForward(options)
+        self.dropout = nn.Dropout(options.dropout)
 
     def forward(
         self,
@@ -208,29 +195,18 @@ class Block(Recomputed):
         return x_BTD + self.dropout(self.feed_forward(self.feed_forward_norm(x_BTD)))
 
 
-class CrossBlock(Recomputed):
+class CrossBlock(AnyBlock):
     """Pre-norm block of an encoder-decoder's decoder: causal attention, cross-attention, feed-forward, each added."""
 
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        ratio: float,
-        activation: str,
-        norm: str,
-        bias: bool,
-        dropout: float,
-        kv_heads: int = 0,
-        window: int = 0,
-    ):
+    def __init__(self, options: TransformerOptions):
         super().__init__()
-        self.attention_norm = make_norm(norm, width, bias)
-        self.attention = Attention(width, heads, bias, dropout, True, kv_heads, window)
-        self.cross_attention_norm = make_norm(norm, width, bias)
-        self.cross_attention = CrossAttention(width, heads, bias, dropout, kv_heads)
-        self.feed_forward_norm = make_norm(norm, width, bias)
-        self.feed_forward = FeedForward(width, ratio, activation, bias)
-        self.dropout = nn.Dropout(dropout)
+        self.attention_norm = make_norm(options)
+        self.attention = Attention(options)
+        self.cross_attention_norm = make_norm(options)
+        self.cross_attention = CrossAttention(options)
+        self.feed_forward_norm = make_norm(options)
+        self.feed_forward = FeedForward(options)
+        self.dropout = nn.Dropout(options.dropout)
 
     def forward(
         self,

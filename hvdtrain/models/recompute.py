@@ -29,10 +29,11 @@ class RecomputeOptions(Options):
     every: int = option(1, "only the first of so many Transformer blocks", ge=1)
 
 
-class Recomputed(nn.Module):
-    """Base of the blocks: ``run`` is ``compute``, and may do it twice.
+class AnyBlock(nn.Module):
+    """Base of the blocks, of which a model has a stack: what is compiled, recomputed and accounted for by itself.
 
-    It is called inside of ``forward``, so that torch.compile sees it: a compiled block recomputes in its own backward.
+    ``run`` is ``compute``, and may do it twice. It is called inside of ``forward``, so that torch.compile sees it: a
+    compiled block recomputes in its own backward.
     """
 
     recompute: str = "none"
@@ -56,7 +57,7 @@ def use_recompute(model: nn.Module, options: RecomputeOptions) -> None:
     for stack in model.modules():
         if isinstance(stack, nn.ModuleList):
             for number, block in enumerate(stack):
-                if isinstance(block, Recomputed):
+                if isinstance(block, AnyBlock):
                     block.recompute = "none" if number % options.every else options.name
 
 

@@ -8,11 +8,13 @@ Shape letters:  B rows, S source positions, T target positions, D model width, V
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 
 from hvdtrain.models.flops import seq2seq_flops
 from hvdtrain.models.layers import Block, CrossBlock, KVCache, make_norm
 from hvdtrain.models.masks import padding_mask
-from hvdtrain.models.transformer import Transformer, TransformerOptions
+from hvdtrain.models.options import TransformerOptions
+from hvdtrain.models.transformer import Transformer
 
 
 class Seq2Seq(Transformer):
@@ -23,10 +25,11 @@ class Seq2Seq(Transformer):
 
     def __init__(self, options: TransformerOptions, vocab_size: int):
         super().__init__(options, vocab_size)
-        self.encoder_blocks = self.make_blocks(Block, options.encoder_layers or options.layers, causal=False)
-        self.encoder_norm = make_norm(options.norm, options.width, options.bias)
-        self.blocks = self.make_blocks(CrossBlock, options.layers, window=options.window)
-        self.norm = make_norm(options.norm, options.width, options.bias)
+        encoder_layers = options.encoder_layers or options.layers
+        self.encoder_blocks = nn.ModuleList(Block(options, causal=False) for _ in range(encoder_layers))
+        self.encoder_norm = make_norm(options)
+        self.blocks = nn.ModuleList(CrossBlock(options) for _ in range(options.layers))
+        self.norm = make_norm(options)
         self.head = self.make_head()
 
     def new_cache(self, rows: int) -> list[KVCache]:

@@ -31,8 +31,8 @@ from hvdtrain.config import RunConfig
 from hvdtrain.cut.precision import PRECISIONS
 from hvdtrain.data.batch import AnyBatch
 from hvdtrain.data.corpora import CorpusFacts
-from hvdtrain.models.layers import Attention, CrossAttention
-from hvdtrain.models.recompute import Recomputed
+from hvdtrain.models.layers import AnyAttention
+from hvdtrain.models.recompute import AnyBlock
 from hvdtrain.planner.workload import build_model
 from hvdtrain.tasks import make_task
 
@@ -72,7 +72,7 @@ def dry_run(
         model = build_model(config, facts).train(training)
         if attention == "fused":
             for module in model.modules():
-                if isinstance(module, Attention | CrossAttention):
+                if isinstance(module, AnyAttention):
                     module.dropout = 0.0
         if precision.weights:
             _convert(model, precision.weights)
@@ -155,7 +155,7 @@ def _noting(model: nn.Module, live: LiveBytes) -> Iterator[_Notes]:
 
     hooks = [model.register_forward_hook(done)]
     for module in model.modules():
-        if isinstance(module, Recomputed):
+        if isinstance(module, AnyBlock):
             hooks += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
     try:
         yield notes

@@ -11,7 +11,7 @@ from hvdtrain.data.corpora import Corpora, CorpusFacts
 from hvdtrain.data.loader import BUFFERS, Feed
 from hvdtrain.data.shards import Manifest
 from hvdtrain.models.encoder import Classifier
-from hvdtrain.models.transformer import TransformerOptions
+from hvdtrain.models.options import TransformerOptions
 from hvdtrain.options import Options, option
 from hvdtrain.tasks.rows import bucketed_training, check_one_folder, open_records
 from hvdtrain.tasks.task import Evaluation, LossSum, Task, Training

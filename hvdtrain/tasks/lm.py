@@ -18,7 +18,7 @@ from hvdtrain.data.windows import MixedWindows, WindowSource, eval_windows, step
 from hvdtrain.errors import ConfigError, DataError
 from hvdtrain.models.decoder import Decoder
 from hvdtrain.models.losses import LossTerms, linear_cross_entropy
-from hvdtrain.models.transformer import TransformerOptions
+from hvdtrain.models.options import TransformerOptions
 from hvdtrain.options import Options, option
 from hvdtrain.tasks.task import Evaluation, LossSum, Task, Training, check_kind, check_val
 

@@ -13,8 +13,8 @@ from hvdtrain.data.loader import BUFFERS, Feed
 from hvdtrain.data.shards import Manifest
 from hvdtrain.errors import DataError
 from hvdtrain.models.losses import LossTerms, linear_cross_entropy
+from hvdtrain.models.options import TransformerOptions
 from hvdtrain.models.seq2seq import Seq2Seq
-from hvdtrain.models.transformer import TransformerOptions
 from hvdtrain.options import Options, option
 from hvdtrain.tasks.rows import bucketed_training, check_one_folder, open_records
 from hvdtrain.tasks.task import Evaluation, LossSum, Task, Training

@@ -15,7 +15,7 @@ from hvdtrain.data.loader import Feed, Source
 from hvdtrain.data.sampler import even_parts
 from hvdtrain.data.shards import Manifest
 from hvdtrain.errors import DataError
-from hvdtrain.models.transformer import TransformerOptions
+from hvdtrain.models.options import TransformerOptions
 from hvdtrain.options import Options
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -34,7 +34,7 @@ def measure(folder: Path, threads: int, device: str, sizes: dict, vocabulary: in
     from hvdtrain.comm.world import detect_world
     from hvdtrain.data.batch import Batch
     from hvdtrain.models.decoder import Decoder
-    from hvdtrain.models.transformer import TransformerOptions
+    from hvdtrain.models.options import TransformerOptions
     from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
     from hvdtrain.sync import SyncOptions
     from hvdtrain.tasks.lm import LanguageModel

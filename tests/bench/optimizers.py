@@ -12,7 +12,7 @@ import torch
 from table import write
 
 from hvdtrain.models.decoder import Decoder
-from hvdtrain.models.transformer import TransformerOptions
+from hvdtrain.models.options import TransformerOptions
 from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
 
 NAMES = ("adamw", "sgd", "lars", "lamb")

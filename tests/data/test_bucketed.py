@@ -13,8 +13,8 @@ from hvdtrain.data.buckets import BucketSampler
 from hvdtrain.data.loader import Feed
 from hvdtrain.data.records import Records
 from hvdtrain.models.encoder import Classifier
+from hvdtrain.models.options import TransformerOptions
 from hvdtrain.models.seq2seq import Seq2Seq
-from hvdtrain.models.transformer import TransformerOptions
 from hvdtrain.tasks.classify import Classification, ClassifyOptions
 from hvdtrain.tasks.seq2seq import Seq2SeqOptions, SequenceToSequence
 

@@ -14,8 +14,8 @@ from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.data.batch import IGNORE, Batch
 from hvdtrain.machine.matmul import use_tf32
 from hvdtrain.models.decoder import Decoder
+from hvdtrain.models.options import TransformerOptions
 from hvdtrain.models.recompute import RecomputeOptions, use_recompute
-from hvdtrain.models.transformer import TransformerOptions
 from hvdtrain.optim.ema import EmaOptions, make_ema
 from hvdtrain.optim.guard import GuardOptions
 from hvdtrain.optim.optimizer import OptimOptions, make_optimizer

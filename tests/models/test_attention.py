@@ -15,6 +15,7 @@ from hvdtrain.models import attention
 from hvdtrain.models.attention import Runs, attend, document_runs, row_runs, runs_fit
 from hvdtrain.models.layers import Attention, CrossAttention
 from hvdtrain.models.masks import packed_mask, window_mask
+from hvdtrain.models.options import TransformerOptions
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 CPU = torch.device("cpu")
@@ -191,7 +192,7 @@ def test_dropout_reaches_every_way(sight: str):
 def test_under_bf16_autocast(packed: bool):
     """Half the digits: 2^-8 for each of a handful of roundings."""
     torch.manual_seed(0)
-    layer, x = Attention(16, 4, True, 0.0, kv_heads=2, window=4), torch.randn(3, 19, 16)
+    layer, x = Attention(TransformerOptions(width=16, kv_heads=2, window=4)), torch.randn(3, 19, 16)
     mask = Runs(document_runs(SEGMENTS, CPU).offsets) if packed else None
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = layer(x, mask=mask)
@@ -201,8 +202,9 @@ def test_under_bf16_autocast(packed: bool):
 
 def test_parameters_of_shared_heads():
     """Queries keep their width; keys and values have 2 of 8 heads."""
-    layer, cross = Attention(32, 8, True, 0.0, kv_heads=2), CrossAttention(32, 8, True, 0.0, kv_heads=2)
+    options = TransformerOptions(width=32, heads=8, kv_heads=2)
+    layer, cross = Attention(options), CrossAttention(options)
     assert layer.qkv.weight.shape == (32 + 2 * 8, 32)
     assert cross.kv.weight.shape == (2 * 8, 32)
     assert cross.keys_values(torch.zeros(3, 5, 32)).shape == (2, 3, 2, 5, 4)
-    assert Attention(32, 8, True, 0.0).qkv.weight.shape == (96, 32)
+    assert Attention(TransformerOptions(width=32, heads=8)).qkv.weight.shape == (96, 32)

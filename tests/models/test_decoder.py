@@ -11,7 +11,7 @@ from tiny import tiny_decoder
 
 from hvdtrain.config import load_config
 from hvdtrain.models.decoder import Decoder
-from hvdtrain.models.transformer import TransformerOptions
+from hvdtrain.models.options import TransformerOptions
 
 KINDS = [
     {"positions": positions, "norm": norm, "activation": activation, "bias": bias}

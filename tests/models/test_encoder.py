@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from hvdtrain.models.encoder import Classifier, Encoder
-from hvdtrain.models.transformer import TransformerOptions
+from hvdtrain.models.options import TransformerOptions
 
 KINDS = [
     {"positions": "learned", "norm": "layernorm", "activation": "gelu", "bias": True},

@@ -13,8 +13,8 @@ from hvdtrain.models import flops
 from hvdtrain.models.decoder import Decoder
 from hvdtrain.models.encoder import Classifier, Encoder
 from hvdtrain.models.masks import packed_mask
+from hvdtrain.models.options import TransformerOptions
 from hvdtrain.models.seq2seq import Seq2Seq
-from hvdtrain.models.transformer import TransformerOptions
 
 SIZES = {"layers": 2, "heads": 4, "width": 32, "context": 24}
 KINDS = [

@@ -7,6 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from hvdtrain.models.layers import Attention, CrossAttention, FeedForward, KVCache, make_norm, rotary_table, rotate
+from hvdtrain.models.options import TransformerOptions
+
+
+def options_of(width: int, heads: int = 1, **more) -> TransformerOptions:
+    return TransformerOptions(width=width, heads=heads, **more)
 
 
 def slow_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, sees: torch.Tensor) -> torch.Tensor:
@@ -26,7 +31,7 @@ def test_attention_is_the_formula(causal: bool, masked: bool):
     """A mask, where given, says alone who sees whom."""
     torch.manual_seed(0)
     rows, positions, width, heads = 2, 5, 12, 3
-    attention = Attention(width, heads, bias=True, dropout=0.0, causal=causal)
+    attention = Attention(options_of(width, heads), causal)
     x = torch.randn(rows, positions, width)
     everything = torch.ones(rows, positions, positions, dtype=torch.bool)
     mask = (torch.rand(rows, positions, positions) < 0.5) | torch.eye(positions, dtype=torch.bool)
@@ -40,7 +45,7 @@ def test_cross_attention_is_the_formula():
     """Queries from one side, keys and values from the other, whose padding is hidden."""
     torch.manual_seed(0)
     width, heads = 12, 3
-    attention = CrossAttention(width, heads, bias=True, dropout=0.0)
+    attention = CrossAttention(options_of(width, heads))
     x, memory = torch.randn(2, 4, width), torch.randn(2, 6, width)
     sees = torch.arange(6) < torch.tensor([6, 2])[:, None]
     k, v = attention.kv(memory).split(width, dim=2)
@@ -51,7 +56,8 @@ def test_cross_attention_is_the_formula():
 
 def test_dropout_of_attention_works_in_training_only():
     torch.manual_seed(0)
-    attention, cross, x = Attention(8, 2, False, 0.5), CrossAttention(8, 2, False, 0.5), torch.randn(1, 6, 8)
+    options, x = options_of(8, 2, bias=False, dropout=0.5), torch.randn(1, 6, 8)
+    attention, cross = Attention(options), CrossAttention(options)
     keys_values = cross.keys_values(x)
     assert not torch.equal(attention(x), attention(x))
     assert not torch.equal(cross(x, keys_values), cross(x, keys_values))
@@ -99,10 +105,10 @@ def test_norms(bias: bool):
     torch.manual_seed(0)
     x = torch.randn(4, 32) * 3 + 1
     root_mean_square = x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
-    torch.testing.assert_close(make_norm("rmsnorm", 32, bias)(x), root_mean_square)
+    torch.testing.assert_close(make_norm(options_of(32, norm="rmsnorm", bias=bias))(x), root_mean_square)
     centred = x - x.mean(-1, keepdim=True)
     expected = centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
-    norm = make_norm("layernorm", 32, bias)
+    norm = make_norm(options_of(32, bias=bias))
     torch.testing.assert_close(norm(x), expected)
     assert (norm.bias is not None) == bias
 
@@ -110,16 +116,16 @@ def test_norms(bias: bool):
 def test_feed_forward_is_the_formula():
     torch.manual_seed(0)
     x = torch.randn(3, 24)
-    plain = FeedForward(24, 4.0, "gelu", bias=True)
+    plain = FeedForward(options_of(24))
     torch.testing.assert_close(plain(x), F.linear(F.gelu(plain.up(x)), plain.out.weight, plain.out.bias))
-    gated = FeedForward(24, 4.0, "swiglu", bias=False)
+    gated = FeedForward(options_of(24, activation="swiglu", bias=False))
     gate, value = gated.up.weight.split(64)
     torch.testing.assert_close(gated(x), (F.silu(x @ gate.T) * (x @ value.T)) @ gated.out.weight.T)
 
 
 @pytest.mark.parametrize("width", [24, 128, 256, 768, 1000])
 def test_swiglu_has_about_as_many_parameters(width: int):
-    plain, gated = (FeedForward(width, 4.0, kind, bias=False) for kind in ("gelu", "swiglu"))
+    plain, gated = (FeedForward(options_of(width, activation=kind, bias=False)) for kind in ("gelu", "swiglu"))
     assert gated.out.in_features % 8 == 0
     sizes = [sum(p.numel() for p in part.parameters()) for part in (plain, gated)]
     assert sizes[0] <= sizes[1] <= sizes[0] + 3 * 8 * width

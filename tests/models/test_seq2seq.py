@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from hvdtrain.models.options import TransformerOptions
 from hvdtrain.models.seq2seq import Seq2Seq
-from hvdtrain.models.transformer import TransformerOptions
 
 KINDS = [
     {"positions": "learned", "norm": "layernorm", "activation": "gelu", "bias": True},

@@ -13,8 +13,8 @@ from hvdtrain.models import decoder as decoder_file
 from hvdtrain.models.decoder import Decoder
 from hvdtrain.models.encoder import Classifier
 from hvdtrain.models.masks import window_mask
+from hvdtrain.models.options import TransformerOptions
 from hvdtrain.models.seq2seq import Seq2Seq
-from hvdtrain.models.transformer import TransformerOptions
 
 CLOSE = {"rtol": 1e-5, "atol": 2e-5}
 SIZES = {"layers": 2, "heads": 4, "width": 16, "context": 20, "ff_ratio": 2.0}

@@ -19,7 +19,7 @@ from hvdtrain.comm.horovod_group import HorovodGroup
 from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.data.corpora import DataOptions, open_corpora
 from hvdtrain.data.loader import Feed, TrainLoader
-from hvdtrain.models.transformer import TransformerOptions
+from hvdtrain.models.options import TransformerOptions
 from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
 from hvdtrain.optim.update import Agreed
 from hvdtrain.tasks import TaskOptions, make_task

@@ -11,8 +11,8 @@ from hvdtrain.data.batch import IGNORE, Batch, LabelBatch, PairBatch
 from hvdtrain.models import flops
 from hvdtrain.models.decoder import Decoder
 from hvdtrain.models.encoder import Classifier
+from hvdtrain.models.options import TransformerOptions
 from hvdtrain.models.seq2seq import Seq2Seq
-from hvdtrain.models.transformer import TransformerOptions
 from hvdtrain.tasks import TASKS, TaskOptions, make_task
 from hvdtrain.tasks.classify import Classification, ClassifyOptions
 from hvdtrain.tasks.lm import LanguageModel

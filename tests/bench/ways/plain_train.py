@@ -28,7 +28,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compr
 
 from hvdtrain.models.decoder import Decoder
 from hvdtrain.models.losses import LossTerms, linear_cross_entropy
-from hvdtrain.models.transformer import TransformerOptions
+from hvdtrain.models.options import TransformerOptions
 
 NAMES = {  # hvdtrain's -> the plain model's
     "embedding": "tokens", "position": "places", "attention_norm": "norm1", "attention.qkv": "attend",
