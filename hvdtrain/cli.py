@@ -139,7 +139,8 @@ def _generate(parser: argparse.ArgumentParser) -> Run:
     def run(words: argparse.Namespace, world: World) -> int:
         from pydantic import ValidationError
 
-        from hvdtrain.commands.generate import SamplingOptions, generate
+        from hvdtrain.commands.generate import generate
+        from hvdtrain.tasks.decoding import SamplingOptions
 
         try:
             names = ("max_tokens", "temperature", "top_k", "top_p", "seed")

@@ -16,8 +16,9 @@ from hvdtrain.checkpoint.writer import folder_of, newest_valid
 from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.comm.world import World
 from hvdtrain.commands.evaluate import evaluate
-from hvdtrain.commands.generate import SamplingOptions, generate
+from hvdtrain.commands.generate import generate
 from hvdtrain.errors import EXIT_BAD_DATA, EXIT_DIVERGED, EXIT_USAGE, HvdtrainError
+from hvdtrain.tasks.decoding import SamplingOptions
 from hvdtrain.train import train
 from hvdtrain.watch.metrics import read_log
 

@@ -1,10 +1,13 @@
 """What a microbatch is: the tensors that a task's loss reads."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import ClassVar, Self
 
 import numpy as np
 import torch
+
+from hvdtrain.data.sampler import mix
 
 IGNORE = -100  # a target that does not count; torch's cross-entropy skips it
 
@@ -54,8 +57,19 @@ class Batch(AnyBatch):
         return cls(ids[:, :-1], ids[:, 1:], windows.shape[0] * (windows.shape[1] - 1))
 
 
+class DocumentBatch(AnyBatch):
+    """A batch of whole documents, padded to the longest of them."""
+
+    def fingerprints(self, of_tokens: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """A number for each row, the same however wide the batch is padded: uint64 [rows].
+
+        of_tokens: such numbers of integers [rows, T], of which 0 at the end changes nothing.
+        """
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
-class PairBatch(AnyBatch):
+class PairBatch(DocumentBatch):
     """``source``: int64 [B, S], ``source_lengths``: int64 [B]; ``tokens`` and ``targets`` as in Batch."""
 
     source: torch.Tensor
@@ -64,12 +78,24 @@ class PairBatch(AnyBatch):
     targets: torch.Tensor
     target_tokens: int
 
+    def fingerprints(self, of_tokens: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        targets = torch.where(self.targets == IGNORE, 0, self.targets + 1)
+        return of_tokens(_from_1(self.source, self.source_lengths)) + mix(of_tokens(targets.numpy()), 5)
+
 
 @dataclass(frozen=True)
-class LabelBatch(AnyBatch):
+class LabelBatch(DocumentBatch):
     """``tokens``: int64 [B, T], ``lengths``: int64 [B]; ``labels``: int64 [B], or IGNORE. ``target_tokens``: rows."""
 
     tokens: torch.Tensor
     lengths: torch.Tensor
     labels: torch.Tensor
     target_tokens: int
+
+    def fingerprints(self, of_tokens: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        return of_tokens(_from_1(self.tokens, self.lengths)) + mix(self.labels.numpy(), 5)
+
+
+def _from_1(tokens: torch.Tensor, lengths: torch.Tensor) -> np.ndarray:
+    """Tokens counted from 1, so that a token 0 at the end is told from padding."""
+    return torch.where(torch.arange(tokens.shape[1]) < lengths[:, None], tokens + 1, 0).numpy()

@@ -6,16 +6,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hvdtrain.data.batch import IGNORE, AnyBatch, LabelBatch, PairBatch
+from hvdtrain.data.batch import IGNORE, DocumentBatch, LabelBatch, PairBatch
 from hvdtrain.data.buckets import BucketSampler
 from hvdtrain.data.loader import Feed, Step
 from hvdtrain.data.records import Records
 from hvdtrain.data.sampler import even_parts, mix
 from hvdtrain.data.windows import Fingerprints
 
-MakeBatch = Callable[
-    [Records, np.ndarray], AnyBatch
-]  # rows may be none: then the batch has one row that counts nothing
+# Rows may be none: then the batch has one row that counts nothing.
+MakeBatch = Callable[[Records, np.ndarray], DocumentBatch]
 
 
 class BucketSource:
@@ -48,28 +47,17 @@ class BucketSource:
         mine = rows[first : first + count]
         size = feed.microbatch or max(1, count)
         batches = [self._make_batch(self._records, mine[cut : cut + size]) for cut in range(0, max(1, count), size)]
-        content = np.concatenate([self._content(batch) for batch in batches])[:count]
+        content = np.concatenate([batch.fingerprints(self._fingerprints.content) for batch in batches])[:count]
         turns = mix(np.full(count, turn), 2) ^ mix(np.arange(first, first + count), 4)
         total = int(mix(content ^ turns, 3).sum(dtype=np.uint64))
         if feed.pin:
             batches = [batch.pinned() for batch in batches]
         return Step(batches, total, rows=1)
 
-    def _content(self, batch: AnyBatch) -> np.ndarray:
-        """Of each row's tokens, however wide its batch is padded: uint64 [rows]."""
-        content = self._fingerprints.content
-        if isinstance(batch, LabelBatch):
-            return content(_from_1(batch.tokens, batch.lengths)) + mix(batch.labels.numpy(), 5)
-        targets = torch.where(batch.targets == IGNORE, 0, batch.targets + 1)
-        return content(_from_1(batch.source, batch.source_lengths)) + mix(content(targets.numpy()), 5)
 
-
-def _from_1(tokens: torch.Tensor, lengths: torch.Tensor) -> np.ndarray:
-    """Tokens counted from 1, so that a token 0 at the end is told from padding."""
-    return torch.where(torch.arange(tokens.shape[1]) < lengths[:, None], tokens + 1, 0).numpy()
-
-
-def eval_rows(records: Records, rows_per_batch: int, rank: int, size: int, make_batch: MakeBatch) -> Iterator[AnyBatch]:
+def eval_rows(
+    records: Records, rows_per_batch: int, rank: int, size: int, make_batch: MakeBatch
+) -> Iterator[DocumentBatch]:
     """This rank's part of a whole split, every row once, rows of about one length together."""
     order = np.argsort(records.lengths.max(axis=1), kind="stable")
     first, count = even_parts(len(order), size)[rank]
