@@ -9,6 +9,7 @@ Biases and norms keep ratio 1, as in that code: they move as AdamW moves them.
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,30 +20,38 @@ from hvdtrain.optim.lars import Layerwise, Norms, trust_ratios, whole_norms
 _LATE = 2.0**40  # a step at which bias correction has gone
 
 
+@dataclass(frozen=True)
+class Moments:
+    """``eps``: added to the root of the second; ``bias_correction``: whether to divide by 1 - beta^t."""
+
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-6
+    bias_correction: bool = True
+
+
 class Lamb(Layerwise):
     """LAMB. State of a parameter, as of torch's fused AdamW: ``exp_avg``, ``exp_avg_sq``, ``step`` (fp32 scalar).
 
-    trust_clip: largest ratio, 0: any; bias_correction: whether to divide by 1 - beta^t.
+    trust_clip: largest ratio, 0: any.
     """
 
     def __init__(
         self,
         groups: Iterable[Any],
         lr: float,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-6,
+        moments: Moments = Moments(),
         weight_decay: float = 0.0,
         trust_clip: float = 0.0,
-        bias_correction: bool = True,
         norms: Norms = whole_norms,
     ):
         defaults = {
             "lr": lr,
-            "betas": betas,
-            "eps": eps,
+            "betas": (moments.beta1, moments.beta2),
+            "eps": moments.eps,
             "weight_decay": weight_decay,
             "trust_clip": trust_clip,
-            "bias_correction": bias_correction,
+            "bias_correction": moments.bias_correction,
         }
         super().__init__(groups, defaults, norms)
         self._late: dict[torch.device, Tensor] = {}

@@ -5,7 +5,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from hvdtrain.optim.lamb import Lamb
+from hvdtrain.optim.lamb import Lamb, Moments
 from hvdtrain.optim.lars import Lars, Norms, whole_norms
 from hvdtrain.options import Options, option
 
@@ -57,10 +57,8 @@ def _lamb(groups: list[dict[str, Any]], options: OptimOptions, norms: Norms) -> 
     return Lamb(
         groups,
         lr=options.lr,
-        betas=(options.beta1, options.beta2),
-        eps=options.eps,
+        moments=Moments(options.beta1, options.beta2, options.eps, options.bias_correction),
         trust_clip=options.trust_clip,
-        bias_correction=options.bias_correction,
         norms=norms,
     )
 

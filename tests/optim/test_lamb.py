@@ -8,7 +8,7 @@ import torch
 from test_lars import STEPS, assert_near, bits, gradients_of, rate_of, same, walk, weights_of
 from torch import Tensor, nn
 
-from hvdtrain.optim.lamb import Lamb
+from hvdtrain.optim.lamb import Lamb, Moments
 
 BETAS, EPS = (0.8, 0.95), 1e-3  # an eps that is felt
 
@@ -44,7 +44,7 @@ def test_against_the_paper(decay: float, corrected: bool, clip: float, adapted: 
     weights = weights_of()
     start = [w.detach().clone() for w in weights]
     groups = [{"params": weights, "is_adapted": adapted}]
-    walk(Lamb(groups, 0.0, BETAS, EPS, decay, trust_clip=clip, bias_correction=corrected), weights)
+    walk(Lamb(groups, 0.0, Moments(*BETAS, EPS, corrected), decay, trust_clip=clip), weights)
     ends, ratios = by_the_paper(start, decay, corrected, clip, adapted)
     assert min(ratios) < 0.5 < max(ratios)  # a clip of 0.5 is for some
     assert_near(weights, ends, start)
@@ -55,7 +55,7 @@ def test_one_step_by_hand():
     for clip, ratio in ((0.0, 5.0), (3.0, 3.0)):
         weight = nn.Parameter(torch.tensor([[1.0, 7.0], [-5.0, 5.0]]))
         weight.grad = torch.tensor([[0.1, -20.0], [3.0, 1.0]])
-        Lamb([weight], lr=0.1, eps=1e-12, trust_clip=clip).step()
+        Lamb([weight], lr=0.1, moments=Moments(eps=1e-12), trust_clip=clip).step()
         moved = 0.1 * ratio * torch.tensor([[1.0, -1.0], [1.0, 1.0]])
         torch.testing.assert_close(weight.detach(), torch.tensor([[1.0, 7.0], [-5.0, 5.0]]) - moved)
 
@@ -73,7 +73,7 @@ def test_decay_alone():
 def test_what_is_not_adapted_is_adamw(decay: float):
     """torch's, bit for bit, moments included."""
     weights, others = weights_of(), weights_of()
-    ours = Lamb([{"params": weights, "is_adapted": False}], 0.1, BETAS, EPS, decay)
+    ours = Lamb([{"params": weights, "is_adapted": False}], 0.1, Moments(*BETAS, EPS), decay)
     torchs = torch.optim.AdamW(others, 0.1, BETAS, EPS, decay, fused=True)
     walk(ours, weights)
     walk(torchs, others)
@@ -82,7 +82,7 @@ def test_what_is_not_adapted_is_adamw(decay: float):
 
 def test_moments_are_adamws_in_any_case():
     weights, others = weights_of(), weights_of()
-    ours = Lamb(weights, 0.1, BETAS, EPS, 0.2)
+    ours = Lamb(weights, 0.1, Moments(*BETAS, EPS), 0.2)
     torchs = torch.optim.AdamW(others, 0.1, BETAS, EPS, 0.2, fused=True)
     walk(ours, weights)
     walk(torchs, others)
@@ -93,6 +93,6 @@ def test_moments_are_adamws_in_any_case():
 
 def test_without_bias_correction_steps_are_counted_all_the_same():
     weights = weights_of()
-    optimizer = Lamb(weights, 0.1, bias_correction=False)
+    optimizer = Lamb(weights, 0.1, Moments(bias_correction=False))
     walk(optimizer, weights, 3)
     assert [optimizer.state[w]["step"].item() for w in weights] == [3.0] * len(weights)
