@@ -49,6 +49,7 @@ test: env
 lint: env
 	$(VENV_PYTHON) -m ruff check .
 	$(VENV_PYTHON) -m ruff format --check .
+	$(VENV_PYTHON) -m mypy
 
 # All of it takes 8 minutes at most, building Horovod included; what was measured by then counts.
 gpu:

@@ -70,12 +70,13 @@ class Engine:
         random state has to be stored.
         """
         self.sync.begin(len(microbatches))
-        scale = self.update.loss_scale
+        scale = None if self.update.loss_scale is None else self.update.loss_scale.scale
         seed = derive(self._seed, step, self.mesh.number, 2)
-        self._passed = self.replica.forward_backward(microbatches, task, seed, scale and scale.scale)
+        self._passed = self.replica.forward_backward(microbatches, task, seed, scale)
 
     def finish(self, flags: int = 0) -> None:
         """Wait for the sums over all replicas. flags: what this rank adds to the sum of flags, see Told."""
+        assert self._passed is not None, "forward_backward comes first"
         self.sync.finish(Told(self._passed.loss, self._passed.weights, flags))
 
     def step(self, lr: float, step: int) -> Agreed | None:
@@ -153,10 +154,9 @@ def scores_of(replica: Replica, group: Group, batches: Iterable[AnyBatch], task:
     group: the same place in every replica.
     """
     sums = replica.measure(batches, task)
-    if group.size > 1:
-        # A replica may have had no batch at all: it learns from the others how many sums there are.
-        lengths = group.all_gather_object(0 if sums is None else len(sums))
-        if sums is None:
-            sums = torch.zeros(max(lengths), dtype=torch.float64, device=replica.device)
+    # A replica may have had no batch at all: it learns from the others how many sums there are.
+    count = max(group.all_gather_object(0 if sums is None else len(sums)))
+    if sums is None:
+        sums = torch.zeros(count, dtype=torch.float64, device=replica.device)
     group.all_reduce_sum(sums, "hvdtrain.evaluation")
     return task.scores(sums.tolist())

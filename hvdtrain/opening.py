@@ -165,8 +165,8 @@ def open_run(asked: Asked, world: World, group: Group, claim: Claim, signals: St
     identity = {**config.identity(), **data.corpora.identity()}
     start, found = _find_start(asked, config, identity, group, claim)
     notes += found + moved_rate(start.progress, config.schedule, config.optim.lr, config.train.steps)
-    if asked.timeline is not None:
-        notes += group.together(lambda: group.start_timeline(asked.timeline))
+    if (timeline := asked.timeline) is not None:
+        notes += group.together(lambda: group.start_timeline(timeline))
     return OpenRun(
         asked, config, world, mesh, claim, stopping, device, cores, matmul, task, data, scaled, identity, start, notes,
         step=start.progress.step,
@@ -274,10 +274,10 @@ def open_engine(run: OpenRun) -> Engine:
     use_recompute(model, config.recompute)
     model.to(run.device).train()
     optimizer, ema = make_optimizer(model, config.optim), make_ema(model, config.ema)
-    if start.checkpoint is not None:
-        mesh.world.together(lambda: checkpoint.load(start.checkpoint, model, optimizer, ema))
-        if ema is not None and not checkpoint.has_ema(start.checkpoint):
-            run.notes.append(f"{start.checkpoint} has no averaged weights: the average begins there")
+    if (folder := start.checkpoint) is not None:
+        mesh.world.together(lambda: checkpoint.load(folder, model, optimizer, ema))
+        if ema is not None and not checkpoint.has_ema(folder):
+            run.notes.append(f"{folder} has no averaged weights: the average begins there")
     precision = PRECISIONS[config.precision]
     replica = CUTS["whole"](model, mesh, precision, config.compile)
     sync = make_sync(config.sync, replica.slices, replica.computing, mesh)

@@ -1,6 +1,6 @@
 """The contract of a cut: how one replica of the model is spread over ranks, and what a replica can do."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -47,7 +47,7 @@ class Replica(Protocol):
         seed: of dropout in this step. loss_scale: what the gradients, not the loss that comes back, are multiplied by.
         """
 
-    def measure(self, batches: Sequence[AnyBatch], task: Task) -> torch.Tensor | None:
+    def measure(self, batches: Iterable[AnyBatch], task: Task) -> torch.Tensor | None:
         """The task's sums over batches in evaluation, fp64 [k]; None where there was no batch."""
 
     def publish(self) -> None:

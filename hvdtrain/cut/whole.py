@@ -12,7 +12,7 @@ from hvdtrain.cut.compiling import compile_model, uncompiled
 from hvdtrain.cut.cut import Passed
 from hvdtrain.cut.precision import Precision
 from hvdtrain.data.batch import AnyBatch
-from hvdtrain.slices import whole_slices
+from hvdtrain.slices import Slice, whole_slices
 from hvdtrain.tasks.task import Task
 
 
@@ -23,8 +23,8 @@ class Whole:
         self.model, self._precision = model, precision
         self.device = next(model.parameters()).device
         self.compute = copy.deepcopy(model).to(precision.weights) if precision.weights else model
-        self.slices = whole_slices(model, mesh.replica)
-        self.computing = list(self.compute.parameters())
+        self.slices: Sequence[Slice] = whole_slices(model, mesh.replica)
+        self.computing: Sequence[torch.Tensor] = list(self.compute.parameters())
         compile_model(self.compute, compile)
 
     def forward_backward(

@@ -49,12 +49,12 @@ class Agreed:
     loss: torch.Tensor  # mean over the global batch's targets
     weight: torch.Tensor  # number of targets in the global batch
     grad_norm: torch.Tensor  # of the global mean gradient, before clipping
-    loss_scale: torch.Tensor | None = None  # what the loss was multiplied by; an overflow is then no divergence
     # Of the gradients of parts of the batch (each a mean): means over the parts of |gradient|^2 and of 1 / targets. nan
     # where there is one part. See optim/noise_scale.py.
-    part_square: torch.Tensor | None = None
-    part_inverse: torch.Tensor | None = None
-    flags: torch.Tensor | None = None  # the sum of what the ranks had to tell one another, see watch/stopping.py
+    part_square: torch.Tensor
+    part_inverse: torch.Tensor
+    flags: torch.Tensor  # the sum of what the ranks had to tell one another, see watch/stopping.py
+    loss_scale: torch.Tensor | None = None  # what the loss was multiplied by; an overflow is then no divergence
 
 
 class Update:
@@ -93,13 +93,13 @@ class Update:
         self.guard.judge(loss, grad_norm, self._overflowed)
         square, inverse, parts = summed.parts.unbind()
         square = square / parts if scale is None else square / parts / scale.double() ** 2
-        return Agreed(loss, summed.weight, grad_norm, scale, square, inverse / parts, summed.flags)
+        return Agreed(loss, summed.weight, grad_norm, square, inverse / parts, summed.flags, scale)
 
     def apply(self, lr: float) -> None:
         """Step, where the gradient has not overflowed and the guard lets it pass (local: alike on all)."""
         refused = [flag for flag in (self._overflowed, self.guard.skip) if flag is not None]
         if refused:  # torch's fused optimizers then leave everything as it is
-            self.optimizer.found_inf = torch.stack(refused).any().float()
+            self.optimizer.found_inf = torch.stack(refused).any().float()  # type: ignore[attr-defined]
         rate = lr if self.guard.skip is None else (lr * self.guard.factor).float()
         for group in self.optimizer.param_groups:
             group["lr"] = rate

@@ -11,7 +11,7 @@ gradients are all there starts its ring all-reduce at once:
 Under accumulation the buckets gather the microbatches' sums, and only the last microbatch sends them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
@@ -51,7 +51,7 @@ class AllReduceSync:
     def __init__(
         self, slices: Sequence[Slice], computing: Sequence[torch.Tensor], group: Group, options: AllReduceOptions
     ):
-        self.moves = [piece for piece in slices if piece.tensor.requires_grad]
+        self.moves: Sequence[Slice] = [piece for piece in slices if piece.tensor.requires_grad]
         trained = [parameter for parameter in computing if parameter.requires_grad]
         self.drift = EXACT if options.wire == "fp32" else Drift(False, f"two roundings to {options.wire} a step")
         self._group, self._wire = group, make_wire(options.wire, group)
@@ -74,12 +74,13 @@ class AllReduceSync:
         sums[_OTHERS:] = used
         self._group.all_reduce_sum(sums, "hvdtrain.sums")
         for bucket in self._buckets.all:
-            bucket.pending.wait()
+            bucket.wait()
         self._buckets.drop_unused(sums[_OTHERS:])
         gradients = [Gradient(bucket.flat, bucket.copies) for bucket in self._buckets.all]
         self._summed = Summed(gradients, sums[0], sums[1], sums[2], sums[_OF_PARTS])
 
     def step(self, update: Update, lr: float) -> Agreed:
+        assert self._summed is not None, "finish comes first"
         agreed = update.divide(self._summed)
         update.apply(lr)
         return agreed
@@ -93,7 +94,7 @@ class AllReduceSync:
     def state(self) -> Sequence[Slice]:
         return ()
 
-    def report(self) -> dict[str, float]:
+    def report(self) -> Mapping[str, float]:
         return {}
 
     def close(self) -> None:

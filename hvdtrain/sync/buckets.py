@@ -4,7 +4,7 @@ backward    [layer 4][layer 3][layer 2][layer 1]        the last of a step's pas
 buckets     [bucket 0       ][bucket 1         ]        each leaves when all of its gradients are there
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -23,8 +23,13 @@ class Bucket:
         self.flat = torch.zeros(sum(sizes), dtype=first.dtype, device=first.device)
         pieces = zip(self.flat.split(sizes), members, strict=True)
         self.views = [piece.view_as(parameter) for piece, (_, parameter) in pieces]
-        self.pending: Pending | None = None
-        self.missing = self.after_first = 0
+        self.pending: Pending | None = None  # its sum, once it has left
+        self.missing = self.after_first = 0  # gradients until it leaves, and until the first pass has filled it
+
+    def wait(self) -> None:
+        """Until ``flat`` holds the sum."""
+        assert self.pending is not None, "it has not left"
+        self.pending.wait()
 
 
 class Buckets:
@@ -92,7 +97,7 @@ class Buckets:
     def _hook(self, number: int, bucket: Bucket, view: torch.Tensor) -> Callable[[torch.Tensor], None]:
         def gradient_is_there(parameter: torch.Tensor) -> None:
             self.used[number] = True
-            if self._is_copy:  # its gradient is in few bits: added up in fp32
+            if self._is_copy and parameter.grad is not None:  # it is in few bits: added up in fp32
                 view.add_(parameter.grad)
                 parameter.grad = None
             self._seen[number] += 1
@@ -145,5 +150,5 @@ def _kind(piece: Slice) -> tuple[torch.dtype, int]:
     return piece.tensor.dtype, piece.copies
 
 
-def _pairs(bucket: Bucket):
+def _pairs(bucket: Bucket) -> Iterable[tuple[tuple[int, torch.Tensor], torch.Tensor]]:
     return zip(bucket.members, bucket.views, strict=True)

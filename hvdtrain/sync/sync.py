@@ -1,6 +1,6 @@
 """The contract of a sync: how replicas agree. It only agrees; what becomes of the sums is ``optim/update.py``'s."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -64,7 +64,7 @@ class Sync(Protocol):
     def state(self) -> Sequence[Slice]:
         """What it keeps from step to step, by names that say nothing of ranks (local)."""
 
-    def report(self) -> dict[str, float]:
+    def report(self) -> Mapping[str, float]:
         """What there is to say of it, for the run's record (local)."""
 
     def close(self) -> None:

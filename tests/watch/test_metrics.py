@@ -29,7 +29,8 @@ KEYS = [
 
 
 def sums(loss: float, weight: int = 60, grad_norm: float = 1.5) -> Agreed:
-    return Agreed(*(torch.tensor(value, dtype=torch.float64) for value in (loss, weight, grad_norm)))
+    numbers = (loss, weight, grad_norm, math.nan, math.nan, 0)
+    return Agreed(*(torch.tensor(value, dtype=torch.float64) for value in numbers))
 
 
 @dataclass
