@@ -1,4 +1,4 @@
-"""End all ranks of an MPI job from one of them, without a word more than its own."""
+"""End all ranks of an MPI job from one of them, so that its own message stays the last line of the log."""
 
 import ctypes
 import os
@@ -12,12 +12,12 @@ _SAY_S = 0.5  # for what was said to reach the log: srun drops what is still on 
 
 
 def end_all_ranks(mpi: ModuleType, exit_code: int) -> NoReturn:
-    """Through ``mpi`` (``mpi4py.MPI``), which tells the launcher (local; any thread).
+    """Let ``mpi`` (``mpi4py.MPI``) tell the launcher to end the job; does not return (local; any thread).
 
-    The last line of the log shall be the message that the caller has just printed. Open MPI's ``MPI_Abort`` prints
-    eight lines after it, and then calls a function of its own: where that is there, it is called here.
+    Open MPI's ``MPI_Abort`` prints eight lines below the caller's message, and then calls ``ompi_mpi_abort``. Where the
+    library has that function, it is called at once.
     """
-    # MPI may be in another thread's hands and never answer. The launcher then sees the exit code alone.
+    # Where another thread keeps MPI busy, it never answers. This process then exits, and the launcher sees its code.
     timer = threading.Timer(_PATIENCE_S, os._exit, (exit_code,))
     timer.daemon = True
     timer.start()

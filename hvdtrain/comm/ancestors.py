@@ -5,9 +5,9 @@
     mpirun, another node    orted  <-  rank
     srun                    slurmstepd  <-  rank
 
-Watched are the processes from this one's parent up to the first that launchers are known by; and above that a shell
-that was started for this launcher alone (``sh -c "mpirun ..."``) and waits for it. Any other shell may end before: so
-it is with ``nohup mpirun ... &``. A process without a launcher watches nobody.
+A rank watches its ancestors, from its parent up to the first whose name is a launcher's. It also watches a shell above
+that, if the shell was started for this launcher alone (``sh -c "mpirun ..."``) and waits for it. Any other shell may
+end before its launcher does, as with ``nohup mpirun ... &``. A process without a launcher watches nothing.
 """
 
 import ctypes
@@ -27,8 +27,8 @@ from typing import Any, TextIO
 from hvdtrain.comm.world import World
 from hvdtrain.errors import EXIT_CRASH, say, say_from
 
-OUTLAST_S = 300
-PMIX_WAITS = "PMIX_MCA_pmix_event_caching_window"  # s, until it passes on that a connection was lost
+OUTLAST_S = 300  # for a rank to save after its launcher is gone
+PMIX_WAITS = "PMIX_MCA_pmix_event_caching_window"  # seconds until PMIx tells Open MPI that a connection was lost
 _LOOK_S = 1.0  # between two looks
 _READER_S = 2.0  # a launcher's pipes close before it is gone
 _LAUNCHER = re.compile("(mpirun|mpiexec|orte|prte|hydra|pmi_proxy|slurmstepd|srun|horovodrun|flux|pals|jsrun|jsm).*")
@@ -49,7 +49,7 @@ class Process:
 
 
 class Launcher:
-    """The processes that a rank of ``world`` was started by; made while they are there. Nothing is a collective."""
+    """The processes that started a rank of ``world``. Make it while they are there. No method is a collective."""
 
     def __init__(self, world: World, pid: int | None = None, proc: Path = Path("/proc")):
         self._proc, self._looked_s, self._gone = proc, -_LOOK_S, False
@@ -58,7 +58,7 @@ class Launcher:
         self.asks = world.local_rank == 0  # one rank of a node is enough to tell the others
 
     def is_gone(self) -> bool:
-        """Is one of them gone? Looks once a second; what is gone stays so."""
+        """Is one of them gone? It looks at most once a second."""
         if not self._gone and time.monotonic() - self._looked_s >= _LOOK_S:
             self._looked_s = time.monotonic()
             with suppress(OSError):  # such as too many open files: the next look will tell
@@ -78,16 +78,16 @@ class Launcher:
             threading.Thread(target=watch, name="hvdtrain-launcher", daemon=True).start()
 
     def is_deaf(self) -> bool:
-        """Is the launcher a shell, and a container's first process? The kernel keeps TERM from it: ``docker stop`` only
-        kills all after ten seconds.
+        """Is the launcher a shell that is a container's first process? The kernel keeps TERM from such a process, so
+        ``docker stop`` waits ten seconds and then kills all.
         """
         return any(one.pid == 1 and _SHELL.fullmatch(one.name) for one in self.watched)
 
     def outlast(self) -> None:
         """Let this process outlive its launcher for as long as it takes to save (before MPI starts).
 
-        What it prints then is dropped. Open MPI, which ends ranks 1 s after they have lost their mpirun, does so after
-        OUTLAST_S, whatever they are at.
+        What it prints then is dropped. Open MPI ends a rank 1 s after it has lost its mpirun; now it waits OUTLAST_S,
+        whatever the rank is doing.
         """
         if self.watched:
             os.environ.setdefault(PMIX_WAITS, str(OUTLAST_S))
@@ -100,7 +100,7 @@ class Launcher:
 
 
 class _Lasting:
-    """A stream that is read by a launcher: what comes after its end is dropped."""
+    """A stream that a launcher reads. What is written after the launcher's end is dropped."""
 
     def __init__(self, stream: TextIO, launcher: Launcher):
         self._stream, self._launcher = stream, launcher
@@ -134,8 +134,9 @@ class _Lasting:
 
 
 def _started_by(pid: int, proc: Path) -> list[Process]:
+    """The ancestors that a rank watches (see the top of this file), its parent first."""
     found: list[Process] = []
-    known = 0  # of them, up to a launcher
+    known = 0  # how many of them there are up to the last launcher
     for process in ancestors(pid, proc):
         if known and not _waits_for_a_launcher(process):
             break
@@ -154,12 +155,15 @@ def ancestors(pid: int, proc: Path = Path("/proc")) -> Iterator[Process]:
 
 
 def _is_remote_end(found: list[Process]) -> bool:
-    """Horovod's Gloo has sshd start a shell for each rank. A user's own sshd is further up, above other programs."""
+    """Is the last of ``found`` an sshd, with nothing but shells below it? Horovod's Gloo starts a rank on another node
+    so; the sshd of a user who is logged in has other programs below it.
+    """
     *shells, sshd = found
     return sshd.name.startswith("sshd") and all(_command_of(shell) for shell in shells)
 
 
 def _waits_for_a_launcher(process: Process) -> bool:
+    """Is it a shell that was started for a launcher, and will not end before it?"""
     command = _command_of(process)
     return bool(_STARTS_ONE.search(command)) and not _BACKGROUND.search(command)
 

@@ -1,8 +1,8 @@
-"""What Gloo asks of a machine, looked at before Horovod starts it: it would crash, or wait for ever.
+"""Check what Gloo needs of a machine before Horovod starts it. Where it is missing, Gloo crashes or waits for ever.
 
-HOROVOD_GLOO_IFACE      where the ranks meet first
-the machine's name      its address is that of all sockets after that: Horovod 0.28.1 does not hand the interface on,
-                        and Gloo does not look whether the name has an address at all
+HOROVOD_GLOO_IFACE      the network interface over which ranks meet first
+the machine's name      all sockets after that use its address, because Horovod 0.28.1 does not pass the interface on;
+                        Gloo does not check that the name has an address
 """
 
 import ipaddress
@@ -17,12 +17,12 @@ from hvdtrain.errors import LaunchError, describe, say_from
 def check_own_address(world: World, env: Mapping[str, str] | None = None) -> None:
     """Will the other ranks find this one? (local)
 
-    Errors: LaunchError where they will not; of the ranks of a machine the first speaks.
+    Errors: LaunchError where they will not. The first rank of each machine says so.
     """
     trouble = _trouble(os.environ if env is None else env)
     if trouble:
         error = LaunchError(f"{trouble}; or start over MPI (mpirun, srun --mpi=pmix)")
-        if world.local_rank == 0 and not world.is_main:  # whose machine may be sound
+        if world.local_rank == 0 and not world.is_main:  # rank 0 says it of its own
             say_from(world.rank, describe(error))
         raise error
 

@@ -15,29 +15,29 @@ from hvdtrain.comm.mpi import start_mpi
 from hvdtrain.comm.world import World, check_sizes, shares_gpus
 from hvdtrain.errors import LaunchError, OutputError, RankLostError
 
-# How Horovod shall work here. It reads these once, when it starts, which is before a recipe was read: ranks need it to
-# agree on one. So they are settings of the machine, in the environment; what the user has set there wins.
+# Horovod's settings. It reads them once, when it starts: before a recipe is read, because the ranks need Horovod to
+# agree on the recipe. So they are variables of the environment, and what the user has set there wins.
 KNOBS = {
-    # A name that it remembers need not be negotiated again. A bucket has one, or two on a two-byte wire, and there are
-    # fewer buckets than parameters. Its own default is 1024.
+    # How many tensors' names it remembers; ranks need not negotiate those again. A bucket has one name, or two on a
+    # two-byte wire, and there are fewer buckets than parameters. Its own default is 1024.
     "HOROVOD_CACHE_CAPACITY": "4096",
-    # Bytes of tensors that it copies together into one buffer, sends, and copies back. Buckets are that buffer already:
-    # with its default of 128 MiB, six of 16 MiB took 2.5 to 3 times as long between two ranks in memory.
+    # Bytes of tensors that it copies into one buffer, sends, and copies back. Our buckets are such buffers already:
+    # with its default of 128 MiB, six buckets of 16 MiB took 2.5 to 3 times as long between two ranks in memory.
     "HOROVOD_FUSION_THRESHOLD": "0",
-    # Milliseconds between two looks for tensors to send: what a bucket waits at most, and what the look costs, seldom.
+    # Milliseconds between two looks for tensors to send. A bucket waits at most so long; each look costs some time.
     "HOROVOD_CYCLE_TIME": "1",
-    # Until it ends a job of which a rank does not come. Above the longest wait of the watchdog, which names that rank.
+    # How long it waits for a missing rank before it ends the job: longer than the watchdog, which names that rank.
     "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "7260",
 }
 
-# Between two looks whether a collective has ended. Horovod's own wait never sleeps: it takes a core from whoever works.
+# Between two looks whether a collective has ended. Horovod's own wait never sleeps: it takes a core away from the work.
 _POLL_S = 5e-5
 
 
 class HorovodGroup(Group):
     """The group of all ranks. Making one is a collective; there is one per process.
 
-    timeline: whether ``start_timeline`` will be called. Only then, because the thread that waits for something to write
+    timeline: whether ``start_timeline`` will be called. Without it Horovod does not start its writer, a thread that
     never sleeps.
 
     Errors: LaunchError where Horovod joins another world than the launcher announced, or Gloo would crash here.
@@ -46,13 +46,13 @@ class HorovodGroup(Group):
     def __init__(self, world: World, timeline: bool = False):
         set_knobs(os.environ)
         if timeline:
-            os.environ["HOROVOD_TIMELINE"] = "DYNAMIC"  # it can then be started
+            os.environ["HOROVOD_TIMELINE"] = "DYNAMIC"  # start_timeline needs it
         self._timeline: Path | None = None
         if world.launcher.endswith("--gloo"):
             check_own_address(world)
             self._mpi = None
         else:
-            self._mpi = start_mpi(world)  # before hvd.init(), whose end would finalise MPI under mpi4py's feet
+            self._mpi = start_mpi(world)  # before hvd.init(): who starts MPI ends it, and Horovod ends before mpi4py
         import horovod.torch as hvd
         from horovod.torch import mpi_ops
 
@@ -79,8 +79,8 @@ class HorovodGroup(Group):
         if rows.is_cuda and self._through_host:
             on_host = torch.empty_like(received, device="cpu")
             return _FromHost(self.all_to_all_async(rows.cpu(), on_host, name), on_host, received)
-        # The functions below Horovod's public ones, which would make a new tensor every time. One of the right size
-        # stays where it is.
+        # Horovod's public functions make a new tensor for each result. Those below them write into the one that they
+        # are given, if it has the right size.
         even, counts = torch.empty(0, dtype=torch.int32), torch.empty(self.size, dtype=torch.int32)
         ours = self._hvd.global_process_set
         return _PendingCollective(self._hvd, self._ops._alltoall_async(rows, even, received, counts, name, ours))
@@ -166,7 +166,7 @@ class _FromHost:
 
 
 def _check_writable(path: Path) -> None:
-    """Horovod would only note it in its own log."""
+    """Errors: OutputError. Horovod itself would only log that it cannot write."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("[]", encoding="utf-8")

@@ -8,6 +8,7 @@ import socket
 import sys
 import threading
 import warnings
+from collections.abc import MutableMapping
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -19,8 +20,8 @@ from hvdtrain.comm.world import World, check_sizes
 from hvdtrain.errors import EXIT_CRASH, LaunchError, say_from
 from hvdtrain.files import exists
 
-# Networks of a host with its own containers and virtual machines: the same addresses on every host, such as Docker's
-# 172.17.0.1. Open MPI would take them for ways to the other hosts, reach itself, and wait for ever.
+# A host's networks with its own containers and virtual machines. They have the same addresses on every host (Docker's
+# is 172.17.0.1): Open MPI would take one for a way to the other hosts, reach itself, and wait for ever.
 _INNER = re.compile(r"(docker|podman|cni|flannel|virbr|lxcbr|lxdbr|veth)\S*|br-[0-9a-f]{12}")
 LEAVE_S = 120.0  # for all ranks to leave, once they have nothing more to do
 
@@ -49,24 +50,39 @@ class MpiRanks(Ranks):
 
 
 def start_mpi(world: World) -> ModuleType:
-    """Initialise MPI (collective) and return ``mpi4py.MPI``. It ends with the process, or the process ends without it.
+    """Start MPI and return ``mpi4py.MPI`` (collective).
 
+    At the process's exit all ranks end MPI together. Where one does not come, the others exit without it after LEAVE_S.
     Errors: LaunchError where MPI cannot be loaded, or joins another world than the launcher announced.
     """
-    # Open MPI spins while it waits: with as many ranks as cores that takes a core away from the work. Yielding costs
-    # nothing where cores are free. Read when MPI starts.
-    os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
-    # Open MPI from the package index looks for its files where it was built. Its mpirun says so to the ranks; a rank of
-    # another launcher would die inside MPI_Init, before the sizes can be compared.
+    _set_up_open_mpi(os.environ)
+    mpi = _load(world)
+    name, version = mpi.get_vendor()
+    check_sizes(world, mpi.COMM_WORLD.Get_size(), f"{name} {'.'.join(map(str, version))}")
+    _end_in_time(mpi, world.rank)
+    return mpi
+
+
+def _set_up_open_mpi(env: MutableMapping[str, str]) -> None:
+    """Put into ``env`` what Open MPI reads when it starts, where the user has not set it. Other MPIs ignore it."""
+    # A rank that waits spins. With as many ranks as cores it takes a core away from the work; yielding costs nothing
+    # where cores are free.
+    env.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
+    # Open MPI from the package index looks for its files where it was built. Its own mpirun tells the ranks the right
+    # place; a rank of another launcher would die in MPI_Init, before the sizes can be compared.
     if exists(Path(sys.prefix, "bin", "orterun_wrapper")):
-        os.environ.setdefault("OPAL_PREFIX", sys.prefix)
-        # Its one-sided transport over libfabric, which nothing here uses, takes a second of every process's end.
-        os.environ.setdefault("OMPI_MCA_btl", "^ofi")
+        env.setdefault("OPAL_PREFIX", sys.prefix)
+        # Nothing here uses its one-sided transport over libfabric, and closing that takes a second.
+        env.setdefault("OMPI_MCA_btl", "^ofi")
         inner = [name for _, name in socket.if_nameindex() if _INNER.fullmatch(name)]
-        if inner and "OMPI_MCA_btl_tcp_if_include" not in os.environ:
-            os.environ.setdefault("OMPI_MCA_btl_tcp_if_exclude", ",".join(["127.0.0.1/8", *inner]))
+        if inner and "OMPI_MCA_btl_tcp_if_include" not in env:
+            env.setdefault("OMPI_MCA_btl_tcp_if_exclude", ",".join(["127.0.0.1/8", *inner]))
+
+
+def _load(world: World) -> ModuleType:
+    """Import ``mpi4py.MPI``, which starts MPI. Errors: LaunchError."""
     with warnings.catch_warnings():
-        # Marks of another MPI's launcher. What came of them is checked below, and said in one line.
+        # mpi4py warns of the variables of another MPI's launcher. start_mpi checks what came of them, in one line.
         warnings.filterwarnings("ignore", "suspicious MPI execution environment", RuntimeWarning)
         try:
             from mpi4py import MPI
@@ -77,18 +93,15 @@ def start_mpi(world: World) -> ModuleType:
                 "load the modules that were there when the environment was built, or build it again (make env)",
                 world.rank,
             ) from None
-
-    name, version = MPI.get_vendor()
-    check_sizes(world, MPI.COMM_WORLD.Get_size(), f"{name} {'.'.join(map(str, version))}")
-    _end_in_time(MPI, world.rank)
     return MPI
 
 
 @cache
 def _end_in_time(mpi: ModuleType, rank: int) -> None:
-    """Ranks wait for one another in MPI's end, after all else: where one is stopped there, the others shall say so.
+    """End MPI at the process's exit; where that takes longer than LEAVE_S, say so and exit without it.
 
-    mpi4py would end MPI after Python's threads, in silence. Horovod, which begins later, has ended before.
+    Ranks wait for one another in MPI's end, for ever if one is stopped. mpi4py would end MPI after Python has ended its
+    threads, so that none could speak. Horovod starts after MPI, and exit handlers run in reverse: it has ended before.
     """
     begins, ended = threading.Event(), threading.Event()
 
@@ -102,12 +115,12 @@ def _end_in_time(mpi: ModuleType, rank: int) -> None:
         begins.set()
         if not mpi.Is_finalized():
             try:
-                finalize = ctypes.CDLL(mpi.__file__).MPI_Finalize  # lets go of Python's lock, as mpi4py's does not
+                finalize = ctypes.CDLL(mpi.__file__).MPI_Finalize  # lets ``watch`` run; mpi4py's keeps Python's lock
             except (OSError, AttributeError):
                 finalize = mpi.Finalize
             finalize()
         ended.set()
 
-    # Made now: later Pythons make no threads at their end.
+    # Started now: Python 3.12 and later start no thread at exit.
     threading.Thread(target=watch, name="hvdtrain-farewell", daemon=True).start()
     atexit.register(end)

@@ -2,7 +2,8 @@
 
     srun --mpi=pmix --ntasks=2 python -m hvdtrain.comm.probe
 
-Without torch and Horovod, which take longer to load than this takes. Horovod is built on the MPI that mpi4py loads.
+It does without torch and Horovod, which would take longer to load than all the rest. The answer holds for Horovod too,
+which is built on the MPI that mpi4py loads.
 """
 
 import sys

@@ -4,8 +4,8 @@
                                      |
     every node    srun --- exec --- rank     puts its own address there, finds those of the others
 
-Horovod's own server keeps the addresses; ranks learn who they are from Slurm's variables. The server answers whoever
-reaches its port, as ``horovodrun --gloo`` has it: it belongs into a cluster's inner network.
+Horovod's own server keeps the addresses; ranks learn who they are from Slurm's variables. Like that of ``horovodrun
+--gloo``, the server answers whoever reaches its port: use it only within a cluster's network.
 """
 
 import os
@@ -35,8 +35,8 @@ def main(words: list[str]) -> int:
 def serve(towards: str) -> NoReturn:
     """Print ``ADDRESS:PORT`` of a server that the machines around ``towards`` can reach; serve until SIGTERM.
 
-    It keeps what it was told: Horovod's own drops it when everyone has said goodbye, for which it would have to know
-    beforehand who comes. So a server serves one step.
+    It never forgets an address. Horovod's own server does when all ranks have said goodbye, but it must then know them
+    beforehand. So a server serves one step.
     """
     from horovod.runner.http.http_server import OK, RendezvousHandler, RendezvousServer
 
@@ -53,7 +53,7 @@ def serve(towards: str) -> NoReturn:
 
 
 def run_in(env: MutableMapping[str, str], words: list[str]) -> NoReturn:
-    """Become ``words``, in this process, with ``env`` and a rank's variables."""
+    """Replace this process by the program ``words``, with ``env`` and a rank's variables. Errors: LaunchError."""
     env = {**env, **rank_environment(env)}
     try:
         os.execvpe(words[0], words, env)

@@ -2,8 +2,8 @@
 
 all ranks fail at the same point     rank 0 says why; all close and exit with the error's code
 one rank fails alone                 it says why, with its rank and host, and ends the whole job at once
-a rank loses another one             it lets that one's message be the last, and speaks only if nothing ends it
-a rank does not come, or not leave   the others wait for it only so long
+a rank loses another one             it waits for the launcher to end it: the lost one's message shall be the last
+a rank does not come, or not leave   the others give up after a limit
 """
 
 import contextlib
@@ -77,6 +77,7 @@ def open_ranks(world: World) -> Iterator[Ranks]:
 
 @contextmanager
 def _in_good_order(group: AnyRanks, world: World) -> Iterator[AnyRanks]:
+    """Yield the group, and end it as the table above says."""
     _show_stacks_of_crashes()
     if group.size == 1:
         yield group
@@ -95,7 +96,7 @@ def _in_good_order(group: AnyRanks, world: World) -> Iterator[AnyRanks]:
                 group.close()
             raise
         if isinstance(error, RankLostError):
-            _let_the_other_speak()
+            _wait_for_the_launcher()
         say_from(world.rank, describe(error))
         group.abort(error.exit_code)
     except KeyboardInterrupt:
@@ -111,7 +112,7 @@ def _in_good_order(group: AnyRanks, world: World) -> Iterator[AnyRanks]:
 
 
 def _leave_without_banner(group: Ranks, world: World, exit_code: int) -> None:
-    """End all ranks from rank 0: where they leave by themselves, mpirun writes ten lines below what rank 0 has said."""
+    """Let rank 0 end all ranks (collective). Of ranks that leave by themselves mpirun prints ten lines of its own."""
     sys.stdout.flush()
     group.barrier()
     if world.is_main:
@@ -120,9 +121,11 @@ def _leave_without_banner(group: Ranks, world: World, exit_code: int) -> None:
     time.sleep(LEAVE_S)
 
 
-def _let_the_other_speak() -> None:
-    """It has, or was killed, and then the launcher names it. The launcher's signal shall end this rank in silence; by
-    the signal itself, a shell would say "Terminated".
+def _wait_for_the_launcher() -> None:
+    """Wait for the launcher to end this rank, which has lost another one; return if it does not.
+
+    The lost rank has said what went wrong, or was killed, and then the launcher names it: this rank has nothing to add.
+    It leaves by ``os._exit``, because a shell reports a process that SIGTERM has ended as "Terminated".
     """
     signal.signal(signal.SIGTERM, lambda *_: os._exit(EXIT_CRASH))
     time.sleep(_LOST_S)
@@ -130,7 +133,10 @@ def _let_the_other_speak() -> None:
 
 @contextmanager
 def _within(seconds: float, world: World, trouble: str, exit_code: int = EXIT_CRASH) -> Iterator[None]:
-    """What waits for other ranks, and would for ever, if one of them was stopped or hangs."""
+    """Run a block that waits for other ranks. After ``seconds`` say ``trouble`` and end this process.
+
+    Without a limit it would wait for ever where a rank is stopped or hangs.
+    """
 
     def give_up() -> None:
         say_from(world.rank, f"{trouble} within {seconds:g} s", past_locks=True)
@@ -146,7 +152,7 @@ def _within(seconds: float, world: World, trouble: str, exit_code: int = EXIT_CR
 
 
 def _show_stacks_of_crashes() -> None:
-    """Python's stacks on standard error where C code crashes. After MPI started, which would complain about it."""
+    """Print Python's stacks where C code crashes. To be called once MPI has started, which would complain otherwise."""
     if not faulthandler.is_enabled():
         with contextlib.suppress(OSError, ValueError, AttributeError):  # there may be no standard error
             faulthandler.enable(sys.__stderr__)

@@ -1,4 +1,4 @@
-"""Nodes that have stopped answering: what the kernel knows of this process's own TCP connections.
+"""Which nodes have stopped answering? The kernel knows it of this process's own TCP connections.
 
     this rank   data ---->  x       cable cut, node dead, switch off: nobody says so
                 data again  x       after 0.2 s, 0.4, 0.8, ... and TCP itself gives up after a quarter of an hour
@@ -26,7 +26,7 @@ _FAMILIES = (socket.AF_INET, socket.AF_INET6)
 def other_hosts(ranks: Ranks) -> dict[str, str]:
     """Address -> name of every other host of the job (collective).
 
-    An address that two of them have is nobody's: Docker's bridge, for one, is 172.17.0.1 everywhere.
+    An address that several hosts have is left out: Docker's bridge, for one, is 172.17.0.1 everywhere.
     """
     here = socket.gethostname()
     hosts = dict(ranks.all_gather_object((here, own_addresses())))
@@ -49,9 +49,9 @@ def own_addresses() -> list[str]:
 
 
 class Silence:
-    """Since when has which host not answered? ``hosts``: address -> name, of the other hosts of the job.
+    """Which host has not answered, and since when? ``hosts``: address -> name, of the other hosts of the job.
 
-    ``look`` now and then while one waits for them, ``forget`` when they have answered after all.
+    Call ``look`` now and then while waiting for them, and ``forget`` once they have answered.
     """
 
     def __init__(self, hosts: Mapping[str, str]):

@@ -4,9 +4,9 @@
       rank 0               the launcher's pipes -> the same terminal: plain lines, and a progress bar
       rank 1               the launcher's pipes, which put "[1,1]<stdout>:" before each line
 
-Launchers have no switch for that: their ranks see pipes, whatever they were started on. Where either of a launcher's
-outputs leads into a file or a pipe, or it runs in the background, or was asked for files or times, rank 0 goes by way
-of it as all others do.
+Launchers have no switch for that: their ranks see pipes, whatever they were started on. Rank 0 writes into its pipe, as
+the others do, where one of the launcher's outputs leads into a file or a pipe, where the launcher runs in the
+background, and where it was asked to write files or times.
 """
 
 import os
@@ -23,12 +23,12 @@ _ASKED_FOR = ("output-filename", "timestamp-output", "prefix-timestamp", "prefix
 
 
 def take_terminal(world: World) -> bool:
-    """Lead this process's outputs to its launcher's terminal, where there is one and it is rank 0. Did it? (local)"""
+    """Lead rank 0's outputs to its launcher's terminal, if there is one; returns whether it did (local)."""
     if not world.is_main or world.launcher == "none":
         return False
     try:
         terminal = _terminal_of_launcher()
-    except (OSError, ValueError):  # another user's process, or none any more
+    except (OSError, ValueError):  # the launcher is another user's, or has ended
         return False
     if terminal is None:
         return False
@@ -43,7 +43,7 @@ def take_terminal(world: World) -> bool:
 
 
 def _terminal_of_launcher() -> int | None:
-    """An open descriptor of it; None: this rank is not to write there."""
+    """An open descriptor of the launcher's terminal; None: this rank must not write there."""
     mine = _outputs("self")
     if any(stat.S_ISREG(os.fstat(output).st_mode) for output in (1, 2)):
         return None
@@ -55,7 +55,7 @@ def _terminal_of_launcher() -> int | None:
             continue
         is_plain = not any(word.lstrip("-").partition("=")[0] in _ASKED_FOR for word in words)
         theirs = _outputs(process.pid)
-        # What lies between may be a shell of the launcher; one of the user's may have led the output elsewhere.
+        # Between it and this process may be a shell of its own, or one of the user's, which may redirect the outputs.
         if not is_plain or any(other not in (mine, theirs) for other in others):
             return None
         return _open_if_in_front(process.pid)

@@ -13,13 +13,13 @@ Every launcher leaves its own marks; the first line of this table that fits deci
     srun                 SLURM_STEP_ID with SLURM_PROCID, SLURM_NTASKS    (rank and size also through PMIx or PMI)
     none                 nothing: one process, no MPI started
 
-All but ``none`` join their ranks over MPI or Gloo; whether that is the MPI of this environment, MPI itself says
-(``check_sizes``). ``srun`` comes last because the others reach their nodes by it, and its marks stay.
+All but ``none`` join their ranks over MPI or Gloo. Whether a launcher's MPI is this environment's is checked once MPI
+has started (``check_sizes``). ``srun`` comes last: the others start their ranks through it, and its marks stay.
 
-What is left over is nobody's: ranks of torchrun, of an srun without PMI, or of a PMI that does not say how many there
-are. They are refused; taken for ``none``, each would train alone and write over the others. HVDTRAIN_RANKS decides
-where marks mislead: it says how many ranks there must be, 1 for a process that is alone. Job scripts set it, so that
-ranks that do not know of one another are refused there too.
+Ranks that no line fits are refused: those of torchrun, of an srun without PMI, or of a PMI that does not say how many
+there are. Taken for ``none``, each would train alone and write over the others' files. HVDTRAIN_RANKS decides where
+marks mislead: it says how many ranks there must be, 1 for a process that is alone. Job scripts set it, so that ranks
+which do not know of one another are refused there too.
 
 A process in an ``sbatch`` script that no ``srun`` started has SLURM_PROCID but no SLURM_STEP_ID: it is alone.
 """
@@ -71,7 +71,7 @@ def detect_world(env: Mapping[str, str] | None = None) -> World:
 
 
 class _Marks(NamedTuple):
-    """Variables; local_rank and local_size: one of several."""
+    """Names of variables. local_rank, local_size: the first of them that is set."""
 
     launcher: str
     rank: str
@@ -120,7 +120,9 @@ def _marked_world(env: Mapping[str, str]) -> World:
 
 
 def _is_of_step(env: Mapping[str, str], pmi: _Marks, step: World) -> bool:
-    """Is it srun's own PMI, or left over from a step around it? Only an mpiexec tells local ranks in its way."""
+    """Are these srun's own PMI variables, or left over from a step around this one? An mpiexec's own variables for
+    local ranks would be there too.
+    """
     same = (_int(env, pmi.rank), _int(env, pmi.size)) == (step.rank, step.size)
     return same or not any(name in env for name in pmi.local_rank)
 
@@ -211,5 +213,5 @@ def check_sizes(world: World, seen_size: int, library: str) -> None:
 
 
 def shares_gpus() -> bool:
-    """Has the user said, to all ranks, that several may use one GPU? NCCL refuses that, so nothing goes through it."""
+    """Has the user let several ranks use one GPU? NCCL refuses that, so nothing then goes through NCCL."""
     return os.environ.get("HVDTRAIN_SHARE_GPUS") == "1"

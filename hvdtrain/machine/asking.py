@@ -10,7 +10,7 @@ from contextlib import suppress
 def answer_of(command: Sequence[str], timeout_s: float, env: Mapping[str, str] | None = None) -> str:
     """What a command prints. Errors: OSError where it is not there, fails, or has not ended in time.
 
-    It is then killed but hardly waited for: one that hangs in a driver or a file system cannot even die.
+    One that does not end in time is killed, and waited for no longer: where it hangs in a driver, it cannot even die.
     """
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",

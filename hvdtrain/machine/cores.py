@@ -26,9 +26,9 @@ PLACED_BY_USER = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFIN
 
 # Read by libraries when they are loaded: before torch and numpy are imported.
 LIBRARY_THREADS = {
-    # An OpenMP thread that waits spins first: in gcc's library for a few milliseconds at default. If a core is shared,
-    # with MPI or with a neighbour's threads, it is kept from the very thread that is waited for. A short spin still
-    # spares a sleep between two operators. Two threads on two cores of an AMD EPYC, medians, ways in turn:
+    # An OpenMP thread that waits spins first, with gcc's library for a few milliseconds. Where it shares the core with
+    # MPI or another rank, it keeps the core from the very thread that it waits for. A short spin still avoids a sleep
+    # between two operators. Two threads on two cores of an AMD EPYC, medians, ways in turn:
     #
     #     spins    36,000 parameters: alone, two at once       two blocks of width 256, load of 8
     #     default           108,000       91,000 tokens/s       1.2 updates/s
@@ -36,7 +36,7 @@ LIBRARY_THREADS = {
     #     1,000             105,000       96,000                6.2
     #     10,000            134,000       18,000
     #
-    # 1,000 loses nothing where it is quiet, and most of the harm elsewhere. On a machine that is always shared: 0.
+    # 1,000 costs nothing on a quiet machine and avoids most of the harm elsewhere. Set 0 on one that is always shared.
     "GOMP_SPINCOUNT": "1000",
     # numpy's own; nothing here multiplies matrices in numpy.
     "OPENBLAS_NUM_THREADS": "1",
@@ -95,9 +95,9 @@ def threads_of_rank(group: Ranks) -> int:
 def take_cores(group: Ranks, bind: bool = True, topology: Topology | None = None) -> Cores:
     """Find this rank's cores and, with ``bind``, move it there (collective). No more threads than its CPU quota either.
 
-    OMP_NUM_THREADS, where set, is the number of threads; more than the rank's own cores: it is not bound.
-    HVDTRAIN_BIND=none: no rank is ever bound. Only the calling thread moves, and those that it starts later: Horovod's,
-    already running, may go on using whatever core is idle.
+    OMP_NUM_THREADS, where set, is the number of threads; a rank that wants more than it has cores is not bound.
+    HVDTRAIN_BIND=none: no rank is bound. Only the calling thread moves, and those that it starts later; Horovod's are
+    already running and may use any idle core.
     """
     topology = read_topology() if topology is None else topology
     host, cpus, limits = socket.gethostname(), os.sched_getaffinity(0), read_limits()
@@ -164,7 +164,7 @@ def place(cpus: set[int], local_rank: int, local_size: int, topology: Topology) 
 
 
 def show(numbers: Sequence[int] | set[int]) -> str:
-    """Linux's way, back again: {0, 1, 2, 8} is ``0-2,8``."""
+    """Numbers as Linux lists them: {0, 1, 2, 8} is ``0-2,8``."""
     runs: list[list[int]] = []
     for number in sorted(numbers):
         if runs and runs[-1][1] == number - 1:

@@ -1,7 +1,7 @@
-"""How the C library deals with freed memory: it keeps it.
+"""Let the C library keep freed memory.
 
-By itself it hands large blocks back to the kernel as soon as they are freed, and the kernel clears every page anew for
-the next one. A training step on a CPU, or a batch of text, frees and asks for the same hundreds of megabytes again and
+By itself it gives large blocks back to the kernel as soon as they are freed, and the kernel clears every page for the
+next block. A training step on a CPU, or a batch of text, frees and asks for the same hundreds of megabytes again and
 again: keeping them saves a tenth to a third of the time.
 """
 
@@ -11,7 +11,7 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 
 
 def keep_freed_memory() -> None:
-    """For this process, from now on (local). Other C libraries than GNU's stay as they are."""
+    """Do so in this process from now on (local). With other C libraries than GNU's nothing changes."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         for option, value in ((_MMAP_THRESHOLD, 1 << 30), (_TRIM_THRESHOLD, (1 << 31) - 1), (_TOP_PAD, 1 << 26)):

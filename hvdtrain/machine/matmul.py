@@ -1,11 +1,10 @@
 """Makes fp32 matrix products as fast as the processor allows, without giving up fp32.
 
 torch multiplies fp32 matrices with MKL, which leaves AVX-512 unused on AMD processors; oneDNN, also inside torch, uses
-it and is about twice as fast there. The way to it is a switch that *allows* bf16 inside: without a matrix engine oneDNN
-does not take the offer and computes in fp32. Because it is an offer, the result is checked here, and refused where it
-is not fp32. torch's flash attention calls many tiny products, for which oneDNN is slow: with it, attention is computed
-as two batched products instead. In bf16 and fp16 oneDNN computes anyway: there flash attention stays, as fast and with
-less memory.
+it and is about twice as fast there. torch takes oneDNN if it *may* use bf16 inside. Without a matrix engine oneDNN then
+still computes in fp32. Nobody promises that, so the result is checked here, and oneDNN is not taken where it is not
+fp32. oneDNN is slow at the many tiny products of torch's flash attention: with it, attention is computed as two batched
+products instead. In bf16 and fp16 torch always takes oneDNN; flash attention stays, as fast and with less memory.
 """
 
 import os
@@ -19,10 +18,10 @@ _KERNELS = 64  # kept in each cache: three times what a model needs for batches 
 def use_fast_matmul(precision: str) -> str:
     """Set this processor up for a ``precision`` of cut/precision.py (local); returns its library's name.
 
-    Called before the first product. oneDNN makes a kernel for every shape that it meets, and its caches and torch's
-    keep 1,024 each: with batches of changing shape a rank grew by 5 MiB a step, beyond twice its size. Making them anew
-    costs a tiny model 4 to 11 % where ten shapes take turns, less than can be measured where there are fifty. Limits
-    that the user has set are obeyed.
+    To be called before the first product. oneDNN makes a kernel for every shape that it meets. Its cache and torch's
+    keep 1,024 each: with batches of changing shape a rank grew by 5 MiB a step, beyond twice its size. They now keep
+    fewer, and make the others anew. That costs a tiny model 4 to 11 % where ten shapes take turns, and less than can be
+    measured where there are fifty. Limits that the user has set are obeyed.
     """
     for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
         os.environ.setdefault(name, str(_KERNELS))

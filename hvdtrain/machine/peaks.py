@@ -1,8 +1,8 @@
 """What a device could do at most: the denominator of MFU.
 
-For GPUs their makers' figures for dense matrix products (data sheets print the double, for sparse ones), looked up by
-the name that torch gives. A device that is not here has no MFU: neither a guess nor that of a relative (of an MI250 for
-an MI250X, of a whole A100 for a slice of one). For CPUs, which nobody tabulates, a measurement.
+A GPU's peak is its maker's figure for dense matrix products, looked up by the name that torch gives (data sheets print
+twice as much, for sparse ones). A GPU that is not in the table has no MFU: the figure of a relative would be wrong (of
+an MI250 for an MI250X, of a whole A100 for a slice of one). A CPU's peak is measured, because nobody tabulates it.
 """
 
 import re
@@ -102,7 +102,7 @@ def device_peak(name: str, kind: str) -> float | None:
     """FLOP/s of the GPU that torch calls ``name``, dense, in bf16, fp16, tf32 or fp32; None where it is not known."""
     for row in _TABLE:
         if re.fullmatch(row.name, name):
-            if kind == "tf32" and row.tf32 is None:  # no such unit: leave to use it changes nothing
+            if kind == "tf32" and row.tf32 is None:  # it has no TF32 unit: torch computes in fp32
                 kind = "fp32"
             tflops_per_s = getattr(row, kind)
             return None if tflops_per_s is None else tflops_per_s * 1e12
