@@ -21,7 +21,7 @@ from hvdtrain.checkpoint.manifest import Progress
 from hvdtrain.checkpoint.retention import steps_saved
 from hvdtrain.checkpoint.start import find_start, moved_rate
 from hvdtrain.comm.group import Group
-from hvdtrain.comm.mesh import Mesh, whole_replicas
+from hvdtrain.comm.mesh import Mesh, sum_over_replica, whole_replicas
 from hvdtrain.comm.world import World
 from hvdtrain.config import RunConfig, dump_yaml
 from hvdtrain.cut import CUTS
@@ -282,7 +282,9 @@ def open_engine(run: OpenRun) -> Engine:
     replica = CUTS["whole"](model, mesh, precision, config.compile)
     sync = make_sync(config.sync, replica.slices, replica.computing, mesh)
     loss_scale = LossScale(run.device) if precision.scaled else None
-    update = Update(optimizer, config.optim.clip_norm, Guard(config.guard, run.device), loss_scale)
+    update = Update(
+        optimizer, config.optim.clip_norm, Guard(config.guard, run.device), loss_scale, sum_over_replica(mesh)
+    )
     return Engine(replica, sync, update, mesh, config.seed, ema, start.progress)
 
 

@@ -8,7 +8,10 @@
 Each axis is a ``Group``, seen from this rank. A replica that is whole on its rank has one place.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+
+import torch
 
 from hvdtrain.comm.group import Group
 from hvdtrain.comm.local_group import LocalGroup
@@ -41,3 +44,10 @@ def whole_replicas(world: Group) -> Mesh:
     """The mesh in which every rank holds a replica of its own (local)."""
     alone = LocalGroup()
     return Mesh(world, replica=world, own=alone, tensor=alone, pipe=alone)
+
+
+def sum_over_replica(mesh: Mesh) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """Sums a number over the ranks of this rank's replica, in place; None where the replica is whole (local)."""
+    if mesh.own.size == 1:
+        return None
+    return lambda number: mesh.own.all_reduce_sum(number, "hvdtrain.replica")

@@ -1,0 +1,60 @@
+"""When a bucket leaves, and what is seen of it on the way."""
+
+import torch
+from threads import LateGroup
+from torch import nn
+
+from hvdtrain.slices import whole_slices
+from hvdtrain.sync.buckets import Bucket, Buckets
+
+
+class Watched:
+    """Buckets of one parameter each; notes what leaves and what is observed."""
+
+    def __init__(self, model: nn.Module):
+        self.events: list[str] = []
+        self.seen: list[float] = []
+        self.buckets = Buckets(whole_slices(model, LateGroup()), list(model.parameters()), 1, self._send, self._observe)
+
+    def _send(self, bucket: Bucket) -> None:
+        bucket.pending = LateGroup().all_reduce_sum_async(torch.zeros(1), bucket.name)
+        self.events.append(f"leaves {bucket.flat.sum().item():g}")
+
+    def _observe(self, flat: torch.Tensor) -> None:
+        self.events.append(f"seen {flat.sum().item():g}")
+
+
+def two_layers() -> nn.ModuleDict:
+    return nn.ModuleDict({name: nn.Linear(3, 1, bias=False) for name in "ab"})
+
+
+def test_a_bucket_is_seen_after_the_first_of_several_passes_and_leaves_after_the_last():
+    model = two_layers()
+    watched = Watched(model)
+    watched.buckets.begin(passes=2)
+    for rows in (1, 2):
+        (model["b"](model["a"].weight * rows)).sum().backward()
+    kinds = [event.split()[0] for event in watched.events]
+    assert kinds == ["seen", "seen", "leaves", "leaves"]
+    assert watched.buckets.is_complete
+
+
+def test_one_pass_is_all_there_is_to_see():
+    model = two_layers()
+    watched = Watched(model)
+    watched.buckets.begin(passes=1)
+    model["b"](model["a"].weight).sum().backward()
+    assert [event.split()[0] for event in watched.events] == ["leaves", "leaves"]
+
+
+def test_what_not_every_pass_used_leaves_with_the_rest_and_is_known_to_be_incomplete():
+    """Nobody could tell then which gradients were the first pass's."""
+    model = two_layers()
+    watched = Watched(model)
+    watched.buckets.begin(passes=2)
+    model["a"](torch.ones(1, 3)).sum().backward()
+    model["b"](torch.ones(2, 3)).sum().backward()
+    assert not any(event.startswith("leaves") for event in watched.events)
+    watched.buckets.send_rest()
+    assert watched.events[-2:] == ["leaves 6", "leaves 3"]
+    assert not watched.buckets.is_complete
