@@ -36,7 +36,8 @@ def scaled(recipe: RunConfig, ranks: int, epoch_tokens: int) -> Scaled:
         train.global_batch,
         train.global_tokens,
     )
-    return scale(given, ranks, epoch_tokens, ramp and (lambda steps: ramp.steps_to(steps * ramp.full)))
+    lengthened = None if ramp is None else lambda steps: ramp.steps_to(steps * ramp.full)
+    return scale(given, ranks, epoch_tokens, lengthened)
 
 
 def resolved(recipe: RunConfig, found: Scaled) -> RunConfig:

@@ -38,7 +38,7 @@ class _StrictLoader(yaml.SafeLoader):
             raise ConfigError(f"it holds itself, or more than {_MOST_NODES} values")
         return node
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         merge = "tag:yaml.org,2002:merge"  # `<<: *anchor` may come more than once
         keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != merge]
         seen: set[Any] = set()

@@ -18,7 +18,7 @@ class AnyBatch:
 
     _on_host: ClassVar[tuple[str, ...]] = ()  # tensors that no device needs
 
-    def _each(self, change, but: tuple[str, ...] = ()) -> Self:
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor], but: tuple[str, ...] = ()) -> Self:
         values = ((field.name not in but, getattr(self, field.name)) for field in fields(self))
         return type(self)(*(change(v) if mine and isinstance(v, torch.Tensor) else v for mine, v in values))
 

@@ -37,7 +37,7 @@ class BucketSource:
     def block(self, first_row: int, steps: int, number: int) -> list[Step]:
         return [self._step(first_row + step) for step in range(steps)]
 
-    def batches(self, content: list, device: torch.device) -> list:
+    def batches(self, content: list[DocumentBatch], device: torch.device) -> list[DocumentBatch]:
         return [batch.to(device) for batch in content]
 
     def _step(self, turn: int) -> Step:
@@ -75,8 +75,8 @@ def pair_batch(records: Records, rows: np.ndarray, begin: int, context: int) -> 
     tokens = np.empty_like(target)
     tokens[:, 0], tokens[:, 1:] = begin, target[:, :-1]
     targets = np.where(np.arange(target.shape[1]) < lengths[:, None], target, IGNORE)
-    arrays = (torch.from_numpy(values) for values in (source, source_lengths, tokens, targets))
-    return PairBatch(*arrays, int(lengths.sum()))
+    sources = torch.from_numpy(source), torch.from_numpy(source_lengths)
+    return PairBatch(*sources, torch.from_numpy(tokens), torch.from_numpy(targets), int(lengths.sum()))
 
 
 def label_batch(records: Records, rows: np.ndarray, context: int) -> LabelBatch:
@@ -86,4 +86,4 @@ def label_batch(records: Records, rows: np.ndarray, context: int) -> LabelBatch:
         return LabelBatch(one, torch.ones(1, dtype=torch.int64), torch.full((1,), IGNORE), 0)
     tokens, lengths = records.padded("tokens", rows, context)
     labels = records.column("labels", rows).astype(np.int64)
-    return LabelBatch(*(torch.from_numpy(values) for values in (tokens, lengths, labels)), len(rows))
+    return LabelBatch(torch.from_numpy(tokens), torch.from_numpy(lengths), torch.from_numpy(labels), len(rows))

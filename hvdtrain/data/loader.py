@@ -45,7 +45,9 @@ class Feed:
 
     def check_ramp(self) -> None:
         """Errors: ConfigError where the ranks cannot share one of the ramp's batches evenly."""
-        for rows in range(self.ramp.start, self.ramp.full, self.ramp.increment) if self.ramp else ():
+        if self.ramp is None:
+            return
+        for rows in range(self.ramp.start, self.ramp.full, self.ramp.increment):
             try:
                 share_of(rows, self.microbatch, self.rank, self.size)
             except ConfigError:

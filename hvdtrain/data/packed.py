@@ -53,7 +53,7 @@ class PackedSource:
         rows_per_step, share, steps = self._feed.run_at(first_row, steps)
         return [self._step(first_row + step * rows_per_step, share, rows_per_step) for step in range(steps)]
 
-    def batches(self, content: list, device: torch.device) -> list:
+    def batches(self, content: list[Batch], device: torch.device) -> list[Batch]:
         return [batch.to(device) for batch in content]
 
     def _step(self, first_row: int, share: Share, rows: int) -> Step:

@@ -19,8 +19,11 @@ _BLOCK_TOKENS = 1 << 20  # gathered at once: so many that handing them over cost
 class RowSampler(Protocol):
     """Where rows begin in the stream: ``WindowSampler`` and ``MixedWindows``."""
 
-    context: int
-    rows_per_epoch: int
+    @property
+    def context(self) -> int: ...
+
+    @property
+    def rows_per_epoch(self) -> int: ...
 
     def starts_of(self, rows: np.ndarray) -> np.ndarray:
         """Starts of the rows with these numbers since the beginning of training, ascending: int64 [rows]."""
@@ -32,7 +35,7 @@ class MixedWindows:
     ``bases``: where each corpus begins in the stream. An epoch is here as many rows as all corpora have together.
     """
 
-    def __init__(self, samplers: Sequence[WindowSampler], bases: Sequence[int], weights: Sequence[float], seed: int):
+    def __init__(self, samplers: Sequence[WindowSampler], bases: np.ndarray, weights: Sequence[float], seed: int):
         self._samplers, self._bases = samplers, bases
         self.mixture = Mixture(weights, seed)
         self.context = samplers[0].context

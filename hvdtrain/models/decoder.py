@@ -72,8 +72,9 @@ class Decoder(Transformer):
         each row counts as one document, whose attention is more than is done.
         """
         rows, positions = shape
-        is_known = segments_BT is not None and segments_BT.device.type == "cpu"
-        pairs = packed_pairs(segments_BT, self.options.window) if is_known else None
+        pairs = None
+        if segments_BT is not None and segments_BT.device.type == "cpu":
+            pairs = packed_pairs(segments_BT, self.options.window)
         return decoder_flops(self.options, self.vocab_size, rows, positions, pairs)
 
     def logits(self, hidden_BTD: torch.Tensor) -> torch.Tensor:

@@ -44,7 +44,7 @@ class AnyBlock(nn.Module):
     def run(self, x_BTD: torch.Tensor, *inputs: Any) -> torch.Tensor:
         if self.recompute == "none" or not (self.training and torch.is_grad_enabled()):
             return self.compute(x_BTD, *inputs)
-        how = {} if self.recompute == "full" else {"context_fn": _KEEP_PRODUCTS}
+        how: dict[str, Any] = {} if self.recompute == "full" else {"context_fn": _KEEP_PRODUCTS}
 
         def again(x_BTD: torch.Tensor) -> torch.Tensor:
             return self.compute(x_BTD, *inputs)

@@ -16,6 +16,8 @@ from hvdtrain.models.options import TransformerOptions
 class Transformer(nn.Module):
     """Base of the models: the embedding and the positions. Which blocks follow, each model says itself."""
 
+    rotary: torch.Tensor
+
     def __init__(self, options: TransformerOptions, vocab_size: int):
         super().__init__()
         self.options, self.vocab_size = options, vocab_size

@@ -36,6 +36,8 @@ from hvdtrain.models.recompute import AnyBlock
 from hvdtrain.planner.workload import build_model
 from hvdtrain.tasks import make_task
 
+AttentionKind = Literal["flash", "math", "fused"]
+
 
 @dataclass(frozen=True)
 class Footprint:
@@ -56,7 +58,7 @@ def dry_run(
     facts: CorpusFacts,
     rows: int,
     positions: int,
-    attention: Literal["flash", "math", "fused"] = "flash",
+    attention: AttentionKind = "flash",
     training: bool = True,
     shapes_only: bool = True,
 ) -> Footprint:
@@ -80,7 +82,7 @@ def dry_run(
         task = make_task(config.task)
         batch = task.example(rows, positions)
         live = LiveBytes(_tensors_of(model, batch))
-        autocast = contextlib.nullcontext()
+        autocast: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if precision.autocast:
             autocast = torch.autocast("cpu", dtype=precision.autocast)
         with live, _noting(model, live) as notes:
@@ -170,9 +172,9 @@ def _convert(model: nn.Module, dtype: torch.dtype) -> None:
     for parameter in list(model.parameters()):
         converted[parameter] = nn.Parameter(parameter.detach().to(dtype))
     for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                module._parameters[name] = converted[parameter]
+        for name, own in module._parameters.items():
+            if own is not None:
+                module._parameters[name] = converted[own]
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_floating_point():
                 module._buffers[name] = buffer.to(dtype)

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,7 +12,7 @@ from hvdtrain import sizing
 from hvdtrain.config import RunConfig, load_config
 from hvdtrain.data.corpora import CorpusFacts, open_corpora
 from hvdtrain.data.shards import has_labels
-from hvdtrain.errors import ConfigError
+from hvdtrain.errors import ConfigError, plural
 from hvdtrain.files import exists
 from hvdtrain.machine.matmul import use_fast_matmul
 from hvdtrain.planner.memory import Memory, memory
@@ -68,7 +69,7 @@ def estimate(config: RunConfig, ranks: int, ranks_per_node: int = 0, vocab_size:
     found = memory(config, facts, load, device, math_attention=fast_fp32)
     notes += found.assumptions
     if fast_fp32:
-        notes.append("attention: keeps T x T scores, as on this AMD processor in fp32 (models/cpu.py)")
+        notes.append("attention: keeps T x T scores, as on this AMD processor in fp32 (machine/matmul.py)")
     return Estimate(config, load, found, notes)
 
 
@@ -117,7 +118,7 @@ def read_facts(config: RunConfig, ranks: int, vocab_size: int = 0) -> tuple[Corp
 # --- printing -----------------------------------------------------------------------------------------------------
 
 
-def as_tree(recipe: str, found: Estimate) -> dict:
+def as_tree(recipe: str, found: Estimate) -> dict[str, Any]:
     """For machines: sizes in bytes, everything else as its name says."""
     return {
         "recipe": recipe,
@@ -132,8 +133,8 @@ def as_tree(recipe: str, found: Estimate) -> dict:
 
 def as_text(recipe: str, found: Estimate) -> str:
     load, held, config = found.load, found.memory, found.config
-    ranks = _count(load.ranks, "rank")
-    where = f"{ranks} on {_count(load.nodes, 'node')}" if load.nodes > 1 else ranks
+    ranks = plural(load.ranks, "rank", ",")
+    where = f"{ranks} on {plural(load.nodes, 'node', ',')}" if load.nodes > 1 else ranks
     length = f"{load.positions:,}"
     end = f", at the end {load.min_lr:g}" if config.schedule.name != "constant" else ""
     epochs = f", {load.epochs:.2f} epochs" if load.epochs is not None else ""
@@ -168,7 +169,3 @@ def as_text(recipe: str, found: Estimate) -> str:
 def _table(rows: Sequence[tuple[str, str, str]]) -> list[str]:
     names, values = (max(len(row[column]) for row in rows) for column in (0, 1))
     return [f"  {name:<{names}}  {value:>{values}}  {more}".rstrip() for name, value, more in rows]
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'s' if number != 1 else ''}"

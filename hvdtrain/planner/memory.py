@@ -14,7 +14,7 @@ from hvdtrain.cut.precision import PRECISIONS
 from hvdtrain.data.corpora import CorpusFacts
 from hvdtrain.models.losses import chunk_rows
 from hvdtrain.optim.optimizer import state_bytes
-from hvdtrain.planner.dry_run import dry_run
+from hvdtrain.planner.dry_run import AttentionKind, dry_run
 from hvdtrain.planner.workload import Workload, build_model
 from hvdtrain.sync.allreduce import AllReduceOptions
 from hvdtrain.sync.wire import FORMS
@@ -28,7 +28,7 @@ PROCESS_MIB = {
     "compile": 120.0,  # torch's compiler
 }
 # What a CPU's step takes beyond its live tensors, as a share of activations and temporaries: holes between blocks that
-# the C library keeps (malloc.py), and what matrix libraries pack their factors into.
+# the C library keeps (machine/malloc.py), and what matrix libraries pack their factors into.
 ALLOCATOR_SHARE = 0.3
 # Where each batch has another shape, few holes fit again: 1.1 (pairs) and 1.8 (labels) after 24 steps, still growing.
 ALLOCATOR_SHARE_OF_SHAPES = 1.4
@@ -59,14 +59,14 @@ def memory(config: RunConfig, facts: CorpusFacts, load: Workload, device: str, m
     """What one rank holds at its peak. device: cpu or cuda.
 
     math_attention: attention as two batched products, which keep T x T scores; as a CPU does where flash attention is
-    switched off (models/cpu.py). With dropout a CPU has no other, whatever is said here.
+    switched off (machine/matmul.py). With dropout a CPU has no other, whatever is said here.
     """
     with torch.device("meta"):
         model = build_model(config, facts)
     task, count, precision = make_task(config.task), load.parameters, PRECISIONS[config.precision]
     buffers = sum(buffer.nbytes for buffer in model.buffers())
     largest = max(p.numel() for p in model.parameters())
-    attention = "fused" if device == "cuda" else "math" if math_attention else "flash"
+    attention: AttentionKind = "fused" if device == "cuda" else "math" if math_attention else "flash"
     step = dry_run(config, facts, load.microbatch, load.positions, attention)
     peak = step.peak
     if device == "cuda" and task.predicts_tokens:

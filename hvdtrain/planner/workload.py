@@ -1,6 +1,7 @@
 """What a step and a whole run are for a rank, from the recipe and what is known of the data; no weight is allocated."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -109,8 +110,8 @@ def sent_bytes(parameters: int, ranks: int, options: AllReduceOptions) -> int:
 def build_model(config: RunConfig, facts: CorpusFacts) -> nn.Module:
     """The run's model, not initialised, on torch's present device."""
     labels = tuple(map(str, range(facts.classes)))
-    dtype = str(token_dtype(facts.vocab_size))
+    dtype: Any = str(token_dtype(facts.vocab_size))
     manifest = Manifest(facts.vocab_size, "", dtype, (), {}, label_names=labels)
-    model = make_task(config.task).make_model(config.model, manifest)
+    model: nn.Module = make_task(config.task).make_model(config.model, manifest)
     use_recompute(model, config.recompute)
     return model

@@ -24,14 +24,15 @@ TASKS: dict[str, type[Task[Any, Any]]] = {
 def options_of(tasks: Mapping[str, type[Task[Any, Any]]]) -> type[Options]:
     """``name``, the first of ``tasks`` unless it is given, and under each task's name its own options."""
     meaning = "; ".join(f"{name}: {task.about}" for name, task in tasks.items())
-    own: dict[str, Any] = {name: (task.options, task.options()) for name, task in tasks.items()}
-    choice = option(next(iter(tasks)), meaning)
-    return create_model("TaskOptions", __base__=Options, name=(Literal[*tasks], choice), **own)
+    fields: dict[str, Any] = {"name": (Literal[*tasks], option(next(iter(tasks)), meaning))}
+    fields |= {name: (task.options, task.options()) for name, task in tasks.items()}
+    return create_model("TaskOptions", __base__=Options, **fields)
 
 
-TaskOptions = options_of(TASKS)
+class TaskOptions(options_of(TASKS)):  # type: ignore[misc]  # a base that is made is none to mypy
+    """Which task, and the options of each."""
 
 
-def make_task(options: TaskOptions) -> Task:
+def make_task(options: TaskOptions) -> Task[Any, Any]:
     """The task that is chosen, with its own options."""
     return TASKS[options.name](getattr(options, options.name))

@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 
 from hvdtrain.data.batch import IGNORE, LabelBatch
-from hvdtrain.data.bucketed import eval_rows, label_batch
+from hvdtrain.data.bucketed import MakeBatch, eval_rows, label_batch
 from hvdtrain.data.corpora import Corpora, CorpusFacts
 from hvdtrain.data.loader import BUFFERS, Feed
+from hvdtrain.data.records import Records
 from hvdtrain.data.shards import Manifest
 from hvdtrain.models.encoder import Classifier
 from hvdtrain.models.options import TransformerOptions
@@ -47,7 +48,7 @@ class Classification(Task[Classifier, LabelBatch]):
         batches = partial(eval_rows, records, rows, feed.rank, feed.size, make_batch)
         return Evaluation.of(batches, len(records.lengths), rows, feed)
 
-    def _open(self, corpora: Corpora, split: str, feed: Feed):
+    def _open(self, corpora: Corpora, split: str, feed: Feed) -> tuple[Records, MakeBatch]:
         records = open_records(corpora, split)
         return records, lambda records, rows: label_batch(records, rows, feed.context)
 

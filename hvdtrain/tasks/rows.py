@@ -1,5 +1,7 @@
 """What tasks share whose rows are documents with lengths of their own: pairs, labelled texts."""
 
+from typing import Any
+
 from hvdtrain.data.bucketed import BucketSource, MakeBatch
 from hvdtrain.data.buckets import BucketSampler
 from hvdtrain.data.corpora import Corpora
@@ -9,7 +11,7 @@ from hvdtrain.errors import ConfigError, DataError
 from hvdtrain.tasks.task import Task, Training, check_kind, check_val
 
 
-def check_one_folder(corpora: Corpora, task: Task) -> None:
+def check_one_folder(corpora: Corpora, task: Task[Any, Any]) -> None:
     """Errors: DataError for shards of another kind or without validation; ConfigError for a mixture, which only
     language models take.
     """

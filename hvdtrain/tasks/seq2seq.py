@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from hvdtrain.data.batch import IGNORE, PairBatch
-from hvdtrain.data.bucketed import eval_rows, pair_batch
+from hvdtrain.data.bucketed import MakeBatch, eval_rows, pair_batch
 from hvdtrain.data.corpora import Corpora, CorpusFacts
 from hvdtrain.data.loader import BUFFERS, Feed
+from hvdtrain.data.records import Records
 from hvdtrain.data.shards import Manifest
 from hvdtrain.errors import DataError
 from hvdtrain.models.losses import LossTerms, linear_cross_entropy
@@ -53,7 +54,7 @@ class SequenceToSequence(Task[Seq2Seq, PairBatch]):
         batches = partial(eval_rows, records, rows, feed.rank, feed.size, make_batch)
         return Evaluation.of(batches, len(records.lengths), rows, feed)
 
-    def _open(self, corpora: Corpora, split: str, feed: Feed):
+    def _open(self, corpora: Corpora, split: str, feed: Feed) -> tuple[Records, MakeBatch]:
         records = open_records(corpora, split)
         begin = _begin(corpora)
         return records, lambda records, rows: pair_batch(records, rows, begin, feed.context)

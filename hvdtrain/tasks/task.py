@@ -126,7 +126,7 @@ class Task(Protocol[Model, Read]):
         """
 
 
-def check_kind(corpora: Corpora, task: Task) -> None:
+def check_kind(corpora: Corpora, task: Task[Any, Any]) -> None:
     """Errors: DataError where the shards are of another kind than the task reads."""
     kind = corpora.manifest.kind
     if kind != task.kind:
