@@ -24,7 +24,7 @@ from hvdtrain.comm.group import Group
 from hvdtrain.comm.mesh import Mesh, sum_over_replica, whole_replicas
 from hvdtrain.comm.world import World
 from hvdtrain.config import RunConfig, dump_yaml
-from hvdtrain.cut import CUTS
+from hvdtrain.cut import make_replica
 from hvdtrain.cut.compiling import CompileClock, check_compiler
 from hvdtrain.cut.precision import PRECISIONS
 from hvdtrain.data.carried import carry
@@ -279,7 +279,7 @@ def open_engine(run: OpenRun) -> Engine:
         if ema is not None and not checkpoint.has_ema(folder):
             run.notes.append(f"{folder} has no averaged weights: the average begins there")
     precision = PRECISIONS[config.precision]
-    replica = CUTS["whole"](model, mesh, precision, config.compile)
+    replica = make_replica(model, mesh, precision, config.compile)
     sync = make_sync(config.sync, replica.slices, replica.computing, mesh)
     loss_scale = LossScale(run.device) if precision.scaled else None
     update = Update(

@@ -10,7 +10,7 @@ from hvdtrain.checkpoint.writer import Weights
 from hvdtrain.comm.mesh import whole_replicas
 from hvdtrain.comm.session import open_group
 from hvdtrain.comm.world import World
-from hvdtrain.cut import CUTS
+from hvdtrain.cut import make_replica
 from hvdtrain.cut.precision import PRECISIONS
 from hvdtrain.engine import scores_of
 from hvdtrain.machine.cores import threads_of_rank
@@ -49,7 +49,7 @@ def evaluate(
             return task.open_evaluation(corpora, split, feed_of(config, mesh.number, mesh.replicas), config.eval.rows)
 
         batches = group.together(open_split)
-        replica = CUTS["whole"](trained.model, mesh, PRECISIONS[config.precision], "none")
+        replica = make_replica(trained.model, mesh, PRECISIONS[config.precision])
         data = {
             "folders": [str(folder.absolute()) for folder, _ in corpora.entries],
             "data_digest": corpora.data_digest,
