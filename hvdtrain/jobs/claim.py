@@ -6,12 +6,12 @@
     4                          finds 3: is it dead? .... makes 4, removes 3, and trains
     5                          finds 3: is it dead? .... 4 is there, and beats: refused
 
-A claim is a numbered file, and to take over from number 3 is to make number 4, which a file system grants to one
-process alone (O_EXCL; ``flock`` is not to be relied on where several machines share it). Numbers never go back: a claim
-that is given back stays, marked so.
+A claim is a numbered file. A start takes over from number 3 by making number 4, which a file system grants to one
+process alone (O_EXCL; ``flock`` is not reliable where several machines share a file system). Numbers never go back: a
+claim that is given back stays, and says so.
 
-No two clocks are compared. Alive is whose heartbeat changes while another start looks at it. Dead is whose process is
-gone, where this machine can tell; whose Slurm job has been started anew since, or is gone, as Slurm says; or whose
+No two clocks are compared. An owner is alive if its heartbeat changes while another start looks at it. It is dead if
+its process is gone, where this machine can tell; if Slurm says that its job has ended or was started anew; or if its
 heartbeat has not changed for STALE_S. A process that was suspended for so long may come back: it finds that its claim
 is not the newest, and ends before it writes.
 """
@@ -46,13 +46,15 @@ _ENDED = {"PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", 
 
 
 class ClaimLostError(HvdtrainError):
-    """Another start has taken the run folder over. It goes on there, so this one has not stopped early: exit 70."""
+    """Another start has taken the run folder over, and goes on with the run. So this one ends as crashed (exit 70) and
+    not as stopped early, after which a job script would start it again.
+    """
 
 
 class Claim(contextlib.AbstractContextManager):
     """``with Claim(run_dir, group) as claim: ... claim.take() ... claim.check() ...``, on every rank.
 
-    Rank 0 holds the claim and renews it from a thread; it is given back when the ``with`` ends, however it does.
+    Rank 0 holds the claim and renews it from a thread. The end of the ``with`` gives it back, also after an error.
     """
 
     def __init__(self, run_dir: Path, group: Ranks, env: Mapping[str, str] | None = None):
@@ -68,11 +70,10 @@ class Claim(contextlib.AbstractContextManager):
     # --- taking it -----------------------------------------------------------------------------------------------
 
     def take(self) -> None:
-        """Own the run folder from here on, which is made where it is not there (collective; once).
+        """Own the run folder from here on; make it where it is not there (collective; once).
 
-        Waits up to STALE_S where the last owner has not given it back and may be alive.
-        Errors, on all ranks: with ConfigError's exit code where another start owns it; OutputError's where it cannot be
-        written.
+        Waits up to STALE_S where the last owner has not given it back and may be alive. Errors, on all ranks: RankError
+        with the exit code of ConfigError where another start owns it, and of OutputError where it cannot be written.
         """
         # In short turns: ranks that wait for long in one collective would be taken for stalled.
         while not self._group.all_gather_object(self._group.on_main(self._try))[0]:
@@ -141,9 +142,9 @@ class Claim(contextlib.AbstractContextManager):
     # --- keeping it ----------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Before something is written: is the run folder still ours? (local; rank 0 knows, the others say nothing)
+        """Is the run folder still ours? To be called before something is written there (local; only rank 0 can tell).
 
-        It looks only where the last look is so long ago that another start may have waited STALE_S since.
+        It looks again only if the last look is so long ago that another start may have taken over since.
         Errors: ClaimLostError, on this rank alone.
         """
         if self._number and (self._lost or _now_s() - self._looked_s > 2 * BEAT_S):
@@ -184,7 +185,7 @@ class Claim(contextlib.AbstractContextManager):
         )
 
     def __exit__(self, *_: object) -> None:
-        """Give it back. Never fails: a claim that cannot be given back becomes stale."""
+        """Give the claim back. Never fails: one that cannot be given back becomes stale."""
         if self._thread is None:
             return
         self._ended.set()
@@ -204,8 +205,8 @@ class Claim(contextlib.AbstractContextManager):
 
 
 def describe_myself(env: Mapping[str, str]) -> dict[str, Any]:
-    """What a claim says of its owner. ``boot`` and ``namespace`` say where its process number means something; hosts'
-    names do not, which containers share.
+    """What a claim says of its owner. Its process number is compared only by a process of the same ``boot`` and
+    ``namespace``: the name of the host would not do, because containers may share it.
     """
     return {
         "token": os.urandom(8).hex(),
@@ -223,7 +224,7 @@ def describe_myself(env: Mapping[str, str]) -> dict[str, Any]:
 
 
 def is_known_dead(owner: Mapping[str, Any], me: Mapping[str, Any]) -> bool:
-    """Can its process write no more? False: that is not known."""
+    """Is it certain that its process writes no more?"""
     is_here = owner.get("boot") and all(owner.get(key) == me[key] for key in ("boot", "namespace"))
     if is_here and isinstance(owner.get("pid"), int) and _is_gone(owner["pid"], owner.get("process")):
         return True
@@ -245,7 +246,7 @@ def _is_gone(pid: int, began: str | None) -> bool:
 
 
 def has_ended(job: str) -> bool:
-    """Does Slurm say that a job does not run? False too where it says nothing."""
+    """Does Slurm say that a job has ended? False also where Slurm does not answer."""
     try:
         states = answer_of(["squeue", "--noheader", "--format=%T", f"--jobs={job}"], _ANSWER_S).split()
     except OSError as error:
@@ -323,5 +324,5 @@ def _date() -> str:
 
 
 def _now_s() -> float:
-    """Seconds, also those in which the machine slept."""
+    """A clock that goes on while the machine sleeps, in seconds."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)

@@ -68,7 +68,7 @@ def _self_test(launcher: list[str]) -> tuple[bool, str]:
 
 
 def _environment() -> dict[str, str]:
-    """The environment for a launcher: this interpreter's folder first on the PATH, root allowed where we are root."""
+    """What a launcher is started with: this interpreter's folder first on the PATH; as root, leave to run as root."""
     env = dict(os.environ)
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', '')}"
     if os.geteuid() == 0:

@@ -6,9 +6,10 @@
     worker b  |-- training, rank 1 of 2 --| 75   |-- rank 1 of 3 -----------------| lost   |-- rank 1 of 2 ----
     worker c        a host is new: save          |-- rank 2 of 3 -----| the host is gone
 
-What horovodrun starts is a worker. It trains nothing: it starts ``hvdtrain train`` as a child, an ordinary run of as
-many ranks as there are now, waits for it, and asks Horovod's driver for its next place. A run is the same on any number
-of ranks and goes on from its newest checkpoint, so nothing else has to be carried over:
+horovodrun starts workers. A worker trains nothing: it starts ``hvdtrain train`` as a child (elastic_rank.py), one rank
+of an ordinary run of as many ranks as there are now. It waits for the child's end and asks Horovod's driver for its
+next place. A run is the same on any number of ranks and goes on from its newest checkpoint, so nothing else is carried
+over:
 
 a host is new, or leaves   the ranks save at the next step boundary; nothing is lost
 a worker or its host dies  the others lose it and end; what came after the newest checkpoint is done again
@@ -99,8 +100,9 @@ class Driver:
         manager.init()
 
     def next_place(self) -> bool:
-        """Wait until every worker of this round has asked for its next place or died; then rank and size are new.
-        False: there is no place for this one any more.
+        """Wait until every worker of this round has asked for its next place or died, and set the new rank and size.
+
+        False: there is no place for this worker any more.
         """
         self.get("anything")  # a driver that has ended takes calls and never answers; this one call may take for ever
         host_and_slot = f"{self.host}:{self._slot}"
@@ -109,7 +111,7 @@ class Driver:
         return self.rank >= 0
 
     def meet(self) -> list[str]:
-        """The host of every rank of this round; of none, where one does not come. Errors: OSError."""
+        """The host of every rank of this round; empty if a worker does not come within _MEET_S. Errors: OSError."""
         self.put(f"host-{self.rank}", self.host)
         until, hosts = time.monotonic() + _MEET_S, list[str]()
         while len(hosts) < self.size:
@@ -187,7 +189,7 @@ class _Worker:
                 self._child.wait()
 
     def _round(self, hosts: list[str]) -> tuple[int, str]:
-        """Run one training process; its exit code, and what it has told."""
+        """Run one training process. Returns its exit code, and the word that it has told (see elastic_rank.py)."""
         reads, writes = os.pipe()
         mark = json.dumps({"worker": os.getpid(), "tell": writes, "hosts": hosts})
         env = {**os.environ, "HOROVOD_RANK": str(self._driver.rank), "HOROVOD_SIZE": str(self._driver.size)}
@@ -247,8 +249,9 @@ class _Worker:
             signal.setitimer(signal.ITIMER_REAL, _ENDS_S)
 
     def _farewell(self, code: int, trouble: str = "") -> int:
-        """The exit code of a worker that leaves without a training process: ``code``, unless the run has finished. Then
-        the driver ends those that wait, and itself. With 0 a worker tells it that the run has.
+        """The exit code of a worker that leaves without a training process: ``code``, or 0 if the run has finished.
+
+        By 0 the driver knows that the run has finished; it then ends the workers that wait, and itself.
         """
         if self._summary() not in (None, self._older_summary):
             return EXIT_OK

@@ -29,7 +29,8 @@ def in_round() -> bool:
 
 
 def enter(recipe: str, overrides: Sequence[str], world: World) -> World | None:
-    """Begin a round, in a training process: the world as it is to be; None: one rank too many, which shall end now.
+    """Begin a round in a training process. Returns its place among the ranks that take part; None: it is one too many,
+    and shall end now.
 
     From here on the process ends when its worker does. Horovod's variables are set for the ranks that take part.
     Errors: ConfigError where the recipe is wrong, or makes the batch follow the number of ranks (scaling.per_rank).
@@ -87,7 +88,8 @@ def take_place(hosts: Sequence[str], rank: int, env: MutableMapping[str, str]) -
 
 
 def tell_stopped(reason: str, was_told_to_leave: bool) -> None:
-    """Let the worker know why the run stopped early: only a signal to other ranks lets it go on.
+    """Tell the worker whether a run that stopped early shall go on. It does so only after a signal that was not meant
+    for this worker: another one's SIGTERM, or the USR2 by which workers are told of new hosts.
 
     reason: what all ranks agreed on, see stopping.py. was_told_to_leave: whether this very process has got a SIGTERM.
     """

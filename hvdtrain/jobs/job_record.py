@@ -6,8 +6,8 @@
       batch_script.sh   as Slurm keeps it
       scontrol.txt      `scontrol show job`
 
-A record is never worth a run: what cannot be found out is left out, what cannot be written is said in one line, and
-what takes longer than LIMIT_S goes on beside the run.
+No run ends because of its record: what cannot be found out is left out, what cannot be written is said in one line, and
+what takes longer than LIMIT_S goes on in a thread beside the run.
 """
 
 import importlib.metadata
@@ -145,7 +145,7 @@ def _new_folder(wanted: Path) -> Path:
 
 
 def _bounded(work: Callable[[], None], folder: Path) -> list[str]:
-    """Do ``work`` now if it takes less than LIMIT_S, else beside the run. Returns what has to be said about it."""
+    """Do ``work`` in a thread, and wait for it up to LIMIT_S. Returns what has to be said about it."""
     problems = []
 
     def run() -> None:

@@ -7,7 +7,8 @@
                                RECIPE key=value      set -- RECIPE key=value --run-dir DIR
     ... "$@"                                         ... "$@"
 
-The project's own script stays the only one. What is written holds all that it needs: ``sbatch`` takes it again by hand.
+There is only one batch script, the project's own. The copy that is written holds all that it needs, so that a user can
+submit it again: ``sbatch FILE``.
 """
 
 import json
@@ -156,7 +157,8 @@ def _environment(asked: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _sbatch(script: Path, home: Path, env: Mapping[str, str]) -> str:
-    """The job's id. ``submit`` may itself run in a job, of which the new one shall know nothing (slurm/job.sh).
+    """Submit ``script``; returns the job's id. Where this process is itself part of a job, the new job does not get
+    that one's variables (slurm/job.sh).
 
     Errors: ConfigError with sbatch's own words.
     """
@@ -179,7 +181,7 @@ def _sbatch(script: Path, home: Path, env: Mapping[str, str]) -> str:
 
 
 def check(job: Job, template: str) -> list[str]:
-    """Find out now what would end the job at once; returns what the user should know, a line each.
+    """Find out now what would end the job as soon as it starts; returns notes for the user, a line each.
 
     Errors: ConfigError for settings that cannot be, among them a batch that the ranks cannot share.
     """
@@ -358,7 +360,7 @@ def job_ids(run_dir: Path) -> list[str]:
 
 
 def id_of(record: str) -> str | None:
-    """The job's id in the name of its record (see records.py), such as 4711-0; None: it was no Slurm job."""
+    """The job's id in the name of its record (see job_record.py), such as 4711-0; None: it was no Slurm job."""
     name = re.fullmatch(r"(\d+)-\d+(\.\d+)?", record, re.ASCII)
     return name[1] if name else None
 
@@ -372,7 +374,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def ask_queue(ids: Sequence[str]) -> dict[str, Queued] | None:
-    """Those of the jobs that wait or run; None: there is no Slurm here, or it does not answer."""
+    """Which of the jobs wait or run? None: there is no Slurm here, or it does not answer."""
     if not ids:
         return {}
     command = ["squeue", "--noheader", "--format=%i|%T|%r", f"--jobs={','.join(ids)}"]

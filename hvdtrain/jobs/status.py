@@ -1,12 +1,13 @@
 """Where runs stand, from the files in their folders and, where there is Slurm, from its queue.
 
     waiting     a job of it waits in the queue
-    running     a job of it runs; where no queue can tell: its process is there, or a sign of life not long ago
+    running     a job of it runs; without a queue: its process is there, or has given a sign of life not long ago
     stopped     it ended early in good order (exit 75, or Ctrl-C): the same command goes on
     finished    it has a summary.json
     failed      its last job ended with another exit code, or without a word
 
-Small files and the end of metrics.jsonl are read, without torch. What is missing or damaged is not known, no error.
+It reads small files and the end of metrics.jsonl, without torch. A file that is missing or damaged is no error: what it
+would say is not known.
 """
 
 import json
@@ -176,7 +177,7 @@ def _job_id(ids: Sequence[str], queue: Mapping[str, Queued] | None, last: "_JobR
 
 @dataclass(frozen=True)
 class _JobRecord:
-    """What a start of the run has left in jobs/NAME/job.json (see records.py); times in seconds since 1970.
+    """What a start of the run has left in jobs/NAME/job.json (see job_record.py); times in seconds since 1970.
 
     is_alive: is its rank 0 still there? None: it ran on another machine, or under Slurm, which knows.
     """

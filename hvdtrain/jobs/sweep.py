@@ -42,8 +42,10 @@ def sweep(
     only: int | None,
     world: World,
 ) -> int:
-    """Train every point (``only``: that one, counted from 0) and return the exit code: the first that is none of
-    finished and diverged, for a run that diverges is a result here. One that stopped early is the last that is begun.
+    """Train every point, or with ``only`` that one, counted from 0.
+
+    Returns the first exit code that is neither "finished" nor "diverged": here a run that diverges is a result. 0:
+    there is none. After a run that stopped early no other is begun.
 
     launcher: words before ``python -m hvdtrain train``, such as "horovodrun -np 4"; empty: one process.
     Errors: ConfigError for settings that some point cannot have, before any is begun; LaunchError under a launcher.
@@ -66,8 +68,8 @@ def sweep(
 
 
 def _train(recipe: str, settings: Sequence[str], run_dir: Path, launcher: str) -> int:
-    """The exit code. TERM is handed on to the run, which then stops early; so it does where this process is killed, and
-    upon Ctrl-C, which the terminal sends it as well.
+    """Train one point; returns its exit code. A TERM is handed on to the run, which then stops early. It also stops
+    early when this process is killed, and upon Ctrl-C, which the terminal sends to both.
     """
     words = [*shlex.split(launcher), sys.executable, "-m", "hvdtrain", "train", recipe, *settings]
     told = False

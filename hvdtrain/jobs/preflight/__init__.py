@@ -8,8 +8,8 @@
 
 A node that differs from most others, or is broken by itself, is bad: it is named, and the job ends with 70. What all
 nodes have in common is no node's fault and ends the job with a code of its own: 65 (shards), 74 (run folder), 2 (more
-ranks than GPUs). Each look at a disk or a driver has a time limit; a node that hangs elsewhere, or never comes, is for
-the job script, which gives the whole step one (``timeout --kill-after=10 180 srun ...``).
+ranks than GPUs). Each look at a disk or a driver has a time limit. For a node that hangs elsewhere, or never comes, the
+job script has a limit for the whole step (``timeout --kill-after=10 180 srun ...``).
 """
 
 import os
@@ -90,7 +90,7 @@ def preflight(inspection: Inspection, world: World) -> None:
 
 
 def examine(inspection: Inspection, group: Group) -> Verdict:
-    """The looks of all nodes and what follows from them, the same on all ranks (collective)."""
+    """Look at all nodes and judge them; the same verdict on all ranks (collective)."""
     group.agree(inspection, "what the preflight is told")
     node = node_name()
     nodes = group.all_gather_object(node)

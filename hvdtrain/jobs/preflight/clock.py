@@ -1,4 +1,4 @@
-"""Do the nodes' clocks agree? Without a guess: what the order of events proves.
+"""Do the nodes' clocks agree? The order of events proves by how much they differ at least.
 
     a   enter |-------------| leave           nobody leaves a barrier before everybody has entered it, so
     b       enter |-----| leave               enter_a - leave_b  <=  clock_a - clock_b  <=  leave_a - enter_b
@@ -31,7 +31,7 @@ def meet(group: Group) -> list[Rounds]:
 def look_at_clocks(rounds: Sequence[Rounds], max_skew_s: float) -> list[Look]:
     """One look a node, each against the middle one of all clocks; of two against the first.
 
-    Errors in time that are not proved count for nothing.
+    A difference counts only as far as it is proved.
     """
     found = [ahead(mine, rounds[0]) for mine in rounds]
     middle = median_low([offset for offset, _ in found]) if len(found) > 2 else 0.0

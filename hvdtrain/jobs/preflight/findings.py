@@ -1,11 +1,11 @@
-"""From what every node saw to which nodes are bad. Pure: every rank finds the same.
+"""Decide which nodes are bad, from what every node saw. Nothing here depends on the rank: all decide alike.
 
     node             n1       n1         n2         n3
     environment      torch A    torch A    torch B     n3 is bad: most have another
     shards           ok         missing    ok          n2 is bad
     run folder       full       full       full        no node is to blame: the job cannot run, with a code of its own
 
-Which code: that of the look (65, 74 or 2); a bad node's is 70.
+The job's exit code is that of the look (65, 74 or 2) where all nodes have its problem, and 70 where a node is bad.
 """
 
 from collections import Counter
@@ -94,7 +94,7 @@ def judge(looks: Mapping[str, Sequence[Look]]) -> Verdict:
 
 
 def most_common(held: Iterable[Mapping[str, str]]) -> dict[str, str]:
-    """For each key the value that most hold; of two that are held as often, the one that came first."""
+    """For each key the value that most nodes have; of two that are as frequent, the one that came first."""
     counts: dict[str, Counter[str]] = {}
     for values in held:
         for key, value in values.items():
@@ -103,7 +103,7 @@ def most_common(held: Iterable[Mapping[str, str]]) -> dict[str, str]:
 
 
 def differences(mine: Mapping[str, str], common: Mapping[str, str]) -> str:
-    """What of ``mine`` most others have otherwise, in words; empty: nothing."""
+    """Where ``mine`` differs from what most others have, in words; empty: nowhere."""
     return "; ".join(f"{key} {value}, elsewhere {common[key]}" for key, value in mine.items() if value != common[key])
 
 

@@ -95,7 +95,7 @@ def look_at_shm(path: Path = Path("/dev/shm")) -> Look:
 
 
 def safely(check: str, look: Callable[[], Look], exit_code: int = EXIT_CRASH, limit_s: float = LIMIT_S) -> Look:
-    """``look``, or what was wrong with it. An error that the package knows is one that ``exit_code`` may stand for."""
+    """``look()``; if it fails, a Look with the error as its problem. exit_code: of an OSError."""
     try:
         return within(look, limit_s)
     except HvdtrainError as error:
@@ -107,7 +107,7 @@ def safely(check: str, look: Callable[[], Look], exit_code: int = EXIT_CRASH, li
 
 
 def within(work: Callable[[], T], limit_s: float = LIMIT_S) -> T:
-    """``work()`` in a thread that is left behind when it takes longer. Errors: TimeoutError; those of ``work``."""
+    """``work()`` in a thread, which is left alone if it takes too long. Errors: TimeoutError; those of ``work``."""
     results: list[T] = []
     errors: list[BaseException] = []
 

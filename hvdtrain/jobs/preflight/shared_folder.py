@@ -38,10 +38,11 @@ def look_at_run_folder(run_dir: Path, node: str, is_first_of_node: bool, group: 
 
 
 def judge_views(run_dir: Path, problems: Mapping[str, str], views: Mapping[str, frozenset[str]]) -> dict[str, Look]:
-    """problems: why a node could not write, or nothing; views: whose files a node that could has found.
+    """problems: why each node could not write; empty: it could. views: whose files each node that could write has
+    found.
 
-    Most nodes that see one another are right; of several such groups the first. If none of more than two nodes sees
-    another, the folder is at fault, and no node.
+    The largest group of nodes that see one another is right; of several as large, the first. If of more than two nodes
+    none sees another, the folder is at fault and no node.
     """
     sizes = [len(view) for view in views.values()]
     right = max(views.values(), key=len, default=frozenset())
@@ -74,7 +75,7 @@ def _problem(work) -> str:
 
 
 def _seen(folder: Path, writers: list[str]) -> frozenset[str]:
-    """Whose files are there: asked for by name, since a listing may be an old one."""
+    """Whose files are there? Each is asked for by its name, because a listing may be an old one."""
     until = time.monotonic() + _PATIENCE_S
     while True:
         seen = frozenset(name for name in writers if _is_there(folder / name, name))

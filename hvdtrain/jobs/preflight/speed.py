@@ -1,10 +1,10 @@
 """How fast is each rank, compared with the others? A matrix product, copies in memory, an all-reduce.
 
-Others may be using the machine, and one slow moment shall condemn no node: whatever looks slow is measured again by
-all, up to five times, and the best of each rank counts.
+Others may be using the machine, and a node is not bad because of one slow moment: where a rank looks slow, all measure
+again, up to five times, and each rank's best counts.
 
-An all-reduce is as slow as its slowest link, and mostly for all ranks alike: it names a node only where that node alone
-is late. What all have in common is in the table, for the user to compare with what the network should do.
+An all-reduce is as slow as its slowest link, mostly for all ranks alike. So it names a node only where that node alone
+is late. The table shows the speed that all have in common, for the user to compare with what the network should do.
 """
 
 import time
@@ -137,7 +137,7 @@ def _copy(source: torch.device, target: torch.device) -> float:
 
 
 def _best_s(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of the fastest of many: what interrupts the others says nothing of the machine."""
+    """Seconds of the fastest of many calls: the others were interrupted, which says nothing of the machine."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     times: list[float] = []
     until = time.perf_counter() + _SECONDS
