@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _tokenizer(words: argparse.Namespace, ranks: Ranks) -> int:
-    """Rank 0 trains; the others only wait to hear how it went."""
+    """Rank 0 trains; the others wait, and fail where it fails."""
 
     def train() -> dict | None:
         if ranks.rank:

@@ -1,5 +1,6 @@
-"""Two files aligned line by line -> pairs. The work is cut by bytes of the source; the lines before a cut are counted,
-and the target is cut at the same line.
+"""Two files aligned line by line -> pairs.
+
+The source is cut by bytes. The lines before a cut are counted, and the target is cut at the same line.
 """
 
 from collections import Counter
@@ -20,7 +21,7 @@ _BLOCK = 1 << 22  # bytes between two entries of a line index
 
 
 class LineIndex:
-    """How many lines end before each block of a file: finds the line of a byte and the byte of a line.
+    """Finds the line of a byte and the byte of a line; it keeps how many lines end before each block of the file.
 
     Errors: DataError where the file cannot be read.
     """
@@ -129,12 +130,12 @@ class AlignedReader:
         yield _pairs(sources, targets)
 
     def _lines(self, raw: bytes, file: InputFile, offset: int, counts: Counter) -> list[bytes | None]:
-        """None where a line is bad and left out, and the line beside it with it."""
+        """The lines; None for one that is bad. It is left out, together with the line beside it."""
         offset, raw = begin_file(raw, offset, file.path, counts, by_lines=True)
         return clean_parts(split_lines, raw, offset, file.path, self.cleaning, self.skip_bad, counts)
 
     def _stream(self, source: InputFile, target: InputFile, counts: Counter) -> Iterator[list[Item]]:
-        """Both files from their starts, side by side; one of them at least is compressed."""
+        """Read both files from their starts, side by side; at least one of them is compressed."""
         held: list[list[bytes | None]] = [[], []]
         seen = [0, 0]
         parts = [self._line_parts(file, counts) for file in (source, target)]

@@ -266,7 +266,7 @@ def _limits(command: argparse.ArgumentParser, what: str, most: int) -> None:
 
 
 def _formats(command: str) -> dict[str, Any]:
-    """What ``--help`` says of files, for whoever wants to know what becomes of one."""
+    """What ``--help`` says of files: which are read, and how."""
     tables = {"pairs": [_TABLES, _ALIGNED], "labels": [_TABLES, _LABELS, _SQUAD]}
     more = tables.get(command, [_SAMPLED] if command == "tokenizer" else [])
     table = f"How files are read, by their endings:\n{describe(command)}"

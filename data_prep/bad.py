@@ -7,7 +7,8 @@ A reader raises ``BadItem`` where it finds one, and catches it where it can go o
     except BadItem as bad:
         leave_out(bad, self.skip_bad, counts)
 
-What spoils all that comes after it (a damaged archive, a quote that never closes) is a DataError, in any case.
+A DataError stays one, also with --skip-bad: after it nothing can be read (a damaged archive, a quote that never
+closes).
 """
 
 from collections import Counter

@@ -1,4 +1,4 @@
-"""What is done to text before it is tokenised: is it UTF-8, and shall it be normalised?"""
+"""Check that text is UTF-8 before it is tokenised, and normalise it where that is asked for."""
 
 import codecs
 import unicodedata
@@ -97,9 +97,9 @@ EXACT = Cleaning()
 
 
 def begin_file(raw: bytes, offset: int, path: Path, counts: Counter, by_lines: bool) -> tuple[int, bytes]:
-    """(offset, bytes) without the byte order mark, where these are the first of a file; it is counted.
+    """(offset, bytes) without a byte order mark, which is counted, if these are the first bytes of a file.
 
-    by_lines: line ends are looked for, of which \\n is the only one; where \\r stands in its place, all is one line.
+    by_lines: the file is read by lines. Only \\n ends a line: where \\r does in its place, all would be one line.
     Errors: BadItem for UTF-16 and UTF-32; DataError for line ends of \\r alone.
     """
     if offset:
@@ -135,7 +135,7 @@ def _wide_item(path: Path, name: str) -> BadItem:
 
 
 def _is_utf8(raw: bytes) -> bool:
-    """Decoded bit by bit and thrown away: what stays in the cache is decoded faster than all at once."""
+    """Small parts are decoded in turn: they stay in the processor's cache, which is faster than all at once."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     view = memoryview(raw)
     try:

@@ -1,6 +1,6 @@
-"""Compressed files as streams: what they hold is told only by reading them from their start.
+"""Compressed files as streams: they can be read only from their start.
 
-Memory is that of a window and a block, however much text a few bytes stand for.
+They take the memory of a window and a block, however much text a few bytes stand for.
 """
 
 import bz2
@@ -18,7 +18,7 @@ _ZSTD_WINDOW = 1 << 31  # what `zstd --long=31` asks for, the format's longest; 
 
 
 class _ZstdFile(io.RawIOBase):
-    """A .zst file, decompressed. zstandard's own reader takes one that was cut off for one that has ended."""
+    """A .zst file, decompressed. zstandard's own reader does not notice that a file was cut off."""
 
     def __init__(self, path: Path, mode: str):
         import zstandard
@@ -63,6 +63,6 @@ def open_compressed(path: Path, compression: str) -> BinaryIO:
 
 
 def is_damage(error: Exception) -> bool:
-    """Is it one that reading a compressed file raises where that is damaged or cut off?"""
+    """Is this the error of a compressed file that is damaged or cut off?"""
     # zstandard, whose own error is not known without loading it
     return isinstance(error, OSError | EOFError | lzma.LZMAError | zlib.error) or type(error).__name__ == "ZstdError"

@@ -1,4 +1,4 @@
-"""The files of the corpus: plain or compressed, opened, read and known again."""
+"""The files of the corpus: opened and read, plain or compressed, and recognised at a later start."""
 
 import hashlib
 from collections.abc import Sequence
@@ -49,8 +49,8 @@ class InputFile:
         return ending_of(self.name[: len(self.name) - len(self.compression)])
 
     def read_as(self, how: str, from_start: bool) -> "InputFile":
-        """The same file, with how it is read: what ``dataclasses.replace`` gives, in a fraction of its time, because a
-        corpus may be a million files.
+        """The same file, with how it is read. ``dataclasses.replace`` would take several times as long, and a corpus may
+        be a million files.
         """
         file = object.__new__(InputFile)
         file.__dict__.update(self.__dict__, how=how, from_start=from_start)
@@ -86,7 +86,7 @@ class InputFile:
 
 
 def ending_of(name: str) -> str:
-    """``.gz`` of ``folder/a.JSONL.GZ``; nothing of ``.gz`` and ``a.``. As pathlib has it, several times faster."""
+    """``.gz`` of ``folder/a.JSONL.GZ``; nothing of ``.gz`` and ``a.``. As pathlib does, but several times faster."""
     name = name.rpartition("/")[2]
     at = name.rfind(".")
     return name[at:].lower() if 0 < at < len(name) - 1 else ""

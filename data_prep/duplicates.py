@@ -1,7 +1,7 @@
 """Exact duplicates over the whole corpus, in bounded memory, the same for every number of ranks.
 
-Each item's 128-bit digest is written down unit by unit. Then the digests are taken in turns by their first bits, so
-many at once as fit into memory, and of equal ones all but the first are noted down as (unit, number in the unit).
+Each item's 128-bit digest is written into a file, one for each unit. Then the digests are compared in groups that begin
+with the same bits and fit into memory. Of equal ones all but the first are noted as (unit, number in the unit).
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -63,7 +63,7 @@ def _later_copies(columns: Sequence[np.ndarray], part: int, bits: int) -> np.nda
 
 
 def _of_part(column: np.ndarray, part: int, bits: int) -> np.ndarray:
-    """The rows of digests that begin with the bits of ``part``; looked for some at a time, for a unit may have many."""
+    """The rows of digests that begin with the bits of ``part``. It looks at some at a time: a unit may have many."""
     found = [np.empty(0, np.int64)]
     for first in range(0, len(column), _AT_ONCE):
         heads = column[first : first + _AT_ONCE, 0]

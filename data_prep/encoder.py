@@ -1,8 +1,8 @@
 """Text -> token ids, many documents at once, as one flat array plus offsets: just what a shard holds.
 
 `gigatoken` reads the same ``tokenizer.json`` as Hugging Face `tokenizers` and is about a hundred times as fast. It is
-young, so it is never trusted: before a corpus is encoded, both encode a sample of it, and where one token differs, or
-where it does not know the kind of tokenizer, `tokenizers` does the work and that is said aloud.
+young, so it is not trusted: before a corpus is encoded, both encode a sample of it. Where one token differs, or where
+`gigatoken` does not know the kind of tokenizer, `tokenizers` does the work, and a note says so.
 """
 
 import json
@@ -106,7 +106,7 @@ class TokenEncoder:
         return np.asarray(layout.content.data)[offsets[0] : offsets[-1]], offsets - offsets[0]
 
     def _encode_slow(self, documents: list[bytes], tokenizer: Tokenizer | None = None) -> Encoded:
-        """A mebibyte at a time: this library needs some hundred bytes of memory for each token."""
+        """Encode a mebibyte at a time: `tokenizers` needs some hundred bytes of memory for each token."""
         pieces = [(number, piece) for number, text in enumerate(documents) for piece in _cut(text)]
         ids, lengths = [np.empty(0, np.uint32)], np.zeros(len(documents), np.int64)
         waiting: list[tuple[int, bytes]] = []

@@ -135,7 +135,7 @@ class Search:
 class _Walk:
     """``names`` of the files below a folder that are wanted, relative to it, and ``linked``, of those behind a link.
 
-    Links to folders are followed when all else has been looked at, each folder once: so none leads in circles.
+    Links to folders are followed after all else, and each folder is looked at once: so none leads in circles.
     """
 
     def __init__(self, top: Path, search: Search):
@@ -258,7 +258,7 @@ def _ends_with(parts: Sequence[str], patterns: Sequence[str]) -> bool:
 
 
 def _matcher_of_hidden(globs: Sequence[str]) -> Callable[[str], object]:
-    """Does a pattern say that this file or folder is meant, although its name begins with a dot?"""
+    """Is a file or folder whose name begins with a dot meant by a pattern?"""
     asked = [part for glob in globs for part in glob.split("/") if part.startswith(".")]
     return re.compile("|".join(map(fnmatch.translate, asked)) or r"(?!)").match
 

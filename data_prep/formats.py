@@ -1,4 +1,4 @@
-"""Which file is read how: the one table of endings, which ``--help`` prints. Of .json the content decides."""
+"""How each file is read: the one table of endings, which ``--help`` prints. For .json the content decides."""
 
 import re
 from collections.abc import Sequence
@@ -62,8 +62,8 @@ def resolve(files: Sequence[InputFile], command: str, quoted: bool = False) -> l
 
 
 def _how(file: InputFile, command: str, quoted: bool, by_ending: dict[str, tuple[str, bool]]) -> tuple[str, bool]:
-    """How it is read, and whether only from its start. by_ending: what is known already, so that a million files are
-    asked for no more than the end of their names; a .json is looked into.
+    """How a file is read, and whether only from its start. by_ending: what is known of endings already, because a
+    corpus may be a million files. A .json is looked into.
     """
     ending = ending_of(file.name)
     if known := by_ending.get(ending):
@@ -109,7 +109,7 @@ def check_plain(files: Sequence[InputFile]) -> None:
 
 
 def notes(files: Sequence[InputFile]) -> list[str]:
-    """What is to be said of how files are read whose endings alone do not tell, or tell something else."""
+    """What the user should know of files whose ending does not say how they are read, or says something else."""
     found: dict[tuple[str, str], list[InputFile]] = {}
     for file in files:
         ending = file.suffix

@@ -1,7 +1,7 @@
 """Encoded documents of one unit, gathered until they are a shard of each split.
 
-Most units make one. One whose files cannot be cut may hold any amount of text, so it makes another whenever it has
-gathered enough; which documents are in which follows from the text alone.
+Most units make one shard of a split. A unit whose files cannot be cut may hold any amount of text, so it makes another
+shard whenever it has gathered enough; which documents are in which follows from the text alone.
 """
 
 from collections.abc import Mapping

@@ -56,8 +56,8 @@ class LabelsKind:
     def scan(self, splits_of: SplitsOf, units: Sequence[Unit], mine: Sequence[int], ranks: Ranks) -> None:
         """Which labels are there? Numbers are ordered as numbers, names by their letters.
 
-        A label of which chance gave every text to validation keeps one in training: that with the highest digest, which
-        was the last to go there. So all else stays where it was.
+        Chance may give every text of a label to validation. Then one of them stays in training: that with the highest
+        digest, which goes to validation last. So no other text changes its split.
         """
         found = ranks.together(lambda: self._labels(splits_of, units, mine))
         seen: dict[str, dict[str, str]] = {name: {} for name in SPLITS}  # split -> label -> a file that has it

@@ -4,9 +4,9 @@
     pieces   |-------|-------|-------|---------|---------|---------|---------|-----|   cut where a document ends
     units    |---------- 0 ----------|---------- 1 ----------|--------- 2 ---------|   shards 00000, 00001, 00002
 
-All this follows from the files' sizes and the options alone, so every rank knows the whole plan without a word to the
-others, and the shards do not depend on how many ranks there are. Where exactly a document ends near a cut is looked up
-when a piece is read.
+All this follows from the files' sizes and the options alone. So every rank knows the whole plan without asking others,
+and the shards do not depend on how many ranks there are. Where exactly a document ends near a cut is found when a piece
+is read.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ class Piece:
 
     @property
     def is_stream(self) -> bool:
-        """Can it be read only from the start of a file, because that or its partner cannot be cut?"""
+        """Must it be read from the start of its file, because the file or its partner cannot be cut?"""
         return self.file.is_stream or bool(self.file.partner and self.file.partner.is_stream)
 
     @property
@@ -58,7 +58,7 @@ class Places:
 
 @dataclass(frozen=True)
 class Unit:
-    """Work that is done or not done: ``number`` names its shards and its record."""
+    """Work that is done as a whole or not at all. ``number`` names its shards and its record."""
 
     number: int
     pieces: tuple[Piece, ...]
@@ -115,7 +115,7 @@ def gather(pieces: Sequence[Piece], unit_bytes: int) -> list[Unit]:
 
 
 def share(weights: Sequence[int], size: int) -> list[list[int]]:
-    """Who does what: for each of ``size`` ranks its numbers, in order; the heaviest first to whom has least."""
+    """For each of ``size`` ranks the numbers of its work, in order. The heaviest goes first, to whom has least."""
     ranks: list[list[int]] = [[] for _ in range(size)]
     loads = [(0, rank) for rank in range(size)]
     for number in sorted(range(len(weights)), key=lambda number: (-weights[number], number)):

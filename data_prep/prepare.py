@@ -1,4 +1,4 @@
-"""From a reader's items to whole shards: shared by ranks, resumable, the same bytes for every number of ranks.
+"""Make shards of a reader's items: shared by ranks, resumable, the same bytes for every number of ranks.
 
     DIR/.parts/identity.json    what is being prepared; another preparation's leftovers are not used
     DIR/.parts/00012.json       unit 12 is done: its shards, digests and counts
@@ -6,8 +6,8 @@
     DIR/train-00012_001.h5      more of them, where the unit is a compressed file that holds more than a shard shall
     DIR/manifest.json           written from all records when the last unit is done; then .parts goes
 
-A unit's shards are written beside their names and renamed, then its record; so a killed preparation goes on with the
-units that have no record, on any number of ranks.
+A unit's shards are written first, then its record, each beside its final name and renamed. So a preparation that was
+killed goes on with the units that have no record, on any number of ranks.
 """
 
 import errno
@@ -110,8 +110,8 @@ def prepare(
 ) -> tuple[Manifest, bool]:
     """Write shards, tokenizer and manifest into ``out``; returns the manifest and whether it was there before.
 
-    Every rank calls this. A preparation that was interrupted is gone on with; one that is complete and of the same
-    input is kept. Errors: DataError for bad text, ConfigError where ``out`` holds other shards, OutputError when
+    Every rank calls this. It goes on with a preparation that was interrupted, and keeps one that is complete and of the
+    same input. Errors: DataError for bad text, ConfigError where ``out`` holds other shards, OutputError when
     writing fails.
     """
     preparation = ranks.together(lambda: _Preparation(kind, options, tokenizer, out, ranks))
@@ -255,7 +255,7 @@ class _Preparation:
         return digest.hexdigest()[:32]
 
     def _others_part(self, unit: Unit, dropped: "duplicates.Dropped") -> str:
-        """A digest of what the other units have a say in: which documents are left out or stay in training, and the
+        """A digest of what depends on other units too: which documents are left out, which stay in training, and the
         labels' numbers.
         """
         said = (sorted(dropped.of_unit(unit.number)), self.kind.label_names, sorted(self.splits_of.kept))

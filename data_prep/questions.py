@@ -106,10 +106,11 @@ class SquadReader:
 
 
 def find_answer(context: str, answer: str, start: int) -> tuple[int, str] | None:
-    """Where the answer stands, and its text as it stands there; None where it does not, or where that is not certain.
+    """Where the answer stands, and its text there; None where it does not stand in the paragraph, or may be elsewhere.
 
-    Tools count differently: ``start`` may be of bytes or of UTF-16, or wrong by some white space. Where it is wrong
-    otherwise, the answer is the nearest that has the same text; where it is no place in the paragraph, the only one.
+    Tools count differently: ``start`` may count bytes or UTF-16, or be wrong by some white space. Where it is wrong
+    otherwise, the nearest place with the same text is taken; where it lies outside the paragraph, only the one place
+    that has the text.
     """
     if start >= 0 and answer and context.startswith(answer, start):
         return start, answer
@@ -142,7 +143,7 @@ def _paragraphs(file: InputFile) -> Iterator[tuple[str, Any]]:
 
 
 def _questions(paragraph: Any) -> list[Any]:
-    """Those of a paragraph; where they cannot be told, one that is none."""
+    """The questions of a paragraph; where they cannot be found, one None, which is then refused."""
     questions = paragraph.get("qas") if isinstance(paragraph, dict) else None
     return questions if isinstance(questions, list) else [None]
 

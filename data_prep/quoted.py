@@ -22,7 +22,7 @@ def quoted_rows(file: InputFile, delimiter: str, counts: Counter) -> Iterator[tu
     """(number of the line on which it begins, cells) of each row that is not empty. Bytes that are not UTF-8 stand in
     the cells as surrogates.
 
-    Errors: DataError where quotes are out of place: where rows begin after that cannot be told.
+    Errors: DataError where quotes are out of place, for after that nobody can tell where rows begin.
     """
     rows = csv.reader(_lines(file, counts), delimiter=delimiter, strict=True)
     while True:

@@ -9,8 +9,8 @@ The first that knows decides:
     the tokenizer itself        its model's unknown token; what its post-processor puts around a text
     known names                 of tokens that are marked special, and no others: Gemma 3 has HTML's </s> too, as text
 
-An end of a document goes before an end of a turn (Llama 3's <|eot_id|>, Qwen's <|im_end|>), which is not where a text
-ends. What is not certain is refused: the wrong token would put borders where there are none.
+The end of a document is preferred to the end of a turn (Llama 3's <|eot_id|>, Qwen's <|im_end|>), at which no text
+ends. Where it is not certain, the user is asked: a wrong token would put borders where there are none.
 """
 
 import difflib

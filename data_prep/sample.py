@@ -78,14 +78,14 @@ def _training_pieces(reader: TextReader, sample_bytes: int, seed: int) -> list[P
 
 
 def _first(text_bytes: int) -> Places:
-    """So much from the start: all, unless the text is far longer than its compressed size lets expect."""
+    """The first ``text_bytes`` of a text: all of it, unless it is far longer than its compressed size lets expect."""
     step = min(PIECE_BYTES, text_bytes)
     return Places(step, frozenset(range(-(-text_bytes // step))))
 
 
 def _drawn(pieces: Sequence[Piece], sample_bytes: int, draw: random.Random) -> list[Piece]:
-    """Some of the pieces. A compressed file stands for as many as its text may have; where that ends is not known, and
-    reading up to there takes time: so those drawn of it are spread over its first part.
+    """Draw some of the pieces. A compressed file counts as the pieces that its text may have. Where that ends is not
+    known, and reading up to there takes time, so those drawn of it are spread over its first part.
     """
     slots = [-(-piece.weight // _TRAINING_PIECE) for piece in pieces]  # of a plain piece 1
     order = [number for number, count in enumerate(slots) for _ in range(count)]

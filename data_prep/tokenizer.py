@@ -33,8 +33,8 @@ def train_tokenizer(
 ) -> dict[str, Any]:
     """Train and write ``out`` and, beside it, a record of how it was made (which is returned).
 
-    identity: what the caller knows the text by, as JSON has it (lists, no tuples). A tokenizer that the same text and
-    settings made before is left as it is, and ``texts`` are not touched.
+    identity: what tells this text from others, as JSON has it (lists, no tuples). If the same text and settings made
+    ``out`` before, it is left as it is, and ``texts`` are not read.
     Errors: those of ``build_tokenizer``; ConfigError where ``out`` holds another one; OutputError.
     """
     record = {"kind": kind, "asked_vocab_size": vocab_size, "special": list(special), **identity}
@@ -151,7 +151,8 @@ def _not_empty(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _settled(scores: dict[str, float]) -> dict[str, float]:
-    """Scores of pieces without what the library's hash tables, which it walks in another order each time, leave there.
+    """Scores of pieces that are the same each time. The library walks its hash tables in another order each time, and
+    that shows in two places:
 
         seen often       -7.123456789012341    the last digits come from the order of a sum               -> rounded
         seldom a byte    -14.2 -14.1999 ...    so many steps above the rarest piece, by place in a table  -> all alike

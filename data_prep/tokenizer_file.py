@@ -1,7 +1,7 @@
 """A ``tokenizer.json`` that exists, and what has to be changed in it before text is encoded for good.
 
-What is changed is told, and lies beside the shards as their ``tokenizer.json``, so that a prompt later becomes the same
-tokens as the same text did. A file in which nothing needs to change is copied byte for byte.
+Notes say what was changed. The changed file lies beside the shards as their ``tokenizer.json``, so that a prompt later
+becomes the same tokens as the same text did. A file in which nothing needs to change is copied byte for byte.
 """
 
 import json
