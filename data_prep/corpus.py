@@ -49,8 +49,8 @@ class InputFile:
         return ending_of(self.name[: len(self.name) - len(self.compression)])
 
     def read_as(self, how: str, from_start: bool) -> "InputFile":
-        """The same file, with how it is read. ``dataclasses.replace`` would take several times as long, and a corpus may
-        be a million files.
+        """The same file, with how it is read. ``dataclasses.replace`` would take several times as long, and a corpus
+        may be a million files.
         """
         file = object.__new__(InputFile)
         file.__dict__.update(self.__dict__, how=how, from_start=from_start)
@@ -86,7 +86,7 @@ class InputFile:
 
 
 def ending_of(name: str) -> str:
-    """``.gz`` of ``folder/a.JSONL.GZ``; nothing of ``.gz`` and ``a.``. As pathlib does, but several times faster."""
+    """``.gz`` of ``folder/a.JSONL.GZ``; nothing of ``.gz`` and ``a.``. Like pathlib's, but several times faster."""
     name = name.rpartition("/")[2]
     at = name.rfind(".")
     return name[at:].lower() if 0 < at < len(name) - 1 else ""

@@ -89,7 +89,7 @@ class MemoryLimitError(HvdtrainError):
 
 
 class RankError(HvdtrainError):
-    """Some rank failed, and all agreed on it: carries the lowest such rank's message and exit code to every rank."""
+    """Some rank failed, and all ranks know it: each raises this, with the lowest such rank's message and exit code."""
 
     on_all_ranks = True
 
@@ -99,7 +99,7 @@ class RankError(HvdtrainError):
 
 
 def report(error: HvdtrainError, is_main: bool) -> None:
-    """Print ``error`` once: by rank 0, and only the first time it passes by."""
+    """Let rank 0 print ``error``, unless it was printed before."""
     if is_main and getattr(error, "rank", 0) == 0 and not getattr(error, "reported", False):
         say(describe(error))
     error.reported = True  # type: ignore[attr-defined]
@@ -128,7 +128,7 @@ _ONEDNN = "could not create a primitive"  # which it says where there is no room
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Python's, numpy's, torch's and CUDA's ways to say so; torch need not be loaded."""
+    """Does Python, numpy, torch or CUDA say so? It does not load torch."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     if isinstance(error, OSError):
@@ -138,15 +138,17 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def let_rank_0_speak() -> None:
-    """Before a rank leaves that never joined the others: the launcher ends all as soon as the first has left. Rank 0
-    shall have spoken by then, and each leave with its own exit code.
+    """Wait a moment before this rank leaves without having joined the others.
+
+    The launcher ends all ranks as soon as the first has left: rank 0 must have spoken by then. The launcher's signal is
+    ignored, so that each rank leaves with its own exit code.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     time.sleep(1)
 
 
 def give_up_output() -> None:
-    """Lead standard output nowhere, with what it still holds back, at which Python would complain as it exits."""
+    """Lead standard output nowhere. What it still holds back would fail as Python exits, with a complaint."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)
@@ -158,7 +160,7 @@ def plural(number: int, noun: str, form: str = "") -> str:
 
 
 def say(message: str) -> None:
-    """One line on standard error, after what standard output still holds back, and above a progress bar."""
+    """Print one line on standard error: after all that was printed on standard output, and above a progress bar."""
     line = f"hvdtrain: {message}\n"  # in one write, or launchers cut it where they add the rank
     with contextlib.suppress(OSError):  # a log whose disk is full is not worth a run
         sys.stdout.flush()
@@ -173,7 +175,7 @@ def say(message: str) -> None:
 def say_from(rank: int, message: str, past_locks: bool = False) -> None:
     """``say`` by a rank that speaks for itself: its number and host before the message.
 
-    past_locks: not through sys.stderr, whose lock may be held for ever by whatever is stuck.
+    past_locks: write around sys.stderr, whose lock may be held for ever by a thread that is stuck.
     """
     message = f"[rank {rank} on {socket.gethostname()}] {message}"
     if not past_locks:

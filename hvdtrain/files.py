@@ -1,11 +1,12 @@
-"""Files on file systems that fail for a moment, as NFS and Lustre do. Each use of a file is one of four:
+"""Use files on file systems that fail for a moment, as NFS and Lustre do. Each use of a file is one of four:
 
     input                   ``again``, ``read_text``; where it fails for good, the caller's own typed error
     write that matters      ``write``, ``again``: then OutputError, exit 74
     optional look           ``optional``, ``seen``: no error ever
     write not worth a run   ``optional``
 
-``again`` tries five times within 7 seconds. What was tried again or done without is said once, and counted.
+``again`` tries five times within 7 seconds. What had to be tried again, or failed and was not needed, is counted, and
+said once.
 """
 
 import errno
@@ -40,14 +41,14 @@ _troubles: Counter[str] = Counter()  # of this process, which has one view of it
 
 
 def troubles() -> dict[str, int]:
-    """What was tried again or done without so far, and how often."""
+    """What had to be tried again so far, or failed and was not needed; and how often."""
     return dict(_troubles)
 
 
 def again(work: Callable[[], T], what: Path | str, also: Collection[int] = ()) -> T:
-    """``work()``, which may safely be done twice; tried again where it fails by an error that may pass.
+    """``work()``, tried again where it fails by an error that may pass. It must be safe to do twice.
 
-    also: more such error numbers, like ENOENT of what another node has just written.
+    also: more such error numbers, like ENOENT for a file that another node has just written.
     Errors: OSError, the last one, after 7 s; any other at once.
     """
     for pause_s in PAUSES_S:
@@ -62,9 +63,10 @@ def again(work: Callable[[], T], what: Path | str, also: Collection[int] = ()) -
 
 
 def optional(work: Callable[[], T], what: str, otherwise: T) -> T:
-    """``work()``, without which a run goes on: ``otherwise`` where the file system fails.
+    """``work()``, or ``otherwise`` where the file system fails: the run goes on without it.
 
-    What a run does again and again must not wait: no ``again`` within. what: that fails, like "cannot look for X".
+    Where a run does it often, ``work`` must not use ``again``, which may wait for seconds.
+    what: the message's beginning, like "cannot look for X".
     """
     try:
         return work()
@@ -85,7 +87,7 @@ def note(trouble: str) -> None:
 
 
 def exists(path: Path) -> bool:
-    """Is it there? Tried again. Errors: OutputError (exit 74) where that cannot be told."""
+    """Is there such a file? Tried again. Errors: OutputError (exit 74) where that cannot be told."""
     try:
         return again(lambda: is_there(path), path)
     except OSError as error:
@@ -93,12 +95,12 @@ def exists(path: Path) -> bool:
 
 
 def seen(path: Path) -> bool:
-    """Is it there, as far as can be told now? An optional look."""
+    """Is there such a file? An optional look: False also where that cannot be told."""
     return optional(lambda: is_there(path), f"cannot look for {path}", False)
 
 
 def is_there(path: Path) -> bool:
-    """Errors: OSError where that cannot be told; ``Path.exists`` raises some of them and takes others for absence."""
+    """Is there such a file? Errors: OSError where that cannot be told, which ``Path.exists`` may take for no."""
     try:
         path.stat()
     except _ABSENT:
@@ -183,10 +185,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write(path: Path, fill: Callable[[Path], object]) -> None:
-    """A file that is whole or not there: ``fill`` writes it under a name beside ``path``, then it is renamed.
+    """Write a file that is whole or not there: ``fill`` writes it under a name beside ``path``, then it is renamed.
 
-    ``fill`` begins anew each time that it is called: what one fsync could not write is lost, and the next one would
-    say that all is well. Errors: OutputError (exit 74) with the path and the system's reason.
+    Each try calls ``fill`` anew. What an fsync could not write is lost, and a second fsync would report success.
+    Errors: OutputError (exit 74) with the path and the system's reason.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
@@ -208,7 +210,7 @@ def write(path: Path, fill: Callable[[Path], object]) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """With its parents, where it is not there. Errors: OSError."""
+    """Make a folder and its parents, where they are not there. Errors: OSError."""
     again(lambda: path.mkdir(parents=True, exist_ok=True), path)
 
 

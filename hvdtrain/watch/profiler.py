@@ -3,8 +3,8 @@
 RUN_DIR/profile/rank-00000.json.gz   every operator and, on a GPU, every kernel; the loop's parts as named ranges
 RUN_DIR/profile/rank-00000.txt       the operators that took longest
 
-Written by the first ``RANKS`` ranks: enough to see one wait for another, and no thousand files from a large job. The
-profiled steps are slower than others, and so is their tokens/s.
+The first ``RANKS`` ranks write: enough to see one wait for another, without thousands of files from a large job.
+Profiled steps are slower than others, and so is their tokens/s.
 """
 
 import contextlib
@@ -53,7 +53,8 @@ class Profiler:
     def step(self, number: int) -> bool:
         """Step ``number`` begins; True where what was profiled has just been written.
 
-        Outside of the clock: starting and writing take seconds. A trace that cannot be written is no error.
+        To be called outside of what is timed: starting and writing take seconds. A trace that cannot be written is no
+        error.
         """
         if not self._steps:
             return False

@@ -5,9 +5,9 @@
     sums          0     |  1                  the flags are added up with the step's sums, so all ranks learn of it
     all                    save, exit 75      at the same step boundary
 
-USR2, because NCCL may use USR1. TERM is what a batch system sends before it kills. INT is Ctrl-C. When the job ends is
-what ``HVDTRAIN_END_TIME`` says (seconds since 1970), else Slurm. A file ``RUN_DIR/stop`` is for the user. Ranks whose
-launcher is gone (see comm/ancestors.py) save and stop too: nobody would end them.
+The signal is USR2 because NCCL may use USR1. A batch system sends TERM before it kills. INT is Ctrl-C. The end of the
+job is known from ``HVDTRAIN_END_TIME`` (seconds since 1970), else from Slurm. A user makes the file ``RUN_DIR/stop``.
+Ranks whose launcher is gone (see comm/ancestors.py) save and stop too, because nobody would end them.
 """
 
 import os
@@ -46,10 +46,10 @@ class StopOptions(Options):
 
 
 class StopSignals(AbstractContextManager):
-    """``with StopSignals() as signals:`` USR2 and TERM set ``signals.flags`` instead of ending the process; and Ctrl-C
-    once it is told to. ``launcher``: its end asks for the same.
+    """``with StopSignals() as signals:`` USR2 and TERM set ``signals.flags`` instead of ending the process, and so does
+    Ctrl-C after ``hold_interrupts``. ``launcher``: its end sets a flag too.
 
-    Made before torch is loaded, which takes seconds. Only the main thread can listen; elsewhere nothing is changed.
+    Made before torch is loaded, which takes seconds. Only a main thread can have handlers; in another, nothing changes.
     """
 
     def __init__(self, launcher: Launcher | None = None) -> None:
@@ -62,7 +62,8 @@ class StopSignals(AbstractContextManager):
         return self
 
     def hold_interrupts(self, speaks: bool) -> None:
-        """From now on Ctrl-C asks, too. Until there is a step to save, it ends the process; a second one always does.
+        """From now on Ctrl-C sets a flag too. It still ends the process until there is a step to save, and if it comes
+        a second time.
 
         speaks: this process tells the user. Where interrupts are ignored, as of a job in the background, they stay so.
         """
@@ -127,17 +128,17 @@ class Stopping:
 
     @contextmanager
     def measured(self, what: str) -> Iterator[None]:
-        """Around evaluating: ``keep_free`` of what it takes."""
+        """``keep_free`` of what the block takes, such as an evaluation."""
         started = time.monotonic()
         yield
         self.keep_free(what, time.monotonic() - started)
 
     def keep_free(self, what: str, seconds: float) -> None:
-        """``what`` took so long, and twice of it is kept free before the job's end (local)."""
+        """Note how long ``what`` took: the run stops while twice that is left before the job's end (local)."""
         self._needed_s[what] = seconds
 
     def asked(self) -> int:
-        """What this rank adds to the sum of flags (local); 0: nobody asks."""
+        """What this rank adds to the sum of flags (local); 0: it has no reason to stop."""
         flags, launcher = self._signals.flags, self._signals.launcher
         if launcher is not None and launcher.asks:
             flags |= _GONE * launcher.is_gone()
@@ -153,7 +154,7 @@ class Stopping:
     def agreed(self, total: "torch.Tensor") -> str | None:
         """Why all ranks stop now, or None. Called by every rank after every step, with the sum of all ranks' ``asked``.
 
-        total: scalar fp64. On a GPU it is that of the step before which is read: this one's is still being computed.
+        total: scalar fp64. On a GPU the sum of the step before is read, because this one's is still being computed.
         """
         if total.device.type == "cuda":
             total = self._one_late(total)

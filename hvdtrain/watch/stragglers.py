@@ -1,7 +1,7 @@
 """Ranks that are slower than the others, all the time: a hot GPU, a busy node, a slow disk.
 
-In synchronous training everyone waits for the slowest, so its wall time tells nothing. What does is the time that a
-rank needs for its own part of a step, reading and computing, without waiting for the others:
+In synchronous training all ranks wait for the slowest, so wall time does not tell who it is. What tells it is the time
+that a rank takes for its own part of a step, reading and computing, without waiting for the others:
 
     seconds of steps 101-200   rank 0 12.1   rank 1 12.0   rank 2 19.8   rank 3 12.2     median 12.1
     seconds of steps 201-300   rank 0 12.0   rank 1 12.2   rank 2 20.1   rank 3 12.1     rank 2 is slow, twice in a row

@@ -4,12 +4,12 @@
     rank 1   compute 7 ..............................  no progress; waits for nobody: stacks, message, end of the job
     rank 2   (stopped, or gone)                        says nothing: rank 0 finds its heartbeat old, and ends the job
 
-The loop tells its watchdog what it is at, which is one attribute written. A thread looks at it now and then, and writes
-it to ``RUN_DIR/heartbeats/rank-00000.json``, where the others find it. The thread works while the loop is stuck in C
-code that has let go of Python's lock, as waiting for a collective, a file or a GPU does. Where the lock is held, the
-others end the job, and a thread of ``faulthandler``, which needs no lock, writes the stacks.
+The loop tells its watchdog what it does; that only sets an attribute. A thread reads it now and then, and writes it to
+``RUN_DIR/heartbeats/rank-00000.json``, where the others find it. The thread goes on while the loop is stuck in C code
+that has released Python's lock, as it does when it waits for a collective, a file or a GPU. Where the lock is held, the
+other ranks end the job, and a thread of ``faulthandler``, which needs no lock, writes the stacks.
 
-A node that cannot be reached any more, its network or the whole of it gone, is told by its silence (comm/silence.py).
+A node that cannot be reached any more is known by its silence (comm/silence.py).
 """
 
 import contextlib
@@ -193,7 +193,7 @@ class Watchdog(contextlib.AbstractContextManager):
         )
 
     def _alarm(self, place: tuple[str, int], idle_s: float) -> None:
-        """Write the stacks; end the job, unless others are to speak first or there is progress after all."""
+        """Write the stacks. Then end the job, unless another rank shall speak first or there is progress after all."""
         mine = self._heartbeat(place, idle_s)
         stacks = None
         if self._stacks is not None:
@@ -237,7 +237,7 @@ class Watchdog(contextlib.AbstractContextManager):
         return {node: seconds for node, seconds in silent.items() if seconds >= self._options.network_timeout_s}
 
     def _end_without(self, gone: Mapping[str, float], place: tuple[str, int], idle_s: float) -> None:
-        """End the job, as nothing more will come from these nodes; the first rank that has noticed speaks."""
+        """End the job: these nodes will not come back. The first rank that notices says so."""
         if self._stopping.wait(patience_s(self._group.rank) - patience_s(0)) or self._place is not place:
             return
         _end_process_after(_LEAVE_S)
@@ -300,8 +300,9 @@ def read_heartbeat(path: Path) -> Heartbeat | None:
 def who_is_behind(beats: list[Heartbeat | None], now: float, silent_s: float) -> list[tuple[int, Heartbeat | None]]:
     """The ranks (with their heartbeats) that the others wait for.
 
-    Those that are silent, longer than ``silent_s`` or altogether; else those that wait for nobody; else those at the
-    earliest place. ``beats``: of each rank; ``now``: seconds since 1970.
+    These are the ranks without a heartbeat in the last ``silent_s`` seconds. If there are none, they are the earliest
+    of those that wait for nobody; if all wait, the earliest of all. ``beats``: of each rank; ``now``: seconds since
+    1970.
     """
     ranks = list(enumerate(beats))
     silent = [(rank, beat) for rank, beat in ranks if beat is None or now - beat.time > silent_s]
@@ -343,7 +344,7 @@ def _few(names: list[str], most: int = 4) -> str:
 
 
 def _end_process_after(seconds: float, exit_code: int = EXIT_CRASH, end: Callable[[int], None] = os._exit) -> None:
-    """Whatever keeps this process from leaving: MPI's lock in another thread, a pipe that nobody reads."""
+    """End this process after so long, even if it cannot leave: another thread holds MPI, or nobody reads its pipe."""
     timer = threading.Timer(seconds, end, (exit_code,))
     timer.daemon = True
     timer.start()
