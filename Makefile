@@ -40,7 +40,9 @@ demo: env
 clean-demo:
 	rm -rf runs/demo data/demo data/demo-tokenizer.json data/demo-tokenizer.record.json
 
+# Compiled once, and not by each of hundreds of processes where PYTHONDONTWRITEBYTECODE is set, as in many containers.
 test: env
+	$(VENV_PYTHON) -m compileall -q hvdtrain data_prep
 	$(VENV_PYTHON) -m pytest tests -n 2
 	for ranks in 1 2 4; do \
 	    mpirun -np $$ranks --oversubscribe --bind-to none $(VENV_PYTHON) -m pytest tests/mpi || exit 1; \

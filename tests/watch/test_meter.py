@@ -34,10 +34,10 @@ def test_laps_on_the_host(monkeypatch: pytest.MonkeyPatch):
 def test_the_host_clock_is_real():
     clock = StepClock(CPU)
     clock.start()
-    time.sleep(0.02)
+    time.sleep(0.2)
     clock.lap("data")
     times = clock.stop().read()
-    assert 0.02 <= times.data <= times.total < 5.0
+    assert 0.2 <= times.data <= times.total < 5.0
     assert times.other < times.data
 
 
