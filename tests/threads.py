@@ -1,9 +1,9 @@
 """Ranks without a launcher: threads of this process that keep the whole contract of ``Group``; and one rank alone.
 
-on_ranks(2, lambda group: group.all_reduce_sum(torch.ones(3), "a").tolist())      each returns [2, 2, 2]
-first, second = in_process(2, patience_s=0)     driven in turn by one thread: what would have to wait fails at once
-late_group()                                    a group of one whose sums come late, as on a network
-Scripted(rank=1, size=4)                        rank 1 of four that do not exist
+on_ranks(3, work)              ``work(group)`` on three ranks at once; what each returned
+in_process(2, patience_s=0)    the groups of two ranks, driven by one thread: who would have to wait fails at once
+LateGroup()                    a group of one whose sums come late, as on a network
+Scripted(rank=1, size=4)       rank 1 of four of which no other exists
 """
 
 import pickle
@@ -72,7 +72,7 @@ class JobEnded(BaseException):
 
 
 class ThreadGroup(Group):
-    """One rank of a process's several.
+    """One of several ranks in this process.
 
     It is stricter than a network: from the start to ``wait`` a tensor that will hold a result is spoilt (NaN, or the
     least integer), what was sent must not change, and no name is started twice.
@@ -190,7 +190,7 @@ class _PendingTensor:
 class _Exchange:
     """What the ranks have sent of one collective, and who has not fetched it yet."""
 
-    missing: set[int]
+    to_fetch: set[int]
     kinds: dict[int, str] = field(default_factory=dict)
     values: dict[int, Any] = field(default_factory=dict)
 
@@ -207,7 +207,7 @@ class _Meeting:
 
     def post(self, turn: tuple[str, int], rank: int, kind: str, value: Any) -> None:
         with self._changed:
-            self._check_on()
+            self._check_it_runs()
             assert rank not in self._gone, f"rank {rank} {self._gone[rank]}"
             exchange = self._exchanges.setdefault(turn, _Exchange(set(range(self.size))))
             exchange.kinds[rank], exchange.values[rank] = kind, value
@@ -233,13 +233,13 @@ class _Meeting:
                 return self._end is not None or not absent() or any(one in self._gone for one in absent())
 
             self._changed.wait_for(is_decided, self._patience_s)
-            self._check_on()
+            self._check_it_runs()
             if late := absent():
                 first = next((one for one in late if one in self._gone), late[0])
                 why = self._gone.get(first, f"has not come within {self._patience_s:g} s")
                 raise RankLostError(f"rank {rank} waits for {name}, but rank {first} {why}")
-            exchange.missing.remove(rank)
-            if not exchange.missing:
+            exchange.to_fetch.remove(rank)
+            if not exchange.to_fetch:
                 del self._exchanges[turn]
         for other, kind in exchange.kinds.items():
             assert kind == exchange.kinds[0], f"{name}: rank 0 has a {exchange.kinds[0]}, rank {other} a {kind}"
@@ -254,9 +254,9 @@ class _Meeting:
         with self._changed:
             self._end = self._end or end
             self._changed.notify_all()
-            self._check_on()
+            self._check_it_runs()
 
-    def _check_on(self) -> None:
+    def _check_it_runs(self) -> None:
         if self._end is not None:
             raise JobEnded(self._end.rank, self._end.exit_code)
 
@@ -271,8 +271,8 @@ def _spoil(tensor: torch.Tensor) -> None:
 
 
 class Scripted(LocalGroup):
-    """One rank of several that do not exist: for what asks only how many there are, what the others say, or how this
-    one shall end.
+    """One rank of several of which no other exists: for what asks only how many there are, what the others say, or how
+    this one shall end.
 
     answer: all ranks' values, given this one's; without it, no exchange is expected of a group of several.
     did: ``barrier``, ``close`` and the exit code of ``abort``, in their order.
