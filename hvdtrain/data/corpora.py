@@ -74,11 +74,6 @@ class CorpusFacts:
     documents: int = 0
 
 
-def folders_of(options: DataOptions) -> list[Path]:
-    """As they are written there, in order."""
-    return [Path(name) for name in options.mixture or [options.dir]]
-
-
 def open_corpora(options: DataOptions) -> Corpora:
     """Read and check manifests, tokenizers and the files' sizes; no shard is opened. Errors: see ``open_folders``."""
     if any(not weight > 0 for weight in options.mixture.values()):
@@ -105,6 +100,11 @@ def open_folders(folders: Sequence[Path], weights: tuple[float, ...]) -> Corpora
                     "prepare both alike, with one tokenizer"
                 )
     return Corpora(tuple(entries), weights)
+
+
+def folders_of(options: DataOptions) -> list[Path]:
+    """As they are written there, in order."""
+    return [Path(name) for name in options.mixture or [options.dir]]
 
 
 def check_corpora(corpora: Corpora, rank: int, size: int, threads: int) -> None:
@@ -161,11 +161,6 @@ def _check_room(corpora: Corpora, places: Sequence[Path], target: Path) -> None:
         )
 
 
-def _is_there(place: Path, info: ShardInfo) -> bool:
-    path = place / info.file
-    return exists(path) and path.stat().st_size == info.file_bytes
-
-
 def _copy_folder(folder: Path, manifest: Manifest, place: Path) -> None:
     try:
         make_folder(place)
@@ -176,6 +171,11 @@ def _copy_folder(folder: Path, manifest: Manifest, place: Path) -> None:
         if not _is_there(place, info):
             write(place / info.file, partial(_copy_shard, folder / info.file, info))
     write_json(place / "source.json", {"copy_of": str(folder.resolve()), "host": socket.gethostname()})
+
+
+def _is_there(place: Path, info: ShardInfo) -> bool:
+    path = place / info.file
+    return exists(path) and path.stat().st_size == info.file_bytes
 
 
 def _copy_shard(path: Path, info: ShardInfo, to: Path) -> None:

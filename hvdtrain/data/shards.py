@@ -304,10 +304,6 @@ class ReadThrough:
                 raise DataError(f"cannot read /{self._name} of shard {self._path} through HDF5: {error}") from None
 
 
-def _open_shard(path: Path) -> h5py.File:
-    return again(lambda: h5py.File(path, "r", locking=False), path)
-
-
 def map_shard(folder: Path, info: ShardInfo, manifest: Manifest) -> dict[str, np.ndarray | ReadThrough]:
     """The datasets of one shard, read-only. HDF5 is asked once where they lie; after that it is out of the way.
 
@@ -346,6 +342,10 @@ def map_shard(folder: Path, info: ShardInfo, manifest: Manifest) -> dict[str, np
                 raise DataError(f"shard {path} ends before its /{name} does: it is truncated")
             found[name] = content[places[name] : end].view(dtype).reshape(shape)
     return found
+
+
+def _open_shard(path: Path) -> h5py.File:
+    return again(lambda: h5py.File(path, "r", locking=False), path)
 
 
 _libc = ctypes.CDLL(None, use_errno=True)

@@ -36,31 +36,80 @@ class KVCache:
         return self.keys[:, :, :end], self.values[:, :, :end]
 
 
-def make_norm(options: TransformerOptions) -> nn.Module:
-    """``layernorm`` (Ba et al. 2016) or ``rmsnorm`` (Zhang and Sennrich 2019, which has no bias)."""
-    if options.norm == "rmsnorm":
-        return nn.RMSNorm(options.width, eps=1e-5)
-    return nn.LayerNorm(options.width, eps=1e-5, bias=options.bias)
+class Block(AnyBlock):
+    """Pre-norm residual block:  x + attention(norm(x)),  then  x + feed_forward(norm(x))."""
+
+    def __init__(self, options: TransformerOptions, causal: bool = True):
+        super().__init__()
+        self.attention_norm = make_norm(options)
+        self.attention = Attention(options, causal)
+        self.feed_forward_norm = make_norm(options)
+        self.feed_forward = FeedForward(options)
+        self.dropout = nn.Dropout(options.dropout)
+
+    def forward(
+        self,
+        x_BTD: torch.Tensor,
+        rotary: torch.Tensor | None = None,
+        cache: KVCache | None = None,
+        mask: torch.Tensor | Runs | None = None,
+    ) -> torch.Tensor:
+        return self.run(x_BTD, rotary, cache, mask)
+
+    def compute(
+        self,
+        x_BTD: torch.Tensor,
+        rotary: torch.Tensor | None,
+        cache: KVCache | None,
+        mask: torch.Tensor | Runs | None,
+    ) -> torch.Tensor:
+        x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), rotary, cache, mask))
+        return x_BTD + self.dropout(self.feed_forward(self.feed_forward_norm(x_BTD)))
 
 
-def rotary_table(positions: int, head_width: int) -> torch.Tensor:
-    """cos and sin of every position's angles: [2, positions, K / 2] fp32.
+class CrossBlock(AnyBlock):
+    """Pre-norm block of an encoder-decoder's decoder: causal attention, cross-attention, feed-forward, each added."""
 
-    Source: Su et al. 2021, "RoFormer", eq. 34, base 10,000.
-    """
-    frequencies = 10_000.0 ** (-torch.arange(0, head_width, 2, dtype=torch.float64) / head_width)
-    angles = torch.arange(positions, dtype=torch.float64)[:, None] * frequencies
-    return torch.stack([angles.cos(), angles.sin()]).float()
+    def __init__(self, options: TransformerOptions):
+        super().__init__()
+        self.attention_norm = make_norm(options)
+        self.attention = Attention(options)
+        self.cross_attention_norm = make_norm(options)
+        self.cross_attention = CrossAttention(options)
+        self.feed_forward_norm = make_norm(options)
+        self.feed_forward = FeedForward(options)
+        self.dropout = nn.Dropout(options.dropout)
 
+    def forward(
+        self,
+        x_BTD: torch.Tensor,
+        rotary: torch.Tensor | None,
+        cache: KVCache | None,
+        memory_BSD: torch.Tensor,
+        memory_mask: torch.Tensor,
+    ) -> torch.Tensor:
+        return self.run(x_BTD, rotary, cache, memory_BSD, memory_mask)
 
-def rotate(x_BHTK: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Turn each pair (x[k], x[k + K/2]) by its position's angle.
+    def compute(
+        self,
+        x_BTD: torch.Tensor,
+        rotary: torch.Tensor | None,
+        cache: KVCache | None,
+        memory_BSD: torch.Tensor,
+        memory_mask: torch.Tensor,
+    ) -> torch.Tensor:
+        x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), rotary, cache))
+        keys_values = self._keys_values(memory_BSD, cache)
+        x_BTD = x_BTD + self.dropout(self.cross_attention(self.cross_attention_norm(x_BTD), keys_values, memory_mask))
+        return x_BTD + self.dropout(self.feed_forward(self.feed_forward_norm(x_BTD)))
 
-    ``table``: [2, T, K / 2], or [2, B, 1, T, K / 2] where the rows' positions differ.
-    """
-    cos, sin = table.to(x_BHTK.dtype)
-    first, second = x_BHTK.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+    def _keys_values(self, memory_BSD: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
+        if cache is None:
+            return self.cross_attention.keys_values(memory_BSD)
+        if cache.memory is None:
+            # contiguous, or every step would copy them for its matrix products
+            cache.memory = self.cross_attention.keys_values(memory_BSD).contiguous()
+        return cache.memory
 
 
 class AnyAttention(nn.Module):
@@ -164,77 +213,28 @@ class FeedForward(nn.Module):
         return self.out(F.gelu(hidden_BTF))
 
 
-class Block(AnyBlock):
-    """Pre-norm residual block:  x + attention(norm(x)),  then  x + feed_forward(norm(x))."""
-
-    def __init__(self, options: TransformerOptions, causal: bool = True):
-        super().__init__()
-        self.attention_norm = make_norm(options)
-        self.attention = Attention(options, causal)
-        self.feed_forward_norm = make_norm(options)
-        self.feed_forward = FeedForward(options)
-        self.dropout = nn.Dropout(options.dropout)
-
-    def forward(
-        self,
-        x_BTD: torch.Tensor,
-        rotary: torch.Tensor | None = None,
-        cache: KVCache | None = None,
-        mask: torch.Tensor | Runs | None = None,
-    ) -> torch.Tensor:
-        return self.run(x_BTD, rotary, cache, mask)
-
-    def compute(
-        self,
-        x_BTD: torch.Tensor,
-        rotary: torch.Tensor | None,
-        cache: KVCache | None,
-        mask: torch.Tensor | Runs | None,
-    ) -> torch.Tensor:
-        x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), rotary, cache, mask))
-        return x_BTD + self.dropout(self.feed_forward(self.feed_forward_norm(x_BTD)))
+def make_norm(options: TransformerOptions) -> nn.Module:
+    """``layernorm`` (Ba et al. 2016) or ``rmsnorm`` (Zhang and Sennrich 2019, which has no bias)."""
+    if options.norm == "rmsnorm":
+        return nn.RMSNorm(options.width, eps=1e-5)
+    return nn.LayerNorm(options.width, eps=1e-5, bias=options.bias)
 
 
-class CrossBlock(AnyBlock):
-    """Pre-norm block of an encoder-decoder's decoder: causal attention, cross-attention, feed-forward, each added."""
+def rotary_table(positions: int, head_width: int) -> torch.Tensor:
+    """cos and sin of every position's angles: [2, positions, K / 2] fp32.
 
-    def __init__(self, options: TransformerOptions):
-        super().__init__()
-        self.attention_norm = make_norm(options)
-        self.attention = Attention(options)
-        self.cross_attention_norm = make_norm(options)
-        self.cross_attention = CrossAttention(options)
-        self.feed_forward_norm = make_norm(options)
-        self.feed_forward = FeedForward(options)
-        self.dropout = nn.Dropout(options.dropout)
+    Source: Su et al. 2021, "RoFormer", eq. 34, base 10,000.
+    """
+    frequencies = 10_000.0 ** (-torch.arange(0, head_width, 2, dtype=torch.float64) / head_width)
+    angles = torch.arange(positions, dtype=torch.float64)[:, None] * frequencies
+    return torch.stack([angles.cos(), angles.sin()]).float()
 
-    def forward(
-        self,
-        x_BTD: torch.Tensor,
-        rotary: torch.Tensor | None,
-        cache: KVCache | None,
-        memory_BSD: torch.Tensor,
-        memory_mask: torch.Tensor,
-    ) -> torch.Tensor:
-        return self.run(x_BTD, rotary, cache, memory_BSD, memory_mask)
 
-    def compute(
-        self,
-        x_BTD: torch.Tensor,
-        rotary: torch.Tensor | None,
-        cache: KVCache | None,
-        memory_BSD: torch.Tensor,
-        memory_mask: torch.Tensor,
-    ) -> torch.Tensor:
-        x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), rotary, cache))
-        keys_values = self._keys_values(memory_BSD, cache)
-        x_BTD = x_BTD + self.dropout(self.cross_attention(self.cross_attention_norm(x_BTD), keys_values, memory_mask))
-        return x_BTD + self.dropout(self.feed_forward(self.feed_forward_norm(x_BTD)))
+def rotate(x_BHTK: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Turn each pair (x[k], x[k + K/2]) by its position's angle.
 
-    def _keys_values(self, memory_BSD: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
-        if cache is None:
-            return self.cross_attention.keys_values(memory_BSD)
-        if cache.memory is None:
-            # contiguous, or every step would copy them for its matrix products
-            cache.memory = self.cross_attention.keys_values(memory_BSD).contiguous()
-        return cache.memory
+    ``table``: [2, T, K / 2], or [2, B, 1, T, K / 2] where the rows' positions differ.
+    """
+    cos, sin = table.to(x_BHTK.dtype)
+    first, second = x_BHTK.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)

@@ -16,22 +16,6 @@ class SamplingOptions(Options):
     seed: int = option(1, "the same seed gives the same text", ge=0, lt=1 << 63)
 
 
-def next_token_probabilities(logits: torch.Tensor, options: SamplingOptions) -> torch.Tensor:
-    """Distribution to draw from: [V] fp32 -> [V] fp32 that sums to 1. Source of top-p: Holtzman et al. 2020."""
-    if options.temperature < 1e-6:  # dividing by it would leave the range of fp32
-        return torch.nn.functional.one_hot(logits.argmax(), len(logits)).float()
-    logits = logits.float() / options.temperature
-    if 0 < options.top_k < len(logits):
-        logits = logits.masked_fill(logits < logits.topk(options.top_k).values[-1], -torch.inf)
-    probabilities = logits.softmax(-1)
-    if options.top_p < 1:
-        ordered, order = probabilities.sort(descending=True)
-        before = ordered.cumsum(0) - ordered  # what the likelier ones hold; the first is always kept
-        probabilities[order[before >= options.top_p]] = 0
-        probabilities /= probabilities.sum()
-    return probabilities
-
-
 @torch.no_grad()
 def sample(
     model: Decoder, prompt: list[int], options: SamplingOptions, device: torch.device, stop: int | None
@@ -56,3 +40,19 @@ def sample(
         if cache[0].length == context:
             ids = ids[-max(1, context // 2) :]
             cache, fresh = model.new_cache(1), ids
+
+
+def next_token_probabilities(logits: torch.Tensor, options: SamplingOptions) -> torch.Tensor:
+    """Distribution to draw from: [V] fp32 -> [V] fp32 that sums to 1. Source of top-p: Holtzman et al. 2020."""
+    if options.temperature < 1e-6:  # dividing by it would leave the range of fp32
+        return torch.nn.functional.one_hot(logits.argmax(), len(logits)).float()
+    logits = logits.float() / options.temperature
+    if 0 < options.top_k < len(logits):
+        logits = logits.masked_fill(logits < logits.topk(options.top_k).values[-1], -torch.inf)
+    probabilities = logits.softmax(-1)
+    if options.top_p < 1:
+        ordered, order = probabilities.sort(descending=True)
+        before = ordered.cumsum(0) - ordered  # what the likelier ones hold; the first is always kept
+        probabilities[order[before >= options.top_p]] = 0
+        probabilities /= probabilities.sum()
+    return probabilities
