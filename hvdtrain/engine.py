@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from hvdtrain.checkpoint.manifest import Progress
+from hvdtrain.checkpoint.state import run_state
 from hvdtrain.comm.group import Group
 from hvdtrain.comm.mesh import Mesh
 from hvdtrain.cut.cut import Passed, Replica
@@ -25,6 +26,7 @@ from hvdtrain.optim.ema import Ema
 from hvdtrain.optim.guard import Guard
 from hvdtrain.optim.noise_scale import NoiseScale
 from hvdtrain.optim.update import Agreed, Update
+from hvdtrain.slices import Slice
 from hvdtrain.sync.replicas import ReplicaCheck
 from hvdtrain.sync.sync import Sync, Told
 from hvdtrain.tasks.task import Task
@@ -111,6 +113,10 @@ class Engine:
         self.sync.settle(self.update)
         self.check_replicas(step)
         self.update.guard.check_weights(step, [piece.tensor for piece in self.replica.slices])
+
+    def state(self) -> list[Slice]:
+        """This rank's slices of what a checkpoint saves; the tensors themselves (local)."""
+        return run_state(self.replica.slices, self.update.optimizer, self.ema)
 
     def progress(self, step: int, loader: TrainLoader, **settings: Any) -> Progress:
         """Where the run stands after ``step``, for a checkpoint. settings: fields that the run itself knows."""

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from hvdtrain import sizing
-from hvdtrain.checkpoint import writer as checkpoint
 from hvdtrain.checkpoint.manifest import Progress
+from hvdtrain.checkpoint.reader import Checkpoint, load
 from hvdtrain.checkpoint.retention import steps_saved
 from hvdtrain.checkpoint.start import find_start, moved_rate
 from hvdtrain.comm.group import Group
@@ -274,12 +274,12 @@ def open_engine(run: OpenRun) -> Engine:
     use_recompute(model, config.recompute)
     model.to(run.device).train()
     optimizer, ema = make_optimizer(model, config.optim), make_ema(model, config.ema)
-    if (folder := start.checkpoint) is not None:
-        mesh.world.together(lambda: checkpoint.load(folder, model, optimizer, ema))
-        if ema is not None and not checkpoint.has_ema(folder):
-            run.notes.append(f"{folder} has no averaged weights: the average begins there")
     precision = PRECISIONS[config.precision]
     replica = make_replica(model, mesh, precision, config.compile)
+    if (folder := start.checkpoint) is not None:
+        mesh.world.together(lambda: load(folder, replica.slices, optimizer, ema))
+        if ema is not None and not mesh.world.together(lambda: Checkpoint(folder).has_ema):
+            run.notes.append(f"{folder} has no averaged weights: the average begins there")
     sync = make_sync(config.sync, replica.slices, replica.computing, mesh)
     loss_scale = LossScale(run.device) if precision.scaled else None
     update = Update(

@@ -106,8 +106,7 @@ def _walk(
             log.metrics.doing("saving")
             engine.check(step)
             progress = engine.progress(step, loader, identity=run.identity, run_steps=run.last, versions=versions())
-            model, optimizer, ends = engine.replica.model, engine.update.optimizer, is_last or bool(reason)
-            log.say_all(saver.save(model, optimizer, progress, engine.ema, val_loss, last=ends))
+            log.say_all(saver.save(engine.state(), progress, val_loss, last=is_last or bool(reason)))
             run.stopping.keep_free("saving", saver.save_s)
         elif _due(step, run.config.watchdog.check_replicas_every, last=0):
             engine.check_replicas(step)

@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from hvdtrain.checkpoint import writer as checkpoint
-from hvdtrain.checkpoint.writer import Progress
+from hvdtrain.checkpoint.manifest import Progress
+from hvdtrain.checkpoint.reader import Checkpoint, Weights, load
+from hvdtrain.checkpoint.valid import choose_valid
 from hvdtrain.comm.group import Group
 from hvdtrain.comm.world import World
 from hvdtrain.config import RunConfig, make_config
@@ -24,6 +25,7 @@ from hvdtrain.data.corpora import Corpora, folders_of, open_corpora, open_folder
 from hvdtrain.errors import CheckpointError, ConfigError, DataError
 from hvdtrain.files import exists, read_text
 from hvdtrain.machine.device import pick_device
+from hvdtrain.slices import whole_slices
 from hvdtrain.strict_yaml import parse_yaml
 from hvdtrain.tasks import make_task
 from hvdtrain.tasks.task import check_kind
@@ -60,7 +62,7 @@ class TrainedModel:
 
     model: nn.Module
     device: torch.device
-    weights: checkpoint.Weights
+    weights: Weights
 
 
 def read_config(run_dir: Path) -> RunConfig:
@@ -85,7 +87,7 @@ def find_run(run_dir: Path, group: Group, which: str = "newest") -> Run:
     there.
     """
     config = group.together(lambda: read_config(run_dir))
-    found = checkpoint.choose_valid(run_dir, which, group)
+    found = choose_valid(run_dir, which, group)
 
     def look() -> Run:
         if found is None:
@@ -101,9 +103,7 @@ def find_run(run_dir: Path, group: Group, which: str = "newest") -> Run:
     return group.together(look)
 
 
-def open_model(
-    run: Run, corpora: Corpora, world: World, group: Group, weights: checkpoint.Weights | None = None
-) -> TrainedModel:
+def open_model(run: Run, corpora: Corpora, world: World, group: Group, weights: Weights | None = None) -> TrainedModel:
     """The model of that checkpoint (collective).
 
     corpora: whose manifest says how large vocabulary and labels are: the run's or, made alike, those to be read.
@@ -112,13 +112,13 @@ def open_model(
     """
 
     def prepare() -> TrainedModel:
-        has_ema = checkpoint.has_ema(run.checkpoint)
+        has_ema = Checkpoint(run.checkpoint).has_ema
         if weights == "ema" and not has_ema:
             raise ConfigError(f"{run.checkpoint} has no averaged weights (ema.decay was 0); take --weights raw")
-        kind: checkpoint.Weights = weights or ("ema" if has_ema else "raw")
+        kind: Weights = weights or ("ema" if has_ema else "raw")
         device, _ = pick_device(run.config.device, world, group)
         model = make_task(run.config.task).make_model(run.config.model, corpora.manifest).to(device)
-        checkpoint.load(run.checkpoint, model, weights=kind)
+        load(run.checkpoint, whole_slices(model, group), weights=kind)
         return TrainedModel(model.eval(), device, kind)
 
     return group.together(prepare)

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import slices_of, tensors_in
 from launch import HVDTRAIN, TRACE, Done, Prepared, launch, launch_rows, snapshot, succeed, summary
 
 from hvdtrain import cli
-from hvdtrain.checkpoint import writer as checkpoint
-from hvdtrain.checkpoint.writer import CheckpointOptions, folder_of, read_progress, read_tensors
+from hvdtrain.checkpoint.retention import folder_of
+from hvdtrain.checkpoint.valid import read_progress
+from hvdtrain.checkpoint.writer import CheckpointOptions, save
 from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.config import describe_options, recipe_names
 from hvdtrain.watch.metrics import read_log
@@ -131,13 +133,11 @@ def with_ema(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run, as if the average of its weights at step 12 were those of step 6: scores and text of both are known."""
     run_dir = tmp_path_factory.mktemp("with_ema") / "run"
     shutil.copytree(trained, run_dir)
-    older = {
-        f"ema.{name.removeprefix('model.')}": t for name, t in read_tensors(folder_of(run_dir, 6), "model.").items()
-    }
+    older = {f"ema.{name.removeprefix('model.')}": t for name, t in tensors_in(folder_of(run_dir, 6), "model.").items()}
     last = folder_of(run_dir, 12)
-    tensors, progress = {**read_tensors(last, ""), **older, "ema_began": torch.tensor(0)}, read_progress(last)
+    tensors, progress = {**tensors_in(last, ""), **older, "ema_began": torch.tensor(0)}, read_progress(last)
     shutil.rmtree(last)
-    checkpoint.save_tensors(run_dir, tensors, progress, LocalGroup(), CheckpointOptions(keep_last=1))
+    save(run_dir, slices_of(tensors), progress, LocalGroup(), CheckpointOptions(keep_last=1))
     return run_dir
 
 

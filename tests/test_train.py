@@ -11,8 +11,8 @@ import yaml
 from safetensors.torch import load_file
 from tiny import random_tokens, write_data
 
-from hvdtrain.checkpoint import writer as checkpoint
-from hvdtrain.checkpoint.writer import folder_of, newest_valid
+from hvdtrain.checkpoint.retention import folder_of, steps_saved
+from hvdtrain.checkpoint.valid import newest_valid
 from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.comm.world import World
 from hvdtrain.commands.evaluate import evaluate
@@ -84,7 +84,7 @@ def test_what_a_run_leaves_behind(go: Train, tmp_path: Path):
     assert [line["step"] for line in log if line["kind"] == "train"] == [1, 2, 4, 6]
     assert [line["step"] for line in log if line["kind"] == "eval"] == [3, 6]
     assert [line["lr"] for line in log if line["kind"] == "train"] == pytest.approx([0.5e-3, 1e-3, 1e-3, 1e-3])
-    assert checkpoint.steps_saved(run) == [6, 4, 2]
+    assert steps_saved(run) == [6, 4, 2]
     assert newest_valid(run, LocalGroup())[1].rows_consumed == 24
     assert yaml.safe_load((run / "config.yaml").read_text())["train"]["steps"] == 6
     scores = evaluate(run, [], "val", World())
@@ -225,7 +225,7 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint(go: Train, tmp_path:
     often = ("metrics.every=100", "checkpoint.every=1", evaluations, "train.steps=40")
     message = fail(go, "run", f"optim.lr={lr}", "optim.clip_norm=0", *often, exit_code=EXIT_DIVERGED)
     assert "optim.lr" in message
-    for step in checkpoint.steps_saved(tmp_path / "run"):
+    for step in steps_saved(tmp_path / "run"):
         tensors = load_file(folder_of(tmp_path / "run", step) / PART)
         assert all(t.isfinite().all() for name, t in tensors.items() if name.startswith("model.")), step
     for path in (tmp_path / "run").rglob("*.json*"):

@@ -130,3 +130,14 @@ def read_best(run_dir: Path) -> tuple[int, float] | None:
     except (ValueError, KeyError, TypeError, RecursionError):
         pass
     return None
+
+
+def is_better(val_loss: float | None, best: float | None) -> bool:
+    """Is a validation loss lower than the best one so far (None: there is none)? What is no finite number never is."""
+    return val_loss is not None and math.isfinite(val_loss) and (best is None or val_loss < best)
+
+
+def best_of(run_dir: Path) -> float | None:
+    """The validation loss of the checkpoint that is kept as the best one."""
+    best = read_best(run_dir)
+    return None if best is None else best[1]

@@ -14,21 +14,21 @@ whose manifest waits for the boundary: the one before is whole, and stays until 
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from hvdtrain.checkpoint import writer as checkpoint
-from hvdtrain.checkpoint.retention import folder_of, partial_of, remove, remove_left_over
-from hvdtrain.checkpoint.writer import CheckpointOptions, Part, Progress
+from hvdtrain.checkpoint import writer
+from hvdtrain.checkpoint.manifest import PartFile, Progress, key_of
+from hvdtrain.checkpoint.retention import best_of, folder_of, is_better, partial_of, remove, remove_left_over
+from hvdtrain.checkpoint.writer import CheckpointOptions
 from hvdtrain.comm.group import Group, Pending
 from hvdtrain.errors import EXIT_IO, HvdtrainError, RankError, say
-from hvdtrain.optim.ema import Ema
+from hvdtrain.slices import Slice
 
 _FIRST = 500  # steps to the first checkpoint, where `every` says nothing and the next ones come by measurement
 
@@ -56,7 +56,7 @@ class _Save:
     is_last: bool
     began_s: float
     work: Future
-    parts: list[Part] | None = None
+    parts: list[PartFile] | None = None
 
 
 class Saver(AbstractContextManager):
@@ -67,7 +67,7 @@ class Saver(AbstractContextManager):
             ... a step ...
             lines += saver.poll()
             if saver.is_due(step):
-                lines += saver.save(model, optimizer, progress, ema)
+                lines += saver.save(state, progress)
 
     The lines that come back are for the log. ``failures``: saves that failed and that the run survived, for its record.
     ``save_s``: seconds from the beginning of the last save until it was whole (rank 0 knows); ``blocked_s``: how long
@@ -104,7 +104,7 @@ class Saver(AbstractContextManager):
         if self._is_main:
             remove_left_over(run_dir)
         if options.keep_best:
-            self._best = group.all_gather_object(checkpoint.best_of(run_dir) if self._is_main else None)[0]
+            self._best = group.all_gather_object(best_of(run_dir) if self._is_main else None)[0]
 
     def is_due(self, step: int) -> bool:
         """Is a checkpoint due after ``step``? The same on all ranks; called as each step begins (local)."""
@@ -118,18 +118,16 @@ class Saver(AbstractContextManager):
         """With ``keep_best``: is this validation loss worth a checkpoint? As rank 0 finds it."""
         if not self._options.keep_best:
             return False
-        return self._group.all_gather_object(checkpoint.is_better(val_loss, self._best))[0]
+        return self._group.all_gather_object(is_better(val_loss, self._best))[0]
 
     def save(
         self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        state: Sequence[Slice],
         progress: Progress,
-        ema: Ema | None = None,
         val_loss: float | None = None,
         last: bool = False,
     ) -> list[str]:
-        """Save the run as it is now; asynchronous, return as soon as there is a copy of it.
+        """Save ``state``, this rank's slices, as it is now; asynchronous, return as soon as there is a copy of it.
 
         A save that is still under way is waited for. val_loss: of a validation at this very step.
         last: the process ends afterwards: return when the checkpoint is whole, and fail where it is not.
@@ -139,9 +137,9 @@ class Saver(AbstractContextManager):
         lines = self.drain()
         self.blocked_s = 0.0
         if self._pool is None:
-            lines += self._save_now(model, optimizer, progress, ema, val_loss, last)
+            lines += self._save_now(state, progress, val_loss, last)
         else:
-            lines += self._begin(checkpoint.share(model, optimizer, ema, self._group), progress, val_loss, last)
+            lines += self._begin(writer.share(state, self._group), progress, val_loss, last)
         self.blocked_s += time.monotonic() - began_s
         if last:
             lines += self.drain()
@@ -197,64 +195,54 @@ class Saver(AbstractContextManager):
             for line in lines:
                 say(line)
 
-    def _save_now(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        progress: Progress,
-        ema: Ema | None,
-        val_loss: float | None,
-        is_last: bool,
-    ) -> list[str]:
+    def _save_now(self, state: Sequence[Slice], progress: Progress, val_loss: float | None, is_last: bool) -> list[str]:
         began_s = time.monotonic()
         try:
-            checkpoint.save(
-                self._run_dir, model, optimizer, progress, self._group, self._options, ema, val_loss, self._check_owner
-            )
+            writer.save(self._run_dir, state, progress, self._group, self._options, val_loss, self._check_owner)
         except RankError as error:
             return self._failed(error, progress.step, is_last)
         return self._whole(progress.step, val_loss, time.monotonic() - began_s)
 
-    def _begin(
-        self, tensors: dict[str, torch.Tensor], progress: Progress, val_loss: float | None, is_last: bool
-    ) -> list[str]:
-        """Copy, and hand the copy to the thread."""
+    def _begin(self, pieces: Sequence[Slice], progress: Progress, val_loss: float | None, is_last: bool) -> list[str]:
+        """Copy what this rank writes, and hand the copy to the thread."""
         began_s, step = time.monotonic(), progress.step
         run_dir, group = self._run_dir, self._group
-        copied = self._copy(tensors)
+        copies, copied = self._copy(pieces)
         try:
-            group.together(lambda: checkpoint.begin(run_dir, step) if self._is_main else None)
+            group.on_main(lambda: writer.begin(run_dir, step))
         except RankError as error:
             return self._failed(error, step, is_last)
-        buffers, rank, size = self._buffers, group.rank, group.size
+        rank, size = group.rank, group.size
 
-        def write() -> Part:
+        def write() -> PartFile:
             copied()
-            return checkpoint.write_part(run_dir, step, buffers, rank, size)
+            return writer.write_part(run_dir, step, copies, rank, size)
 
         self._save = _Save(progress, val_loss, is_last, began_s, self._pool.submit(write))
         return []
 
     @torch.no_grad()
-    def _copy(self, tensors: dict[str, torch.Tensor]) -> Callable[[], object]:
-        """Fill the buffers, which are those of the save before. Returns what waits until they hold the copy.
+    def _copy(self, pieces: Sequence[Slice]) -> tuple[list[Slice], Callable[[], object]]:
+        """Fill the buffers, which are those of the save before. Returns them, and what waits until they are full.
 
         From a GPU the copies stand in its queue before the next step's kernels: the loop needs not wait for them.
         """
         buffers, device = {}, None
-        for name, tensor in tensors.items():
-            buffer = self._buffers.get(name)
+        for piece in pieces:
+            key, tensor = key_of(piece), piece.tensor
+            buffer = self._buffers.get(key)
             if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
                 buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
             buffer.copy_(tensor, non_blocking=True)
-            buffers[name] = buffer
+            buffers[key] = buffer
             device = tensor.device if tensor.is_cuda else device
         self._buffers = buffers
+        copies = [replace(piece, tensor=buffer) for piece, buffer in zip(pieces, buffers.values(), strict=True)]
         if device is None:
-            return lambda: None
+            return copies, lambda: None
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(device))
-        return event.synchronize
+        return copies, event.synchronize
 
     def _settle(self) -> list[int]:
         """How many ranks' threads had ended at the boundary before, and how many of them failed."""
@@ -287,14 +275,14 @@ class Saver(AbstractContextManager):
         def finish() -> float:
             if is_main:
                 self._check_owner()
-                checkpoint.finish(run_dir, save.progress, save.parts, options, save.val_loss)
+                writer.finish(run_dir, save.progress, save.parts, options, save.val_loss)
             return time.monotonic()
 
         return self._pool.submit(finish)
 
     def _whole(self, step: int, val_loss: float | None, save_s: float) -> list[str]:
         self.save_s = save_s
-        if checkpoint.is_better(val_loss, self._best):
+        if is_better(val_loss, self._best):
             self._best = val_loss
         return [f"step {step}: saved {folder_of(self._run_dir, step)}"]
 

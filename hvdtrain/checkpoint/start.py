@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hvdtrain.checkpoint import writer as checkpoint
-from hvdtrain.checkpoint.writer import Progress
+from hvdtrain.checkpoint.manifest import Progress, check_resumable
+from hvdtrain.checkpoint.retention import steps_saved
+from hvdtrain.checkpoint.valid import newest_valid, set_aside_damaged
 from hvdtrain.comm.group import Group
 from hvdtrain.errors import CheckpointError, ConfigError
 from hvdtrain.files import exists
@@ -29,21 +30,21 @@ def find_start(
     checkpoint is whole.
     """
     if resume == "never":
-        group.together(lambda: _refuse_to_overwrite(run_dir) if group.rank == 0 else None)
+        group.on_main(lambda: _refuse_to_overwrite(run_dir))
         return Progress(), None, []
     # With --resume DIR, what this run has saved by itself since then is newer.
     source = run_dir if resume == "auto" else Path(resume)
-    found = checkpoint.newest_valid(run_dir, group)
+    found = newest_valid(run_dir, group)
     if found is None and source != run_dir:
-        found = checkpoint.newest_valid(source, group)
+        found = newest_valid(source, group)
     if found is None:
         group.together(lambda: _check_nothing_is_lost(source, explicit=source != run_dir))
         return Progress(), None, []
     folder, progress, damaged = found
-    group.together(lambda: checkpoint.check_resumable(folder))
+    group.together(lambda: check_resumable(folder, progress))
     group.together(lambda: _check_identity(folder, progress, identity, defaults or {}))
     own_step = progress.step if folder.parent.parent == run_dir else -1
-    if is_owner and not checkpoint.set_aside_damaged(run_dir, own_step, group):
+    if is_owner and not set_aside_damaged(run_dir, own_step, group):
         return find_start(run_dir, resume, identity, group, is_owner, defaults)
     return progress, folder, [f"damaged checkpoint skipped: {problem}" for problem in damaged]
 
@@ -67,7 +68,7 @@ def moved_rate(progress: Progress, schedule: ScheduleOptions, peak: float, steps
 
 
 def _refuse_to_overwrite(run_dir: Path) -> None:
-    if checkpoint.steps_saved(run_dir) or exists(run_dir / "summary.json"):
+    if steps_saved(run_dir) or exists(run_dir / "summary.json"):
         raise ConfigError(f"{run_dir} already holds a run; use --resume auto to go on with it, or another --run-dir")
 
 
@@ -91,7 +92,7 @@ def _check_identity(folder: Path, progress: Progress, identity: Mapping[str, Any
 
 def _check_nothing_is_lost(source: Path, explicit: bool) -> None:
     """No checkpoint is whole: starting anew is right only where there never was one."""
-    if steps := checkpoint.steps_saved(source):
+    if steps := steps_saved(source):
         raise CheckpointError(
             f"{source} has {len(steps)} checkpoints and none is whole (newest: step {steps[0]}); "
             "restore one, or give another --run-dir to start anew"

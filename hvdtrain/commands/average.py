@@ -10,18 +10,23 @@ It has no optimizer state, so ``train`` refuses to go on from it.
 
 import os
 import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from hvdtrain.checkpoint import writer as checkpoint
-from hvdtrain.checkpoint.writer import CheckpointOptions, Progress, folder_of
+from hvdtrain.checkpoint.manifest import Progress, check_resumable
+from hvdtrain.checkpoint.reader import Checkpoint
+from hvdtrain.checkpoint.retention import folder_of, steps_saved
+from hvdtrain.checkpoint.valid import read_progress
+from hvdtrain.checkpoint.writer import CheckpointOptions, save
 from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.comm.world import World
 from hvdtrain.data.carried import carry_over
 from hvdtrain.errors import CheckpointError, ConfigError, OutputError, plural, say
 from hvdtrain.files import make_folder, move_folder, write
+from hvdtrain.slices import Rect, Slice, whole_slice
 from hvdtrain.trained import read_config
 from hvdtrain.version import versions
 
@@ -30,7 +35,8 @@ def average(run_dir: Path, last: int, out: Path | None, world: World) -> str:
     """Average the ``last`` newest whole checkpoints into ``out``, and return what was done. One process.
 
     Only weights as they were after a step (``raw``) are averaged, never averages. A damaged checkpoint is named on
-    standard error and skipped. Memory: 12 bytes a parameter.
+    standard error and skipped. Memory: the average, and 12 bytes for each number of its
+    largest tensor.
 
     Errors: ConfigError under several ranks, where ``out`` is there already, or where fewer than ``last`` are whole
     (as in fairseq: an average of 5 shall not be one of 2); CheckpointError where there is none or they differ in shape;
@@ -46,43 +52,56 @@ def average(run_dir: Path, last: int, out: Path | None, world: World) -> str:
         raise ConfigError(f"{out} is there already; remove it, or give another --out DIR")
     whole = _newest_whole(run_dir, last, config.checkpoint.keep_last)
     folders = [folder_of(run_dir, progress.step) for progress in whole]
-    for folder in folders:
-        checkpoint.check_resumable(folder)  # a run's own, not made by this command
-    tensors = mean_tensors(folders)
+    for folder, progress in zip(folders, whole, strict=True):
+        check_resumable(folder, progress)  # a run's own, not made by this command
+    mean, group = Average(folders), LocalGroup()
+    state = [whole_slice(name, mean.read(name), group) for name in mean]
     steps = tuple(progress.step for progress in whole)
     progress = replace(whole[0], averaged_from=steps, best_val_loss=None, world_size=1, versions=versions())
-    _write_run(run_dir, out, tensors, progress)
+    _write_run(run_dir, out, state, progress)
     return f"averaged the weights of steps {_list(steps)} into {out}"
 
 
-def mean_tensors(folders: list[Path]) -> dict[str, torch.Tensor]:
-    """``model.NAME`` -> mean over the checkpoints, summed in fp64 and rounded once to the type it was saved in.
+class Average:
+    """The mean of the weights of several checkpoints: ``Tensors`` that are worked out where they are read (local).
 
-    Errors: CheckpointError where one has other tensors than the first.
+    Errors: CheckpointError where one of them has other tensors than the first.
     """
-    sums: dict[str, torch.Tensor] = {}
-    shapes: dict[str, tuple[torch.Size, torch.dtype]] = {}
-    for folder in folders:
-        tensors = checkpoint.read_tensors(folder, "model.")
-        found = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-        shapes = shapes or found
-        if found != shapes:
-            name = min(name for name in {**found, **shapes} if found.get(name) != shapes.get(name))
-            raise CheckpointError(f"{folder} is of another model than {folders[0]}: {name} is not the same in both")
-        for name in list(tensors):
-            tensor = tensors.pop(name).double()
-            sums[name] = sums[name].add_(tensor) if name in sums else tensor
-    return {name: sums.pop(name).div_(len(folders)).to(shapes[name][1]) for name in sorted(sums)}
+
+    def __init__(self, folders: Sequence[Path]):
+        self._checkpoints = [Checkpoint(folder) for folder in folders]
+        found = [{name: one.whole(name) for name in one if name.startswith("model.")} for one in self._checkpoints]
+        self._wholes = found[0]
+        for folder, wholes in zip(folders, found, strict=True):
+            differing = {n for n in {**wholes, **found[0]} if wholes.get(n) != found[0].get(n)}
+            if differing:
+                what = f"{min(differing)} is not the same in both"
+                raise CheckpointError(f"{folder} is of another model than {folders[0]}: {what}")
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of all tensors."""
+        return iter(sorted(self._wholes))
+
+    def whole(self, name: str) -> tuple[torch.Size, torch.dtype]:
+        return self._wholes[name]
+
+    def read(self, name: str, places: Sequence[Rect] | None = None) -> torch.Tensor:
+        """Summed in fp64, and rounded once to the type that it was saved in."""
+        first, *others = self._checkpoints
+        total = first.read(name, places).to(torch.float64, copy=True)
+        for other in others:
+            total += other.read(name, places)
+        return total.div_(len(self._checkpoints)).to(self._wholes[name][1])
 
 
 def _newest_whole(run_dir: Path, last: int, keep_last: int) -> list[Progress]:
     whole: list[Progress] = []
     damaged = 0
-    for step in checkpoint.steps_saved(run_dir):
+    for step in steps_saved(run_dir):
         if len(whole) == last:
             break
         try:
-            whole.append(checkpoint.read_progress(folder_of(run_dir, step)))
+            whole.append(read_progress(folder_of(run_dir, step)))
         except CheckpointError as error:
             damaged += 1
             say(f"note: damaged checkpoint skipped: {error}")
@@ -100,7 +119,7 @@ def _newest_whole(run_dir: Path, last: int, keep_last: int) -> list[Progress]:
     raise ConfigError(f"{run_dir} has {count} (step {steps}), not --last {last}{why}; or give --last {len(whole)}")
 
 
-def _write_run(run_dir: Path, out: Path, tensors: dict[str, torch.Tensor], progress: Progress) -> None:
+def _write_run(run_dir: Path, out: Path, state: Sequence[Slice], progress: Progress) -> None:
     """Everything beside its final name, renamed when it is whole."""
     partial = out.with_name(f".{out.name}.partial")
     try:
@@ -108,7 +127,7 @@ def _write_run(run_dir: Path, out: Path, tensors: dict[str, torch.Tensor], progr
         make_folder(partial)
         write(partial / "config.yaml", lambda temporary: shutil.copyfile(run_dir / "config.yaml", temporary))
         carry_over(run_dir, partial)
-        checkpoint.save_tensors(partial, tensors, progress, LocalGroup(), CheckpointOptions(keep_last=0))
+        save(partial, state, progress, LocalGroup(), CheckpointOptions(keep_last=0))
         move_folder(partial, out)
     except OSError as error:
         raise OutputError(f"cannot write {out}: {error.strerror or error}") from error

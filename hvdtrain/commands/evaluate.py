@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from hvdtrain.checkpoint.writer import Weights
+from hvdtrain.checkpoint.reader import Weights
 from hvdtrain.comm.mesh import whole_replicas
 from hvdtrain.comm.session import open_group
 from hvdtrain.comm.world import World

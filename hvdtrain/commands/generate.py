@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from hvdtrain.checkpoint.writer import Weights
+from hvdtrain.checkpoint.reader import Weights
 from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.comm.world import World
 from hvdtrain.errors import ConfigError, say

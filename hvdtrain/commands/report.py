@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from hvdtrain.checkpoint import writer as checkpoint
+from hvdtrain.checkpoint.retention import folder_of, steps_saved
 from hvdtrain.errors import CheckpointError, OutputError
 from hvdtrain.files import again, make_folder, read_text, seen
 from hvdtrain.optim.noise_scale import advice
@@ -20,10 +20,10 @@ def report(run_dirs: list[Path], out: Path | None) -> str:
     lines = [_table(runs), "", f"loss curve   {picture}"]
     for run in runs:
         lines += _advice(run)
-        saved = checkpoint.steps_saved(run["dir"])
+        saved = steps_saved(run["dir"])
         board = run["dir"] / "tensorboard"
         lines += [f"tensorboard  {board}"] if seen(board) else []
-        lines += [f"checkpoint   {checkpoint.folder_of(run['dir'], saved[0])}"] if saved else []
+        lines += [f"checkpoint   {folder_of(run['dir'], saved[0])}"] if saved else []
     return "\n".join(lines)
 
 

@@ -28,14 +28,17 @@ def measure(folder: Path, threads: int, device: str, sizes: dict, vocabulary: in
     import torch
     from in_halves import InHalves
 
+    from hvdtrain.checkpoint.manifest import Progress
     from hvdtrain.checkpoint.saver import Saver
-    from hvdtrain.checkpoint.writer import CheckpointOptions, Progress
+    from hvdtrain.checkpoint.state import run_state
+    from hvdtrain.checkpoint.writer import CheckpointOptions
     from hvdtrain.comm.session import open_group
     from hvdtrain.comm.world import detect_world
     from hvdtrain.data.batch import Batch
     from hvdtrain.models.decoder import Decoder
     from hvdtrain.models.options import TransformerOptions
     from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
+    from hvdtrain.slices import whole_slices
     from hvdtrain.sync import SyncOptions
     from hvdtrain.tasks.lm import LanguageModel
 
@@ -73,7 +76,7 @@ def measure(folder: Path, threads: int, device: str, sizes: dict, vocabulary: in
                 wait()
                 started = time.perf_counter()
                 if saver is not None:
-                    saver.save(model, optimizer, Progress(step=number))
+                    saver.save(run_state(whole_slices(model, group), optimizer), Progress(step=number))
                 for _ in range(STEPS):
                     step()
                     if saver is not None:

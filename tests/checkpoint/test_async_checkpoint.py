@@ -11,15 +11,19 @@ from pathlib import Path
 import command
 import pytest
 import torch
+from checkpoints import state_of, tensors_in
 from hypothesis import given
 from hypothesis import strategies as st
 from launch import snapshot
 from threads import ThreadGroup, on_ranks
 from tiny import tiny_decoder
 
-from hvdtrain.checkpoint import writer as checkpoint
+from hvdtrain.checkpoint import writer
+from hvdtrain.checkpoint.manifest import Progress
+from hvdtrain.checkpoint.retention import folder_of, steps_saved
 from hvdtrain.checkpoint.saver import Saver, interval_steps
-from hvdtrain.checkpoint.writer import CheckpointOptions, Progress, newest_valid, steps_saved
+from hvdtrain.checkpoint.valid import newest_valid
+from hvdtrain.checkpoint.writer import CheckpointOptions
 from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.errors import EXIT_CRASH, EXIT_IO, DivergedError, RankError
 from hvdtrain.optim.ema import Ema, EmaOptions
@@ -47,26 +51,26 @@ class Run:
 
     def save(self, **more) -> list[str]:
         self.walk()
-        return self.saver.save(self.model, self.optimizer, Progress(step=self.step), self.ema, **more)
+        return self.saver.save(state_of(self.model, self.optimizer, self.ema), Progress(step=self.step), **more)
 
     def poll_until(self, step: int) -> list[str]:
         """Boundary after boundary, until the checkpoint of ``step`` is there."""
         lines = []
         command.until(lambda: bool(lines.extend(self.saver.poll()) or lines), f"checkpoint of step {step}", LIMIT_S)
-        assert lines == [f"step {step}: saved {checkpoint.folder_of(self.run_dir, step)}"]
+        assert lines == [f"step {step}: saved {folder_of(self.run_dir, step)}"]
         return lines
 
 
 @pytest.fixture
 def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Threads write only when it is set."""
-    event, write = threading.Event(), checkpoint.write_part
+    event, write = threading.Event(), writer.write_part
 
     def write_later(*args):
         assert event.wait(LIMIT_S)
         return write(*args)
 
-    monkeypatch.setattr(checkpoint, "write_part", write_later)
+    monkeypatch.setattr(writer, "write_part", write_later)
     yield event
     event.set()
 
@@ -92,7 +96,7 @@ def test_what_is_saved_is_what_was(tmp_path: Path, held: threading.Event):
     """Training goes on, and changes weights, moments and averages, before the first byte is written."""
     run = Run(tmp_path)
     assert run.save() == []
-    now = checkpoint._named_tensors(run.model, run.optimizer, run.ema)
+    now = {piece.name: piece.tensor for piece in state_of(run.model, run.optimizer, run.ema)}
     then = {name: tensor.clone() for name, tensor in now.items()}
     for _ in range(3):
         run.walk()
@@ -100,7 +104,7 @@ def test_what_is_saved_is_what_was(tmp_path: Path, held: threading.Event):
     assert names(tmp_path) == {".step-00000001.partial"}
     held.set()
     run.poll_until(1)
-    found = checkpoint.read_tensors(checkpoint.folder_of(tmp_path, 1), "")
+    found = tensors_in(folder_of(tmp_path, 1))
     assert {name: tensor.tolist() for name, tensor in found.items()} == {n: t.tolist() for n, t in then.items()}
     assert all(not torch.equal(then[name], now[name]) for name in now if name != "ema_began")
     assert run.saver.poll() == run.saver.drain() == []
@@ -112,11 +116,11 @@ def test_the_next_save_waits_for_the_one_before(tmp_path: Path, held: threading.
     buffers = {name: tensor.data_ptr() for name, tensor in run.saver._buffers.items()}
     timer = threading.Timer(0.3, held.set)
     timer.start()
-    assert run.save() == [f"step 1: saved {checkpoint.folder_of(tmp_path, 1)}"]
+    assert run.save() == [f"step 1: saved {folder_of(tmp_path, 1)}"]
     assert held.is_set()
     assert {name: tensor.data_ptr() for name, tensor in run.saver._buffers.items()} == buffers  # no new memory
     assert run.saver.blocked_s > 0.2
-    assert run.save(last=True)[-1] == f"step 3: saved {checkpoint.folder_of(tmp_path, 3)}"
+    assert run.save(last=True)[-1] == f"step 3: saved {folder_of(tmp_path, 3)}"
     assert newest_valid(tmp_path, GROUP)[1].step == 3
     assert run.saver.save_s > 0
 
@@ -128,7 +132,7 @@ def no_space(*_args, **_named) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-PHASES = {"part": (checkpoint, "save_file"), "manifest": (Path, "write_text"), "name": (checkpoint, "_publish")}
+PHASES = {"part": (writer, "save_file"), "manifest": (Path, "write_text"), "name": (writer, "_publish")}
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -152,7 +156,7 @@ def test_a_failure_of_the_thread_ends_the_run_at_a_boundary(
 
 def test_a_mistake_of_ours_on_the_thread_is_a_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     run = Run(tmp_path, CheckpointOptions(asynchronous=True, on_error="continue"))  # which is about the disk
-    monkeypatch.setattr(checkpoint, "save_file", lambda *_: {}["no such key"])
+    monkeypatch.setattr(writer, "save_file", lambda *_: {}["no such key"])
     run.save()
     with pytest.raises(RankError, match="KeyError") as caught:
         run.saver.drain()
@@ -166,18 +170,18 @@ def test_training_goes_on_where_that_is_asked_for(tmp_path: Path, monkeypatch: p
     lines = run.save()
     lines += run.saver.drain()
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", no_space)
+        patch.setattr(writer, "save_file", no_space)
         lines += run.save()
         lines += run.saver.drain()
         with pytest.raises(RankError, match="No space left") as caught:
             run.save(last=True)
     assert caught.value.exit_code == EXIT_IO
     (failure,) = run.saver.failures
-    assert lines == [f"step 1: saved {checkpoint.folder_of(tmp_path, 1)}", f"hvdtrain: note: {failure}"]
-    reason = f"OutputError: cannot save {checkpoint.folder_of(tmp_path, 2)}: No space left on device"
+    assert lines == [f"step 1: saved {folder_of(tmp_path, 1)}", f"hvdtrain: note: {failure}"]
+    reason = f"OutputError: cannot save {folder_of(tmp_path, 2)}: No space left on device"
     assert failure == f"saving at step 2 failed, and training went on: {reason}"
     assert names(tmp_path) == {"step-00000001"}
-    assert run.save(last=True) == [f"step 4: saved {checkpoint.folder_of(tmp_path, 4)}"]  # with room again
+    assert run.save(last=True) == [f"step 4: saved {folder_of(tmp_path, 4)}"]  # with room again
 
 
 def test_a_run_that_diverges_has_its_checkpoint_first(
@@ -189,14 +193,14 @@ def test_a_run_that_diverges_has_its_checkpoint_first(
     with pytest.raises(DivergedError), run.saver:
         raise DivergedError("the loss is nan")
     assert newest_valid(tmp_path, GROUP)[1].step == 1
-    assert capfd.readouterr().err == f"hvdtrain: step 1: saved {checkpoint.folder_of(tmp_path, 1)}\n"
+    assert capfd.readouterr().err == f"hvdtrain: step 1: saved {folder_of(tmp_path, 1)}\n"
 
 
 def test_a_rank_that_fails_alone_does_not_wait_for_the_others(tmp_path: Path, held: threading.Event):
     def work(group: ThreadGroup) -> None:
         saver = Saver(tmp_path, group, ASYNC)
         model = tiny_decoder()
-        saver.save(model, make_optimizer(model, OptimOptions()), Progress(step=1))
+        saver.save(state_of(model), Progress(step=1))
         if group.rank == 0:
             met = group.meetings
             with pytest.raises(ZeroDivisionError), saver:
@@ -208,12 +212,12 @@ def test_a_rank_that_fails_alone_does_not_wait_for_the_others(tmp_path: Path, he
 
 
 KILLED = {
-    "half a part": (checkpoint, "save_file", [None, 1]),
-    "no digest": (checkpoint, "file_sha256", [None, 1]),
+    "half a part": (writer, "save_file", [None, 1]),
+    "no digest": (writer, "file_sha256", [None, 1]),
     "half a manifest": (Path, "write_text", [None, 1]),
-    "no name": (checkpoint, "_publish", [None, 1]),
-    "named": (checkpoint, "drop_old", [None, 2]),
-    "half deleted": (checkpoint, "drop_old", ["half", 2]),
+    "no name": (writer, "_publish", [None, 1]),
+    "named": (writer, "drop_old", [None, 2]),
+    "half deleted": (writer, "drop_old", ["half", 2]),
 }
 
 
@@ -231,7 +235,7 @@ def test_killed_at_any_moment(tmp_path: Path, phase: str, asynchronous: bool):
         if isinstance(args[0], Path) and name == "write_text":
             args[0].write_bytes(b'{"format": 1')
         if how == "half":
-            folder = checkpoint.folder_of(tmp_path, 1)
+            folder = folder_of(tmp_path, 1)
             os.replace(folder, folder.with_name(f".{folder.name}.old"))
         os._exit(9)
 
@@ -301,9 +305,9 @@ def test_due_as_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asynch
 
     options = CheckpointOptions(every=10, mtbf_hours=10_000 / 3600, asynchronous=asynchronous)
     run = Run(tmp_path, options)
-    monkeypatch.setattr(checkpoint, "begin", slow)  # held up by that in both ways
-    monkeypatch.setattr(checkpoint, "write_part", lambda *_: None)
-    monkeypatch.setattr(checkpoint, "finish", lambda *_: None)
+    monkeypatch.setattr(writer, "begin", slow)  # held up by that in both ways
+    monkeypatch.setattr(writer, "write_part", lambda *_: None)
+    monkeypatch.setattr(writer, "finish", lambda *_: None)
     saved, lines = [], []
     for step in range(1, 1000):
         due = run.saver.is_due(step)

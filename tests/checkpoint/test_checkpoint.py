@@ -7,14 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import slices_of, state_of, tensors_in
 from in_halves import InHalves
 from safetensors import safe_open
+from threads import Scripted
 from tiny import CPU, random_tokens, stream_of, tiny_decoder
 from torch import nn
 
-from hvdtrain.checkpoint import writer as checkpoint
-from hvdtrain.checkpoint.manifest import _WHERE_SET
-from hvdtrain.checkpoint.writer import CheckpointOptions, Progress, folder_of, newest_valid, read_progress, steps_saved
+from hvdtrain.checkpoint import writer
+from hvdtrain.checkpoint.manifest import _WHERE_SET, Progress, check_resumable
+from hvdtrain.checkpoint.reader import Checkpoint, load
+from hvdtrain.checkpoint.retention import best_of, folder_of, steps_saved
+from hvdtrain.checkpoint.valid import choose_valid, newest_valid, read_progress
+from hvdtrain.checkpoint.writer import CheckpointOptions
 from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.data.loader import Feed, TrainLoader
 from hvdtrain.data.sampler import WindowSampler
@@ -24,6 +29,7 @@ from hvdtrain.errors import CheckpointError, RankError
 from hvdtrain.files import fields_sha256
 from hvdtrain.optim.ema import Ema, EmaOptions
 from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
+from hvdtrain.slices import whole_slices
 from hvdtrain.sync import SyncOptions
 from hvdtrain.tasks.lm import LanguageModel
 
@@ -51,7 +57,7 @@ class Training:
 
     def save(self, run_dir: Path, options: CheckpointOptions = KEEP_ALL) -> Path:
         progress = Progress(self.step, self.loader.rows_consumed, 32 * self.step, self.loader.fingerprint)
-        return checkpoint.save(run_dir, self.model, self.optimizer, progress, GROUP, options)
+        return writer.save(run_dir, state_of(self.model, self.optimizer), progress, GROUP, options)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         found = dict(self.model.named_parameters())
@@ -76,10 +82,10 @@ def test_what_is_saved_is_loaded_to_the_bit(tmp_path: Path, stream: TokenStream,
     trained = Training(stream, **options).run(3)
     folder = trained.save(tmp_path)
     other = Training(stream, seed=99, **options).run(1)
-    checkpoint.load(folder, other.model, other.optimizer)
+    load(folder, whole_slices(other.model, GROUP), other.optimizer)
     assert_equal(trained.tensors(), other.tensors())
     weights_only = tiny_decoder(seed=98, **options)
-    checkpoint.load(folder, weights_only)
+    load(folder, whole_slices(weights_only, GROUP))
     assert_equal(dict(trained.model.named_parameters()), dict(weights_only.named_parameters()))
 
 
@@ -91,7 +97,7 @@ def test_a_run_cut_in_two_is_the_run_that_was_not(tmp_path: Path, stream: TokenS
     torch.manual_seed(12345)  # another process
     resumed = Training(stream, seed=77)
     progress = read_progress(folder)
-    checkpoint.load(folder, resumed.model, resumed.optimizer)
+    load(folder, whole_slices(resumed.model, GROUP), resumed.optimizer)
     resumed.step, resumed.loader.rows_consumed = progress.step, progress.rows_consumed
     resumed.run(20 - cut)
     assert_equal(unbroken.tensors(), resumed.tensors())
@@ -118,19 +124,19 @@ def test_progress_survives(tmp_path: Path):
         versions={"torch": "2.9"},
     )
     model = tiny_decoder()
-    folder = checkpoint.save(tmp_path, model, make_optimizer(model, OptimOptions()), progress, GROUP, KEEP_ALL)
+    folder = writer.save(tmp_path, state_of(model, make_optimizer(model, OptimOptions())), progress, GROUP, KEEP_ALL)
     assert folder == folder_of(tmp_path, 7) == tmp_path / "checkpoints" / "step-00000007"
     assert read_progress(folder) == progress
     assert newest_valid(tmp_path, GROUP) == (folder, progress, [])
     averaged = replace(progress, averaged_from=(7, 6, 5))
-    checkpoint.save_tensors(tmp_path / "other", {"model.x": torch.ones(1)}, averaged, GROUP, KEEP_ALL)
+    writer.save(tmp_path / "other", slices_of({"model.x": torch.ones(1)}), averaged, GROUP, KEEP_ALL)
     assert read_progress(folder_of(tmp_path / "other", 7)) == averaged
 
 
 def test_a_loss_that_is_no_number_is_no_best(tmp_path: Path):
     for step, loss in enumerate((math.nan, math.inf), start=1):
-        folder = checkpoint.save_tensors(
-            tmp_path, {"model.x": torch.ones(1)}, Progress(step=step, best_val_loss=loss), GROUP, KEEP_ALL
+        folder = writer.save(
+            tmp_path, slices_of({"model.x": torch.ones(1)}), Progress(step=step, best_val_loss=loss), GROUP, KEEP_ALL
         )
         assert read_progress(folder) == Progress(step=step)
 
@@ -146,7 +152,7 @@ def rewrite_manifest(folder: Path, keep: set[str]) -> None:
 def test_what_an_older_manifest_lacks_has_its_default(tmp_path: Path):
     model = tiny_decoder()
     progress = Progress(3, 12, 96, 5, 1.5, {"seed": 1}, 4, {"torch": "2"})
-    folder = checkpoint.save(tmp_path, model, make_optimizer(model, OptimOptions()), progress, GROUP, KEEP_ALL)
+    folder = writer.save(tmp_path, state_of(model, make_optimizer(model, OptimOptions())), progress, GROUP, KEEP_ALL)
     rewrite_manifest(folder, {"step", "rows_consumed", "fingerprint"})
     assert read_progress(folder) == Progress(step=3, rows_consumed=12, fingerprint=5)
 
@@ -163,7 +169,7 @@ def test_names_know_nothing_of_ranks_and_tied_weights_are_once(tmp_path: Path, s
     assert "model.head.weight" not in names
 
 
-def test_names_that_end_alike():
+def test_names_that_end_alike(tmp_path: Path):
     """``weight`` and ``inner.weight``: the state of one is not that of the other."""
 
     class Nested(nn.Module):
@@ -176,9 +182,8 @@ def test_names_that_end_alike():
     optimizer, other = make_optimizer(model, OptimOptions()), make_optimizer(fresh, OptimOptions())
     model.weight.grad, model.inner.weight.grad = torch.ones(2, 2), torch.full((2, 2), 5.0)
     optimizer.step()
-    tensors = checkpoint._named_tensors(model, optimizer)
-    for name, parameter in fresh.named_parameters():
-        checkpoint._load_state(Path(), other, parameter, name, tensors)
+    folder = writer.save(tmp_path, state_of(model, optimizer), Progress(step=1), GROUP, KEEP_ALL)
+    load(folder, whole_slices(fresh, GROUP), other)
     assert torch.equal(other.state[fresh.weight]["exp_avg"], optimizer.state[model.weight]["exp_avg"])
     assert torch.equal(other.state[fresh.inner.weight]["exp_avg"], optimizer.state[model.inner.weight]["exp_avg"])
     assert set(other.state[fresh.weight]) == {"step", "exp_avg", "exp_avg_sq"}
@@ -189,10 +194,10 @@ def test_an_unused_parameter_has_no_state_afterwards_either(tmp_path: Path):
     optimizer = make_optimizer(model, OptimOptions())
     model["used"](torch.ones(1, 2)).sum().backward()
     optimizer.step()
-    folder = checkpoint.save(tmp_path, model, optimizer, Progress(step=1), GROUP, KEEP_ALL)
+    folder = writer.save(tmp_path, state_of(model, optimizer), Progress(step=1), GROUP, KEEP_ALL)
     fresh = nn.ModuleDict({"used": nn.Linear(2, 2), "unused": nn.Linear(2, 2)})
     other = make_optimizer(fresh, OptimOptions())
-    checkpoint.load(folder, fresh, other)
+    load(folder, whole_slices(fresh, GROUP), other)
     assert [bool(other.state[p]) for p in fresh.parameters()] == [True, True, False, False]
 
 
@@ -203,16 +208,13 @@ def test_the_share_of_each_rank():
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    whole = checkpoint._named_tensors(model, optimizer)
+    whole = state_of(model, optimizer)
     for size in (1, 2, 3, 8, 400):
-        shares = []
-        for rank in range(size):
-            group = LocalGroup()
-            group.rank, group.size = rank, size
-            shares.append(checkpoint._share(whole, group))
-        assert sorted(name for share in shares for name in share) == sorted(whole)
-        loads = [sum(tensor.numel() * 4 for tensor in share.values()) for share in shares]
-        assert max(loads) - min(loads) <= max(tensor.numel() * 4 for tensor in whole.values())
+        ranks = [Scripted(rank, size, lambda value, size=size: [value] * size) for rank in range(size)]
+        shares = [writer.share(whole, group) for group in ranks]
+        assert sorted(piece.name for share in shares for piece in share) == sorted(piece.name for piece in whole)
+        loads = [sum(piece.tensor.numel() * 4 for piece in share) for share in shares]
+        assert max(loads) - min(loads) <= max(piece.tensor.numel() * 4 for piece in whole)
         if size <= 3:
             assert max(loads) < 1.001 * min(loads)
 
@@ -220,9 +222,9 @@ def test_the_share_of_each_rank():
 def test_another_model_is_refused(tmp_path: Path, stream: TokenStream):
     folder = Training(stream).save(tmp_path)
     with pytest.raises(CheckpointError, match=r"embedding.weight needs shape \(50, 32\), found shape \(50, 16\)"):
-        checkpoint.load(folder, tiny_decoder(width=32))
+        load(folder, whole_slices(tiny_decoder(width=32), GROUP))
     with pytest.raises(CheckpointError, match=r"blocks.2.attention_norm.weight needs shape .*found no such tensor"):
-        checkpoint.load(folder, tiny_decoder(layers=3))
+        load(folder, whole_slices(tiny_decoder(layers=3), GROUP))
 
 
 def test_only_the_newest_are_kept(tmp_path: Path, stream: TokenStream):
@@ -245,7 +247,7 @@ def test_some_are_kept_for_ever(tmp_path: Path):
 
 def save_step(run_dir: Path, step: int, options: CheckpointOptions, val_loss: float | None = None) -> None:
     tensors = {"model.x": torch.full((1,), float(step))}
-    checkpoint.save_tensors(run_dir, tensors, Progress(step=step), GROUP, options, val_loss)
+    writer.save(run_dir, slices_of(tensors), Progress(step=step), GROUP, options, val_loss)
 
 
 def test_the_best_is_kept_beside_the_newest(tmp_path: Path):
@@ -268,20 +270,20 @@ def test_one_may_be_asked_for(tmp_path: Path):
     for step, val_loss in enumerate((4.0, 3.0, 3.5, 3.6), start=1):
         save_step(tmp_path, step, options, val_loss)
     for which, step in (("newest", 4), ("best", 2), ("3", 3), ("0003", 3)):
-        folder, progress = checkpoint.choose_valid(tmp_path, which, LocalGroup())
+        folder, progress = choose_valid(tmp_path, which, LocalGroup())
         assert (folder, progress.step) == (folder_of(tmp_path, step), step)
     there = "no checkpoint of step 7; there: 2, 3, 4"
     for which, message in (("7", there), ("../3", "give newest, best or"), ("²", "give newest"), ("", "give newest")):
         with pytest.raises(RankError, match=message) as caught:
-            checkpoint.choose_valid(tmp_path, which, LocalGroup())
+            choose_valid(tmp_path, which, LocalGroup())
         assert caught.value.exit_code == 2
     (folder_of(tmp_path, 2) / "manifest.json").write_text("{")
     with pytest.raises(RankError, match="step-00000002"):  # another one would not be what was asked for
-        checkpoint.choose_valid(tmp_path, "best", LocalGroup())
+        choose_valid(tmp_path, "best", LocalGroup())
     (tmp_path / "checkpoints/best.json").unlink()
     with pytest.raises(RankError, match=r"no best checkpoint: checkpoint\.keep_best was off"):
-        checkpoint.choose_valid(tmp_path, "best", LocalGroup())
-    assert checkpoint.choose_valid(tmp_path / "empty", "newest", LocalGroup()) is None
+        choose_valid(tmp_path, "best", LocalGroup())
+    assert choose_valid(tmp_path / "empty", "newest", LocalGroup()) is None
 
 
 NOWHERE = [
@@ -302,9 +304,9 @@ def test_a_pointer_that_leads_nowhere_is_none(tmp_path: Path, text: str):
     options = CheckpointOptions(keep_last=1, keep_best=True)
     save_step(tmp_path, 5, options, 3.0)
     (tmp_path / "checkpoints" / "best.json").write_text(text)
-    assert checkpoint.best_of(tmp_path) is None
+    assert best_of(tmp_path) is None
     save_step(tmp_path, 6, options, 4.0)
-    assert (steps_saved(tmp_path), checkpoint.best_of(tmp_path)) == ([6], 4.0)
+    assert (steps_saved(tmp_path), best_of(tmp_path)) == ([6], 4.0)
 
 
 def test_steps_are_numbers_not_names(tmp_path: Path):
@@ -316,7 +318,7 @@ def test_steps_are_numbers_not_names(tmp_path: Path):
 
 def test_the_manifest_is_plain_json(tmp_path: Path, stream: TokenStream):
     found = json.loads((Training(stream).run(2).save(tmp_path) / "manifest.json").read_text())
-    assert (found["step"], found["rows_consumed"], found["format"]) == (2, 8, 1)
+    assert (found["step"], found["rows_consumed"], found["format"]) == (2, 8, 2)
     assert len(found["fingerprint"]) == 16
 
 
@@ -340,21 +342,17 @@ class Averaging(Training):
 
     def save(self, run_dir: Path, options: CheckpointOptions = KEEP_ALL) -> Path:
         progress = Progress(self.step, self.loader.rows_consumed)
-        return checkpoint.save(run_dir, self.model, self.optimizer, progress, GROUP, options, ema=self.ema)
+        return writer.save(run_dir, state_of(self.model, self.optimizer, self.ema), progress, GROUP, options)
 
     def resume(self, folder: Path) -> "Averaging":
         progress = read_progress(folder)
-        checkpoint.load(folder, self.model, self.optimizer, self.ema)
+        load(folder, whole_slices(self.model, GROUP), self.optimizer, self.ema)
         self.step, self.loader.rows_consumed = progress.step, progress.rows_consumed
         return self
 
     def tensors(self) -> dict[str, torch.Tensor]:
         averages = {f"ema.{name}": t.clone() for name, t in self.ema.named_averages().items()}
         return {**super().tensors(), **averages}
-
-
-def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
-    return checkpoint.read_tensors(folder, "")
 
 
 def test_an_average_is_saved_beside_the_weights_and_only_then(tmp_path: Path, stream: TokenStream):
@@ -400,7 +398,7 @@ def test_a_run_that_takes_up_averaging_begins_with_the_weights_it_loads(tmp_path
 def test_a_run_without_averaging_goes_on_from_one_with(tmp_path: Path, stream: TokenStream):
     folder = Averaging(stream).run(3).save(tmp_path)
     resumed, plain = Training(stream, seed=9), Training(stream).run(3)
-    checkpoint.load(folder, resumed.model, resumed.optimizer)
+    load(folder, whole_slices(resumed.model, GROUP), resumed.optimizer)
     assert_equal(resumed.tensors(), plain.tensors())
     assert not any(name.startswith("ema") for name in tensors_in(resumed.save(tmp_path / "next")))
 
@@ -410,40 +408,40 @@ def test_a_parameter_that_was_frozen_has_its_own_value_as_average(tmp_path: Path
     frozen.position.weight.requires_grad_(False)
     optimizer, ema = make_optimizer(frozen, OptimOptions()), Ema(frozen, EMA)
     nn.init.normal_(frozen.norm.weight)
-    folder = checkpoint.save(tmp_path, frozen, optimizer, Progress(step=1), GROUP, KEEP_ALL, ema)
+    folder = writer.save(tmp_path, state_of(frozen, optimizer, ema), Progress(step=1), GROUP, KEEP_ALL)
     other = Ema(thawed, EMA)
-    checkpoint.load(folder, thawed, ema=other)
+    load(folder, whole_slices(thawed, GROUP), ema=other)
     assert torch.equal(other.named_averages()["position.weight"], frozen.position.weight)
     assert torch.equal(other.named_averages()["norm.weight"], ema.named_averages()["norm.weight"])
-    checkpoint.load(folder, thawed, weights="ema")
+    load(folder, whole_slices(thawed, GROUP), weights="ema")
     assert torch.equal(thawed.position.weight, frozen.position.weight)
     assert torch.equal(thawed.norm.weight, ema.named_averages()["norm.weight"])
-    checkpoint.load(folder, thawed)
+    load(folder, whole_slices(thawed, GROUP))
     assert torch.equal(thawed.norm.weight, frozen.norm.weight)
 
 
 def test_weights_to_look_at(tmp_path: Path, stream: TokenStream):
     with_ema, without = Averaging(stream).run(3), Training(stream).run(3)
     folder, plain = with_ema.save(tmp_path / "ema"), without.save(tmp_path / "plain")
-    assert [checkpoint.has_ema(folder), checkpoint.has_ema(plain)] == [True, False]
+    assert [Checkpoint(folder).has_ema, Checkpoint(plain).has_ema] == [True, False]
     looked = tiny_decoder(9)
-    checkpoint.load(folder, looked, weights="ema")
+    load(folder, whole_slices(looked, GROUP), weights="ema")
     assert_equal(dict(looked.named_parameters()), dict(with_ema.ema.named_averages()))
     with pytest.raises(CheckpointError, match="step-00000003 has no averaged weights"):
-        checkpoint.load(plain, looked, weights="ema")
+        load(plain, whole_slices(looked, GROUP), weights="ema")
 
 
 def test_training_does_not_go_on_from_an_average_of_checkpoints(tmp_path: Path):
     model = tiny_decoder()
     tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
     progress = Progress(step=6, averaged_from=(6, 4))
-    folder = checkpoint.save_tensors(tmp_path, tensors, progress, GROUP, KEEP_ALL)
+    folder = writer.save(tmp_path, slices_of(tensors), progress, GROUP, KEEP_ALL)
     other = tiny_decoder(5)
-    checkpoint.load(folder, other)
+    load(folder, whole_slices(other, GROUP))
     assert_equal(dict(model.named_parameters()), dict(other.named_parameters()))
     for refuse in (
-        checkpoint.check_resumable,
-        lambda f: checkpoint.load(f, other, make_optimizer(other, OptimOptions())),
+        lambda f: check_resumable(f, read_progress(f)),
+        lambda f: load(f, whole_slices(other, GROUP), make_optimizer(other, OptimOptions())),
     ):
         with pytest.raises(
             CheckpointError, match=r"is the average of steps 6, 4, without optimizer state: evaluate and"

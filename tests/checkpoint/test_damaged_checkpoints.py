@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import slices_of, state_of, tensors_in
 from not_here import small_disk
 from safetensors import SafetensorError
 from threads import on_ranks
@@ -19,15 +20,20 @@ from tiny import tiny_decoder
 from torch import nn
 
 from hvdtrain import files
-from hvdtrain.checkpoint import writer as checkpoint
+from hvdtrain.checkpoint import valid, writer
+from hvdtrain.checkpoint.manifest import Progress
+from hvdtrain.checkpoint.reader import load
+from hvdtrain.checkpoint.retention import folder_of, set_aside, steps_saved
 from hvdtrain.checkpoint.start import find_start
-from hvdtrain.checkpoint.writer import CheckpointOptions, Progress, folder_of, newest_valid, read_progress, steps_saved
+from hvdtrain.checkpoint.valid import newest_valid, read_progress
+from hvdtrain.checkpoint.writer import CheckpointOptions
 from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.config import RunConfig
 from hvdtrain.errors import EXIT_IO, CheckpointError, OutputError, RankError
 from hvdtrain.files import fields_sha256
 from hvdtrain.optim.ema import Ema, EmaOptions
 from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
+from hvdtrain.slices import whole_slices
 
 GROUP = LocalGroup()
 PART = "part-00000-of-00001.safetensors"
@@ -37,7 +43,7 @@ IDENTITY = RunConfig().identity()
 def save(run_dir: Path, step: int, keep_last: int = 0) -> nn.Module:
     model = tiny_decoder(seed=step)
     optimizer = make_optimizer(model, OptimOptions())
-    checkpoint.save(run_dir, model, optimizer, Progress(step=step), GROUP, CheckpointOptions(keep_last=keep_last))
+    writer.save(run_dir, state_of(model, optimizer), Progress(step=step), GROUP, CheckpointOptions(keep_last=keep_last))
     return model
 
 
@@ -122,7 +128,7 @@ DAMAGE = {
     "empty manifest": (lambda f: (f / "manifest.json").write_text(""), "manifest.json is damaged"),
     "not text": (lambda f: (f / "manifest.json").write_bytes(b"\xff"), "manifest.json is damaged"),
     "a list": (lambda f: (f / "manifest.json").write_text("[1]"), "manifest.json is damaged"),
-    "newer format": (lambda f: edit(f / "manifest.json", format=2), "manifest.json was written by another version"),
+    "newer format": (lambda f: edit(f / "manifest.json", format=3), "manifest.json was written by another version"),
     "no parts": (lambda f: without(f / "manifest.json", "parts"), "manifest.json is damaged"),
     "strange field": (lambda f: edit(f / "manifest.json", colour="red"), "manifest.json is damaged"),
     "word for step": (lambda f: edit(f / "manifest.json", step="two"), "manifest.json"),
@@ -211,7 +217,7 @@ def test_one_that_was_dropped_while_it_was_read_is_no_damage(run_dir: Path, monk
             save(run_dir, 3, keep_last=1)
         return read_progress(folder, *rank)
 
-    monkeypatch.setattr(checkpoint, "read_progress", read_late)
+    monkeypatch.setattr(valid, "read_progress", read_late)
     folder, _, damaged = newest_valid(run_dir, GROUP)
     assert (folder, damaged) == (folder_of(run_dir, 3), [])
 
@@ -225,7 +231,7 @@ def test_what_could_not_be_read_once_is_not_set_aside(run_dir: Path, monkeypatch
             raise failures.pop()
         return read_progress(folder, *rank)
 
-    monkeypatch.setattr(checkpoint, "read_progress", read_first)
+    monkeypatch.setattr(valid, "read_progress", read_first)
     progress, folder, notes = find_start(run_dir, "auto", IDENTITY, GROUP, defaults=IDENTITY)
     assert not failures
     assert (progress.step, folder, notes) == (2, folder_of(run_dir, 2), [])
@@ -241,7 +247,7 @@ def test_a_file_system_that_does_not_answer_is_no_damage(run_dir: Path, monkeypa
 
     monkeypatch.setattr(files, "sleep", lambda seconds: None)
     place = {
-        "part": "hvdtrain.checkpoint.writer.file_sha256",
+        "part": "hvdtrain.checkpoint.valid.file_sha256",
         "manifest": "pathlib.Path.read_text",
         "folder": "os.listdir",
     }
@@ -340,7 +346,7 @@ def test_what_a_killed_save_left_is_replaced(run_dir: Path):
     model = save(run_dir, 3)
     assert {path.name for path in folder_of(run_dir, 3).iterdir()} == {"manifest.json", PART}
     other = tiny_decoder(seed=50)
-    checkpoint.load(folder_of(run_dir, 3), other)
+    load(folder_of(run_dir, 3), whole_slices(other, GROUP))
     assert torch.equal(model.embedding.weight, other.embedding.weight)
     assert not partial.exists()
 
@@ -428,7 +434,7 @@ def test_a_disk_that_became_read_only(disk: Path):
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
     assert_save_fails(disk, 3, "Read-only file system")
     with pytest.raises(OutputError, match=r"cannot set aside the damaged .*Read-only file system"):
-        checkpoint.set_aside(folder_of(disk, 2))
+        set_aside(folder_of(disk, 2))
 
 
 def test_a_limit_on_the_size_of_files(run_dir: Path):
@@ -447,11 +453,11 @@ def test_a_limit_on_the_size_of_files(run_dir: Path):
 
 def bend(folder: Path, **changes: torch.Tensor | None) -> None:
     """Other tensors in a checkpoint that is whole otherwise; None: without."""
-    tensors = checkpoint.read_tensors(folder, "") | changes
+    tensors = tensors_in(folder) | changes
     progress = read_progress(folder)
     shutil.rmtree(folder)
     kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    checkpoint.save_tensors(folder.parent.parent, kept, progress, GROUP, CheckpointOptions(keep_last=0))
+    writer.save(folder.parent.parent, slices_of(kept), progress, GROUP, CheckpointOptions(keep_last=0))
 
 
 BENT = {
@@ -473,16 +479,21 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path: Path, what: str):
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    folder = checkpoint.save(tmp_path, model, optimizer, Progress(step=1), GROUP, CheckpointOptions(), ema)
+    folder = writer.save(tmp_path, state_of(model, optimizer, ema), Progress(step=1), GROUP, CheckpointOptions())
     bend(folder)
-    checkpoint.load(folder, model, optimizer, ema)
+    load(folder, whole_slices(model, GROUP), optimizer, ema)
     bend(folder, **changes)
     with pytest.raises(CheckpointError, match=message):
-        checkpoint.load(folder, model, optimizer, ema)
+        load(folder, whole_slices(model, GROUP), optimizer, ema)
 
 
 def test_a_tensor_in_two_parts_is_refused(run_dir: Path):
     folder = folder_of(run_dir, 2)
-    shutil.copy(folder / PART, folder / "part-00001-of-00002.safetensors")
+    (part,) = parts_of(folder)
+    names = [f"part-0000{rank}-of-00002.safetensors" for rank in range(2)]
+    for name in names:
+        shutil.copy(folder / PART, folder / name)
+    (folder / PART).unlink()
+    forge(folder, parts=[{**part, "file": name} for name in names])
     with pytest.raises(CheckpointError, match="which another part holds too"):
-        checkpoint.read_tensors(folder, "model.")
+        tensors_in(folder, "model.")

@@ -51,14 +51,14 @@ def test_resumed_on_other_ranks(prepared: Prepared, trained: Path, tmp_path: Pat
 # Dies of SIGKILL in the middle of saving step 9: everything is written but not yet renamed.
 _DIES = """
 import os, signal, sys
-from hvdtrain.checkpoint import writer as checkpoint
+from hvdtrain.checkpoint import writer
 from hvdtrain import __main__
-publish = checkpoint._publish
+publish = writer._publish
 def die(partial, final):
     if final.name == "step-00000009":
         os.kill(os.getpid(), signal.SIGKILL)
     publish(partial, final)
-checkpoint._publish = die
+writer._publish = die
 sys.exit(__main__.main())
 """
 

@@ -8,15 +8,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from checkpoints import slices_of, tensors_in
 from hypothesis import given
 from hypothesis import strategies as st
+from threads import on_ranks
 
-from hvdtrain.checkpoint import writer as checkpoint
-from hvdtrain.checkpoint.writer import CheckpointOptions, Progress, folder_of, newest_valid, read_progress, read_tensors
+from hvdtrain.checkpoint import writer
+from hvdtrain.checkpoint.manifest import Progress
+from hvdtrain.checkpoint.retention import folder_of, steps_saved
+from hvdtrain.checkpoint.valid import newest_valid, read_progress
+from hvdtrain.checkpoint.writer import CheckpointOptions
+from hvdtrain.comm.group import Group
 from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.comm.world import World
 from hvdtrain.commands import average as averaging
-from hvdtrain.commands.average import average, mean_tensors
+from hvdtrain.commands.average import Average, average
 from hvdtrain.config import RunConfig, dump_yaml
 from hvdtrain.errors import EXIT_BAD_DATA, EXIT_IO, EXIT_USAGE, CheckpointError, HvdtrainError
 
@@ -37,9 +43,9 @@ def weights_at(step: int, extra: float = 0.0) -> Tensors:
     }
 
 
-def save(run_dir: Path, step: int, tensors: Tensors | None = None, **progress) -> Path:
+def save(run_dir: Path, step: int, tensors: Tensors | None = None, group: Group = GROUP, **progress) -> Path:
     where = Progress(step=step, tokens=96 * step, best_val_loss=1.0, identity={"seed": 1}, world_size=8, **progress)
-    return checkpoint.save_tensors(run_dir, tensors or weights_at(step), where, GROUP, KEEP_ALL)
+    return writer.save(run_dir, slices_of(tensors or weights_at(step)), where, group, KEEP_ALL)
 
 
 @pytest.fixture
@@ -82,7 +88,7 @@ def test_the_newest_are_averaged(run_dir: Path):
     folder, progress, damaged = newest_valid(made, GROUP)
     assert (progress.step, progress.tokens, progress.averaged_from, damaged) == (10, 960, (10, 8, 6), [])
     assert (progress.best_val_loss, progress.identity) == (None, {"seed": 1})
-    found = read_tensors(folder, "")
+    found = tensors_in(folder, "")
     assert found.keys() == {"model.a", "model.b.bias"}
     truth = np.mean([weights_at(step)["model.a"].double().numpy() for step in (6, 8, 10)], axis=0)
     assert torch.equal(found["model.a"], torch.from_numpy(truth).float())
@@ -91,7 +97,7 @@ def test_the_newest_are_averaged(run_dir: Path):
 
 def test_of_one_it_is_that_one(run_dir: Path, tmp_path: Path):
     average(run_dir, 1, tmp_path / "deep" / "one", ALONE)
-    found = read_tensors(folder_of(tmp_path / "deep" / "one", 10), "")
+    found = tensors_in(folder_of(tmp_path / "deep" / "one", 10), "")
     assert all(torch.equal(found[name], weights_at(10)[name]) for name in ("model.a", "model.b.bias"))
 
 
@@ -101,7 +107,7 @@ def test_the_mean_is_rounded_once(tmp_path_factory: pytest.TempPathFactory, valu
     run_dir = tmp_path_factory.mktemp("mean")
     folders = [save(run_dir, n, {"model.a": torch.tensor([value])}) for n, value in enumerate(values)]
     exact = sum(map(Fraction, values)) / len(values)
-    found = mean_tensors(folders)["model.a"]
+    found = Average(folders).read("model.a")
     assert found.dtype == torch.float32
     largest = max(map(abs, values))
     bound = float(np.spacing(np.float32(abs(float(exact))))) / 2 * (1 + 1e-6) + largest * 1e-14
@@ -112,25 +118,16 @@ def test_other_types_keep_theirs(tmp_path: Path):
     """1 + 1/128 is the next after 1 in bf16, and the mean, 1 + 0.6/128, is nearer to it; a sum in bf16 would give 1."""
     values = (1.0, 1.0, 1 + 1 / 128, 1 + 1 / 128, 1 + 1 / 128)
     folders = [save(tmp_path, n, {"model.a": torch.tensor([v]).bfloat16()}) for n, v in enumerate(values)]
-    found = mean_tensors(folders)["model.a"]
+    found = Average(folders).read("model.a")
     assert (found.dtype, found.item()) == (torch.bfloat16, 1 + 1 / 128)
 
 
 def test_parts_of_any_number_of_ranks(tmp_path: Path):
     """One checkpoint of one rank, one of three: the tensors are found wherever they lie."""
     one = save(tmp_path, 1)
-    three = save(tmp_path, 2)
-    shares = [checkpoint._share(weights_at(2), rank_of_three(rank)) for rank in range(3)]
-    (three / "part-00000-of-00001.safetensors").unlink()
-    for rank, share in enumerate(shares):
-        checkpoint.save_file(share, three / f"part-{rank:05d}-of-00003.safetensors")
-    assert mean_tensors([one, three])["model.b.bias"].tolist() == [1.5, 1.5]
-
-
-def rank_of_three(rank: int) -> LocalGroup:
-    group = LocalGroup()
-    group.rank, group.size = rank, 3
-    return group
+    three = on_ranks(3, lambda group: save(tmp_path, 2, group=group))[0]
+    assert len(list(three.glob("part-*"))) == 3
+    assert Average([one, three]).read("model.b.bias").tolist() == [1.5, 1.5]
 
 
 # --- what is skipped and what is refused -------------------------------------------------------------------------
@@ -146,7 +143,7 @@ def test_damaged_ones_are_named_and_skipped(run_dir: Path, capfd: pytest.Capture
     assert "step-00000006/manifest.json" in notes[1]
     made = folder_of(run_dir / "average-3", 8)
     assert read_progress(made).averaged_from == (8, 4, 2)
-    assert read_tensors(made, "model.b")["model.b.bias"].tolist() == pytest.approx([14 / 3] * 2)
+    assert tensors_in(made, "model.b")["model.b.bias"].tolist() == pytest.approx([14 / 3] * 2)
 
 
 def test_too_few_whole_ones(run_dir: Path):
@@ -233,7 +230,7 @@ def test_what_a_killed_one_left_is_replaced(run_dir: Path, monkeypatch: pytest.M
     stale = run_dir / ".average-2.partial" / "checkpoints" / "step-00000099"
     stale.mkdir(parents=True)
     average(run_dir, 2, None, ALONE)
-    assert checkpoint.steps_saved(run_dir / "average-2") == [10]
+    assert steps_saved(run_dir / "average-2") == [10]
     assert not stale.exists()
 
     def killed(*_args) -> None:
@@ -248,4 +245,4 @@ def test_what_a_killed_one_left_is_replaced(run_dir: Path, monkeypatch: pytest.M
 def test_an_unreadable_part_is_one_message(run_dir: Path):
     (folder_of(run_dir, 10) / "part-00000-of-00001.safetensors").write_bytes(b"x")
     with pytest.raises(CheckpointError, match=r"cannot read .*step-00000010"):
-        mean_tensors([folder_of(run_dir, 10)])
+        Average([folder_of(run_dir, 10)]).read("model.a")

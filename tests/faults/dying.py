@@ -79,7 +79,7 @@ def _dying_in_dropping(turn: int) -> None:
 def main() -> int:
     plan = json.loads(sys.argv.pop(1))
     from hvdtrain import __main__
-    from hvdtrain.checkpoint import writer as checkpoint
+    from hvdtrain.checkpoint import writer
     from hvdtrain.comm.world import detect_world
 
     if detect_world().rank == plan["rank"]:
@@ -88,7 +88,7 @@ def main() -> int:
             _dying_in_dropping(plan["turn"])
         else:
             name = _FUNCTIONS[what]
-            setattr(checkpoint, name, _dying_in(getattr(checkpoint, name), when, plan["turn"]))
+            setattr(writer, name, _dying_in(getattr(writer, name), when, plan["turn"]))
     return __main__.main()
 
 

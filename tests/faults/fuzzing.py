@@ -10,6 +10,7 @@ written. Refused: by an error of our own, in one line.
 import json
 import os
 import random
+import re
 import select
 import shutil
 import signal
@@ -24,13 +25,18 @@ import h5py
 import numpy as np
 import torch
 import yaml
+from checkpoints import state_of
 from safetensors import safe_open
-from threads import in_process
+from threads import on_ranks
 from tiny import CPU, documents, labelled, pairs, random_tokens, rewrite, seal, tiny_decoder, write_corpus
 
 from hvdtrain import sizing
-from hvdtrain.checkpoint import writer as checkpoint
-from hvdtrain.checkpoint.writer import CheckpointOptions, Progress, folder_of
+from hvdtrain.checkpoint import writer
+from hvdtrain.checkpoint.manifest import Progress
+from hvdtrain.checkpoint.reader import load
+from hvdtrain.checkpoint.retention import folder_of
+from hvdtrain.checkpoint.valid import newest_valid
+from hvdtrain.checkpoint.writer import CheckpointOptions
 from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.config import RunConfig, describe_options, dump_yaml, flatten, load_config, make_config, recipe_names
 from hvdtrain.config import recipe_text as text_of
@@ -38,12 +44,14 @@ from hvdtrain.data.corpora import DataOptions, check_corpora, open_corpora
 from hvdtrain.data.loader import Feed, TrainLoader
 from hvdtrain.data.shards import expected_datasets, map_shard
 from hvdtrain.errors import HvdtrainError
-from hvdtrain.files import fields_sha256
+from hvdtrain.files import fields_sha256, file_sha256
 from hvdtrain.optim.ema import Ema, EmaOptions
 from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
+from hvdtrain.slices import Rect, Slice, whole_slices
 from hvdtrain.tasks import TaskOptions, make_task
 
 RIGHT, REFUSED = "right", "refused"
+KEEP_ALL = CheckpointOptions(keep_last=0)
 LIMIT_S = 30  # for one mutant, on a busy machine
 _LONGEST = 20_000  # characters of a message
 HOSTILE: list[Any] = [
@@ -424,8 +432,8 @@ def _parts() -> tuple[torch.nn.Module, torch.optim.Optimizer, Ema]:
 
 
 def write_sound_run(folder: Path) -> None:
-    """A run folder with the checkpoint of step 7 in two parts: parameters, optimizer state, averages, all manifest
-    fields that there are.
+    """A run folder with the checkpoint of step 7 in two parts: parameters, optimizer state, averages, some of them cut
+    in two; all manifest fields that there are.
     """
     model, optimizer, ema = _parts()
     for parameter in model.parameters():
@@ -435,12 +443,23 @@ def write_sound_run(folder: Path) -> None:
     progress = Progress(
         7, 84, 1000, 2**64 - 3, 1.5, {"seed": 1, "a": "b"}, 2, {"torch": "2"}, None, (8.0, 3), (1.0, 2.0), (1.0,) * 7
     )
-    tensors = checkpoint._named_tensors(model, optimizer, ema)
-    checkpoint.begin(folder, 7)
-    parts = []
-    for group in in_process(2):
-        parts.append(checkpoint.write_part(folder, 7, checkpoint._share(tensors, group), group.rank, 2))
-    checkpoint.finish(folder, progress, parts, CheckpointOptions())
+    state = state_of(model, optimizer, ema)
+    on_ranks(
+        2, lambda group: writer.save(folder, [_half(piece, group.rank) for piece in state], progress, group, KEEP_ALL)
+    )
+
+
+def _half(piece: Slice, rank: int) -> Slice:
+    """Of an embedding, the rank's columns; of a bias of more than one number, its half; else all of it."""
+    dim = {"embedding.weight": 1, "out.bias": 0}.get(".".join(piece.name.rsplit(".", 2)[-2:]))
+    if dim is None or piece.tensor.dim() <= dim:
+        return piece
+    half = piece.whole[dim] // 2
+    offset, shape = [0] * len(piece.whole), list(piece.whole)
+    offset[dim], shape[dim] = rank * half, half
+    return replace(
+        piece, tensor=piece.tensor.narrow(dim, rank * half, half), places=(Rect(tuple(offset), tuple(shape)),)
+    )
 
 
 def mutate_checkpoint(chance: random.Random, sound: Path, run_dir: Path) -> bool:
@@ -450,7 +469,16 @@ def mutate_checkpoint(chance: random.Random, sound: Path, run_dir: Path) -> bool
     manifest = folder / "manifest.json"
     part = folder / f"part-{chance.randrange(2):05d}-of-00002.safetensors"
     how = chance.choice(
-        ("bytes", "manifest", "manifest bytes", "sealed manifest", "sealed header", "sealed bytes", "file")
+        (
+            "bytes",
+            "manifest",
+            "manifest bytes",
+            "sealed manifest",
+            "sealed tensors",
+            "sealed header",
+            "sealed bytes",
+            "file",
+        )
     )
     if how == "bytes" or how == "sealed bytes":
         part.write_bytes(mutate_bytes(chance, part.read_bytes()))
@@ -458,6 +486,10 @@ def mutate_checkpoint(chance: random.Random, sound: Path, run_dir: Path) -> bool
         manifest.write_text(json.dumps(mutate_tree(chance, json.loads(manifest.read_text()))))
     elif how == "manifest bytes":
         manifest.write_bytes(mutate_bytes(chance, manifest.read_bytes()))
+    elif how == "sealed tensors":
+        fields = json.loads(manifest.read_text())
+        _change_tensors(chance, [held["tensors"] for held in fields["parts"]])
+        manifest.write_text(json.dumps(fields))
     elif how == "sealed header":
         content = part.read_bytes()
         size = int.from_bytes(content[:8], "little")
@@ -482,6 +514,37 @@ def mutate_checkpoint(chance: random.Random, sound: Path, run_dir: Path) -> bool
     if not how.startswith("sealed"):
         return False
     return _seal(folder)
+
+
+def _change_tensors(chance: random.Random, parts: list[dict[str, str]]) -> None:
+    """What the manifest says of one piece: its place, its type, its shape, which part it is in."""
+    held, other = chance.sample(parts, 2)
+    key = chance.choice(sorted(key for key in held if "[" in key or chance.random() < 0.1) or sorted(held))
+    how = chance.choice(("key", "key", "kind", "move", "copy", "drop", "name"))
+    if how == "key":
+        held[_other_number(chance, key)] = held.pop(key)
+    elif how == "kind":
+        held[key] = _other_number(chance, held[key])
+    elif how == "move":
+        other[key] = held.pop(key)
+    elif how == "copy":
+        other[key] = held[key]
+    elif how == "drop":
+        del held[key]
+    else:
+        held[chance.choice(("../" + key, key + "[0:1]", key.partition("[")[0], "model.x", "", "[]"))] = held.pop(key)
+
+
+def _other_number(chance: random.Random, text: str) -> str:
+    numbers = list(re.finditer("-?[0-9]+", text))
+    if not numbers:
+        return text + "[0:1]"
+    found = chance.choice(numbers)
+    number = int(found[0])
+    new = chance.choice(
+        (number + 1, number - 1, -number, 2 * number, 0, 1, 1 << 31, 1 << 63, 10**30, "", "x", "9" * 5000)
+    )
+    return f"{text[: found.start()]}{new}{text[found.end() :]}"
 
 
 def _other_header(chance: random.Random, header: dict[str, Any]) -> dict[str, Any]:
@@ -513,7 +576,7 @@ def _seal(folder: Path) -> bool:
         for number, part in enumerate(fields["parts"]):
             file = folder / f"part-{number:05d}-of-00002.safetensors"
             if part["file"] == file.name:
-                part |= {"bytes": file.stat().st_size, "sha256": checkpoint.file_sha256(file)}
+                part |= {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
         fields.pop("manifest_sha256", None)
         path.write_text(json.dumps({**fields, "manifest_sha256": fields_sha256(fields)}))
     except (OSError, KeyError, TypeError, AttributeError):
@@ -524,29 +587,34 @@ def _seal(folder: Path) -> bool:
 def judge_checkpoint(sound: Path, run_dir: Path, is_sealed: bool) -> str:
     os.chdir(run_dir)
     try:
-        found = checkpoint.newest_valid(run_dir, LocalGroup())
+        found = newest_valid(run_dir, LocalGroup())
         if found is None:
             return REFUSED
         model, optimizer, ema = _parts()
-        checkpoint.load(found[0], model, optimizer, ema)
+        load(found[0], whole_slices(model, LocalGroup()), optimizer, ema)
     except HvdtrainError as error:
         return _refused(error)
     folder, progress, _ = found
-    fields = json.loads((folder_of(run_dir if is_sealed else sound, 7) / "manifest.json").read_text())
+    source = folder if is_sealed else folder_of(sound, 7)
+    fields = json.loads((source / "manifest.json").read_text())
     told = {**asdict(progress), "fingerprint": f"{progress.fingerprint:016x}"}
     for key, value in fields.items():
         if key not in ("format", "parts", "manifest_sha256") and json.loads(json.dumps(told[key])) != value:
             if key == "fingerprint" and int(value, 16) == progress.fingerprint:
                 continue
             return f"wrong: {key} is {told[key]!r} instead of {value!r}"
-    tensors = checkpoint._named_tensors(model, optimizer, ema)
-    source = folder if is_sealed else folder_of(sound, 7)
-    for path in sorted(source.glob("part-*")):
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                if name in tensors and not _equal(tensors.pop(name), file.get_tensor(name)):
-                    return f"wrong: other numbers in {name}"
-    missing = [name for name in tensors if name.startswith("model.")]
+    tensors = {piece.name: piece.tensor for piece in state_of(model, optimizer, ema)}
+    unseen = {name: torch.ones(tensor.shape, dtype=torch.bool) for name, tensor in tensors.items()}
+    for part in fields["parts"]:
+        with safe_open(source / part["file"], "pt") as file:
+            for key in part["tensors"]:
+                name, _, place = key.partition("[")
+                index = tuple(slice(*map(int, ends.split(":"))) for ends in place.rstrip("]").split(",") if ends)
+                if name in tensors and not _equal(tensors[name][index], file.get_tensor(key)):
+                    return f"wrong: other numbers in {key}"
+                if name in tensors:
+                    unseen[name][index] = False
+    missing = [name for name, places in unseen.items() if name.startswith("model.") and places.any()]
     return f"wrong: {missing} come from nowhere" if missing else RIGHT
 
 

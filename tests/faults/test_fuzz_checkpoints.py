@@ -39,10 +39,10 @@ def test_mutants(sound: Path, tmp_path: Path, seed: int):
 
 def test_the_judge_sees_other_numbers_and_crashes(sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     shutil.copytree(sound, tmp_path, dirs_exist_ok=True)
-    monkeypatch.setattr("hvdtrain.checkpoint.writer._copy", lambda folder, name, tensor, target: None)
+    monkeypatch.setattr("hvdtrain.checkpoint.reader._copy", lambda saved, name, piece, target: None)
     part = folder_of(tmp_path, 7) / "part-00000-of-00002.safetensors"
     assert judged(judge_checkpoint, sound, tmp_path, False).startswith("wrong: other numbers in ")
-    monkeypatch.setattr("hvdtrain.checkpoint.writer._copy", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr("hvdtrain.checkpoint.reader._copy", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     assert judged(judge_checkpoint, sound, tmp_path, False) == "wrong: died of signal 9"
     part.unlink()
     assert judged(judge_checkpoint, sound, tmp_path, False) == REFUSED

@@ -7,14 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import state_of
 from tiny import tiny_decoder
 
-from hvdtrain.checkpoint import writer as checkpoint
+from hvdtrain.checkpoint import writer
+from hvdtrain.checkpoint.manifest import Progress
+from hvdtrain.checkpoint.reader import load
+from hvdtrain.checkpoint.retention import folder_of
 from hvdtrain.checkpoint.saver import Saver
-from hvdtrain.checkpoint.writer import CheckpointOptions, Progress, folder_of
+from hvdtrain.checkpoint.valid import newest_valid
+from hvdtrain.checkpoint.writer import CheckpointOptions
 from hvdtrain.comm.horovod_group import HorovodGroup
 from hvdtrain.errors import EXIT_IO, DivergedError, RankError
 from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
+from hvdtrain.slices import whole_slices
 
 LIMIT_S = 60
 
@@ -31,7 +37,7 @@ class Run:
     def save(self, **more) -> list[str]:
         self.step += 1
         self.optimizer.step()
-        return self.saver.save(self.model, self.optimizer, self.progress(), None, **more)
+        return self.saver.save(state_of(self.model, self.optimizer), self.progress(), **more)
 
     def progress(self) -> Progress:
         return Progress(self.step, world_size=self.group.size)
@@ -51,7 +57,7 @@ class Run:
         raise TimeoutError("the save has not ended")
 
     def assert_whole(self, step: int) -> None:
-        found, progress, damaged = checkpoint.newest_valid(self.run_dir, self.group)
+        found, progress, damaged = newest_valid(self.run_dir, self.group)
         assert (found, progress.step, damaged) == (folder_of(self.run_dir, step), step, [])
         parts = [f"part-{rank:05d}-of-{self.group.size:05d}.safetensors" for rank in range(self.group.size)]
         assert sorted(file.name for file in found.iterdir()) == ["manifest.json", *parts]
@@ -66,13 +72,13 @@ class Run:
 @pytest.fixture
 def slow(group: HorovodGroup, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each rank's thread takes its own time."""
-    write = checkpoint.write_part
+    write = writer.write_part
 
     def write_slowly(*args):
         time.sleep(0.1 * group.rank)
         return write(*args)
 
-    monkeypatch.setattr(checkpoint, "write_part", write_slowly)
+    monkeypatch.setattr(writer, "write_part", write_slowly)
 
 
 def test_all_know_at_the_same_step_that_it_is_whole(group: HorovodGroup, folder: Path, slow: None):
@@ -85,7 +91,7 @@ def test_all_know_at_the_same_step_that_it_is_whole(group: HorovodGroup, folder:
     assert run.left_over() == ["step-00000002"]
     model = tiny_decoder(seed=9)
     optimizer = make_optimizer(model, OptimOptions())
-    checkpoint.load(folder_of(folder, 2), model, optimizer)
+    load(folder_of(folder, 2), whole_slices(model, group), optimizer)
     for saved, loaded in zip(run.model.parameters(), model.parameters(), strict=True):
         assert torch.equal(saved, loaded)
         assert all(torch.equal(run.optimizer.state[saved][k], v) for k, v in optimizer.state[loaded].items())
@@ -114,7 +120,7 @@ def test_a_rank_that_cannot_write_is_an_error_on_all(
     for way in (run.walk, run.saver.drain):
         with monkeypatch.context() as patched:
             if group.rank == last:
-                patched.setattr(checkpoint, "save_file", disk_full)
+                patched.setattr(writer, "save_file", disk_full)
             run.save()
             with pytest.raises(RankError) as caught:
                 way()
@@ -136,7 +142,7 @@ def test_rank_0_cannot_write_the_manifest_and_training_goes_on(
 
     with monkeypatch.context() as patched:
         if group.rank == 0:
-            patched.setattr(checkpoint, "_publish", disk_full)
+            patched.setattr(writer, "_publish", disk_full)
         run.save()
         lines = run.walk()
     group.agree((lines, run.saver.failures, run.boundaries), "what was said")

@@ -5,18 +5,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import bytes_read, slices_of, state_of, tensors_in
 from replicas import global_batch, make_plan, share
 from tiny import tiny_decoder
 from torch import nn
 
-from hvdtrain.checkpoint import writer as checkpoint
-from hvdtrain.checkpoint.writer import CheckpointOptions, Progress
+from hvdtrain.checkpoint import writer
+from hvdtrain.checkpoint.manifest import Progress
+from hvdtrain.checkpoint.reader import Checkpoint, load
+from hvdtrain.checkpoint.valid import newest_valid
+from hvdtrain.checkpoint.writer import CheckpointOptions
 from hvdtrain.comm.group import Group
 from hvdtrain.comm.horovod_group import HorovodGroup
 from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.errors import EXIT_IO, RankError
 from hvdtrain.optim.ema import Ema, EmaOptions
 from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
+from hvdtrain.slices import Rect, Slice, whole_slices
 from hvdtrain.tasks.lm import LanguageModel
 
 OPTIONS = CheckpointOptions(keep_last=2)
@@ -39,7 +44,7 @@ class Trained:
         return Progress(step, 12 * step, 96 * step, (1 << 64) - step, 3.5, {"seed": 1}, self.group.size, {"torch": "2"})
 
     def save(self, run_dir: Path, step: int) -> Path:
-        return checkpoint.save(run_dir, self.model, self.optimizer, self.progress(step), self.group, OPTIONS)
+        return writer.save(run_dir, state_of(self.model, self.optimizer), self.progress(step), self.group, OPTIONS)
 
 
 @pytest.fixture
@@ -50,7 +55,7 @@ def trained(group: HorovodGroup) -> Trained:
 def _load(folder: Path) -> tuple[nn.Module, torch.optim.Optimizer]:
     model = tiny_decoder(seed=99)
     optimizer = make_optimizer(model, OptimOptions())
-    checkpoint.load(folder, model, optimizer)
+    load(folder, whole_slices(model, LocalGroup()), optimizer)
     return model, optimizer
 
 
@@ -73,14 +78,14 @@ def test_what_was_saved_is_loaded(group: HorovodGroup, trained: Trained, folder:
     assert sorted(file.name for file in path.iterdir()) == ["manifest.json", *parts]
     sizes = [(path / part).stat().st_size for part in parts]
     assert max(sizes) < 2 * min(sizes)  # each rank its share
-    found, progress, damaged = checkpoint.newest_valid(folder, group)
+    found, progress, damaged = newest_valid(folder, group)
     assert (found, progress, damaged) == (path, trained.progress(200), [])
     _assert_equal(trained, *_load(found))
 
 
 def test_one_process_reads_the_parts_of_all(group: HorovodGroup, trained: Trained, folder: Path):
     trained.save(folder, step=200)
-    found, progress, _ = checkpoint.newest_valid(folder, LocalGroup())
+    found, progress, _ = newest_valid(folder, LocalGroup())
     assert progress == trained.progress(200)
     _assert_equal(trained, *_load(found))
 
@@ -89,9 +94,46 @@ def test_all_ranks_read_the_part_of_one_process(group: HorovodGroup, folder: Pat
     if group.rank == 0:
         Trained(LocalGroup()).save(folder, step=200)
     group.barrier()
-    found, progress, _ = checkpoint.newest_valid(folder, group)
+    found, progress, _ = newest_valid(folder, group)
     assert progress.world_size == 1
     _assert_equal(Trained(LocalGroup()), *_load(found))
+
+
+def test_each_byte_is_read_once_by_each_rank_that_needs_it(
+    group: HorovodGroup, trained: Trained, folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """All of it by ranks that hold the whole model; a share by ranks that hold one."""
+    path = trained.save(folder, step=200)
+    sizes = {p.name: p.tensor.numel() * p.tensor.element_size() for p in state_of(trained.model, trained.optimizer)}
+    counted = bytes_read(monkeypatch)
+    _load(path)
+    assert sorted(size for size in counted.values()) == sorted(sizes.values())
+    assert {key for _, key, _ in counted} == sizes.keys()
+
+    counted.clear()
+    saved, name = Checkpoint(path), "model.embedding.weight"
+    rows, width = saved.whole(name)[0]
+    first, last = (rows * at // group.size for at in (group.rank, group.rank + 1))
+    mine = saved.read(name, [Rect((first, 0), (last - first, width))])
+    assert torch.equal(mine, trained.model.embedding.weight[first:last])
+    assert sum(counted.values()) == 4 * mine.numel()
+    assert sum(group.all_gather_object(sum(counted.values()))) == sizes[name]
+
+
+def test_a_model_that_ranks_hold_in_pieces(group: HorovodGroup, folder: Path):
+    """Each writes its rows, one of them what all hold; all read everything."""
+    whole = torch.arange(24.0).reshape(8, 3)
+    first, last = (8 * at // group.size for at in (group.rank, group.rank + 1))
+    place = Rect((first, 0), (last - first, 3))
+    state = [
+        Slice("model.cut", whole[first:last], whole.shape, (place,), group),
+        *slices_of({"model.x": torch.ones(2)}),
+    ]
+    path = writer.save(folder, state, Progress(1, world_size=group.size), group, OPTIONS)
+    assert newest_valid(folder, group)[0] == path
+    found = tensors_in(path)
+    assert torch.equal(found["model.cut"], whole)
+    assert torch.equal(found["model.x"], torch.ones(2))
 
 
 def test_a_rank_that_cannot_write_is_an_error_on_all(
@@ -105,7 +147,7 @@ def test_a_rank_that_cannot_write_is_an_error_on_all(
 
     with monkeypatch.context() as patched:
         if group.rank == last:
-            patched.setattr(checkpoint, "save_file", disk_full)
+            patched.setattr(writer, "save_file", disk_full)
         with pytest.raises(RankError) as caught:
             trained.save(folder, step=200)
     reason = "No space left on device" + (f" (on rank {last})" if last else "")
@@ -113,7 +155,7 @@ def test_a_rank_that_cannot_write_is_an_error_on_all(
     assert caught.value.exit_code == EXIT_IO
     group.barrier()  # rank 0 clears up
     assert _left_over(folder) == ["step-00000100"]
-    assert checkpoint.newest_valid(folder, group)[0] == before
+    assert newest_valid(folder, group)[0] == before
     group.barrier()
     assert trained.save(folder, step=200).exists()  # with room again, the same step is saved
 
@@ -128,7 +170,7 @@ def test_a_part_that_one_rank_finds_damaged_is_skipped_by_all(group: HorovodGrou
         part.write_bytes(raw)
     group.barrier()
     damage = [f"{part} does not match its digest"]
-    assert checkpoint.newest_valid(folder, group) == (older, trained.progress(100), damage)
+    assert newest_valid(folder, group) == (older, trained.progress(100), damage)
 
 
 def test_only_the_newest_are_kept(group: HorovodGroup, trained: Trained, folder: Path):
@@ -152,8 +194,12 @@ class Averaging(Trained):
         self.ema.update(1)
 
     def save(self, run_dir: Path, step: int) -> Path:
-        return checkpoint.save(
-            run_dir, self.model, self.optimizer, self.progress(step), self.group, OPTIONS, ema=self.ema
+        return writer.save(
+            run_dir,
+            state_of(self.model, self.optimizer, self.ema),
+            self.progress(step),
+            self.group,
+            OPTIONS,
         )
 
 
@@ -167,10 +213,10 @@ def test_an_average_is_resumed_on_any_ranks(group: HorovodGroup, folder: Path):
             assert len(sizes) == saver.size
             assert max(sizes) < 2 * min(sizes)
         group.barrier()
-        found, _, _ = checkpoint.newest_valid(run_dir, group)
+        found, _, _ = newest_valid(run_dir, group)
         model = tiny_decoder(seed=99)
         optimizer, ema = make_optimizer(model, OptimOptions()), Ema(model, EmaOptions(decay=0.9))
-        checkpoint.load(found, model, optimizer, ema)
+        load(found, whole_slices(model, LocalGroup()), optimizer, ema)
         _assert_equal(saved, model, optimizer)
         for one in (saved.ema, ema):
             one.update(201)

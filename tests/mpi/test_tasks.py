@@ -8,12 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from checkpoints import state_of
 from in_halves import InHalves
 from replicas import distance, gradients, sync_options
 from tiny import CPU, labelled, pairs, random_tokens, write_corpus
 
-from hvdtrain.checkpoint import writer as checkpoint
-from hvdtrain.checkpoint.writer import CheckpointOptions, Progress
+from hvdtrain.checkpoint import reader, writer
+from hvdtrain.checkpoint.manifest import Progress
+from hvdtrain.checkpoint.valid import newest_valid
+from hvdtrain.checkpoint.writer import CheckpointOptions
 from hvdtrain.comm.group import Group
 from hvdtrain.comm.horovod_group import HorovodGroup
 from hvdtrain.comm.local_group import LocalGroup
@@ -22,6 +25,7 @@ from hvdtrain.data.loader import Feed, TrainLoader
 from hvdtrain.models.options import TransformerOptions
 from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
 from hvdtrain.optim.update import Agreed
+from hvdtrain.slices import whole_slices
 from hvdtrain.tasks import TaskOptions, make_task
 
 TASK_OF = {"pairs": "seq2seq", "labels": "classify"}
@@ -94,11 +98,11 @@ class Run:
 
     def save(self, run_dir: Path, step: int) -> None:
         progress = Progress(step, self.loader.rows_consumed, 0, self.digest(), None, {}, self.group.size, {})
-        checkpoint.save(run_dir, self.model, self.optimizer, progress, self.group, CheckpointOptions())
+        writer.save(run_dir, state_of(self.model, self.optimizer), progress, self.group, CheckpointOptions())
 
     def load(self, run_dir: Path) -> "Run":
-        found, progress, _ = checkpoint.newest_valid(run_dir, self.group)
-        checkpoint.load(found, self.model, self.optimizer)
+        found, progress, _ = newest_valid(run_dir, self.group)
+        reader.load(found, whole_slices(self.model, self.group), self.optimizer)
         self.loader.rows_consumed, self._before = progress.rows_consumed, progress.fingerprint
         return self
 

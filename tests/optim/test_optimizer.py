@@ -5,18 +5,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import state_of
 from in_halves import InHalves
 from pydantic import ValidationError
 from tiny import random_tokens, tiny_decoder
 from torch import nn
 
-from hvdtrain.checkpoint import writer as checkpoint
-from hvdtrain.checkpoint.writer import CheckpointOptions, Progress
+from hvdtrain.checkpoint.manifest import Progress
+from hvdtrain.checkpoint.reader import load
+from hvdtrain.checkpoint.writer import CheckpointOptions, save
 from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.data.batch import Batch
 from hvdtrain.optim.lamb import Lamb
 from hvdtrain.optim.lars import Lars, whole_norms
 from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
+from hvdtrain.slices import whole_slices
 from hvdtrain.sync import SyncOptions
 from hvdtrain.tasks.lm import LanguageModel
 
@@ -211,9 +214,9 @@ def test_resume_from_a_checkpoint(name: str, tmp_path: Path):
     unbroken.run(1, 5)
     broken.run(1, 2)
     assert set(broken.optimizer.state[broken.model.embedding.weight]) == STATES[name]
-    folder = checkpoint.save(tmp_path, broken.model, broken.optimizer, Progress(2), LocalGroup(), KEEP_ALL)
+    folder = save(tmp_path, state_of(broken.model, broken.optimizer), Progress(2), LocalGroup(), KEEP_ALL)
     resumed = Training(name, seed=9)
-    checkpoint.load(folder, resumed.model, resumed.optimizer)
+    load(folder, whole_slices(resumed.model, LocalGroup()), resumed.optimizer)
     assert_equal(resumed.tensors(), broken.tensors())
     resumed.run(3, 5)
     assert_equal(resumed.tensors(), unbroken.tensors())

@@ -127,13 +127,13 @@ def test_it_saves_and_the_same_command_goes_on(prepared: Prepared, tmp_path: Pat
 # Saving never ends: the second Ctrl-C comes in the middle of it.
 _HANGS = """
 import ctypes, sys
-from hvdtrain.checkpoint import writer as checkpoint
+from hvdtrain.checkpoint import writer
 from hvdtrain import __main__
 def hang(partial, final):
     (final.parent.parent / "saving").touch()
     while True:
         ctypes.CDLL(None).sleep(600)
-checkpoint._publish = hang
+writer._publish = hang
 sys.exit(__main__.main())
 """
 

@@ -1,0 +1,44 @@
+"""Which tensors of a run are saved, and under which names.
+
+model.NAME             a parameter, whatever the rank holds of it; a tied one once
+optimizer.KEY.NAME     what the optimizer keeps of it: at its places where it has its shape, else whole
+ema.NAME               its average, where weights are averaged
+ema_began              the step that the average began with (int64 scalar)
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from hvdtrain.optim.ema import Ema
+from hvdtrain.slices import Slice, whole_slice
+
+
+def run_state(
+    slices: Sequence[Slice], optimizer: torch.optim.Optimizer | None = None, ema: Ema | None = None
+) -> list[Slice]:
+    """The tensors themselves, not copies (local). slices: this rank's of the model."""
+    state = [replace(piece, name=f"model.{piece.name}", tensor=piece.tensor.detach()) for piece in slices]
+    if optimizer is not None:
+        state += optimizer_state(slices, optimizer)
+    if ema is not None:
+        averages, holders = ema.named_averages(), slices[0].holders
+        state += [replace(p, name=f"ema.{p.name}", tensor=averages[p.name]) for p in slices if p.name in averages]
+        state.append(whole_slice("ema_began", torch.tensor(ema.began), holders))
+    return state
+
+
+def optimizer_state(slices: Sequence[Slice], optimizer: torch.optim.Optimizer) -> list[Slice]:
+    """slices: what the optimizer moves; it keeps nothing yet of a parameter that had no gradient."""
+    return [
+        _state_slice(piece, f"optimizer.{key}.{piece.name}", value)
+        for piece in slices
+        for key, value in optimizer.state.get(piece.tensor, {}).items()
+    ]
+
+
+def _state_slice(piece: Slice, name: str, value: torch.Tensor) -> Slice:
+    if value.shape == piece.tensor.shape:
+        return replace(piece, name=name, tensor=value)
+    return whole_slice(name, value, piece.holders)
