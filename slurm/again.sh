@@ -2,8 +2,8 @@
 # shellcheck disable=SC2154  # nodes, tasks, code and the exit codes are set by job.sh, before by train.sbatch
 # Whether and how a training job starts again, as functions; train.sbatch sources it after job.sh.
 
-# find_run_dir WORDS...: sets run_dir, as `hvdtrain train WORDS...` will have it; resume, if its words must change; and
-# recipe_words, which are those without options.
+# find_run_dir WORDS...: sets run_dir, as `hvdtrain train WORDS...` will have it; recipe_words, the WORDS that are no
+# options; and resume, what --resume must be instead, or nothing.
 find_run_dir() {
     local recipe='' word option='' value
     run_dir='' resume='' recipe_words=()
@@ -69,8 +69,8 @@ field() {
 # log_of_job: where this job's output goes.
 log_of_job() { timeout 30 scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *StdOut=//p'; }
 
-# ended_by_slurm: has Slurm ended the job, so that it shall not start again by itself? Says why. Slurm tells nobody but
-# the job's log whether that was a user's scancel, the time limit or preemption.
+# ended_by_slurm: has Slurm ended the job in a way after which it shall not start again by itself? Says why. Whether
+# that was a user's scancel, the time limit or preemption, Slurm writes only into the job's log.
 ended_by_slurm() {
     local state reason
     state=$(timeout 30 squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T || :)
@@ -86,7 +86,8 @@ ended_by_slurm() {
     say "not started again: the job was cancelled ($state)"
 }
 
-# go_on_or_end WORDS...: ends with the exit code of the run; before, where that is right, it starts the job again.
+# go_on_or_end WORDS...: decides whether the job is started again, and starts it; ends with the exit code of the run.
+# WORDS: what a next job is started with.
 go_on_or_end() {
     local stalled=0 most=${HVDTRAIN_MAX_STALLED:-3} record=$run_dir/stalled
     # bad data, out of memory, diverged, ...: it would only happen again

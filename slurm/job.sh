@@ -8,7 +8,7 @@ fail() { # wrong use; the package's code for it, which may not be known yet (rea
     exit 2
 }
 
-# forget PATTERN...: variables of the environment, as if they had never been set.
+# forget PATTERN...: unset the variables of the environment whose names match.
 forget() {
     local name pattern
     for name in $(compgen -e); do
@@ -23,11 +23,12 @@ of_ranks=(PMI_RANK PMI_SIZE PMI_FD PMI_PORT PMI_ID PMI_JOBID PMI_SPAWNED PMI_CON
     'PMIX_[!M]*' 'PALS_*' 'MPI_LOCAL*' 'OMPI_COMM_WORLD_*' 'OMPI_MCA_orte_*' 'OMPI_MCA_ess*' 'HOROVOD_*RANK'
     'HOROVOD_*SIZE' 'HOROVOD_GLOO_RENDEZVOUS_*')
 
-# forget_outer_job: sbatch hands on what it finds, and may have been typed in another job, or in a step of one. How srun
-# bound that one, and its memory beside this one's, would bind the ranks wrongly or end srun. Before the site's file.
+# forget_outer_job: drop what another job has left. sbatch hands on the variables that it finds, and may have been typed
+# in a job or a step. That one's binding would bind these ranks wrongly; its memory, beside this job's, would end srun.
+# Before the site's file is read.
 forget_outer_job() { forget "${of_ranks[@]}" 'SLURM_STEP_*' SLURM_STEPID 'SLURM_CPU_BIND*' 'SLURM_MEM_BIND*' 'SLURM_MEM_PER_*'; }
 
-# forget_this_job: before sbatch: the next job shall not take this one's variables for its own.
+# forget_this_job: drop this job's variables. To be called before sbatch: the next job must not take them for its own.
 forget_this_job() { forget "${of_ranks[@]}" 'SLURM_*' SRUN_CPUS_PER_TASK HVDTRAIN_{RANKS,END_TIME,RENDEZVOUS,LINK}; }
 
 # enter_environment: the site's modules and variables, then the environment's programs first on the PATH.
@@ -107,7 +108,7 @@ choose_launcher() {
     tasks=${tasks:-${SLURM_NTASKS:-$((nodes * ${SLURM_NTASKS_PER_NODE:-1}))}}
     export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not inherit it
     export SLURM_EXPORT_ENV=ALL                         # nor, after sbatch --export=NONE, anything at all
-    # mpirun gives the ranks 1 s between TERM and KILL, which is short for saving; but it always waits so long, twice
+    # mpirun gives the ranks 1 s between TERM and KILL, too short for saving. It always waits the whole time, and twice.
     export OMPI_MCA_odls_base_sigkill_timeout=${OMPI_MCA_odls_base_sigkill_timeout:-3}
     launcher=
     if ((tasks == 1)); then
