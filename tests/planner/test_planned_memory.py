@@ -188,7 +188,7 @@ def test_loader_buffers_of_windows(tmp_path: Path):
         source = windows.WindowSource(stream, WindowSampler(tokens, 24, 1), Feed(24, 1, batch, 0, 0, 2))
         made = BUFFERS * source.steps_per_block * (batch // 2) * 25 * 2 + source._wide.nbytes
         facts = CorpusFacts(3000, train_tokens=tokens)
-        assert loader_bytes(config, facts, workload(config, facts, 2)) == pytest.approx(made, rel=0.1)
+        assert loader_bytes(config, facts, workload(config, facts, 2)) == pytest.approx(made, rel=0.05)
     unknown = loader_bytes(config, FACTS, workload(config, FACTS, 2))  # blocks of a million tokens
     assert unknown == pytest.approx(3 * 2 * MIB, rel=0.01)
 
