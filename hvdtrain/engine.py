@@ -116,7 +116,7 @@ class Engine:
 
     def state(self) -> list[Slice]:
         """This rank's slices of what a checkpoint saves; the tensors themselves (local)."""
-        return run_state(self.replica.slices, self.update.optimizer, self.ema)
+        return [*run_state(self.replica.slices, self.update.optimizer, self.ema), *self.sync.state()]
 
     def progress(self, step: int, loader: TrainLoader, **settings: Any) -> Progress:
         """Where the run stands after ``step``, for a checkpoint. settings: fields that the run itself knows."""

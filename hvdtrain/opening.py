@@ -273,14 +273,15 @@ def open_engine(run: OpenRun) -> Engine:
     model.initialise(config.seed)
     use_recompute(model, config.recompute)
     model.to(run.device).train()
-    optimizer, ema = make_optimizer(model, config.optim), make_ema(model, config.ema)
     precision = PRECISIONS[config.precision]
     replica = make_replica(model, mesh, precision, config.compile)
+    sync = make_sync(config.sync, replica.slices, replica.computing, mesh)
+    optimizer = make_optimizer((piece.tensor for piece in sync.moves), config.optim)
+    ema = make_ema(model, config.ema)
     if (folder := start.checkpoint) is not None:
         mesh.world.together(lambda: load(folder, replica.slices, optimizer, ema))
         if ema is not None and not mesh.world.together(lambda: Checkpoint(folder).has_ema):
             run.notes.append(f"{folder} has no averaged weights: the average begins there")
-    sync = make_sync(config.sync, replica.slices, replica.computing, mesh)
     loss_scale = LossScale(run.device) if precision.scaled else None
     update = Update(
         optimizer, config.optim.clip_norm, Guard(config.guard, run.device), loss_scale, sum_over_replica(mesh)

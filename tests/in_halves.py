@@ -48,7 +48,7 @@ class InHalves:
         self.model, self.compute, self.group = model, whole.compute, group
         self.loss_scale = LossScale(whole.device) if PRECISIONS[precision].scaled else None
         self.guard = Guard(guard or GuardOptions(), whole.device)
-        update = Update(make_optimizer(model, OptimOptions()), 0.0, self.guard, self.loss_scale)
+        update = Update(make_optimizer(model.parameters(), OptimOptions()), 0.0, self.guard, self.loss_scale)
         self.engine = Engine(whole, make_sync(sync, whole.slices, whole.computing, mesh), update, mesh, seed)
         self.sync = self.engine.sync
 

@@ -23,7 +23,7 @@ from hvdtrain.tasks.lm import LanguageModel
 def train(model: Decoder, steps: Iterator[list[Batch]], count: int, peak: float) -> float:
     """The mean loss of the last ten steps."""
     plan = InHalves(model, LateGroup(), SyncOptions(), "fp32", seed=1)
-    optimizer = make_optimizer(model, OptimOptions(weight_decay=0.01))
+    optimizer = make_optimizer(model.parameters(), OptimOptions(weight_decay=0.01))
     schedule = ScheduleOptions(warmup_steps=count // 10)
     losses = []
     for step in range(count):

@@ -1,9 +1,9 @@
 """The optimizer that a recipe names, with weight decay on matrices only."""
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from hvdtrain.optim.lamb import Lamb, Moments
 from hvdtrain.optim.lars import Lars, Norms, whole_norms
@@ -28,13 +28,15 @@ class OptimOptions(Options):
     clip_norm: float = option(1.0, "largest global gradient norm; 0: no clipping", ge=0)
 
 
-def make_optimizer(model: nn.Module, options: OptimOptions, norms: Norms = whole_norms) -> torch.optim.Optimizer:
-    """The optimizer over ``model``: matrices and embeddings decay and have trust ratios, vectors (biases, norms) not.
+def make_optimizer(
+    parameters: Iterable[torch.Tensor], options: OptimOptions, norms: Norms = whole_norms
+) -> torch.optim.Optimizer:
+    """Matrices and embeddings decay and have trust ratios, vectors (biases, norms) not; what is frozen stays out.
 
     norms: of a model whose tensors are cut over ranks, see Norms in lars.py.
     """
-    matrices = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]
+    trained = [p for p in parameters if p.requires_grad]
+    matrices, vectors = [p for p in trained if p.dim() >= 2], [p for p in trained if p.dim() < 2]
     groups = [
         {"params": matrices, "weight_decay": options.weight_decay, "is_adapted": True},
         {"params": vectors, "weight_decay": 0.0, "is_adapted": False},

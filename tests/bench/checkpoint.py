@@ -47,7 +47,7 @@ def measure(folder: Path, threads: int, device: str, sizes: dict, vocabulary: in
         model = Decoder(TransformerOptions(**sizes), vocabulary)
         model.initialise(1)
         model.to(device)
-        optimizer = make_optimizer(model, OptimOptions(lr=1e-6))
+        optimizer = make_optimizer(model.parameters(), OptimOptions(lr=1e-6))
         plan, task = InHalves(model, group, SyncOptions(), "fp32", seed=1), LanguageModel()
         windows = torch.randint(vocabulary, (ROWS, sizes["context"] + 1))
         batch = Batch(windows[:, :-1], windows[:, 1:].contiguous(), windows[:, 1:].numel()).to(torch.device(device))

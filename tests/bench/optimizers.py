@@ -27,7 +27,7 @@ def make_step(name: str, device: torch.device) -> tuple[Callable[[], None], int]
     model = Decoder(TransformerOptions(**SIZES), VOCABULARY)
     model.initialise(1)
     model.to(device)
-    optimizer = make_optimizer(model, OptimOptions(name=name, lr=1e-6))
+    optimizer = make_optimizer(model.parameters(), OptimOptions(name=name, lr=1e-6))
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter) * 1e-3
 

@@ -39,7 +39,10 @@ class Run:
 
     def __init__(self, run_dir: Path, options: CheckpointOptions = ASYNC):
         self.run_dir, self.model = run_dir, tiny_decoder()
-        self.optimizer, self.ema = make_optimizer(self.model, OptimOptions()), Ema(self.model, EmaOptions(decay=0.9))
+        self.optimizer, self.ema = (
+            make_optimizer(self.model.parameters(), OptimOptions()),
+            Ema(self.model, EmaOptions(decay=0.9)),
+        )
         self.saver, self.step = Saver(run_dir, GROUP, options), 0
 
     def walk(self) -> None:

@@ -42,7 +42,7 @@ class Training:
 
     def __init__(self, stream: TokenStream, seed: int = 0, **options):
         self.model = tiny_decoder(seed, dropout=0.2, **options).train()
-        self.optimizer = make_optimizer(self.model, OptimOptions())
+        self.optimizer = make_optimizer(self.model.parameters(), OptimOptions())
         self.plan = InHalves(self.model, GROUP, SyncOptions(), "fp32", seed=5)
         source = WindowSource(stream, WindowSampler(len(stream), 8, seed=5), Feed(8, 5, 4, microbatch=2))
         self.loader = TrainLoader(source, CPU)
@@ -124,7 +124,9 @@ def test_progress_survives(tmp_path: Path):
         versions={"torch": "2.9"},
     )
     model = tiny_decoder()
-    folder = writer.save(tmp_path, state_of(model, make_optimizer(model, OptimOptions())), progress, GROUP, KEEP_ALL)
+    folder = writer.save(
+        tmp_path, state_of(model, make_optimizer(model.parameters(), OptimOptions())), progress, GROUP, KEEP_ALL
+    )
     assert folder == folder_of(tmp_path, 7) == tmp_path / "checkpoints" / "step-00000007"
     assert read_progress(folder) == progress
     assert newest_valid(tmp_path, GROUP) == (folder, progress, [])
@@ -152,7 +154,9 @@ def rewrite_manifest(folder: Path, keep: set[str]) -> None:
 def test_what_an_older_manifest_lacks_has_its_default(tmp_path: Path):
     model = tiny_decoder()
     progress = Progress(3, 12, 96, 5, 1.5, {"seed": 1}, 4, {"torch": "2"})
-    folder = writer.save(tmp_path, state_of(model, make_optimizer(model, OptimOptions())), progress, GROUP, KEEP_ALL)
+    folder = writer.save(
+        tmp_path, state_of(model, make_optimizer(model.parameters(), OptimOptions())), progress, GROUP, KEEP_ALL
+    )
     rewrite_manifest(folder, {"step", "rows_consumed", "fingerprint"})
     assert read_progress(folder) == Progress(step=3, rows_consumed=12, fingerprint=5)
 
@@ -179,7 +183,10 @@ def test_names_that_end_alike(tmp_path: Path):
             self.inner = nn.Linear(2, 2, bias=False)
 
     model, fresh = Nested(1.0), Nested(2.0)
-    optimizer, other = make_optimizer(model, OptimOptions()), make_optimizer(fresh, OptimOptions())
+    optimizer, other = (
+        make_optimizer(model.parameters(), OptimOptions()),
+        make_optimizer(fresh.parameters(), OptimOptions()),
+    )
     model.weight.grad, model.inner.weight.grad = torch.ones(2, 2), torch.full((2, 2), 5.0)
     optimizer.step()
     folder = writer.save(tmp_path, state_of(model, optimizer), Progress(step=1), GROUP, KEEP_ALL)
@@ -191,12 +198,12 @@ def test_names_that_end_alike(tmp_path: Path):
 
 def test_an_unused_parameter_has_no_state_afterwards_either(tmp_path: Path):
     model = nn.ModuleDict({"used": nn.Linear(2, 2), "unused": nn.Linear(2, 2)})
-    optimizer = make_optimizer(model, OptimOptions())
+    optimizer = make_optimizer(model.parameters(), OptimOptions())
     model["used"](torch.ones(1, 2)).sum().backward()
     optimizer.step()
     folder = writer.save(tmp_path, state_of(model, optimizer), Progress(step=1), GROUP, KEEP_ALL)
     fresh = nn.ModuleDict({"used": nn.Linear(2, 2), "unused": nn.Linear(2, 2)})
-    other = make_optimizer(fresh, OptimOptions())
+    other = make_optimizer(fresh.parameters(), OptimOptions())
     load(folder, whole_slices(fresh, GROUP), other)
     assert [bool(other.state[p]) for p in fresh.parameters()] == [True, True, False, False]
 
@@ -204,7 +211,7 @@ def test_an_unused_parameter_has_no_state_afterwards_either(tmp_path: Path):
 def test_the_share_of_each_rank():
     """Every tensor has one rank; none has much more than another; more ranks than tensors is fine."""
     model = tiny_decoder(layers=4)
-    optimizer = make_optimizer(model, OptimOptions())
+    optimizer = make_optimizer(model.parameters(), OptimOptions())
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
@@ -406,7 +413,7 @@ def test_a_run_without_averaging_goes_on_from_one_with(tmp_path: Path, stream: T
 def test_a_parameter_that_was_frozen_has_its_own_value_as_average(tmp_path: Path):
     frozen, thawed = tiny_decoder(0), tiny_decoder(1)
     frozen.position.weight.requires_grad_(False)
-    optimizer, ema = make_optimizer(frozen, OptimOptions()), Ema(frozen, EMA)
+    optimizer, ema = make_optimizer(frozen.parameters(), OptimOptions()), Ema(frozen, EMA)
     nn.init.normal_(frozen.norm.weight)
     folder = writer.save(tmp_path, state_of(frozen, optimizer, ema), Progress(step=1), GROUP, KEEP_ALL)
     other = Ema(thawed, EMA)
@@ -441,7 +448,7 @@ def test_training_does_not_go_on_from_an_average_of_checkpoints(tmp_path: Path):
     assert_equal(dict(model.named_parameters()), dict(other.named_parameters()))
     for refuse in (
         lambda f: check_resumable(f, read_progress(f)),
-        lambda f: load(f, whole_slices(other, GROUP), make_optimizer(other, OptimOptions())),
+        lambda f: load(f, whole_slices(other, GROUP), make_optimizer(other.parameters(), OptimOptions())),
     ):
         with pytest.raises(
             CheckpointError, match=r"is the average of steps 6, 4, without optimizer state: evaluate and"

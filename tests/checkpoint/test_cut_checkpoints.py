@@ -160,7 +160,7 @@ class Cut(nn.Module):
         whole = torch.arange(24.0).reshape(6, 4)
         self.place = rows(whole, rank, size)
         self.cut, self.shared = nn.Parameter(taken(whole, self.place).clone()), nn.Parameter(torch.ones(3))
-        self.optimizer, self.ema = make_optimizer(self, OptimOptions(lr=0.1)), Ema(self, EMA)
+        self.optimizer, self.ema = make_optimizer(self.parameters(), OptimOptions(lr=0.1)), Ema(self, EMA)
 
     def slices(self) -> list[Slice]:
         cut = Slice("cut", self.cut, torch.Size((6, 4)), (self.place,), ALONE)
@@ -307,7 +307,7 @@ def test_what_is_said_of_a_piece_is_understood(name: str, shape: list[int], dtyp
 def test_states_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The names of a checkpoint are gone through once, however many parameters there are."""
     model = nn.ParameterList([nn.Parameter(torch.ones(1)) for _ in range(50)])
-    optimizer = make_optimizer(model, OptimOptions())
+    optimizer = make_optimizer(model.parameters(), OptimOptions())
     for parameter in model:
         parameter.grad = torch.ones(1)
     optimizer.step()

@@ -42,7 +42,7 @@ IDENTITY = RunConfig().identity()
 
 def save(run_dir: Path, step: int, keep_last: int = 0) -> nn.Module:
     model = tiny_decoder(seed=step)
-    optimizer = make_optimizer(model, OptimOptions())
+    optimizer = make_optimizer(model.parameters(), OptimOptions())
     writer.save(run_dir, state_of(model, optimizer), Progress(step=step), GROUP, CheckpointOptions(keep_last=keep_last))
     return model
 
@@ -475,7 +475,7 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path: Path, what: str):
     """Before torch meets them in the middle of a step."""
     changes, message = BENT[what]
     model = tiny_decoder()
-    optimizer, ema = make_optimizer(model, OptimOptions()), Ema(model, EmaOptions(decay=0.9))
+    optimizer, ema = make_optimizer(model.parameters(), OptimOptions()), Ema(model, EmaOptions(decay=0.9))
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()

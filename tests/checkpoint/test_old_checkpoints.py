@@ -83,7 +83,7 @@ def test_it_is_evaluated():
 
 def test_training_goes_on_from_it():
     model = decoder()
-    optimizer, ema = make_optimizer(model, OptimOptions(lr=0.01)), Ema(model, EmaOptions(decay=0.9))
+    optimizer, ema = make_optimizer(model.parameters(), OptimOptions(lr=0.01)), Ema(model, EmaOptions(decay=0.9))
     load(OLD, whole_slices(model, GROUP), optimizer, ema)
     assert digest({piece.name: piece.tensor for piece in state_of(model, optimizer, ema)}) == DIGEST
     loss = LanguageModel().loss(model, batch(4))

@@ -45,7 +45,7 @@ def test_near_fp32(precision: str, bucket_mib: float):
         sums = plan.finish(0.0)
         results[name] = sums.loss.item(), sums.grad_norm.item(), flat_gradient(plan)
         before = copy.deepcopy(plan.model)
-        plan.step(make_optimizer(plan.model, OptimOptions()), 1e-3)
+        plan.step(make_optimizer(plan.model.parameters(), OptimOptions()), 1e-3)
         assert all(p.dtype == p.grad.dtype == torch.float32 for p in plan.model.parameters())
         assert not torch.equal(before.embedding.weight, plan.model.embedding.weight)
     (loss, norm, gradient), (fp32_loss, fp32_norm, fp32_gradient) = results[precision], results["fp32"]
@@ -67,7 +67,7 @@ def test_low_precision_is_really_used():
 def test_the_copy_follows_the_weights():
     plan = make_plan("bf16-weights")
     assert all(p.dtype == torch.bfloat16 for p in plan.compute.parameters())
-    optimizer = make_optimizer(plan.model, OptimOptions())
+    optimizer = make_optimizer(plan.model.parameters(), OptimOptions())
     for step in (1, 2, 3):
         plan.forward_backward(batches_of(2), LanguageModel(), step)
         plan.finish(1.0)
@@ -84,7 +84,7 @@ def test_steps_too_small_for_bf16_add_up():
         for parameter in plan.model.parameters():
             parameter.fill_(0.5)
     plan.publish()
-    optimizer = make_optimizer(plan.model, OptimOptions(weight_decay=0.0))
+    optimizer = make_optimizer(plan.model.parameters(), OptimOptions(weight_decay=0.0))
     start = plan.compute.head.weight.detach().clone()
     for step in range(400):
         plan.forward_backward(batches_of(1), LanguageModel(), step)
@@ -108,7 +108,7 @@ def test_bf16_gradients_of_microbatches_are_added_in_fp32():
 
 def test_an_overflow_skips_the_step_and_halves_the_scale():
     plan = make_plan("fp16")
-    optimizer = make_optimizer(plan.model, OptimOptions())
+    optimizer = make_optimizer(plan.model.parameters(), OptimOptions())
     plan.forward_backward(batches_of(2), LanguageModel(), 1)
     plan.finish(1.0)
     plan.step(optimizer, 1e-3)

@@ -427,7 +427,7 @@ def _use(options: DataOptions) -> None:
 
 def _parts() -> tuple[torch.nn.Module, torch.optim.Optimizer, Ema]:
     model = tiny_decoder(seed=1)
-    optimizer = make_optimizer(model, OptimOptions())
+    optimizer = make_optimizer(model.parameters(), OptimOptions())
     return model, optimizer, Ema(model, EmaOptions(decay=0.9))
 
 

@@ -75,7 +75,7 @@ class Trained:
         self.began = [p.detach().cpu().clone() for p in self.model.parameters()]
         kind = "fp32" if precision == "tf32" else precision
         plan = InHalves(self.model, LocalGroup(), SyncOptions(), kind, 1, compile, guard)
-        optimizer = make_optimizer(self.model, optim or OptimOptions())
+        optimizer = make_optimizer(self.model.parameters(), optim or OptimOptions())
         self.ema = make_ema(self.model, EmaOptions(decay=ema))
         task = LanguageModel(task) if task else LanguageModel()
         for step in range(1, steps + 1):
@@ -201,7 +201,7 @@ def test_fp16_that_overflows_skips_the_step(device: torch.device):
     model.initialise(0)
     model.to(device).train()
     plan = InHalves(model, LocalGroup(), SyncOptions(), "fp16", 1)
-    optimizer = make_optimizer(model, OptimOptions())
+    optimizer = make_optimizer(model.parameters(), OptimOptions())
     ids = torch.randint(VOCAB, (2, 17))
     batch = Batch(ids[:, :-1], ids[:, 1:], 32).to(device)
     before = [p.detach().clone() for p in model.parameters()]

@@ -37,7 +37,7 @@ TASK = LanguageModel()
 @pytest.mark.parametrize("passes", [1, 2, 3])
 def test_gradients_equal_one_process(group: HorovodGroup, passes: int, bucket_mib: float):
     model, plan = make_plan(group, bucket_mib)
-    optimizer = make_optimizer(model, OptimOptions(lr=0.01))
+    optimizer = make_optimizer(model.parameters(), OptimOptions(lr=0.01))
     for step in range(1, 3):  # the second finds what the first left in the buckets
         batch = global_batch(seed=step)
         loss, expected = one_process(model, batch)
@@ -139,7 +139,7 @@ def test_replicas_are_bit_equal_after_50_steps(group: HorovodGroup, bucket_mib: 
     before = tiny_decoder(seed=0, dropout=0.1)
     plan = InHalves(model, group, sync_options(bucket_mib), "fp32", seed=1)
     assert _digest(model) == _digest(before)
-    optimizer = make_optimizer(model, OptimOptions(lr=0.01))
+    optimizer = make_optimizer(model.parameters(), OptimOptions(lr=0.01))
     for step in range(1, 51):
         plan.forward_backward(share(global_batch(step), group, passes=1), TASK, step)
         plan.finish(max_norm=1.0)

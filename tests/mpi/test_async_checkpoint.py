@@ -29,7 +29,7 @@ class Run:
     def __init__(self, group: HorovodGroup, run_dir: Path, **options):
         self.group, self.run_dir, self.step, self.boundaries = group, run_dir, 0, 0
         self.model = tiny_decoder()
-        self.optimizer = make_optimizer(self.model, OptimOptions())
+        self.optimizer = make_optimizer(self.model.parameters(), OptimOptions())
         for parameter in self.model.parameters():
             parameter.grad = torch.ones_like(parameter)
         self.saver = Saver(run_dir, group, CheckpointOptions(asynchronous=True, **options))
@@ -90,7 +90,7 @@ def test_all_know_at_the_same_step_that_it_is_whole(group: HorovodGroup, folder:
         run.assert_whole(step)
     assert run.left_over() == ["step-00000002"]
     model = tiny_decoder(seed=9)
-    optimizer = make_optimizer(model, OptimOptions())
+    optimizer = make_optimizer(model.parameters(), OptimOptions())
     load(folder_of(folder, 2), whole_slices(model, group), optimizer)
     for saved, loaded in zip(run.model.parameters(), model.parameters(), strict=True):
         assert torch.equal(saved, loaded)

@@ -33,7 +33,7 @@ class Trained:
     def __init__(self, group: Group):
         self.group = group
         self.model, plan = make_plan(group)
-        self.optimizer = make_optimizer(self.model, OptimOptions())
+        self.optimizer = make_optimizer(self.model.parameters(), OptimOptions())
         for step in (1, 2):
             plan.forward_backward(share(global_batch(step), group, passes=1), LanguageModel(), step)
             plan.finish(max_norm=1.0)
@@ -54,7 +54,7 @@ def trained(group: HorovodGroup) -> Trained:
 
 def _load(folder: Path) -> tuple[nn.Module, torch.optim.Optimizer]:
     model = tiny_decoder(seed=99)
-    optimizer = make_optimizer(model, OptimOptions())
+    optimizer = make_optimizer(model.parameters(), OptimOptions())
     load(folder, whole_slices(model, LocalGroup()), optimizer)
     return model, optimizer
 
@@ -215,7 +215,7 @@ def test_an_average_is_resumed_on_any_ranks(group: HorovodGroup, folder: Path):
         group.barrier()
         found, _, _ = newest_valid(run_dir, group)
         model = tiny_decoder(seed=99)
-        optimizer, ema = make_optimizer(model, OptimOptions()), Ema(model, EmaOptions(decay=0.9))
+        optimizer, ema = make_optimizer(model.parameters(), OptimOptions()), Ema(model, EmaOptions(decay=0.9))
         load(found, whole_slices(model, LocalGroup()), optimizer, ema)
         _assert_equal(saved, model, optimizer)
         for one in (saved.ema, ema):

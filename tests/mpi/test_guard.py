@@ -33,7 +33,7 @@ def test_all_ranks_leave_out_the_same_step(group: HorovodGroup, precision: str):
     model = tiny_decoder(seed=0).train()
     guard = GuardOptions(policy="skip", backoff=0.5)
     plan = InHalves(model, group, sync_options(), precision, seed=1, guard=guard)
-    optimizer, task = make_optimizer(model, OptimOptions(lr=0.01)), _Poisoned(group)
+    optimizer, task = make_optimizer(model.parameters(), OptimOptions(lr=0.01)), _Poisoned(group)
     weights = []
     for task.step in range(1, 5):
         plan.forward_backward(share(global_batch(task.step), group, passes=2), task, task.step)

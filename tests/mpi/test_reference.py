@@ -33,7 +33,7 @@ def _reference(rank: int, clip_norm: float) -> list[torch.Tensor]:
 
     model, task = tiny_decoder(), LanguageModel()
     optimizer = hvd.DistributedOptimizer(
-        make_optimizer(model, OPTIM), named_parameters=model.named_parameters(), op=hvd.Average
+        make_optimizer(model.parameters(), OPTIM), named_parameters=model.named_parameters(), op=hvd.Average
     )
     for group in optimizer.param_groups:
         group["lr"] = LR
@@ -54,7 +54,7 @@ def _reference(rank: int, clip_norm: float) -> list[torch.Tensor]:
 def test_parameters_after_three_steps(group: HorovodGroup, clip_norm: float, bucket_mib: float):
     model, plan = make_plan(group, bucket_mib)
     start = [p.detach().clone() for p in model.parameters()]
-    optimizer = make_optimizer(model, OPTIM)
+    optimizer = make_optimizer(model.parameters(), OPTIM)
     for step in range(1, STEPS + 1):
         plan.forward_backward([_batch(group.rank, step)], LanguageModel(), step)
         sums = plan.finish(clip_norm)

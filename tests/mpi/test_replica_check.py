@@ -17,7 +17,11 @@ from hvdtrain.tasks.lm import LanguageModel
 def test_one_bit_on_one_rank(group: HorovodGroup, precision: str):
     model = tiny_decoder(seed=group.rank).train()  # the plan makes them equal
     plan = InHalves(model, group, sync_options(), precision, seed=1)
-    optimizer, check, last = make_optimizer(model, OptimOptions(lr=0.01)), ReplicaCheck(group), group.size - 1
+    optimizer, check, last = (
+        make_optimizer(model.parameters(), OptimOptions(lr=0.01)),
+        ReplicaCheck(group),
+        group.size - 1,
+    )
     for step in (1, 2):
         plan.forward_backward(share(global_batch(step), group, passes=2), LanguageModel(), step)
         plan.finish(max_norm=1.0)

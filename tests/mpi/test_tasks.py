@@ -70,7 +70,7 @@ class Run:
         with torch.no_grad():  # of the size that training gives: at the start attention is nearly even, and hides much
             for parameter in self.model.parameters():
                 parameter.mul_(5 if parameter.dim() > 1 else 1)
-        self.optimizer = make_optimizer(self.model, OPTIM)
+        self.optimizer = make_optimizer(self.model.parameters(), OPTIM)
         self.plan = InHalves(self.model, group, sync_options(), "fp32", seed=1)
         self.loader = TrainLoader(self.task.open_training(self.corpora, self.feed).source, CPU)
         self.rowless, self._before = 0, 0

@@ -37,7 +37,7 @@ def test_the_names():
 @pytest.mark.parametrize("tied", [True, False])
 def test_only_matrices_decay_and_have_trust_ratios(name: str, tied: bool):
     model = tiny_decoder(tied=tied)
-    groups = make_optimizer(model, OptimOptions(name=name, weight_decay=0.3)).param_groups
+    groups = make_optimizer(model.parameters(), OptimOptions(name=name, weight_decay=0.3)).param_groups
     found = {id(p): (g["weight_decay"], g["is_adapted"]) for g in groups for p in g["params"]}
     assert len(found) == len(list(model.parameters())) == sum(len(g["params"]) for g in groups)
     for name_, parameter in model.named_parameters():
@@ -46,7 +46,7 @@ def test_only_matrices_decay_and_have_trust_ratios(name: str, tied: bool):
 
 
 def test_a_decay_of_0_leaves_the_trust_ratios():
-    groups = make_optimizer(tiny_decoder(), OptimOptions(name="lamb", weight_decay=0.0)).param_groups
+    groups = make_optimizer(tiny_decoder().parameters(), OptimOptions(name="lamb", weight_decay=0.0)).param_groups
     assert [group["is_adapted"] for group in groups] == [True, False]
 
 
@@ -54,7 +54,7 @@ def test_a_decay_of_0_leaves_the_trust_ratios():
 @pytest.mark.parametrize("tied", [True, False])
 def test_only_matrices_decay(norm: str, tied: bool):
     model = tiny_decoder(norm=norm, tied=tied)
-    optimizer = make_optimizer(model, OptimOptions(weight_decay=0.3))
+    optimizer = make_optimizer(model.parameters(), OptimOptions(weight_decay=0.3))
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert len(decay) == len(list(model.parameters())) == sum(len(g["params"]) for g in optimizer.param_groups)
     for name, parameter in model.named_parameters():
@@ -63,7 +63,7 @@ def test_only_matrices_decay(norm: str, tied: bool):
 
 
 def test_the_options_arrive():
-    optimizer = make_optimizer(tiny_decoder(), OptimOptions(lr=0.5, beta1=0.1, beta2=0.2, eps=0.3))
+    optimizer = make_optimizer(tiny_decoder().parameters(), OptimOptions(lr=0.5, beta1=0.1, beta2=0.2, eps=0.3))
     assert optimizer.defaults["lr"] == 0.5
     assert optimizer.defaults["betas"] == (0.1, 0.2)
     assert optimizer.defaults["eps"] == 0.3
@@ -72,9 +72,9 @@ def test_the_options_arrive():
 def test_frozen_parameters_are_left_out():
     model = tiny_decoder()
     model.position.weight.requires_grad_(False)
-    ids = {id(p) for group in make_optimizer(model, OptimOptions()).param_groups for p in group["params"]}
+    ids = {id(p) for group in make_optimizer(model.parameters(), OptimOptions()).param_groups for p in group["params"]}
     assert id(model.position.weight) not in ids
-    assert len(make_optimizer(nn.Linear(3, 2, bias=False), OptimOptions()).param_groups) == 1
+    assert len(make_optimizer(nn.Linear(3, 2, bias=False).parameters(), OptimOptions()).param_groups) == 1
 
 
 def test_the_first_step_by_hand():
@@ -83,7 +83,7 @@ def test_the_first_step_by_hand():
     with torch.no_grad():
         model.weight.copy_(torch.tensor([[2.0, -4.0]]))
         model.bias.fill_(1.0)
-    optimizer = make_optimizer(model, OptimOptions(lr=0.1, weight_decay=0.5, eps=1e-12))
+    optimizer = make_optimizer(model.parameters(), OptimOptions(lr=0.1, weight_decay=0.5, eps=1e-12))
     model.weight.grad, model.bias.grad = torch.tensor([[3.0, -0.01]]), torch.tensor([7.0])
     optimizer.step()
     torch.testing.assert_close(model.weight.detach(), torch.tensor([[2.0 * 0.95 - 0.1, -4.0 * 0.95 + 0.1]]))
@@ -98,7 +98,7 @@ def test_adamw_is_torchs_fused_one():
     vectors = [p for p in other.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": 0.3}, {"params": vectors, "weight_decay": 0.0}]
     theirs = torch.optim.AdamW(groups, lr=0.01, betas=(0.8, 0.9), eps=1e-6, fused=True)
-    for some, optimizer in ((model, make_optimizer(model, options)), (other, theirs)):
+    for some, optimizer in ((model, make_optimizer(model.parameters(), options)), (other, theirs)):
         for step in range(5):
             generator = torch.Generator().manual_seed(step)
             for parameter in some.parameters():
@@ -121,7 +121,9 @@ def test_options_arrive_where_they_are_read():
         ("lars", Lars, of_lars),
         ("sgd", torch.optim.SGD, {"momentum": 0.4, "dampening": 0, "nesterov": False}),
     ):
-        optimizer = make_optimizer(model, OptimOptions(name=name, bias_correction=False, **rates, **chosen))
+        optimizer = make_optimizer(
+            model.parameters(), OptimOptions(name=name, bias_correction=False, **rates, **chosen)
+        )
         assert type(optimizer) is kind
         assert {**optimizer.param_groups[0], **rates, **own} == optimizer.param_groups[0]
 
@@ -135,7 +137,7 @@ def test_norms_are_asked_of_whom_one_gives(name: str):
         return whole_norms(tensors)
 
     model = tiny_decoder()
-    optimizer = make_optimizer(model, OptimOptions(name=name), norms)
+    optimizer = make_optimizer(model.parameters(), OptimOptions(name=name), norms)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
@@ -168,7 +170,7 @@ RATES = {"adamw": 0.01, "lamb": 0.05, "lars": 5.0, "sgd": 0.5}
 class Training:
     def __init__(self, name: str, precision: str = "fp32", seed: int = 0, **options):
         self.name, self.model = name, tiny_decoder(seed)
-        self.optimizer = make_optimizer(self.model, OptimOptions(name=name, weight_decay=1e-3, **options))
+        self.optimizer = make_optimizer(self.model.parameters(), OptimOptions(name=name, weight_decay=1e-3, **options))
         self.plan = InHalves(self.model, LocalGroup(), SyncOptions(), precision, 1)
 
     def run(self, first: int, last: int) -> list[float]:
@@ -249,7 +251,10 @@ def test_sgd_is_torchs(momentum: float):
     """Momenta begin as zeros: the first step too is the fused one's own, to the bit."""
     model, other = tiny_decoder(), tiny_decoder()
     options = OptimOptions(name="sgd", momentum=momentum, lr=0.1, weight_decay=0.0)
-    optimizers = make_optimizer(model, options), torch.optim.SGD(other.parameters(), 0.1, momentum, fused=True)
+    optimizers = (
+        make_optimizer(model.parameters(), options),
+        torch.optim.SGD(other.parameters(), 0.1, momentum, fused=True),
+    )
     for step in range(3):
         for some, optimizer in zip((model, other), optimizers, strict=True):
             generator = torch.Generator().manual_seed(step)
@@ -263,7 +268,7 @@ def test_sgd_is_torchs(momentum: float):
 def test_sgd_takes_a_parameter_whose_gradient_comes_later():
     """A parameter that no rank used has none; torch's fused SGD cannot begin its momentum after the others'."""
     model = nn.Linear(2, 1)
-    optimizer = make_optimizer(model, OptimOptions(name="sgd", lr=0.1, momentum=0.5, weight_decay=0.0))
+    optimizer = make_optimizer(model.parameters(), OptimOptions(name="sgd", lr=0.1, momentum=0.5, weight_decay=0.0))
     start = model.bias.item()
     for step in range(3):
         model.weight.grad = torch.ones(1, 2)

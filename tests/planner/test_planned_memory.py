@@ -112,7 +112,7 @@ def test_parameters_are_counted_and_not_made(task: str, options: dict):
 def test_state_of_every_optimizer(name: str, momentum: float):
     model = build_model(settings(), FACTS)
     options = OptimOptions(name=name, momentum=momentum)
-    optimizer = make_optimizer(model, options)
+    optimizer = make_optimizer(model.parameters(), options)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()

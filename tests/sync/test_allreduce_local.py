@@ -104,7 +104,7 @@ def test_clipping_is_torchs(max_norm: float):
 def test_every_step_begins_empty():
     model = tiny_decoder()
     sync = allreduce(model, LateGroup(), AllReduceOptions(bucket_mib=SOME))
-    optimizer = make_optimizer(model, OptimOptions())
+    optimizer = make_optimizer(model.parameters(), OptimOptions())
     for step in range(3):
         batches = batches_of(step + 1, 2)
         expected, _ = plain(model, batches)
@@ -173,7 +173,7 @@ def test_an_unused_parameter_is_left_alone(bucket_mib: float):
     model = nn.ModuleDict({"used": nn.Linear(3, 1), "unused": nn.Linear(3, 1)})
     before = model["unused"].weight.detach().clone()
     sync = allreduce(model, LateGroup(), AllReduceOptions(bucket_mib=bucket_mib))
-    optimizer = make_optimizer(model, OptimOptions(lr=0.1, weight_decay=0.5))
+    optimizer = make_optimizer(model.parameters(), OptimOptions(lr=0.1, weight_decay=0.5))
     for _ in range(3):
         one_step(sync, [lambda: model["used"](torch.ones(2, 3)).sum()], 2, 1.0)
         assert [p.grad is None for p in model.parameters()] == [False, False, True, True]

@@ -90,7 +90,7 @@ def test_it_is_the_sum_it_says(dtype: torch.dtype, monkeypatch: pytest.MonkeyPat
 
 def test_the_optimizers_state_is_compared_too():
     model = tiny_decoder()
-    optimizer = make_optimizer(model, OptimOptions())
+    optimizer = make_optimizer(model.parameters(), OptimOptions())
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
