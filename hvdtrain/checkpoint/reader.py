@@ -90,7 +90,7 @@ class Checkpoint:
         return first.whole, first.dtype
 
     def read(self, name: str, places: Sequence[Rect] | None = None) -> torch.Tensor:
-        """See ``Tensors``. It may lie in the mapped file: copy what shall be kept."""
+        """See ``Tensors``. It may lie in the mapped file, which nothing written there ever reaches."""
         places = places or [whole_rect(self.whole(name)[0])]
         found = [self._reading(lambda place=place: self._read(name, place)) for place in places]
         return found[0] if len(found) == 1 else torch.cat(found)
@@ -180,7 +180,9 @@ def _read_state(saved: Checkpoint, name: str, piece: Slice) -> torch.Tensor:
             f"{saved.folder}: {name} needs shape {tuple(piece.whole)} or one number, found {dtype} {tuple(shape)}"
         )
     found = saved.read(name, piece.places if shape == piece.whole else None)
-    return torch.empty(found.shape, dtype=dtype, device=piece.tensor.device).copy_(found)
+    return found.to(
+        piece.tensor.device
+    ).contiguous()  # on a CPU the mapped pages, copied when the optimizer writes them
 
 
 def _load_ema(saved: Checkpoint, slices: Sequence[Slice], ema: Ema) -> None:
