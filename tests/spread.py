@@ -8,8 +8,8 @@ from xdist.scheduler import LoadFileScheduling
 class ByFile(LoadFileScheduling):
     """A process takes a whole file, as its tests share what they prepare; of tests/slurm all, as they share a Slurm.
 
-        process 1   tests/slurm ........................  tests/test_sweep.py ...
-        process 2   tests/checkpoint/test_average.py ..  tests/comm/test_gloo.py ....
+        process 1   tests/slurm ........................  tests/jobs/test_sweep.py ..
+        process 2   tests/checkpoint/test_resume.py ..  tests/comm/test_gloo.py ..
 
     In the order in which pytest finds them, as conftest.py has it, and not those of most tests first: those are short.
     """

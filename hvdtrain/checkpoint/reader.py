@@ -7,6 +7,7 @@ stored by 2 ranks     [0:3,0:4]        read by 4    [0:2]   from the first
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -68,9 +69,10 @@ class Checkpoint:
         manifest = read_manifest(folder)
         self.progress = manifest.progress
         self._parts: dict[str, Any] = {}
-        self._tensors = manifest.tensors
-        if self._tensors is None:
-            self._tensors = self._reading(lambda: by_name(self._headers([part.file for part in manifest.parts])))
+        tensors = manifest.tensors
+        if tensors is None:
+            tensors = self._reading(lambda: by_name(self._headers([part.file for part in manifest.parts])))
+        self._tensors: Mapping[str, Sequence[Stored]] = tensors
 
     def __iter__(self) -> Iterator[str]:
         """The names of all tensors."""
@@ -92,7 +94,7 @@ class Checkpoint:
     def read(self, name: str, places: Sequence[Rect] | None = None) -> torch.Tensor:
         """See ``Tensors``. It may lie in the mapped file, which nothing written there ever reaches."""
         places = places or [whole_rect(self.whole(name)[0])]
-        found = [self._reading(lambda place=place: self._read(name, place)) for place in places]
+        found = [self._reading(partial(self._read, name, place)) for place in places]
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def _read(self, name: str, place: Rect) -> torch.Tensor:
@@ -180,9 +182,8 @@ def _read_state(saved: Checkpoint, name: str, piece: Slice) -> torch.Tensor:
             f"{saved.folder}: {name} needs shape {tuple(piece.whole)} or one number, found {dtype} {tuple(shape)}"
         )
     found = saved.read(name, piece.places if shape == piece.whole else None)
-    return found.to(
-        piece.tensor.device
-    ).contiguous()  # on a CPU the mapped pages, copied when the optimizer writes them
+    # On a CPU these are the mapped pages, which the kernel copies when the optimizer writes to them.
+    return found.to(piece.tensor.device).contiguous()
 
 
 def _load_ema(saved: Checkpoint, slices: Sequence[Slice], ema: Ema) -> None:
