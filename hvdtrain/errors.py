@@ -144,7 +144,7 @@ def let_rank_0_speak() -> None:
     ignored, so that each rank leaves with its own exit code.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    time.sleep(1)
+    time.sleep(2)  # ranks of a busy node start up to a second apart
 
 
 def give_up_output() -> None:

@@ -59,9 +59,13 @@ enter_environment() {
 # read_exit_codes: sets EXIT_OK, EXIT_USAGE, ... and FINAL_EXITS, after which a run is not started again, as
 # hvdtrain/errors.py has them. After enter_environment.
 read_exit_codes() {
-    local codes
-    codes=$(python -m hvdtrain.jobs.exit_codes) ||
+    local codes status=0
+    codes=$(python -m hvdtrain.jobs.exit_codes) || status=$?
+    if ((status > 128)); then # killed, as on a node without memory; the run will be, too: then the job may start again
+        codes="EXIT_OK=0 EXIT_STOPPED_EARLY='' EXIT_CRASH=$status EXIT_IO=$status FINAL_EXITS=''"
+    elif ((status)); then
         fail "$(command -v python) cannot load hvdtrain: run make env, or set HVDTRAIN_VENV"
+    fi
     eval "$codes"
 }
 
