@@ -6,7 +6,6 @@ open_log      what the run says of itself
 """
 
 import contextlib
-import json
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import torch
 
 from hvdtrain import sizing
 from hvdtrain.checkpoint.manifest import Progress
-from hvdtrain.checkpoint.reader import Checkpoint, load
+from hvdtrain.checkpoint.reader import load
 from hvdtrain.checkpoint.retention import steps_saved
 from hvdtrain.checkpoint.start import find_start, moved_rate
 from hvdtrain.comm.group import Group
@@ -32,9 +31,10 @@ from hvdtrain.data.corpora import Corpora, check_corpora, open_corpora, stage
 from hvdtrain.data.stream import read_through_note
 from hvdtrain.engine import Engine
 from hvdtrain.errors import EXIT_OK, crash_code, say
-from hvdtrain.files import read_text, write_text
+from hvdtrain.files import write_text
 from hvdtrain.jobs.claim import Claim
 from hvdtrain.jobs.job_record import close_job, record_job
+from hvdtrain.jobs.slurm import read_object
 from hvdtrain.machine.cores import Cores, take_cores
 from hvdtrain.machine.device import pick_device
 from hvdtrain.machine.malloc import keep_freed_memory
@@ -153,7 +153,9 @@ def open_run(asked: Asked, world: World, group: Group, claim: Claim, signals: St
     notes += stopping.notes
     data = _open_data(config, task, mesh, world, pin=device.type == "cuda")
     notes += group.together(lambda: read_through_note(data.train.source.read_through))
-    scaled = group.together(lambda: _scale(recipe, config, data.train, group.size))
+    scaled = group.together(
+        lambda: sizing.scaled(recipe, group.size, sizing.epoch_tokens_of(config, data.train.source))
+    )
     notes += scaled.notes
     config = sizing.resolved(recipe, scaled)
     group.together(lambda: check_compiler(config.compile, device))
@@ -194,13 +196,6 @@ def _open_data(config: RunConfig, task: Task, mesh: Mesh, world: World, pin: boo
     return group.together(open_splits)
 
 
-def _scale(recipe: RunConfig, config: RunConfig, training: Training, ranks: int) -> Scaled:
-    """Batch, rates and lengths of this run, now that the ranks and the size of an epoch are known (local)."""
-    source, train = training.source, config.train
-    update_tokens = train.global_tokens or train.global_batch * config.model.context
-    return sizing.scaled(recipe, ranks, source.rows_per_epoch * update_tokens // source.rows_per_step)
-
-
 def _find_start(
     asked: Asked, config: RunConfig, identity: Mapping[str, Any], group: Group, claim: Claim
 ) -> tuple[Start, list[str]]:
@@ -234,11 +229,8 @@ def _find_start(
 
 def _read_summary(run_dir: Path) -> dict[str, Any]:
     """That of a run that has ended; else an empty one."""
-    with contextlib.suppress(OSError, ValueError):
-        summary = json.loads(read_text(run_dir / "summary.json"))
-        if isinstance(summary, dict) and isinstance(summary.get("step"), int):
-            return summary
-    return {}
+    summary = read_object(run_dir / "summary.json")
+    return summary if isinstance(summary.get("step"), int) else {}
 
 
 @contextlib.contextmanager
@@ -279,8 +271,8 @@ def open_engine(run: OpenRun) -> Engine:
     optimizer = make_optimizer((piece.tensor for piece in sync.moves), config.optim)
     ema = make_ema(model, config.ema)
     if (folder := start.checkpoint) is not None:
-        mesh.world.together(lambda: load(folder, replica.slices, optimizer, ema))
-        if ema is not None and not mesh.world.together(lambda: Checkpoint(folder).has_ema):
+        saved = mesh.world.together(lambda: load(folder, replica.slices, optimizer, ema))
+        if ema is not None and not saved.has_ema:
             run.notes.append(f"{folder} has no averaged weights: the average begins there")
     loss_scale = LossScale(run.device) if precision.scaled else None
     update = Update(

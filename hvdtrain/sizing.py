@@ -6,7 +6,7 @@ resolved   with rates and lengths for that batch, in steps, once an epoch's toke
 """
 
 from hvdtrain.config import RunConfig
-from hvdtrain.data.loader import Feed
+from hvdtrain.data.loader import Feed, Source
 from hvdtrain.data.ramp import Ramp
 from hvdtrain.errors import ConfigError
 from hvdtrain.optim.scaling import Scaled, Unscaled, scale, update_size
@@ -38,6 +38,12 @@ def scaled(recipe: RunConfig, ranks: int, epoch_tokens: int) -> Scaled:
     )
     lengthened = None if ramp is None else lambda steps: ramp.steps_to(steps * ramp.full)
     return scale(given, ranks, epoch_tokens, lengthened)
+
+
+def epoch_tokens_of(config: RunConfig, source: Source) -> int:
+    """Tokens of an epoch, in the unit of the batch of ``config``, which is ``sized``."""
+    update_tokens = config.train.global_tokens or config.train.global_batch * config.model.context
+    return source.rows_per_epoch * update_tokens // source.rows_per_step
 
 
 def resolved(recipe: RunConfig, found: Scaled) -> RunConfig:

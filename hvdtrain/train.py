@@ -87,11 +87,12 @@ def _walk(
             with phase("sync"):
                 engine.finish(run.stopping.asked())
             with phase("optimizer"):
-                agreed = engine.step(run.lr(step), step)
+                lr = run.lr(step)
+                agreed = engine.step(lr, step)
         if agreed is None:  # the replicas have not met
             continue
         run.claim.check()  # before anything is written
-        log.add(step, loader.epoch, agreed, run.lr(step))
+        log.add(step, loader.epoch, agreed, lr)
         reason = None if is_last else run.stopping.agreed(agreed.flags)
         log.after("checkpoint")
         log.say_all(saver.poll())

@@ -28,6 +28,31 @@ def slices_of(tensors: Mapping[str, torch.Tensor]) -> list[Slice]:
     return [whole_slice(name, tensor, LocalGroup()) for name, tensor in tensors.items()]
 
 
+def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, torch.Tensor]:
+    """What must be equal on all replicas: parameters by name and, where given, the optimizer's state of each."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        tensors[name] = parameter
+        state = optimizer.state.get(parameter, {}) if optimizer is not None else {}
+        tensors |= {f"optimizer.{key}.{name}": v for key, v in state.items() if isinstance(v, torch.Tensor)}
+    return tensors
+
+
+def copies_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Parameters and what the optimizer keeps of them, as they are now."""
+    found = dict(model.named_parameters())
+    for name, parameter in model.named_parameters():
+        found |= {f"{key}.{name}": value for key, value in optimizer.state[parameter].items()}
+    return {name: tensor.detach().clone() for name, tensor in found.items()}
+
+
+def assert_equal(some: Mapping[str, torch.Tensor], others: Mapping[str, torch.Tensor]) -> None:
+    """Bit by bit, types included."""
+    assert some.keys() == others.keys()
+    assert [name for name in some if not torch.equal(some[name], others[name])] == []
+    assert [name for name in some if some[name].dtype != others[name].dtype] == []
+
+
 def tensors_in(folder: Path, prefix: str = "") -> dict[str, torch.Tensor]:
     """The whole tensors of a checkpoint whose names begin so."""
     saved = Checkpoint(folder)

@@ -32,9 +32,9 @@ def load(
     optimizer: torch.optim.Optimizer | None = None,
     ema: Ema | None = None,
     weights: Weights = "raw",
-) -> None:
+) -> "Checkpoint":
     """Copy a checkpoint's tensors into ``slices`` of a model and, if given, what ``optimizer`` and ``ema`` keep of them
-    (local; files were checked). Nothing else is read.
+    (local; files were checked). Nothing else is read. Returns the checkpoint.
 
     ema: its average, warm-up and all; where the checkpoint has none, the average begins with the weights loaded here.
     weights: ``ema`` puts the averages into the model; a parameter without one was not trained, and is as it was.
@@ -55,6 +55,7 @@ def load(
             _load_states(saved, slices, optimizer)
         if ema is not None:
             _load_ema(saved, slices, ema)
+    return saved
 
 
 class Checkpoint:

@@ -97,10 +97,8 @@ def read_facts(config: RunConfig, ranks: int, vocab_size: int = 0) -> tuple[Corp
         raise ConfigError(
             f"--vocab-size {vocab_size}, but {corpora.names} has a vocabulary of {manifest.vocab_size}; leave it out"
         )
-    training, train = task.open_training(corpora, feed), config.train  # opens files, reads no token
-    source, longest = training.source, training.longest_row
-    update_tokens = train.global_tokens or train.global_batch * config.model.context
-    epoch_tokens = source.rows_per_epoch * update_tokens // source.rows_per_step
+    training = task.open_training(corpora, feed)  # opens files, reads no token
+    epoch_tokens, longest = sizing.epoch_tokens_of(config, training.source), training.longest_row
     shards = [info for _, one in corpora.entries for info in one.shards]
     tokens = sum(info.tokens for _, one in corpora.entries for info in one.split("train"))
     facts = CorpusFacts(

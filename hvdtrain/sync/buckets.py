@@ -53,7 +53,6 @@ class Buckets:
         self._is_copy = computing[0] is not self._parameters[0]
         self.all = fill_buckets(slices, bucket_bytes)
         places = {number: (bucket, view) for bucket in self.all for (number, _), view in _pairs(bucket)}
-        self.used = torch.zeros(len(slices), dtype=torch.bool)
         self._passes = 0
         self._seen = [0] * len(slices)
         self._hooks = [
@@ -68,7 +67,6 @@ class Buckets:
             bucket.missing, bucket.after_first, bucket.pending = len(bucket.members) * passes, len(bucket.members), None
             for (_, parameter), view in _pairs(bucket):
                 parameter.grad = view
-        self.used.zero_()
         self._passes = passes
         self._seen = [0] * len(self._seen)
 
@@ -79,13 +77,18 @@ class Buckets:
                 self._leave(bucket)
 
     @property
+    def used(self) -> torch.Tensor:
+        """Of each parameter: has it had a gradient? bool, on the host."""
+        return torch.tensor([seen > 0 for seen in self._seen])
+
+    @property
     def is_complete(self) -> bool:
         """Has every pass given every parameter a gradient?"""
         return all(seen == self._passes for seen in self._seen)
 
     def drop_unused(self, users: torch.Tensor) -> None:
         """``grad = None`` where nobody had a gradient. users: ranks that used each parameter; on any device."""
-        if self.used.all():  # no need to ask the device: what this rank used, somebody used
+        if all(self._seen):  # no need to ask the device: what this rank used, somebody used
             return
         for number in (users == 0).nonzero().flatten().tolist():
             self._parameters[number].grad = None
@@ -96,7 +99,6 @@ class Buckets:
 
     def _hook(self, number: int, bucket: Bucket, view: torch.Tensor) -> Callable[[torch.Tensor], None]:
         def gradient_is_there(parameter: torch.Tensor) -> None:
-            self.used[number] = True
             if self._is_copy and parameter.grad is not None:  # it is in few bits: added up in fp32
                 view.add_(parameter.grad)
                 parameter.grad = None

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Mapping
 
 import torch
-from torch import nn
 
 from hvdtrain.comm.ranks import Ranks
 from hvdtrain.errors import ReplicaError
@@ -98,13 +97,3 @@ def difference(hashes: list[dict[str, int]], hosts: list[str]) -> str:
     more = f" and {len(odd) - 4} more" if len(odd) > 4 else ""
     differ = "differs" if len(odd) == 1 else "differ"
     return f"the replica of {who}{more} {differ} from those of the other {votes} ranks; {where}"
-
-
-def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, torch.Tensor]:
-    """What must be equal on all replicas: parameters by name and, where given, the optimizer's state of each."""
-    tensors: dict[str, torch.Tensor] = {}
-    for name, parameter in model.named_parameters():
-        tensors[name] = parameter
-        state = optimizer.state.get(parameter, {}) if optimizer is not None else {}
-        tensors |= {f"optimizer.{key}.{name}": v for key, v in state.items() if isinstance(v, torch.Tensor)}
-    return tensors

@@ -20,7 +20,7 @@ class Log(contextlib.AbstractContextManager):
             with phase("data"): ...
         log.add(step, epoch, agreed, lr)
 
-    stragglers_every: steps between looks for slow ranks; where ``stragglers`` is None there are none.
+    stragglers: None where nobody looks for slow ranks; else every ``stragglers_every`` steps, 1 or more.
     notes: what it had to say beyond the lines, for the run's record. startup_s: from the process's start to the end of
     its first step; None before that.
     """
@@ -50,7 +50,7 @@ class Log(contextlib.AbstractContextManager):
     def add(self, step: int, epoch: int, agreed: Agreed, lr: float) -> None:
         """What came of a step. Errors: DivergedError, on all ranks alike."""
         self.metrics.add(step, epoch, agreed, lr, self._times)
-        if self._stragglers is not None and self._stragglers_every and step % self._stragglers_every == 0:
+        if self._stragglers is not None and step % self._stragglers_every == 0:
             seconds = self._group.all_gather_object(own_seconds(self.metrics.spent))
             found = self._stragglers.compare(seconds, step)
             self.notes += found

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from checkpoints import tensors_of
 from in_halves import InHalves
 from replicas import global_batch, share, sync_options
 from tiny import tiny_decoder
@@ -9,7 +10,7 @@ from tiny import tiny_decoder
 from hvdtrain.comm.horovod_group import HorovodGroup
 from hvdtrain.errors import ReplicaError
 from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
-from hvdtrain.sync.replicas import ReplicaCheck, tensors_of
+from hvdtrain.sync.replicas import ReplicaCheck
 from hvdtrain.tasks.lm import LanguageModel
 
 

@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+from checkpoints import tensors_of
 from hypothesis import given
 from hypothesis import strategies as st
 from threads import ThreadGroup, on_ranks
@@ -15,7 +16,7 @@ from hvdtrain.comm.ranks import OneRank
 from hvdtrain.errors import ReplicaError
 from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
 from hvdtrain.sync import replicas
-from hvdtrain.sync.replicas import ReplicaCheck, difference, tensors_of
+from hvdtrain.sync.replicas import ReplicaCheck, difference
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 TYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.bool]
