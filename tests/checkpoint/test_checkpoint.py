@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import slices_of, state_of, tensors_in
+from checkpoints import assert_equal, copies_of, slices_of, state_of, tensors_in
 from in_halves import InHalves
 from safetensors import safe_open
 from threads import Scripted
@@ -60,16 +60,7 @@ class Training:
         return writer.save(run_dir, state_of(self.model, self.optimizer), progress, GROUP, options)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        found = dict(self.model.named_parameters())
-        for name, parameter in self.model.named_parameters():
-            found |= {f"{key}.{name}": value for key, value in self.optimizer.state[parameter].items()}
-        return {name: tensor.detach().clone() for name, tensor in found.items()}
-
-
-def assert_equal(some: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> None:
-    assert some.keys() == others.keys()
-    assert [name for name in some if not torch.equal(some[name], others[name])] == []
-    assert [name for name in some if some[name].dtype != others[name].dtype] == []
+        return copies_of(self.model, self.optimizer)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import state_of
+from checkpoints import assert_equal, copies_of, state_of
 from in_halves import InHalves
 from pydantic import ValidationError
 from tiny import random_tokens, tiny_decoder
@@ -184,15 +184,7 @@ class Training:
         return losses
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        found = dict(self.model.named_parameters())
-        for name, parameter in self.model.named_parameters():
-            found |= {f"{key}.{name}": value for key, value in self.optimizer.state[parameter].items()}
-        return {name: tensor.detach().clone() for name, tensor in found.items()}
-
-
-def assert_equal(some: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> None:
-    assert some.keys() == others.keys()
-    assert [name for name in some if not torch.equal(some[name], others[name])] == []
+        return copies_of(self.model, self.optimizer)
 
 
 STATES = {
