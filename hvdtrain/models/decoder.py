@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from hvdtrain.models.attention import Runs, document_runs, row_runs, runs_fit
+from hvdtrain.models.cache import KVCache
 from hvdtrain.models.flops import decoder_flops, packed_pairs
-from hvdtrain.models.layers import Block, KVCache, make_norm
+from hvdtrain.models.layers import Block, make_norm
 from hvdtrain.models.masks import packed_mask, window_mask
 from hvdtrain.models.options import TransformerOptions
 from hvdtrain.models.transformer import Transformer

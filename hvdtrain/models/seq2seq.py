@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from hvdtrain.models.cache import KVCache
 from hvdtrain.models.flops import seq2seq_flops
-from hvdtrain.models.layers import Block, CrossBlock, KVCache, make_norm
+from hvdtrain.models.layers import Block, CrossBlock, make_norm
 from hvdtrain.models.masks import padding_mask
 from hvdtrain.models.options import TransformerOptions
 from hvdtrain.models.transformer import Transformer

@@ -9,7 +9,8 @@ from collections import Counter
 import torch
 from torch import nn
 
-from hvdtrain.models.layers import KVCache, rotary_table
+from hvdtrain.models.cache import KVCache
+from hvdtrain.models.layers import rotary_table
 from hvdtrain.models.options import TransformerOptions
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hvdtrain.models.layers import Attention, CrossAttention, FeedForward, KVCache, make_norm, rotary_table, rotate
+from hvdtrain.models.cache import KVCache
+from hvdtrain.models.layers import Attention, CrossAttention, FeedForward, make_norm, rotary_table, rotate
 from hvdtrain.models.options import TransformerOptions
 
 
