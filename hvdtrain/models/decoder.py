@@ -11,6 +11,7 @@ from torch import nn
 from hvdtrain.models.attention import Runs, document_runs, row_runs, runs_fit
 from hvdtrain.models.cache import KVCache
 from hvdtrain.models.flops import decoder_flops, packed_pairs
+from hvdtrain.models.heads import OutputHead
 from hvdtrain.models.layers import Block, make_norm
 from hvdtrain.models.masks import packed_mask, window_mask
 from hvdtrain.models.options import TransformerOptions
@@ -24,7 +25,7 @@ class Decoder(Transformer):
         super().__init__(options, vocab_size)
         self.blocks = nn.ModuleList(Block(options) for _ in range(options.layers))
         self.norm = make_norm(options)
-        self.head = self.make_head()
+        self.head = OutputHead(options, self.embedding)
 
     def new_cache(self, rows: int) -> list[KVCache]:
         """An empty key/value cache, one entry a layer, for ``forward(tokens, cache)``."""

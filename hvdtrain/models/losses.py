@@ -32,20 +32,27 @@ class LossTerms:
 
 
 def linear_cross_entropy(
-    hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, terms: LossTerms, rows_at_once: int = 0
+    hidden_ND: torch.Tensor,
+    weight_VD: torch.Tensor,
+    targets_N: torch.Tensor,
+    terms: LossTerms,
+    rows_at_once: int = 0,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """SUM over the targets of -log softmax(hidden @ weight.T)[target] plus ``terms``: fp32 scalar, in nats.
+    """SUM over the targets of -log softmax(hidden @ weight.T + bias)[target] plus ``terms``: fp32 scalar, in nats.
 
     Products are made in the type of ``hidden`` (autocast's where that is on), everything else in fp32.
+    bias: [V].
     rows_at_once: targets scored together; 0: see ``chunk_rows``. It changes the order of sums, nothing else.
     """
     device = hidden_ND.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         hidden_ND, weight_VD = hidden_ND.to(dtype), weight_VD.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
     rows = rows_at_once or chunk_rows(device, len(weight_VD))
     with torch.autocast(device, enabled=False):
-        return _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, terms, rows)
+        return _LinearCrossEntropy.apply(hidden_ND, weight_VD, bias, targets_N, terms, rows)
 
 
 def chunk_rows(device: str, vocabulary: int) -> int:
@@ -56,15 +63,23 @@ def chunk_rows(device: str, vocabulary: int) -> int:
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, terms: LossTerms, rows: int
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        terms: LossTerms,
+        rows: int,
     ) -> torch.Tensor:
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias and bias is not None else None
         for start in range(0, len(targets), rows):
             part = slice(start, start + rows)
-            loss, grad_logits = _score(hidden[part] @ weight.T, targets[part], terms, need_hidden or need_weight)
+            logits = F.linear(hidden[part], weight, bias)
+            loss, grad_logits = _score(logits, targets[part], terms, any(ctx.needs_input_grad))
             total += loss
             if need_hidden:
                 torch.mm(grad_logits, weight, out=grad_hidden[part])
@@ -74,7 +89,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     grad_weight = product.float() if rows < len(targets) else product
                 else:
                     grad_weight += product
-        ctx.save_for_backward(grad_hidden, grad_weight)
+            if grad_bias is not None:
+                grad_bias += grad_logits.sum(0, dtype=torch.float32)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         return total
 
     @staticmethod

@@ -12,6 +12,7 @@ from torch import nn
 
 from hvdtrain.models.cache import KVCache
 from hvdtrain.models.flops import seq2seq_flops
+from hvdtrain.models.heads import OutputHead
 from hvdtrain.models.layers import Block, CrossBlock, make_norm
 from hvdtrain.models.masks import padding_mask
 from hvdtrain.models.options import TransformerOptions
@@ -31,7 +32,7 @@ class Seq2Seq(Transformer):
         self.encoder_norm = make_norm(options)
         self.blocks = nn.ModuleList(CrossBlock(options) for _ in range(options.layers))
         self.norm = make_norm(options)
-        self.head = self.make_head()
+        self.head = OutputHead(options, self.embedding)
 
     def new_cache(self, rows: int) -> list[KVCache]:
         """An empty cache, one entry a layer, for ``decode``; it belongs to one memory, which the first step keeps."""

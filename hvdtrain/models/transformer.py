@@ -51,13 +51,6 @@ class Transformer(nn.Module):
         rotary = self.rotary[:, positions_BT].unsqueeze(2) if given else self.rotary[:, start:end]
         return self.dropout(x_BTD), rotary
 
-    def make_head(self) -> nn.Linear:
-        """From hidden states to logits over the padded vocabulary."""
-        head = nn.Linear(self.options.width, self.embedding.num_embeddings, bias=False)
-        if self.options.tied:
-            head.weight = self.embedding.weight
-        return head
-
     def make_cache(self, layers: int, rows: int) -> list[KVCache]:
         o = self.options
         heads, head_width = o.kv_heads or o.heads, o.width // o.heads

@@ -109,7 +109,8 @@ class LanguageModel(Task[Decoder, Batch]):
 
     def _cross_entropy(self, model: Decoder, batch: Batch, terms: LossTerms) -> torch.Tensor:
         hidden = model(batch.tokens, positions_BT=batch.positions, segments_BT=batch.segments)
-        return linear_cross_entropy(hidden.flatten(0, 1), model.head.weight, batch.targets.flatten(), terms)
+        head, features = model.head, model.head.features(hidden).flatten(0, 1)
+        return linear_cross_entropy(features, head.weight, batch.targets.flatten(), terms, bias=head.bias)
 
     def scores(self, sums: list[float]) -> dict[str, float]:
         loss = sums[0] / sums[1]

@@ -60,9 +60,10 @@ class SequenceToSequence(Task[Seq2Seq, PairBatch]):
         return records, lambda records, rows: pair_batch(records, rows, begin, feed.context)
 
     def loss(self, model: Seq2Seq, batch: PairBatch) -> LossSum:
-        hidden = model(batch.source, batch.source_lengths, batch.tokens).flatten(0, 1)
+        hidden, head = model(batch.source, batch.source_lengths, batch.tokens), model.head
         terms = LossTerms(self._options.label_smoothing, self._options.z_loss, IGNORE)
-        total = linear_cross_entropy(hidden, model.head.weight, batch.targets.flatten(), terms)
+        features = head.features(hidden).flatten(0, 1)
+        total = linear_cross_entropy(features, head.weight, batch.targets.flatten(), terms, bias=head.bias)
         return LossSum(total, batch.target_tokens)
 
     def training_flops(self, model: Seq2Seq, batch: PairBatch) -> int:

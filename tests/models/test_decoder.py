@@ -173,7 +173,7 @@ def test_dropout_works_in_training_only():
         ({"context": 0}, "greater than or equal to 1"),
         ({"dropout": 1.0}, "less than 1"),
         ({"ff_ratio": 0.0}, "greater than 0"),
-        ({"positions": "sinusoidal"}, "'learned' or 'rotary'"),
+        ({"positions": "absolute"}, "'learned', 'rotary'"),
         ({"depth": 3}, "not permitted"),
     ],
 )

@@ -65,6 +65,23 @@ def test_any_shape(targets: int, width: int, vocabulary: int, ignored: int, rows
         assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [7, 1000])
+def test_a_bias_is_added_to_the_logits(rows: int):
+    """As a column of the weight would, whose hidden state is 1."""
+    hidden, weight, truth = inputs(50, 12, 37, ignored=9)
+    bias = torch.linspace(-1, 1, 37, requires_grad=True)
+    terms = LossTerms(0.1, 1e-2)
+    loss = linear_cross_entropy(hidden, weight, truth, terms, rows, bias)
+    widened = torch.cat([hidden, torch.ones(50, 1)], 1), torch.cat([weight, bias[:, None]], 1)
+    exact = plain(*widened, truth, terms)
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-6)
+    of = hidden, weight, bias
+    for found, wanted in zip(gradients(loss, *of), gradients(exact, *of), strict=True):
+        assert apart(found, wanted) < 1e-6
+    alone = linear_cross_entropy(hidden.detach(), weight.detach(), truth, terms, rows, bias)
+    assert apart(*gradients(alone, bias), wanted) < 1e-6
+
+
 def test_nothing_counts():
     hidden, weight, truth = inputs(8, 4, 5, ignored=8)
     loss = linear_cross_entropy(hidden, weight, truth, LossTerms(0.1, 0.1))

@@ -1,0 +1,35 @@
+"""What turns hidden states into scores.
+
+Shape letters:  B rows, T positions, D model width, V vocabulary (padded)
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hvdtrain.models.options import TransformerOptions
+
+
+class OutputHead(nn.Linear):
+    """Scores of the next token over the padded vocabulary: ``features(hidden) @ weight.T + bias``.
+
+    ``features`` apart, so that a loss may score a few rows at a time and keep no logits (losses.py).
+
+    weight: [V, D], the embedding's own where ``tied``. bias: [V], None without ``head_bias``.
+    """
+
+    def __init__(self, options: TransformerOptions, embedding: nn.Embedding):
+        super().__init__(options.width, embedding.num_embeddings, bias=options.head_bias)
+        if options.tied:
+            self.weight = embedding.weight
+        self.scale = 1 / math.sqrt(options.width) if options.head_scale else 1.0
+
+    def features(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What ``weight`` multiplies: [..., D] -> [..., D]. T5 scales it where the matrix is the embedding's."""
+        return hidden if self.scale == 1.0 else hidden * self.scale
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits: [..., D] -> [..., V]."""
+        return F.linear(self.features(hidden), self.weight, self.bias)
