@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hvdtrain.models.attention import Runs, document_runs, row_runs, runs_fit
-from hvdtrain.models.cache import KVCache
+from hvdtrain.models.cache import Cache, LayerCache
 from hvdtrain.models.flops import decoder_flops, packed_pairs
 from hvdtrain.models.heads import OutputHead
 from hvdtrain.models.layers import Block, make_norm
@@ -27,29 +27,32 @@ class Decoder(Transformer):
         self.norm = make_norm(options)
         self.head = OutputHead(options, self.embedding)
 
-    def new_cache(self, rows: int) -> list[KVCache]:
-        """An empty key/value cache, one entry a layer, for ``forward(tokens, cache)``."""
-        return self.make_cache(self.options.layers, rows)
-
     def forward(
         self,
         tokens_BT: torch.Tensor,
-        cache: list[KVCache] | None = None,
         positions_BT: torch.Tensor | None = None,
         segments_BT: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Hidden states [B, T, D]. With a cache: the whole prefix first, later one token at a time.
+        """Hidden states [B, T, D]. Rows packed with several documents, int64 each:
 
-        Rows packed with several documents, int64 each, without a cache:
         positions_BT: each token's position in its own document, below the context; any on padding.
         segments_BT: each token's document, numbered within the row, -1 on padding; no document sees another.
             It may stay on the host: a GPU then need not be waited for.
         """
-        assert cache is None or (positions_BT is None and segments_BT is None), "packed rows have no cache"
-        x_BTD, rotary = self.embed(tokens_BT, cache[0].length if cache else 0, positions_BT)
-        mask = self._sight(tokens_BT, segments_BT) if cache is None else None
+        x_BTD, rotary = self.embed(tokens_BT, positions_BT=positions_BT)
+        mask = self._sight(tokens_BT, segments_BT)
+        for block in self.blocks:
+            x_BTD = block(x_BTD, rotary, mask=mask)
+        return self.norm(x_BTD)
+
+    def decode(self, tokens_BT: torch.Tensor, cache: Cache) -> torch.Tensor:
+        """Hidden states [B, T, D] of prompts, padded at their end; from the second call on of one more token of each
+        of T branches. The last of a prompt of n tokens is at n - 1. See models/cache.py.
+        """
+        positions_BT, mask = cache.place(*tokens_BT.shape)
+        x_BTD, rotary = self.embed(tokens_BT, positions_BT=positions_BT)
         for number, block in enumerate(self.blocks):
-            x_BTD = block(x_BTD, rotary, cache[number] if cache else None, mask)
+            x_BTD = block(x_BTD, rotary, LayerCache(cache, number), mask)
         return self.norm(x_BTD)
 
     def _sight(self, tokens_BT: torch.Tensor, segments_BT: torch.Tensor | None) -> torch.Tensor | Runs | None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hvdtrain.models.attention import Runs, attend
-from hvdtrain.models.cache import KVCache
+from hvdtrain.models.cache import LayerCache
 from hvdtrain.models.options import TransformerOptions
 from hvdtrain.models.recompute import AnyBlock
 
@@ -30,7 +30,7 @@ class Block(AnyBlock):
         self,
         x_BTD: torch.Tensor,
         rotary: torch.Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: LayerCache | None = None,
         mask: torch.Tensor | Runs | None = None,
     ) -> torch.Tensor:
         return self.run(x_BTD, rotary, cache, mask)
@@ -39,7 +39,7 @@ class Block(AnyBlock):
         self,
         x_BTD: torch.Tensor,
         rotary: torch.Tensor | None,
-        cache: KVCache | None,
+        cache: LayerCache | None,
         mask: torch.Tensor | Runs | None,
     ) -> torch.Tensor:
         x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), rotary, cache, mask))
@@ -63,32 +63,31 @@ class CrossBlock(AnyBlock):
         self,
         x_BTD: torch.Tensor,
         rotary: torch.Tensor | None,
-        cache: KVCache | None,
-        memory_BSD: torch.Tensor,
+        cache: LayerCache | None,
+        mask: torch.Tensor | None,
+        memory_BSD: torch.Tensor | None,
         memory_mask: torch.Tensor,
     ) -> torch.Tensor:
-        return self.run(x_BTD, rotary, cache, memory_BSD, memory_mask)
+        """mask: as in Attention. memory_BSD: an encoder's output; None: its keys and values are in the cache."""
+        return self.run(x_BTD, rotary, cache, mask, memory_BSD, memory_mask)
 
     def compute(
         self,
         x_BTD: torch.Tensor,
         rotary: torch.Tensor | None,
-        cache: KVCache | None,
-        memory_BSD: torch.Tensor,
+        cache: LayerCache | None,
+        mask: torch.Tensor | None,
+        memory_BSD: torch.Tensor | None,
         memory_mask: torch.Tensor,
     ) -> torch.Tensor:
-        x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), rotary, cache))
-        keys_values = self._keys_values(memory_BSD, cache)
+        x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), rotary, cache, mask))
+        if memory_BSD is not None:
+            keys_values = self.cross_attention.keys_values(memory_BSD)
+        else:
+            assert cache is not None, "neither a memory nor a cache that has read one"
+            keys_values = cache.memory
         x_BTD = x_BTD + self.dropout(self.cross_attention(self.cross_attention_norm(x_BTD), keys_values, memory_mask))
         return x_BTD + self.dropout(self.feed_forward(self.feed_forward_norm(x_BTD)))
-
-    def _keys_values(self, memory_BSD: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
-        if cache is None:
-            return self.cross_attention.keys_values(memory_BSD)
-        if cache.memory is None:
-            # contiguous, or every step would copy them for its matrix products
-            cache.memory = self.cross_attention.keys_values(memory_BSD).contiguous()
-        return cache.memory
 
 
 class AnyAttention(nn.Module):
@@ -122,10 +121,10 @@ class Attention(AnyAttention):
         self,
         x_BTD: torch.Tensor,
         rotary: torch.Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: LayerCache | None = None,
         mask: torch.Tensor | Runs | None = None,
     ) -> torch.Tensor:
-        assert cache is None or (self.causal and mask is None), "a cache is for causal attention alone"
+        assert cache is None or self.causal, "a cache is for causal attention alone"
         rows, positions, width = x_BTD.shape
         heads = (self.heads, self.kv_heads, self.kv_heads)
         qkv = self.qkv(x_BTD).view(rows, positions, sum(heads), -1).transpose(1, 2)
@@ -134,11 +133,8 @@ class Attention(AnyAttention):
             q, k = rotate(q, rotary), rotate(k, rotary)
         if cache is not None:
             k, v = cache.append(k, v)
-        assert cache is None or cache.length == positions or positions == 1, "a filled cache takes one token at a time"
-        # With a cache the queries are either the whole prefix (causal) or one last position, which sees everything,
-        # or the last keys of its window.
-        if positions == 1 and self.window:
-            k, v = k[:, :, -self.window :], v[:, :, -self.window :]
+        # With a cache the queries are either prompts (causal) or what goes on from them: one token, which sees all, or
+        # what the mask says.
         causal = self.causal and positions > 1
         dropout = self.dropout if self.training else 0.0
         out_BHTK = attend(q, k, v, mask, causal, self.window, dropout)

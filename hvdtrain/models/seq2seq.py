@@ -6,11 +6,12 @@ Shape letters:  B rows, S source positions, T target positions, D model width, V
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import nn
 
-from hvdtrain.models.cache import KVCache
+from hvdtrain.models.cache import Cache, LayerCache
 from hvdtrain.models.flops import seq2seq_flops
 from hvdtrain.models.heads import OutputHead
 from hvdtrain.models.layers import Block, CrossBlock, make_norm
@@ -22,7 +23,7 @@ from hvdtrain.models.transformer import Transformer
 class Seq2Seq(Transformer):
     """``forward(source, source_lengths, tokens) -> hidden`` and ``logits(hidden)``.
 
-    Token by token: once ``memory = encode(source, source_lengths)`` and ``new_cache(rows)``, then ``decode`` each time.
+    Token by token: ``cache = new_cache()`` and ``read(source, source_lengths, cache)``, then ``decode`` each time.
     """
 
     def __init__(self, options: TransformerOptions, vocab_size: int):
@@ -34,10 +35,6 @@ class Seq2Seq(Transformer):
         self.norm = make_norm(options)
         self.head = OutputHead(options, self.embedding)
 
-    def new_cache(self, rows: int) -> list[KVCache]:
-        """An empty cache, one entry a layer, for ``decode``; it belongs to one memory, which the first step keeps."""
-        return self.make_cache(self.options.layers, rows)
-
     def encode(self, source_BS: torch.Tensor, source_lengths_B: torch.Tensor) -> torch.Tensor:
         """The memory [B, S, D]; finite and without meaning from each source's length on. Both inputs int64."""
         x_BSD, rotary = self.embed(source_BS)
@@ -46,26 +43,34 @@ class Seq2Seq(Transformer):
             x_BSD = block(x_BSD, rotary, mask=mask)
         return self.encoder_norm(x_BSD)
 
-    def decode(
-        self,
-        tokens_BT: torch.Tensor,
-        memory_BSD: torch.Tensor,
-        source_lengths_B: torch.Tensor,
-        cache: list[KVCache] | None = None,
-    ) -> torch.Tensor:
-        """Hidden states [B, T, D]. With a cache: the whole prefix first, later one token at a time."""
-        x_BTD, rotary = self.embed(tokens_BT, cache[0].length if cache else 0)
-        memory_mask = padding_mask(source_lengths_B, memory_BSD.shape[1])
-        for number, block in enumerate(self.blocks):
-            x_BTD = block(x_BTD, rotary, cache[number] if cache else None, memory_BSD, memory_mask)
-        return self.norm(x_BTD)
-
     def forward(self, source_BS: torch.Tensor, source_lengths_B: torch.Tensor, tokens_BT: torch.Tensor) -> torch.Tensor:
         """Hidden states [B, T, D] of all target positions at once. All inputs int64.
 
         Targets are padded at their end, where no earlier position looks.
         """
-        return self.decode(tokens_BT, self.encode(source_BS, source_lengths_B), source_lengths_B)
+        memory_BSD = self.encode(source_BS, source_lengths_B)
+        memory_mask = padding_mask(source_lengths_B, source_BS.shape[1])
+        x_BTD, rotary = self.embed(tokens_BT)
+        for block in self.blocks:
+            x_BTD = block(x_BTD, rotary, None, None, memory_BSD, memory_mask)
+        return self.norm(x_BTD)
+
+    def read(self, source_BS: torch.Tensor, source_lengths_B: torch.Tensor, cache: Cache) -> None:
+        """Encode the sources and put what every step of decoding needs of them into ``cache``."""
+        memory_BSD = self.encode(source_BS, source_lengths_B)
+        layers = [cast(CrossBlock, block).cross_attention for block in self.blocks]
+        cache.memory = torch.stack([layer.keys_values(memory_BSD) for layer in layers])
+        cache.memory_mask = padding_mask(source_lengths_B, source_BS.shape[1])
+
+    def decode(self, tokens_BT: torch.Tensor, cache: Cache) -> torch.Tensor:
+        """Hidden states [B, T, D] of what begins the targets, padded at its end; from the second call on of one more
+        token of each of T branches. See models/cache.py.
+        """
+        positions_BT, mask = cache.place(*tokens_BT.shape)
+        x_BTD, rotary = self.embed(tokens_BT, positions_BT=positions_BT)
+        for number, block in enumerate(self.blocks):
+            x_BTD = block(x_BTD, rotary, LayerCache(cache, number), mask, None, cache.memory_mask)
+        return self.norm(x_BTD)
 
     def training_flops(self, source_shape: Sequence[int], shape: Sequence[int]) -> int:
         """Model FLOPs of forward and backward over sources of ``source_shape`` (B, S) and targets of ``shape`` (B, T);

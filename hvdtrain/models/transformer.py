@@ -9,7 +9,7 @@ from collections import Counter
 import torch
 from torch import nn
 
-from hvdtrain.models.cache import KVCache
+from hvdtrain.models.cache import Cache
 from hvdtrain.models.layers import rotary_table
 from hvdtrain.models.options import TransformerOptions
 
@@ -51,10 +51,11 @@ class Transformer(nn.Module):
         rotary = self.rotary[:, positions_BT].unsqueeze(2) if given else self.rotary[:, start:end]
         return self.dropout(x_BTD), rotary
 
-    def make_cache(self, layers: int, rows: int) -> list[KVCache]:
+    def new_cache(self, lengths_B: torch.Tensor | None = None) -> Cache:
+        """An empty cache of keys and values. lengths_B: int64, how long the prompts are; None: all alike."""
         o = self.options
         heads, head_width = o.kv_heads or o.heads, o.width // o.heads
-        return [KVCache(rows, heads, o.context, head_width, self.embedding.weight) for _ in range(layers)]
+        return Cache(self.embedding.weight, o.layers, heads, head_width, o.window, lengths_B)
 
 
 @torch.no_grad()

@@ -27,9 +27,9 @@ def sample(
     generator = torch.Generator().manual_seed(options.seed)
     context = model.options.context
     ids = prompt[-context:]
-    cache, fresh = model.new_cache(1), ids
+    cache, fresh = model.new_cache(), ids
     for _ in range(options.max_tokens):
-        hidden = model(torch.tensor([fresh], device=device), cache)
+        hidden = model.decode(torch.tensor([fresh], device=device), cache)
         logits = model.logits(hidden[:, -1])[0, : model.vocab_size]  # without the padding of the vocabulary
         token = int(torch.multinomial(next_token_probabilities(logits, options).cpu(), 1, generator=generator))
         if token == stop:
@@ -37,9 +37,9 @@ def sample(
         yield token
         ids.append(token)
         fresh = [token]
-        if cache[0].length == context:
+        if len(ids) > context:
             ids = ids[-max(1, context // 2) :]
-            cache, fresh = model.new_cache(1), ids
+            cache, fresh = model.new_cache(), ids
 
 
 def next_token_probabilities(logits: torch.Tensor, options: SamplingOptions) -> torch.Tensor:

@@ -90,22 +90,22 @@ def search(
 
 def _greedy(model: Any, item: Input, options: SearchOptions, stop: int | None) -> Hypothesis:
     device = model.embedding.weight.device
-    cache, fresh, new, total = model.new_cache(1), list(item.tokens), list[int](), 0.0
+    cache, fresh, new, total = model.new_cache(), list(item.tokens), list[int](), 0.0
     if item.source is not None:
         source = torch.tensor([list(item.source) or [0]], device=device)
         lengths = torch.tensor([len(item.source)], device=device)
-        memory = model.encode(source, lengths)
+        model.read(source, lengths, cache)
     count = 0
     while count < options.max_tokens:
         count += 1
         tokens = torch.tensor([fresh], device=device)
-        hidden = model(tokens, cache) if item.source is None else model.decode(tokens, memory, lengths, cache)
+        hidden = model.decode(tokens, cache)
         log_p = model.logits(hidden[:, -1])[0, : model.vocab_size].float().log_softmax(-1)
         value, token = (float(log_p.max()), int(log_p.argmax()))
         total += value
         if token == stop:
             break
         new, fresh = [*new, token], [token]
-        if cache[0].length == model.options.context:
+        if cache.length == model.options.context:
             break
     return Hypothesis(new, total / count**options.length_penalty)

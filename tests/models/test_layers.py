@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hvdtrain.models.cache import KVCache
 from hvdtrain.models.layers import Attention, CrossAttention, FeedForward, make_norm, rotary_table, rotate
 from hvdtrain.models.options import TransformerOptions
 
@@ -130,13 +129,3 @@ def test_swiglu_has_about_as_many_parameters(width: int):
     assert gated.out.in_features % 8 == 0
     sizes = [sum(p.numel() for p in part.parameters()) for part in (plain, gated)]
     assert sizes[0] <= sizes[1] <= sizes[0] + 3 * 8 * width
-
-
-def test_the_cache_grows_by_what_is_appended():
-    cache = KVCache(1, 2, 4, 3, torch.zeros(1))
-    first, second = torch.randn(1, 2, 3, 3), torch.randn(1, 2, 1, 3)
-    cache.append(first, -first)
-    keys, values = cache.append(second, -second)
-    assert torch.equal(keys, torch.cat([first, second], dim=2))
-    assert torch.equal(values, -keys)
-    assert cache.length == 4

@@ -111,8 +111,3 @@ def test_rows_are_packed_each_in_its_own_way(model: Decoder):
     torch.testing.assert_close(hidden[:1], packed(model, rows[:1]), **CLOSE)
     for document in (slice(2, 6), slice(6, 8), slice(8, 13)):
         torch.testing.assert_close(hidden[1:, document], model(rows[1:, document]), **CLOSE)
-
-
-def test_a_cache_and_packed_rows_do_not_go_together(model: Decoder):
-    with pytest.raises(AssertionError, match="packed rows have no cache"):
-        model(packed_row(), model.new_cache(1), segments_BT=SEGMENTS)

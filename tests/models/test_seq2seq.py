@@ -131,22 +131,22 @@ def test_the_order_of_the_target_matters(kind: dict):
 @torch.no_grad()
 @pytest.mark.parametrize("prefix", [1, 5, 8])
 def test_decoding_with_the_cache_is_the_full_forward(model: Seq2Seq, prefix: int):
-    memory, cache = model.encode(SOURCE, LENGTHS), model.new_cache(3)
-    pieces = [model.decode(TARGET[:, :prefix], memory, LENGTHS, cache)]
-    pieces += [model.decode(TARGET[:, t : t + 1], memory, LENGTHS, cache) for t in range(prefix, 8)]
+    cache = model.new_cache()
+    model.read(SOURCE, LENGTHS, cache)
+    pieces = [model.decode(TARGET[:, :prefix], cache)]
+    pieces += [model.decode(TARGET[:, t : t + 1], cache) for t in range(prefix, 8)]
     torch.testing.assert_close(torch.cat(pieces, dim=1), model(SOURCE, LENGTHS, TARGET), **CLOSE)
-    assert {layer.length for layer in cache} == {8}
+    assert cache.length == 8
 
 
 @torch.no_grad()
 def test_the_memorys_keys_and_values_are_computed_once(model: Seq2Seq):
-    memory, cache = model.encode(SOURCE, LENGTHS), model.new_cache(3)
-    model.decode(TARGET[:, :1], memory, LENGTHS, cache)
-    kept = [layer.memory for layer in cache]
+    cache = model.new_cache()
+    model.read(SOURCE, LENGTHS, cache)
+    model.decode(TARGET[:, :1], cache)
     for block in model.blocks:
         block.cross_attention.kv.weight.fill_(torch.nan)  # to be read no more
-    assert model.decode(TARGET[:, 1:2], memory, LENGTHS, cache).isfinite().all()
-    assert all(layer.memory is before for layer, before in zip(cache, kept, strict=True))
+    assert model.decode(TARGET[:, 1:2], cache).isfinite().all()
 
 
 def test_an_empty_source_is_finite(model: Seq2Seq):
@@ -229,10 +229,11 @@ def test_it_learns_to_reverse(positions: str, steps: int, bound: float):
 
     source, lengths, reverse = lines(generator)
     with torch.no_grad():
-        memory, cache, token = model.encode(source, lengths), model.new_cache(32), torch.full((32, 1), START)
+        cache, token = model.new_cache(), torch.full((32, 1), START)
+        model.read(source, lengths, cache)
         said = []
         for _ in range(6):
-            token = model.logits(model.decode(token, memory, lengths, cache)).argmax(-1)
+            token = model.logits(model.decode(token, cache)).argmax(-1)
             said.append(token)
     right = (torch.cat(said, dim=1) == reverse)[reverse != PADDING]
     assert right.float().mean() > 0.9

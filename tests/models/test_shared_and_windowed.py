@@ -115,10 +115,9 @@ def test_one_layer_sees_its_window_and_nothing_before():
 @pytest.mark.parametrize("prefix", [1, 4, 12])
 def test_decoding_with_the_cache(kv_heads: int, window: int, positions: str, prefix: int):
     model = build(Decoder, kv_heads=kv_heads, window=window, positions=positions).eval()
-    cache = model.new_cache(3)
-    assert cache[0].keys.shape == (3, kv_heads or 4, 20, 4)
-    pieces = [model(tokens_of()[:, :prefix], cache)]
-    pieces += [model(tokens_of()[:, t : t + 1], cache) for t in range(prefix, 20)]
+    cache = model.new_cache()
+    pieces = [model.decode(tokens_of()[:, :prefix], cache)]
+    pieces += [model.decode(tokens_of()[:, t : t + 1], cache) for t in range(prefix, 20)]
     torch.testing.assert_close(torch.cat(pieces, dim=1), model(tokens_of()), **CLOSE)
 
 
@@ -126,11 +125,11 @@ def test_decoding_with_the_cache(kv_heads: int, window: int, positions: str, pre
 @pytest.mark.parametrize("prefix", [1, 9])
 def test_decoding_an_encoder_decoder_with_the_cache(prefix: int):
     model = build(Seq2Seq, kv_heads=2, window=5).eval()
-    memory, tokens = model.encode(tokens_of(), LENGTHS), tokens_of(1)
-    cache = model.new_cache(3)
-    pieces = [model.decode(tokens[:, :prefix], memory, LENGTHS, cache)]
-    pieces += [model.decode(tokens[:, t : t + 1], memory, LENGTHS, cache) for t in range(prefix, 20)]
-    assert cache[0].memory.shape == (2, 3, 2, 20, 4)
+    tokens, cache = tokens_of(1), model.new_cache()
+    model.read(tokens_of(), LENGTHS, cache)
+    pieces = [model.decode(tokens[:, :prefix], cache)]
+    pieces += [model.decode(tokens[:, t : t + 1], cache) for t in range(prefix, 20)]
+    assert cache.memory.shape == (2, 2, 3, 2, 20, 4)
     full = run(model)
     torch.testing.assert_close(torch.cat(pieces, dim=1), full, **CLOSE)
     assert not torch.allclose(full, run(build(Seq2Seq, kv_heads=2).eval()), atol=1e-2)  # the window matters
