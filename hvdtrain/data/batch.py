@@ -57,6 +57,19 @@ class Batch(AnyBatch):
         return cls(ids[:, :-1], ids[:, 1:], windows.shape[0] * (windows.shape[1] - 1))
 
 
+@dataclass(frozen=True)
+class MaskedBatch(AnyBatch):
+    """``tokens``: int64 [B, T], some of them hidden; ``lengths``: int64 [B]. ``places``: int64 [M], where in the B x T
+    tokens something is to be told; ``targets``: int64 [M], what, or IGNORE.
+    """
+
+    tokens: torch.Tensor
+    lengths: torch.Tensor
+    places: torch.Tensor
+    targets: torch.Tensor
+    target_tokens: int
+
+
 class DocumentBatch(AnyBatch):
     """A batch of whole documents, padded to the longest of them."""
 

@@ -11,15 +11,16 @@ from hvdtrain.data.corpora import Corpora, CorpusFacts
 from hvdtrain.data.loader import BUFFERS, Feed
 from hvdtrain.data.packed import PackedSource, document_lengths
 from hvdtrain.data.packing import PackSampler
-from hvdtrain.data.sampler import WindowSampler, derive, share_of
+from hvdtrain.data.sampler import share_of
 from hvdtrain.data.shards import Manifest, token_dtype
 from hvdtrain.data.stream import TokenStream
-from hvdtrain.data.windows import MixedWindows, WindowSource, eval_windows, steps_per_block
+from hvdtrain.data.windows import WindowSource, eval_windows, steps_per_block
 from hvdtrain.errors import ConfigError, DataError
 from hvdtrain.models.decoder import Decoder
 from hvdtrain.models.losses import LossTerms, linear_cross_entropy
 from hvdtrain.models.options import TransformerOptions
 from hvdtrain.options import Options, option
+from hvdtrain.tasks.rows import drawn_windows, step_in_words
 from hvdtrain.tasks.task import Evaluation, LossSum, Task, Training, check_kind, check_val
 
 
@@ -57,30 +58,14 @@ class LanguageModel(Task[Decoder, Batch]):
         share_of(feed.global_batch, feed.microbatch, feed.rank, feed.size)
 
     def open_training(self, corpora: Corpora, feed: Feed) -> Training:
-        stream = TokenStream(corpora.entries, "train")
-        step = f"a step is {feed.global_batch} x {feed.context} tokens"
-        if feed.ramp is not None:
-            step += f", from {feed.ramp.start} x {feed.context} up over {feed.ramp.rows * feed.context:,} tokens"
+        stream, step = TokenStream(corpora.entries, "train"), step_in_words(feed)
         if self.rows_are_packed:
             end = corpora.manifest.special_tokens.get("eos", 0)
             sampler = PackSampler(document_lengths(corpora), feed.context, feed.seed)
             about = f"{len(stream):,} training tokens packed into rows that are {sampler.efficiency:.1%} full; {step}"
             return Training(PackedSource(stream, sampler, feed, end), about)
-        samplers = [
-            # Each corpus draws by a seed of its own, or those of one size would draw alike.
-            WindowSampler(
-                sum(info.tokens for info in manifest.split("train")),
-                feed.context,
-                derive(feed.seed, number, 6) if number else feed.seed,
-            )
-            for number, (_, manifest) in enumerate(corpora.entries)
-        ]
-        about = f"{len(stream):,} training tokens; {step}"
-        if len(samplers) == 1:
-            return Training(WindowSource(stream, samplers[0], feed), about)
-        mixture = MixedWindows(samplers, stream.bases, corpora.weights, feed.seed)
-        shares = ", ".join(f"{f} {s:.1%}" for (f, _), s in zip(corpora.entries, mixture.mixture.share, strict=True))
-        return Training(WindowSource(stream, mixture, feed), f"{about}, of {shares}")
+        windows, shares = drawn_windows(corpora, stream, feed.context, feed.seed)
+        return Training(WindowSource(stream, windows, feed), f"{len(stream):,} training tokens; {step}{shares}")
 
     def open_evaluation(self, corpora: Corpora, split: str, feed: Feed, rows: int) -> Evaluation:
         check_val(corpora, split)

@@ -1,4 +1,4 @@
-"""What tasks share whose rows are documents with lengths of their own: pairs, labelled texts."""
+"""What tasks share: those on text, and those whose rows have lengths of their own (pairs, labelled texts)."""
 
 from typing import Any
 
@@ -7,8 +7,38 @@ from hvdtrain.data.buckets import BucketSampler
 from hvdtrain.data.corpora import Corpora
 from hvdtrain.data.loader import Feed
 from hvdtrain.data.records import Records
+from hvdtrain.data.sampler import WindowSampler, derive
+from hvdtrain.data.stream import TokenStream
+from hvdtrain.data.windows import MixedWindows, RowSampler
 from hvdtrain.errors import ConfigError, DataError
 from hvdtrain.tasks.task import Task, Training, check_kind, check_val
+
+
+def step_in_words(feed: Feed) -> str:
+    """How large a step is whose rows are alike."""
+    step = f"a step is {feed.global_batch} x {feed.context} tokens"
+    if feed.ramp is None:
+        return step
+    return f"{step}, from {feed.ramp.start} x {feed.context} up over {feed.ramp.rows * feed.context:,} tokens"
+
+
+def drawn_windows(corpora: Corpora, stream: TokenStream, context: int, seed: int) -> tuple[RowSampler, str]:
+    """Windows of the training text, mixed where there are several corpora; and of those what share each has, in words.
+
+    stream: of all corpora. Errors: DataError where one is shorter than a window.
+    """
+    samplers = [
+        # Each corpus draws by a seed of its own, or those of one size would draw alike.
+        WindowSampler(
+            sum(info.tokens for info in manifest.split("train")), context, derive(seed, number, 6) if number else seed
+        )
+        for number, (_, manifest) in enumerate(corpora.entries)
+    ]
+    if len(samplers) == 1:
+        return samplers[0], ""
+    windows = MixedWindows(samplers, stream.bases, corpora.weights, seed)
+    named = zip(corpora.entries, windows.mixture.share, strict=True)
+    return windows, ", of " + ", ".join(f"{folder} {share:.1%}" for (folder, _), share in named)
 
 
 def check_one_folder(corpora: Corpora, task: Task[Any, Any]) -> None:

@@ -1,6 +1,7 @@
 """The rank count never changes the training data: the same rows in the same order, and a fingerprint that proves it.
 
-One rank to eight, one forward pass or several a step, windows, mixtures, packed rows, pairs and labelled texts.
+One rank to eight, one forward pass or several a step: windows, mixtures, packed rows, masked rows, pairs and labelled
+texts.
 """
 
 from collections.abc import Callable
@@ -11,11 +12,13 @@ import pytest
 import torch
 from tiny import CPU, documents, labelled, pairs, random_tokens, write_corpus
 
-from hvdtrain.data.batch import IGNORE, AnyBatch, LabelBatch, PairBatch
+from hvdtrain.data.batch import IGNORE, AnyBatch, LabelBatch, MaskedBatch, PairBatch
 from hvdtrain.data.bucketed import BucketSource, label_batch, pair_batch
 from hvdtrain.data.buckets import BucketSampler
 from hvdtrain.data.corpora import Corpora
 from hvdtrain.data.loader import Feed, Source, TrainLoader
+from hvdtrain.data.masked import Frame, FramedDocuments, FramedWindows, MaskedSource
+from hvdtrain.data.masking import Masking, MaskOptions
 from hvdtrain.data.packed import PackedSource, document_lengths
 from hvdtrain.data.packing import PackSampler
 from hvdtrain.data.records import Records
@@ -59,6 +62,32 @@ def packed(folder: Path) -> Make:
     return lambda feed: PackedSource(stream, PackSampler(lengths, CONTEXT, feed.seed), feed, 0)
 
 
+FRAME = Frame(CONTEXT, first=1, last=2, fill=3)
+SPECIAL, CONTINUES = np.arange(50) < 5, np.arange(50) > 25
+
+
+def masked_windows(folder: Path) -> Make:
+    stream, masking = TokenStream([text_corpus(folder, 8)], "train"), Masking(MaskOptions(), 4, SPECIAL, None)
+
+    def make(feed: Feed) -> Source:
+        rows = FramedWindows(stream, WindowSampler(len(stream), FRAME.room, feed.seed), FRAME)
+        return MaskedSource(stream, rows, masking, feed)
+
+    return make
+
+
+def masked_documents(folder: Path) -> Make:
+    corpora = Corpora((text_corpus(folder, 9),), (1.0,))
+    stream, lengths = TokenStream(corpora.entries, "train"), document_lengths(corpora)
+    masking = Masking(MaskOptions(share=0.3, whole_words=True), 4, SPECIAL, CONTINUES)
+
+    def make(feed: Feed) -> Source:
+        rows = FramedDocuments(stream, PackSampler(lengths, FRAME.room, feed.seed), FRAME)
+        return MaskedSource(stream, rows, masking, feed)
+
+    return make
+
+
 def bucketed_pairs(folder: Path) -> Make:
     rows = list(zip(texts(150, 4), texts(150, 5), strict=True))
     records = Records(folder, write_corpus(folder, {"train": [pairs(rows)]}, kind="pairs"), "train")
@@ -82,7 +111,9 @@ def bucketed_labels(folder: Path) -> Make:
     return make
 
 
-SOURCES = {f.__name__: f for f in (windows, mixture, packed, bucketed_pairs, bucketed_labels)}
+SOURCES = {
+    f.__name__: f for f in (windows, mixture, packed, masked_windows, masked_documents, bucketed_pairs, bucketed_labels)
+}
 
 
 @pytest.fixture(scope="module", params=SOURCES)
@@ -99,6 +130,9 @@ def rows_of(batch: AnyBatch) -> list[tuple]:
         each = zip(batch.source.tolist(), batch.source_lengths.tolist(), batch.targets.tolist(), strict=True)
         rows = [(tuple(s[:length]), tuple(t for t in targets if t != IGNORE)) for s, length, targets in each]
         return [row for row in rows if row[1]]
+    if isinstance(batch, MaskedBatch):
+        targets = torch.full_like(batch.tokens, IGNORE).flatten().index_copy(0, batch.places, batch.targets)
+        return torch.cat([batch.tokens, targets.view(batch.tokens.shape), batch.lengths[:, None]], dim=1).tolist()
     columns = [batch.tokens, batch.targets, batch.positions, batch.segments]
     return torch.cat([column for column in columns if column is not None], dim=1).tolist()
 
