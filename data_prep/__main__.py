@@ -49,6 +49,7 @@ _LEFT_OUT = {
     "empty_documents": "JSON objects with an empty text left out",
     "empty_side": "pairs with an empty side left out",
     "cut_short": "cut at --max-tokens",
+    "labels_twice": "labels that were said before of the same text",
     "kept_in_training": "of labels that only validation had kept in training",
     "questions_without_answer": "questions that have no answer",
     "questions_unlabelled": "questions of a test set, whose answers are not told",
@@ -181,6 +182,7 @@ def _pairs(words: argparse.Namespace, ranks: Ranks) -> int:
 
 
 def _labels(words: argparse.Namespace, ranks: Ranks) -> int:
+    from data_prep.label_cells import LabelCells, read_label_names
     from data_prep.labels import LabelsKind, frame_tokens
     from data_prep.questions import QuestionsKind, SquadReader
     from data_prep.tables import TableReader
@@ -192,6 +194,10 @@ def _labels(words: argparse.Namespace, ranks: Ranks) -> int:
         if squad and len(squad) < len(files):
             raise ConfigError(f"SQuAD .json and labelled tables in one folder of shards: {squad[0].path} and others")
         if squad:
+            if words.multi_label or words.label_names:
+                raise ConfigError(
+                    "--multi-label and --label-names are for tables and JSON; SQuAD's questions have none"
+                )
             reader = SquadReader(files, _cleaning(words), words.skip_bad)
             most = 384 if words.max_tokens is None else words.max_tokens
             return QuestionsKind(reader, frame, most, words.stride, words.question_tokens)
@@ -206,7 +212,8 @@ def _labels(words: argparse.Namespace, ranks: Ranks) -> int:
             quoted=words.quoted,
             skip_bad=words.skip_bad,
         )
-        return LabelsKind(reader, frame, most)
+        cells = LabelCells(words.multi_label or "", read_label_names(words.label_names))
+        return LabelsKind(reader, frame, most, cells)
 
     return _prepare(make, words, ranks)
 

@@ -58,6 +58,7 @@ A row has as many cells as the header line (or --columns) has names; one with mo
 is empty or, in JSON, neither text nor a whole number. A file with quotes is read from its start, by one rank."""
 
 _LABELS = """
+With --multi-label , the cell 4,27 says two labels. --label-names numbers the labels from 0, in the file's order.
 A label of which chance would give every text to validation keeps one in training, counted. One that only --val-input or
 --test-input has is refused, or with --skip-bad its texts are left out."""
 
@@ -147,6 +148,12 @@ def _add_labels(commands, parents: list[argparse.ArgumentParser]) -> None:
         **_formats("labels"),
     )
     labels.add_argument("--label-field", default="label", metavar="NAME", help="default: label")
+    labels.add_argument(
+        "--multi-label", type=_separator, metavar="SEP", help="a text may have several labels, with this between them"
+    )
+    labels.add_argument(
+        "--label-names", type=Path, metavar="FILE", help="names of all labels, one a line; a label may be its number"
+    )
     labels.add_argument("--second-field", metavar="NAME", help="a second text, for sentence pairs")
     _columns(labels)
     _more_splits(labels)
@@ -286,6 +293,12 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}\n{self.format_usage().rstrip()}")
 
 
+def _separator(text: str) -> str:
+    if not text:
+        raise ValueError(text)
+    return text
+
+
 def _fraction(text: str) -> float:
     value = float(text)
     if not 0 <= value < 1:
@@ -309,3 +322,4 @@ def _count(text: str) -> int:
 
 # argparse shows these
 _fraction.__name__, _positive.__name__, _count.__name__ = "fraction (0 to below 1)", "positive number", "number"
+_separator.__name__ = "separator"

@@ -30,6 +30,7 @@ KINDS = {
     "cells": "with more or fewer cells than columns",
     "label": "without a label",
     "unseen": "with a label that training never has",
+    "unnamed": "with a label that --label-names does not name",
     "question": "not a question as SQuAD has it",
     "answer": "with an answer that is not in its paragraph",
 }

@@ -52,9 +52,9 @@ class Gathering:
 
 
 def _joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """One dataset of each name; lengths become offsets."""
+    """One dataset of each name; lengths, under the names of offsets, become offsets."""
     joined = {}
     for key in list(parts[0]):  # each part is let go when it is joined
         whole = np.concatenate([part.pop(key) for part in parts])
-        joined[key] = np.concatenate([[0], np.cumsum(whole)]) if key.endswith("doc_offsets") else whole
+        joined[key] = np.concatenate([[0], np.cumsum(whole)]) if key.endswith("offsets") else whole
     return joined

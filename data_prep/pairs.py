@@ -28,6 +28,7 @@ class PairsKind:
 
     name = "pairs"
     label_names: tuple[str, ...] = ()
+    version = 1
 
     def identity(self) -> dict[str, Any]:
         return {"min_tokens": self.min_tokens, "max_tokens": self.max_tokens}

@@ -76,6 +76,10 @@ class Kind(Protocol):
     reader: Reader
     label_names: tuple[str, ...]
 
+    @property
+    def version(self) -> int:
+        """Of the shards' format."""
+
     def identity(self) -> dict[str, Any]:
         """The settings that decide what the shards hold, besides the reader's."""
 
@@ -86,7 +90,7 @@ class Kind(Protocol):
         """Look at all items before the first is encoded, where that is needed (collective)."""
 
     def encode(self, items: list[Item], counts: Counter) -> dict[str, np.ndarray]:
-        """Items of one split as datasets of a shard, but the lengths of documents in place of their offsets."""
+        """Items of one split as datasets of a shard, but lengths in place of offsets."""
 
 
 class SplitsOf:
@@ -358,6 +362,7 @@ class _Preparation:
             kind=self.kind.name,
             special_tokens=self.tokenizer.special,
             label_names=self.kind.label_names,
+            version=self.kind.version,
         )
         write_manifest(self.out, manifest)
         shutil.rmtree(self.records_dir, ignore_errors=True)

@@ -3,6 +3,11 @@
 A question and its paragraph become  [cls] question [sep] paragraph [sep].  A paragraph that is too long is cut into
 windows that begin every ``stride`` tokens (Devlin et al. 2018). ``spans`` holds the first and the last token of the
 answer, or 0, 0 where the window has none; ``examples`` the number of the question in the file, over all its windows.
+
+What a score needs is kept beside the tokens, a question at a time: its id, the paragraph as it was, all answers that
+the file gives, and which characters of the paragraph each token stands for (as Unicode counts them, not bytes).
+``hvdtrain/data/shards.py`` has the layout. Of several answers the first that is found is learned from; all are scored
+by.
 """
 
 import json
@@ -23,6 +28,7 @@ from data_prep.pieces import Piece, Unit
 from data_prep.prepare import SplitsOf
 from data_prep.readers import Item
 from hvdtrain.comm.ranks import Ranks
+from hvdtrain.data.questions import Question, text_of
 from hvdtrain.errors import ConfigError, DataError
 
 
@@ -30,8 +36,9 @@ from hvdtrain.errors import ConfigError, DataError
 class SquadReader:
     """``.json`` files as SQuAD 1.1 and 2.0 have them; those of a test set need not tell the answers.
 
-    Item: (number, question, paragraph, answer's first character, answer). A question without an answer has -1 and an
-    empty text; of several answers the first that is found counts. A file is read whole.
+    Item: (number, question, paragraph, answer's first character, answer, id, all answers). A question without an answer
+    has -1 and an empty text; of several answers the first that is found counts. All answers are a list in JSON, or null
+    where they are not told. A file is read whole.
     """
 
     files: Sequence[InputFile]
@@ -69,6 +76,15 @@ class SquadReader:
         """All but the number. Errors: BadItem, whose message begins with the verb."""
         context = self._text(paragraph, "context", file, counts)
         asked = self._text(question, "question", file, counts)
+        is_number = type(question.get("id")) is int
+        name = str(question["id"]).encode() if is_number else self._text(question, "id", file, counts)
+        start, answer, answers = self._answer(context.decode(), question, file, counts)
+        return asked, context, str(start).encode(), answer.encode(), name, json.dumps(answers).encode()
+
+    def _answer(
+        self, context: str, question: dict[str, Any], file: InputFile, counts: Counter
+    ) -> tuple[int, str, list[str] | None]:
+        """Where the answer to learn from stands (-1: nowhere), its text, and all answers (None: they are not told)."""
         impossible = question.get("is_impossible", False)
         if not isinstance(impossible, bool):
             raise BadItem("question", f"has is_impossible {impossible!r}, which is neither true nor false")
@@ -76,23 +92,23 @@ class SquadReader:
             if file.split != "test":
                 raise BadItem("question", 'has no "answers"; a test set without them is given as --test-input')
             counts["questions_unlabelled"] += 1
-            return asked, context, b"-1", b""
+            return -1, "", None
         answers = [] if impossible else question["answers"]
         if not isinstance(answers, list):
             raise BadItem("question", f'has "answers" that are no list but {type(answers).__name__}')
         if not answers:
             counts["questions_without_answer"] += 1
-            return asked, context, b"-1", b""
-        for answer in answers:
-            text = self._text(answer, "text", file, counts).decode()
+            return -1, "", []
+        texts = [self._text(answer, "text", file, counts).decode() for answer in answers]
+        for text, answer in zip(texts, answers, strict=True):
             start = answer.get("answer_start")
             if type(start) is not int:
                 raise BadItem("question", f'has an "answer_start" of {start!r}, which is no whole number')
-            if (found := find_answer(context.decode(), text, start)) is not None:
+            if (found := find_answer(context, text, start)) is not None:
                 counts["questions_answered"] += 1
                 if found != (start, text):
                     counts["answers_moved"] += 1
-                return asked, context, str(found[0]).encode(), found[1].encode()
+                return *found, texts
         raise BadItem("answer", f"has the answer {text!r} at character {start}, which is not in its paragraph")
 
     def _text(self, holder: Any, name: str, file: InputFile, counts: Counter) -> bytes:
@@ -164,6 +180,7 @@ class QuestionsKind:
 
     name = "qa"
     label_names: tuple[str, ...] = ()
+    version = 2
 
     def __post_init__(self) -> None:
         if not self.max_tokens:
@@ -171,7 +188,8 @@ class QuestionsKind:
         check_room(self.max_tokens, self.question_tokens + 3)
 
     def identity(self) -> dict[str, Any]:
-        return {"max_tokens": self.max_tokens, "stride": self.stride, "question_tokens": self.question_tokens}
+        sizes = {"max_tokens": self.max_tokens, "stride": self.stride, "question_tokens": self.question_tokens}
+        return {**sizes, "version": self.version}
 
     def begin(self, encoder: TokenEncoder) -> None:
         self._encoder = encoder
@@ -180,38 +198,52 @@ class QuestionsKind:
         pass
 
     def encode(self, items: list[Item], counts: Counter) -> dict[str, np.ndarray]:
-        rows, spans, examples = [], [], []
-        first, last = self.frame
-        texts = [[item[field].decode() for item in items] for field in (1, 2, 4)]
+        rows, places, per_question, chars, texts = [], [], [], [], []
+        spans, examples = [], []
         # Characters of answers are wanted, so this is one for the library that gives each token's place in the text.
-        encoded = [self._encoder.encodings(side, counts) for side in texts[:2]]
-        for number, (question, context) in enumerate(zip(*encoded, strict=True)):
-            start = int(items[number][3])
-            answer = self._tokens_of(context.offsets, start, start + len(texts[2][number])) if start >= 0 else None
+        asked, contexts = ([item[field].decode() for item in items] for field in (1, 2))
+        encoded = [self._encoder.encodings(side, counts) for side in (asked, contexts)]
+        for item, question, context in zip(items, *encoded, strict=True):
+            start = int(item[3])
+            answer = self._tokens_of(context.offsets, start, start + len(item[4].decode())) if start >= 0 else None
             if len(question.ids) > self.question_tokens:
                 counts["questions_cut"] += 1
-            head = [first, *question.ids[: self.question_tokens], last]
-            room = self.max_tokens - len(head) - 1
-            begin, fits = 0, start < 0
-            while True:
-                window = context.ids[begin : begin + room]
-                rows.append([*head, *window, last])
-                inside = answer and begin <= answer[0] and answer[1] < begin + len(window)
+            head = [self.frame[0], *question.ids[: self.question_tokens], self.frame[1]]
+            windows = self._windows(len(context.ids), self.max_tokens - len(head) - 1)
+            counts["overlapping_windows"] += len(windows) - 1
+            fits = start < 0
+            for begin, end in windows:
+                rows.append([*head, *context.ids[begin:end], self.frame[1]])
+                inside = answer and begin <= answer[0] and answer[1] < end
                 fits = fits or bool(inside)
                 spans.append([len(head) + at - begin for at in answer] if inside else [0, 0])
-                examples.append(int(items[number][0]))
-                if begin + room >= len(context.ids):
-                    break
-                counts["overlapping_windows"] += 1
-                begin += min(self.stride, room)
+                places.append([len(head), begin])
+                examples.append(int(item[0]))
             if not fits:
                 counts["answers_in_no_window"] += 1
+            per_question.append(len(windows))
+            chars.append(np.array(context.offsets, np.int32).reshape(-1, 2))
+            answers = json.loads(item[6])
+            told = None if answers is None else tuple(answers)
+            texts.append(text_of(Question(item[5].decode(), item[2].decode(), told)))
         return {
             "tokens": np.array([token for row in rows for token in row], np.int64),
             "doc_offsets": np.array([len(row) for row in rows], np.int64),
             "spans": np.array(spans, np.int64).reshape(-1, 2),
             "examples": np.array(examples, np.int64),
+            "windows": np.array(places, np.int64).reshape(-1, 2),
+            "question_offsets": np.array(per_question, np.int64),
+            "chars": np.concatenate(chars),
+            "char_offsets": np.array([len(one) for one in chars], np.int64),
+            "texts": np.frombuffer(b"".join(texts), np.uint8),
+            "text_offsets": np.array([len(one) for one in texts], np.int64),
         }
+
+    def _windows(self, tokens: int, room: int) -> list[tuple[int, int]]:
+        """First token of each window, and the one behind its last."""
+        step = min(self.stride, room)
+        count = 1 + max(0, -(-(tokens - room) // step))
+        return [(begin, min(begin + room, tokens)) for begin in range(0, count * step, step)]
 
     @staticmethod
     def _tokens_of(offsets: Sequence[tuple[int, int]], start: int, end: int) -> tuple[int, int] | None:

@@ -186,7 +186,7 @@ def _check_like_the_runs(run: Run, corpora: Corpora) -> None:
     for key, value in corpora.identity().items():
         trained_on = (run.progress.identity or {}).get(key)
         if key != "data_digest" and value != trained_on:
-            what = "list of labels" if key == "label_names" else "tokenizer"
+            what = "list of labels" if "label_names" in key else "tokenizer"
             raise DataError(
                 f"{corpora.names} was made with another {what} than {run.dir} "
                 f"({key}: {value}, not {trained_on}); prepare it as the run's data were"

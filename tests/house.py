@@ -42,6 +42,7 @@ DATA_PREP_MAY = {
     "hvdtrain.comm.ancestors",
     "hvdtrain.data.shards",
     "hvdtrain.data.check",
+    "hvdtrain.data.questions",
     "hvdtrain.machine.cores",
     "hvdtrain.comm.ranks",
     "hvdtrain.comm.session",

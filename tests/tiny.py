@@ -11,6 +11,7 @@ import h5py
 import numpy as np
 import torch
 
+from hvdtrain.data.questions import Question, text_of
 from hvdtrain.data.shards import Manifest, read_manifest, token_dtype, write_manifest, write_shard
 from hvdtrain.data.stream import TokenStream
 from hvdtrain.files import file_blocks, file_sha256
@@ -50,6 +51,47 @@ def pairs(rows: Sequence[tuple[Sequence[int], Sequence[int]]], vocab_size: int =
 def labelled(rows: Sequence[tuple[Sequence[int], int]], vocab_size: int = 50) -> Datasets:
     """(text, label) of each row, as a shard holds them."""
     return {**documents([text for text, _ in rows], vocab_size), "labels": np.array([n for _, n in rows], np.int64)}
+
+
+def several(rows: Sequence[tuple[Sequence[int], Sequence[int]]], vocab_size: int = 50) -> Datasets:
+    """(text, labels) of each row, as a shard of version 2 holds them."""
+    labels = documents([labels for _, labels in rows], 1 << 20)
+    found = {"labels": labels["tokens"].astype(np.int64), "label_offsets": labels["doc_offsets"]}
+    return {**documents([text for text, _ in rows], vocab_size), **found}
+
+
+HEAD = (1, 5, 2)  # [cls] a question [sep]
+
+
+def asked(rows: Sequence[tuple[str, Sequence[str] | None]], first: int = 0, room: int = 8, step: int = 5) -> Datasets:
+    """Questions by (paragraph, answers; None: not told), as a shard of version 2 holds them: a token a character, three
+    more before each window and one behind it; ids q0, q1, ... from ``first`` on.
+    """
+    tokens, spans, places, counts, chars, texts = [], [], [], [], [], []
+    for number, (context, answers) in enumerate(rows):
+        begins = range(0, max(1, len(context) - room + step), step)
+        for begin in begins:
+            window = context[begin : begin + room]
+            tokens.append([*HEAD, *(3 + ord(letter) % 47 for letter in window), 2])
+            at = context.index(answers[0]) if answers else -1
+            inside = answers and begin <= at and at + len(answers[0]) <= begin + len(window)
+            spans.append([3 + at - begin, 2 + at - begin + len(answers[0])] if answers and inside else [0, 0])
+            places.append([len(HEAD), begin])
+        counts.append(len(begins))
+        chars.append(np.array([[at, at + 1] for at in range(len(context))], np.int32).reshape(-1, 2))
+        said = Question(f"q{first + number}", context, None if answers is None else tuple(answers))
+        texts.append(np.frombuffer(text_of(said), np.uint8))
+    return {
+        **documents(tokens),
+        "spans": np.array(spans, np.int64).reshape(-1, 2),
+        "examples": np.repeat(np.arange(first, first + len(rows)), counts),
+        "windows": np.array(places, np.int64).reshape(-1, 2),
+        "question_offsets": np.cumsum([0, *counts]),
+        "chars": np.concatenate([np.empty((0, 2), np.int32), *chars]),
+        "char_offsets": np.cumsum([0, *map(len, chars)]),
+        "texts": np.concatenate([np.empty(0, np.uint8), *texts]),
+        "text_offsets": np.cumsum([0, *map(len, texts)]),
+    }
 
 
 def write_corpus(folder: Path, splits: Mapping[str, Sequence[Datasets]], vocab_size: int = 50, **more: Any) -> Manifest:

@@ -3,11 +3,12 @@
 import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 
 import numpy as np
 
+from hvdtrain.data.questions import question_of
 from hvdtrain.data.shards import TOKENS_OF, Manifest, ReadThrough, ShardInfo, map_shard, offsets_of
 from hvdtrain.errors import DataError
 from hvdtrain.files import BLOCK_BYTES, again
@@ -45,8 +46,12 @@ def _wrong_values(path: Path, datasets: dict[str, np.ndarray | ReadThrough], man
         yield from _wrong_offsets(path, offsets_of(name), datasets[offsets_of(name)], len(datasets[name]))
     if manifest.kind == "labels":
         yield from _beyond(path, "labels", datasets["labels"], len(manifest.label_names), "list of labels")
+    if manifest.has_several_labels:
+        yield from _wrong_offsets(path, "label_offsets", datasets["label_offsets"], len(datasets["labels"]), "labels")
     if manifest.kind == "qa":
         yield from _wrong_spans(path, datasets["spans"], datasets["doc_offsets"])
+    if manifest.has_questions:
+        yield from _wrong_questions(path, datasets)
 
 
 def _damaged_blocks(path: Path, info: ShardInfo) -> Iterator[str]:
@@ -76,14 +81,19 @@ def _beyond(path: Path, name: str, values: np.ndarray | ReadThrough, limit: int,
             return
 
 
-def _wrong_offsets(path: Path, name: str, values: np.ndarray | ReadThrough, tokens: int) -> Iterator[str]:
+def _wrong_offsets(
+    path: Path, name: str, values: np.ndarray | ReadThrough, count: int, what: str = "tokens"
+) -> Iterator[str]:
+    if not len(values):
+        yield f"shard {path}: /{name} is empty; offsets begin with 0"
+        return
     offsets = values[0 : len(values)]
     back = np.flatnonzero(offsets[1:] < offsets[:-1])  # a difference may overflow
     if len(back):
         at = int(back[0])
         yield f"shard {path}: /{name} goes backwards at document {at}: {offsets[at]}, then {offsets[at + 1]}"
-    elif offsets[0] != 0 or offsets[-1] != tokens:
-        yield f"shard {path}: /{name} goes from {offsets[0]} to {offsets[-1]}, but the shard has {tokens} tokens"
+    elif offsets[0] != 0 or offsets[-1] != count:
+        yield f"shard {path}: /{name} goes from {offsets[0]} to {offsets[-1]}, but the shard has {count} {what}"
 
 
 def _wrong_spans(path: Path, spans: np.ndarray | ReadThrough, offsets: np.ndarray | ReadThrough) -> Iterator[str]:
@@ -93,3 +103,35 @@ def _wrong_spans(path: Path, spans: np.ndarray | ReadThrough, offsets: np.ndarra
     if len(wrong):
         at = int(wrong[0])
         yield f"shard {path}: /spans[{at}] goes from {first[at]} to {last[at]}, but the text has {tokens[at]} tokens"
+
+
+def _wrong_questions(path: Path, datasets: dict[str, np.ndarray | ReadThrough]) -> Iterator[str]:
+    """Offsets of questions, the places of windows, and what is said of each question."""
+    whole = {name: values[0 : len(values)] for name, values in datasets.items()}
+    offsets, windows = whole["question_offsets"], whole["windows"]
+    wrong = list(_wrong_offsets(path, "question_offsets", offsets, len(windows), "windows"))
+    for name in ("char", "text"):
+        wrong += _wrong_offsets(path, f"{name}_offsets", whole[f"{name}_offsets"], len(whole[f"{name}s"]), f"{name}s")
+        if not wrong and len(whole[f"{name}_offsets"]) != len(offsets):
+            wrong.append(f"shard {path}: /{name}_offsets are not of its {len(offsets) - 1} questions")
+    yield from wrong
+    if wrong:
+        return
+    tokens = np.repeat(np.diff(whole["char_offsets"]), np.diff(offsets))  # of each window's paragraph
+    lengths = np.diff(whole["doc_offsets"])
+    first, begin = windows.T
+    odd = np.flatnonzero((first < 1) | (first >= lengths) | (begin < 0) | (begin + lengths - first - 1 > tokens))
+    if len(odd):
+        at = int(odd[0])
+        yield f"shard {path}: /windows[{at}] is {windows[at].tolist()}, beyond its paragraph of {tokens[at]} tokens"
+    for number, (start, end) in enumerate(pairwise(whole["text_offsets"].tolist())):
+        try:
+            said = question_of(whole["texts"][start:end])
+        except (ValueError, RecursionError) as error:
+            yield f"shard {path}: /texts of question {number} are none: {error}"
+            return
+        chars = whole["chars"][whole["char_offsets"][number] : whole["char_offsets"][number + 1]]
+        most = len(said.context)
+        if len(chars) and (chars.min() < 0 or (chars[:, 1] < chars[:, 0]).any() or chars.max() > most):
+            yield f"shard {path}: /chars of question {number} are beyond its paragraph of {most} characters"
+            return

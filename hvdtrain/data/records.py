@@ -1,5 +1,10 @@
-"""Documents of one split by their number: for pairs and labels, whose rows have a length of their own."""
+"""Documents of one split by their number: for pairs, labels and questions, whose rows have a length of their own.
 
+A shard holds tokens and their offsets; beside them a value for each document (``column``: the label, the span of an
+answer), or any number of values (``many_hot``), told apart by offsets of their own. ``shards.py`` has the layout.
+"""
+
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -71,3 +76,22 @@ class Records:
         numbers = np.searchsorted(self._ends, rows, side="right")
         values = [self._shards[n][name][int(row - self._firsts[n])] for n, row in zip(numbers, rows, strict=True)]
         return np.array(values)
+
+    def many_hot(self, rows: np.ndarray, classes: int) -> np.ndarray:
+        """Which labels documents have that may have several: bool [rows, classes]."""
+        out = np.zeros((len(rows), classes), bool)
+        for place, row in enumerate(rows.tolist()):
+            shard, at = self.place(row)
+            first, end = map(int, shard["label_offsets"][at : at + 2])
+            out[place, shard["labels"][first:end]] = True
+        return out
+
+    def place(self, row: int) -> tuple[Mapping[str, np.ndarray | ReadThrough], int]:
+        """The shard of document ``row``, and its number there."""
+        number = int(np.searchsorted(self._ends, row, side="right"))
+        return self._shards[number], row - int(self._firsts[number])
+
+    @property
+    def shards(self) -> list[tuple[int, Mapping[str, np.ndarray | ReadThrough]]]:
+        """Each shard, and the number of its first document."""
+        return list(zip(map(int, self._firsts), self._shards, strict=True))

@@ -5,13 +5,23 @@
       text      /tokens [N], /doc_offsets [D + 1]     document i is tokens[doc_offsets[i]:doc_offsets[i + 1]]
       pairs     /source_tokens, /source_doc_offsets, /target_tokens, /target_doc_offsets
       labels    /tokens, /doc_offsets, /labels [D]    numbers into the manifest's label_names
+                of version 2 a text may have several: /labels [N], /label_offsets [D + 1]
       qa        /tokens, /doc_offsets, /spans [D, 2], /examples [D]    first and last token of the answer (0, 0: none)
+                of version 2 also what a score needs; a document is a window, and the windows of question j are the
+                documents question_offsets[j]:question_offsets[j + 1]
+                /question_offsets [Q + 1]
+                /windows [D, 2]                       the paragraph's first token in the row, and which of its tokens
+                /chars [N, 2], /char_offsets [Q + 1]  of each of a question's paragraph's tokens: first character in
+                                                      the paragraph, and the one behind its last
+                /texts [N], /text_offsets [Q + 1]     of each question a JSON object in UTF-8: id, context, answers (a
+                                                      list of all texts, empty where there is none; null: not told)
     DIR/train-00000_001.h5  another of the same input, which was compressed and could not be cut beforehand
     DIR/manifest.json     written last; a folder without it holds nothing that counts
 
-Tokens are uint16 (uint32 where the vocabulary needs it), all else int64. Every dataset is contiguous, native and
-unfiltered, so that a reader can ask HDF5 once where its bytes lie and map them into memory: no HDF5 lock, safe under
-fork and threads, no copy. The manifest's block digests stand in for HDF5's checksums, which need chunks.
+Tokens are uint16 (uint32 where the vocabulary needs it), chars int32, texts uint8, all else int64. Every dataset is
+contiguous, native and unfiltered, so that a reader can ask HDF5 once where its bytes lie and map them into memory: no
+HDF5 lock, safe under fork and threads, no copy. The manifest's block digests stand in for HDF5's checksums, which need
+chunks.
 """
 
 import ctypes
@@ -36,7 +46,8 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from hvdtrain.errors import DataError
 from hvdtrain.files import BLOCK_BYTES, again, fields_sha256, file_sha256, read_text, seen, write, write_json
 
-FORMAT_VERSION = 1
+# By kind, the first for all that it can say: so what older readers know is written as they know it.
+FORMAT_VERSIONS: dict[str, tuple[int, ...]] = {"text": (1,), "pairs": (1,), "labels": (1, 2), "qa": (1, 2)}
 SPLITS = ("train", "val", "test")
 SHARD_NAME = re.compile(r"(train|val|test)-\d{5,}(_\d{3,})?\.h5")
 _STRICT = ConfigDict(strict=True, extra="forbid")  # a manifest is read to the letter
@@ -75,7 +86,7 @@ class Manifest:
     kind: Literal["text", "pairs", "labels", "qa"] = "text"
     special_tokens: dict[str, int] = field(default_factory=dict)
     label_names: tuple[str, ...] = ()
-    version: int = FORMAT_VERSION
+    version: int = 1
 
     __pydantic_config__ = _STRICT
 
@@ -91,20 +102,51 @@ class Manifest:
     def identity(self) -> dict[str, Any]:
         """What a run or a model is tied to."""
         names = ("vocab_size", "tokenizer_sha256", "data_digest")
-        labels = {"label_names": list(self.label_names)} if self.label_names else {}
+        key = "several_of_label_names" if self.has_several_labels else "label_names"
+        labels = {key: list(self.label_names)} if self.label_names else {}
         return {name: getattr(self, name) for name in names} | labels
+
+    @property
+    def has_several_labels(self) -> bool:
+        """May a text have several labels, or none?"""
+        return self.kind == "labels" and self.version > 1
+
+    @property
+    def has_questions(self) -> bool:
+        """Do the shards hold what questions are scored by: ids, answers, characters?"""
+        return self.kind == "qa" and self.version > 1
 
     def split(self, name: str) -> tuple[ShardInfo, ...]:
         return tuple(shard for shard in self.shards if shard.split == name)
 
 
 TOKENS_OF = {"text": ("tokens",), "pairs": ("source_tokens", "target_tokens"), "labels": ("tokens",), "qa": ("tokens",)}
-_PER_DOCUMENT: dict[str, dict[str, tuple[int, ...]]] = {"labels": {"labels": ()}, "qa": {"spans": (2,), "examples": ()}}
+
+
+# Beside tokens: (kind, version) -> dataset -> shape and dtype. None: any length; _D: as many as there are documents.
+_D, _D_AND_1 = -1, -2
+_INT64, _INT32, _UINT8 = np.dtype(np.int64), np.dtype(np.int32), np.dtype(np.uint8)
+Shape = tuple[int | None, ...]
+_SPANS: dict[str, tuple[Shape, np.dtype]] = {"spans": ((_D, 2), _INT64), "examples": ((_D,), _INT64)}
+_MORE: dict[tuple[str, int], dict[str, tuple[Shape, np.dtype]]] = {
+    ("labels", 1): {"labels": ((_D,), _INT64)},
+    ("labels", 2): {"labels": ((None,), _INT64), "label_offsets": ((_D_AND_1,), _INT64)},
+    ("qa", 1): _SPANS,
+    ("qa", 2): {
+        **_SPANS,
+        "windows": ((_D, 2), _INT64),
+        "question_offsets": ((None,), _INT64),
+        "chars": ((None, 2), _INT32),
+        "char_offsets": ((None,), _INT64),
+        "texts": ((None,), _UINT8),
+        "text_offsets": ((None,), _INT64),
+    },
+}
 
 
 def has_labels(kind: str) -> bool:
     """Does the manifest of such shards name labels?"""
-    return "labels" in _PER_DOCUMENT.get(kind, {})
+    return kind == "labels"
 
 
 def offsets_of(tokens: str) -> str:
@@ -112,14 +154,15 @@ def offsets_of(tokens: str) -> str:
     return tokens.replace("tokens", "doc_offsets")
 
 
-def expected_datasets(info: ShardInfo, kind: str, dtype: str) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """What a shard must hold: name -> shape and dtype."""
-    found: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
-    for name, count in zip(TOKENS_OF[kind], (info.tokens, info.target_tokens), strict=False):
-        found[name] = ((count,), np.dtype(dtype))
-        found[offsets_of(name)] = ((info.documents + 1,), np.dtype(np.int64))
-    for name, shape in _PER_DOCUMENT.get(kind, {}).items():
-        found[name] = ((info.documents, *shape), np.dtype(np.int64))
+def expected_datasets(info: ShardInfo, manifest: Manifest) -> dict[str, tuple[Shape, np.dtype]]:
+    """What a shard must hold: name -> shape (None: any length) and dtype."""
+    found: dict[str, tuple[Shape, np.dtype]] = {}
+    for name, count in zip(TOKENS_OF[manifest.kind], (info.tokens, info.target_tokens), strict=False):
+        found[name] = ((count,), np.dtype(manifest.dtype))
+        found[offsets_of(name)] = ((info.documents + 1,), _INT64)
+    for name, (shape, dtype) in _MORE.get((manifest.kind, manifest.version), {}).items():
+        counted = {_D: info.documents, _D_AND_1: info.documents + 1}
+        found[name] = (tuple(counted.get(length, length) for length in shape), dtype)
     return found
 
 
@@ -142,7 +185,7 @@ def write_shard(folder: Path, split: str, number: int, datasets: Mapping[str, np
     # Made in memory: HDF5 on a full disk fails twice, the second time in a way that cannot be told from a crash.
     image = io.BytesIO()
     with h5py.File(image, "w") as file:
-        file.attrs["hvdtrain_format"] = FORMAT_VERSION
+        file.attrs["hvdtrain_format"] = 1  # of the file; what it holds is told by the manifest
         for key, values in datasets.items():
             file.create_dataset(key, data=values)
     content = image.getbuffer()
@@ -172,8 +215,11 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         fields = json.loads(read_text(path))
         version = fields["version"]
-        if version != FORMAT_VERSION:
-            raise DataError(f"{path} has format version {version}; this hvdtrain reads {FORMAT_VERSION}")
+        known_versions = FORMAT_VERSIONS.get(fields.get("kind", "text"), (1,))
+        if version not in known_versions:
+            raise DataError(
+                f"{path} has format version {version}; this hvdtrain reads {' and '.join(map(str, known_versions))}"
+            )
         known = fields.pop("manifest_sha256", None)  # shards of before it was written have none
         manifest = TypeAdapter(Manifest).validate_json(json.dumps(fields))
     except FileNotFoundError:
@@ -323,13 +369,15 @@ def map_shard(folder: Path, info: ShardInfo, manifest: Manifest) -> dict[str, np
     except (OSError, KeyError, AttributeError, RuntimeError, ValueError, TypeError) as error:
         raise DataError(f"shard {path} cannot be read as HDF5: {error}") from None
     content = None
-    for name, (shape, dtype) in expected_datasets(info, manifest.kind, manifest.dtype).items():
+    for name, (expected, dtype) in expected_datasets(info, manifest).items():
         if name not in shapes:
             there = ", ".join(sorted(map(str, shapes))) or "nothing"  # a damaged name may be bytes
             raise DataError(f"shard {path} has no /{name}; it holds {there}")
-        if shapes[name] != (shape, dtype):
-            there, kind = shapes[name]
-            raise DataError(f"shard {path} holds /{name} {kind} {there}, but the manifest says {dtype} {shape}")
+        shape, kind = shapes[name]
+        if len(shape) == len(expected):
+            expected = tuple(there if length is None else length for there, length in zip(shape, expected, strict=True))
+        if (shape, kind) != (expected, dtype):
+            raise DataError(f"shard {path} holds /{name} {kind} {shape}, but the manifest says {dtype} {expected}")
         size = int(np.prod(shape))
         if size == 0:
             found[name] = np.empty(shape, dtype)

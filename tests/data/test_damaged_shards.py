@@ -18,7 +18,19 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import documents, labelled, pairs, random_tokens, rewrite, seal, write_corpus, write_data, write_tokenizer
+from tiny import (
+    asked,
+    documents,
+    labelled,
+    pairs,
+    random_tokens,
+    rewrite,
+    seal,
+    several,
+    write_corpus,
+    write_data,
+    write_tokenizer,
+)
 
 from hvdtrain.data.check import _damaged_blocks, check_shards
 from hvdtrain.data.corpora import Corpora, check_corpora
@@ -148,8 +160,9 @@ def test_all_that_is_wrong_with_the_files_is_listed(folder: Path):
 
 
 def corpus(folder: Path, kind: str) -> Manifest:
-    """Two shards of any kind, the second with three documents of 5, 1 and 4 tokens."""
+    """Two shards of any kind, the second with three documents, of 5, 1 and 4 tokens if they are no windows."""
     texts = [random_tokens(length, seed=length).tolist() for length in (5, 1, 4)]
+    version = 1
     match kind:
         case "pairs":
             shards = [pairs([([1], [2])]), pairs(list(zip(texts, texts[::-1], strict=True)))]
@@ -159,10 +172,15 @@ def corpus(folder: Path, kind: str) -> Manifest:
             more = [{"spans": np.zeros((n, 2), np.int64), "examples": np.arange(n)} for n in (1, 3)]
             more[1]["spans"][:] = [[1, 3], [0, 0], [3, 3]]
             shards = [{**documents([[1]]), **more[0]}, {**documents(texts), **more[1]}]
+        case "several":
+            rows = list(zip(texts, ([0, 2], [], [1]), strict=True))
+            shards, kind, version = [several([([1], [0])]), several(rows)], "labels", 2
+        case "asked":
+            shards, kind, version = [asked([("x", ["x"])]), asked([("one two three", ["two"]), ("", [])])], "qa", 2
         case _:
             shards = [documents([[1]]), documents(texts)]
     names = ("a", "b", "c") if kind == "labels" else ()
-    return write_corpus(folder, {"train": shards}, kind=kind, label_names=names)
+    return write_corpus(folder, {"train": shards}, kind=kind, label_names=names, version=version)
 
 
 DATASETS = {
@@ -170,6 +188,8 @@ DATASETS = {
     "pairs": ("source_tokens", "source_doc_offsets", "target_tokens", "target_doc_offsets"),
     "labels": ("tokens", "doc_offsets", "labels"),
     "qa": ("tokens", "doc_offsets", "spans", "examples"),
+    "several": ("labels", "label_offsets"),
+    "asked": ("windows", "question_offsets", "chars", "char_offsets", "texts", "text_offsets"),
 }
 ALL_DATASETS = [(kind, name) for kind, names in DATASETS.items() for name in names]
 
@@ -331,6 +351,43 @@ WRONG = {
     ("qa", "an answer before the text"): (
         setting("spans", 1, [-1, 0]),
         "/spans[1] goes from -1 to 0, but the text has 1 tokens",
+    ),
+    ("several", "a label above"): (setting("labels", 1, 3), "/labels[1] is 3, beyond the list of labels of 3"),
+    ("several", "labels that go back"): (
+        setting("label_offsets", 1, 4),
+        "/label_offsets goes backwards at document 1: 4, then 2",
+    ),
+    ("several", "too few labels"): (
+        setting("label_offsets", 3, 2),
+        "/label_offsets goes from 0 to 2, but the shard has 3 labels",
+    ),
+    ("asked", "a window of nobody's"): (
+        setting("question_offsets", 2, 2),
+        "/question_offsets goes from 0 to 2, but the shard has 3 windows",
+    ),
+    ("asked", "another number of questions"): (
+        lambda datasets: datasets.update(char_offsets=np.array([0, 13])),
+        "/char_offsets are not of its 2 questions",
+    ),
+    ("asked", "no offsets"): (
+        lambda datasets: datasets.update(text_offsets=np.array([], np.int64)),
+        "/text_offsets is empty; offsets begin with 0",
+    ),
+    ("asked", "a window beyond its paragraph"): (
+        setting("windows", 1, [3, 6]),
+        "/windows[1] is [3, 6], beyond its paragraph of 13 tokens",
+    ),
+    ("asked", "a window without its question"): (
+        setting("windows", 0, [0, 0]),
+        "/windows[0] is [0, 0], beyond its paragraph of 13 tokens",
+    ),
+    ("asked", "a character beyond the paragraph"): (
+        setting("chars", 4, [4, 14]),
+        "/chars of question 0 are beyond its paragraph of 13 characters",
+    ),
+    ("asked", "a text that is none"): (
+        setting("texts", 0, ord("[")),
+        "/texts of question 0 are none: Expecting ',' delimiter: line 1 column 6 (char 5)",
     ),
 }
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import documents, labelled, pairs, random_tokens, rewrite, seal, write_corpus
+from tiny import documents, labelled, pairs, random_tokens, rewrite, seal, several, write_corpus
 
 from hvdtrain.data.records import Records
 from hvdtrain.errors import DataError
@@ -76,6 +76,20 @@ def test_labels_and_other_columns(tmp_path: Path, chunk: int):
     manifest = write_corpus(tmp_path / "qa", {"train": [{**documents([[1, 2], [3]]), **spans}] * 2}, kind="qa")
     records = Records(tmp_path / "qa", manifest, "train")
     assert records.column("spans", np.array([3, 2])).tolist() == [[0, 0], [0, 1]]
+
+
+@pytest.mark.parametrize("chunk", [0, 2])
+def test_texts_of_several_labels(tmp_path: Path, chunk: int):
+    """None, one and three of four, in shards with and without texts."""
+    shards = [several([([1, 2], [2]), ([3], [])]), several([]), several([([4, 5, 6], [0, 1, 3])])]
+    write_corpus(tmp_path, {"train": shards}, kind="labels", label_names=tuple("abcd"), version=2)
+    for number in (0, 2):
+        rewrite(tmp_path / f"train-{number:05d}.h5", chunk=chunk)
+    records = Records(tmp_path, seal(tmp_path), "train")
+    hot = records.many_hot(np.array([2, 0, 1, 2]), 4)
+    assert hot.dtype == bool
+    assert hot.astype(int).tolist() == [[1, 1, 0, 1], [0, 0, 1, 0], [0, 0, 0, 0], [1, 1, 0, 1]]
+    assert records.many_hot(np.array([], np.int64), 4).shape == (0, 4)
 
 
 def test_large_vocabularies(tmp_path: Path):

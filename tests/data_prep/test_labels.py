@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,12 @@ from tokenizers import Tokenizer
 
 from data_prep import prepare as prepare_module
 from data_prep.__main__ import main
+from data_prep.label_cells import ONE_LABEL, LabelCells, read_label_names
 from data_prep.labels import LabelsKind, _shortened, frame_tokens
 from data_prep.tables import TableReader
 from data_prep.tokenizer_file import load_tokenizer
+from hvdtrain.data.check import check_shards
+from hvdtrain.data.records import Records
 from hvdtrain.data.shards import Manifest, read_manifest
 from hvdtrain.errors import EXIT_BAD_DATA, EXIT_OK, ConfigError, HvdtrainError
 
@@ -35,7 +39,7 @@ class Labels:
         self.cls, self.sep = frame_tokens(self.special)
         self.out = folder / "out"
 
-    def prepare(self, ranks: int = 1, most: int = 512, **options) -> Manifest:
+    def prepare(self, ranks: int = 1, most: int = 512, cells: LabelCells = ONE_LABEL, **options) -> Manifest:
         files = [
             file
             for split in ("train", "val", "test")
@@ -43,7 +47,9 @@ class Labels:
             for file in files_of(self.folder / split, split=None if split == "train" else split)
         ]
         return run(
-            lambda: LabelsKind(TableReader(files, self.fields, label=self.fields[0]), (self.cls, self.sep), most),
+            lambda: LabelsKind(
+                TableReader(files, self.fields, label=self.fields[0]), (self.cls, self.sep), most, cells
+            ),
             self.tokenizer,
             self.out,
             ranks,
@@ -341,3 +347,121 @@ def test_the_count_of_kept_texts_is_said(tmp_path: Path, bpe: Path, capsys: pyte
     assert main([*map(str, words)]) == EXIT_OK
     count = read_manifest(tmp_path / "o").source["kept_in_training"]
     assert f"{count} of labels that only validation had kept in training" in capsys.readouterr().out
+
+
+# --- several labels, and names for them ---------------------------------------------------------------------------
+
+
+SEVERAL = [("4,27", "a"), ("27", "b"), (" 4 , 10 ", "c"), ("10,4,10", "d")]
+
+
+def several_labels(folder: Path, split: str = "train") -> list[list[str]]:
+    """The names of the labels of each text."""
+    names, found = read_manifest(folder).label_names, []
+    for shard in shards_of(folder, split):
+        ends = shard["label_offsets"]
+        found += [[names[n] for n in shard["labels"][a:b]] for a, b in pairwise(ends)]
+    return found
+
+
+def prepare_labels(folder: Path, tokenizer: Path, *words: object, out: str = "out") -> int:
+    fixed = ["labels", "--tokenizer", tokenizer, "--out", folder / out, "--val-fraction", 0]
+    return main([*map(str, fixed), *map(str, words)])
+
+
+def test_a_text_may_have_several_labels(tmp_path: Path, bpe: Path, capsys: pytest.CaptureFixture):
+    write(tmp_path, **{"in.tsv": table(SEVERAL)})
+    assert prepare_labels(tmp_path, bpe, "--input", tmp_path / "in.tsv", "--multi-label", ",") == EXIT_OK
+    manifest = read_manifest(tmp_path / "out")
+    assert (manifest.label_names, manifest.version) == (("4", "10", "27"), 2)
+    assert several_labels(tmp_path / "out") == [["4", "27"], ["27"], ["4", "10"], ["4", "10"]]
+    assert "1 labels that were said before of the same text" in capsys.readouterr().out
+    assert check_shards(tmp_path / "out", manifest, manifest.shards) == []
+    records = Records(tmp_path / "out", manifest, "train")
+    assert records.many_hot(np.array([0, 3]), 3).astype(int).tolist() == [[1, 0, 1], [1, 1, 0]]
+    # The same table without the word: each cell is a label of its own, and the shards are as they always were.
+    assert prepare_labels(tmp_path, bpe, "--input", tmp_path / "in.tsv", out="one") == EXIT_OK
+    manifest = read_manifest(tmp_path / "one")
+    assert (len(manifest.label_names), manifest.version) == (4, 1)
+    assert "label" not in "".join(manifest.source.keys() - {"labels"})
+
+
+def test_several_labels_are_the_same_for_any_number_of_ranks(labels: Labels):
+    rows = [(",".join(str(label) for label in range(n % 5, 5)), f"text {n}") for n in range(40)]
+    write(labels.folder / "train", **{"a.tsv": table(rows)})
+    cells = LabelCells(",")
+    for ranks in (1, 3):
+        labels.out = labels.folder / f"out{ranks}"
+        labels.prepare(ranks, cells=cells, shard_tokens=9, val_fraction=0.3)
+    assert snapshot(labels.folder / "out1") == snapshot(labels.folder / "out3")
+    both = several_labels(labels.out) + several_labels(labels.out, "val")
+    assert sorted(both) == sorted(label.split(",") for label, _ in rows)
+
+
+def test_names_give_labels_their_numbers(tmp_path: Path, bpe: Path):
+    """Those that no text has too; a table may say the name or the number."""
+    write(tmp_path, **{"in.tsv": table([("2", "a"), ("joy,0", "b")]), "labels.txt.gz": "anger\njoy\nsorrow\nawe\n"})
+    words = ["--input", tmp_path / "in.tsv", "--label-names", tmp_path / "labels.txt.gz"]
+    assert prepare_labels(tmp_path, bpe, *words, "--multi-label", ",") == EXIT_OK
+    assert read_manifest(tmp_path / "out").label_names == ("anger", "joy", "sorrow", "awe")
+    assert several_labels(tmp_path / "out") == [["sorrow"], ["anger", "joy"]]
+    assert prepare_labels(tmp_path, bpe, *words, out="one") == EXIT_BAD_DATA  # "joy,0" is no name
+
+
+@pytest.mark.parametrize(
+    ("cell", "kind", "message"),
+    [
+        ("1,", "label", "a text has an empty label in '1,'"),
+        ("7", "unnamed", "a text has the label '7', which is neither one of the 2 names of --label-names nor their"),
+        ("-1", "unnamed", "a text has the label '-1', which is neither"),
+        ("fear", "unnamed", "a text has the label 'fear', which is neither"),
+    ],
+)
+def test_cells_that_say_no_labels(tmp_path: Path, bpe: Path, capsys, cell: str, kind: str, message: str):
+    write(tmp_path, **{"in.tsv": table([("1", "a"), (cell, "b"), (cell, "c")]), "labels.txt": "anger\njoy\n"})
+    words = ["--input", tmp_path / "in.tsv", "--label-names", tmp_path / "labels.txt", "--multi-label", ","]
+    assert prepare_labels(tmp_path, bpe, *words) == EXIT_BAD_DATA
+    assert f"in.tsv: {message}" in capsys.readouterr().err
+    assert prepare_labels(tmp_path, bpe, *words, "--skip-bad") == EXIT_OK
+    assert read_manifest(tmp_path / "out").source[f"bad_{kind}"] == 2
+    assert several_labels(tmp_path / "out") == [["joy"]]
+
+
+def test_a_label_of_several_that_training_never_has(tmp_path: Path, bpe: Path, capsys: pytest.CaptureFixture):
+    write(tmp_path, **{"in.tsv": table(SEVERAL), "val.tsv": table([("4", "x"), ("27,5", "y")])})
+    words = ["--input", tmp_path / "in.tsv", "--val-input", tmp_path / "val.tsv", "--multi-label", ","]
+    assert prepare_labels(tmp_path, bpe, *words) == EXIT_BAD_DATA
+    assert "val.tsv: label '5' of the val split is never seen in training, which has 3: 4, 10, 27" in (
+        capsys.readouterr().err
+    )
+    assert prepare_labels(tmp_path, bpe, *words, "--skip-bad") == EXIT_OK
+    assert several_labels(tmp_path / "out", "val") == [["4"]]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a\n\nb\n", "line 2 is empty; each line names a label"),
+        ("a\nb\na\n", "lines 1 and 3 are both 'a'"),
+        (b"a\n\xff\n", "is not UTF-8"),
+    ],
+)
+def test_names_that_are_none(tmp_path: Path, content: str | bytes, message: str):
+    write(tmp_path, **{"labels.txt": content})
+    with pytest.raises(HvdtrainError, match=message):
+        read_label_names(tmp_path / "labels.txt")
+    with pytest.raises(ConfigError, match="is a folder; it must be a file with a name a line"):
+        read_label_names(tmp_path)
+
+
+def test_goemotions_is_read_whole(tmp_path: Path, bpe: Path):
+    folder = Path(__file__).resolve().parents[3] / "shared" / "data" / "goemotions"
+    if not folder.is_dir():
+        pytest.skip("no GoEmotions in ../shared")
+    words = ["--input", folder / "dev.tsv.gz", "--columns", "text", "label", "id", "--multi-label", ","]
+    words += ["--label-names", folder / "labels.txt.gz", "--val-fraction", 0]
+    assert prepare_labels(tmp_path, bpe, *words) == EXIT_OK
+    manifest = read_manifest(tmp_path / "out")
+    assert (len(manifest.label_names), manifest.label_names[27]) == (28, "neutral")
+    found = several_labels(tmp_path / "out")
+    assert (len(found), sum(map(len, found))) == (5426, 6380)

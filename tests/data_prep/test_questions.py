@@ -1,9 +1,11 @@
 """Questions on paragraphs: the answer is found again in the tokens, in whatever script and window it stands."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,7 +18,9 @@ from data_prep.labels import frame_tokens
 from data_prep.questions import QuestionsKind, SquadReader, find_answer
 from data_prep.tokenizer_file import load_tokenizer
 from hvdtrain.data.check import check_shards
-from hvdtrain.data.shards import Manifest, read_manifest
+from hvdtrain.data.questions import Questions as Asked
+from hvdtrain.data.records import Records
+from hvdtrain.data.shards import Manifest, read_manifest, write_manifest
 from hvdtrain.errors import EXIT_BAD_DATA, EXIT_OK, ConfigError, HvdtrainError
 
 PARAGRAPH = "漢字とかな \U0001f468\u200d\U0001f469\u200d\U0001f467 e\u0301, then Ada Lovelace wrote Note G in 1843. 終"
@@ -147,6 +151,43 @@ def test_the_first_of_several_answers_counts(tmp_path: Path, byte: Path):
     assert questions.answer(row, span) == "two"
 
 
+def test_what_a_score_needs_is_kept(tmp_path: Path, bpe: Path):
+    """Ids, all answers, and for each token its characters: whatever the script, and over shards of any size."""
+    questions = Questions(tmp_path, bpe, max_tokens=24, stride=5, question_tokens=4)
+    several = question("q1", PARAGRAPH, "1843")
+    several["answers"] += [{"text": "in 1843", "answer_start": 3}, {"text": "not there", "answer_start": 0}]
+    rows = [several, {**question("q2", PARAGRAPH, None), "id": 7}, question("漢?", PARAGRAPH, "漢字")]
+    manifest = questions.prepare(squad((PARAGRAPH, rows), ("x y", [question("q4", "x y", "y")])), shard_tokens=1)
+    records = Records(tmp_path / "out", manifest, "train")
+    kept = Asked(records)
+    assert [kept[n].answers for n in range(4)] == [("1843", "in 1843", "not there"), (), ("漢字",), ("y",)]
+    assert [kept[n].id for n in range(4)] == ["q1", "7", "漢?", "q4"]
+    assert {kept[n].context for n in range(3)} == {PARAGRAPH}
+    for number in range(4):
+        text, chars = kept[number].context, kept.chars(number)
+        rows = np.arange(kept.first_rows[number], kept.first_rows[number + 1])
+        for row, (first, begin), span in zip(
+            rows, records.column("windows", rows), records.column("spans", rows), strict=True
+        ):
+            paragraph = records.tokens("tokens", int(row))[first:-1]
+            at, end = chars[begin][0], chars[begin + len(paragraph) - 1][1]
+            assert questions.tokenizer.decode(paragraph.tolist()).strip("\ufffd") in text[at:end]
+            if span.any():
+                a, b = chars[begin + span - first]
+                assert text[a[0] : b[1]].strip() in kept[number].answers
+    assert check_shards(tmp_path / "out", manifest, manifest.shards) == []
+
+
+def test_shards_without_what_a_score_needs_are_not_taken_for_others(tmp_path: Path, byte: Path):
+    questions = Questions(tmp_path, byte)
+    content = squad(("one two", [question("q", "one two", "two")]))
+    manifest = questions.prepare(content)
+    source = {key: value for key, value in manifest.source.items() if key != "version"}
+    write_manifest(tmp_path / "out", replace(manifest, version=1, source=source))
+    with pytest.raises(HvdtrainError, match=r"already holds shards made otherwise \(differing: version\)"):
+        questions.prepare(content)
+
+
 def test_questions_are_numbered_over_articles(tmp_path: Path, byte: Path):
     questions = Questions(tmp_path, byte)
     questions.prepare(
@@ -192,6 +233,9 @@ def _wrong(context: str, **answer: Any) -> str:
         (squad(("x", [{"id": 1, "question": "q", "answers": {}}])), 'has "answers" that are no list but dict'),
         (squad(("x", [{"id": 1, "question": 7, "answers": []}])), 'question 1 has no text as its "question"'),
         (squad(("x", [{"id": 1, "question": "q", "is_impossible": "no"}])), "has is_impossible 'no', which is neither"),
+        (squad(("x", [{"question": "q", "answers": []}])), 'question without id has no text as its "id"'),
+        (squad(("x", [{"id": True, "question": "q", "answers": []}])), 'question True has no text as its "id"'),
+        (squad(("x", [{"id": "\ud83d", "question": "q", "answers": []}])), 'half a surrogate pair in its "id"'),
         (squad(("x", []), ("y", ["q"])), "article 1, paragraph 0: question without id has no text"),
         (json.dumps({"data": [{"paragraphs": [{"context": "x"}]}]}), "paragraph 0: question without id has no text"),
         (json.dumps({"data": [{"title": "t"}]}), "is not SQuAD JSON .*paragraphs"),

@@ -400,7 +400,7 @@ def _right_shards(sound: Path, folder: Path, is_sealed: bool) -> str:
     for info in manifest.shards:
         datasets = map_shard(folder, info, manifest)
         with h5py.File((folder if is_sealed else sound) / info.file) as file:
-            for name in expected_datasets(info, manifest.kind, manifest.dtype):
+            for name in expected_datasets(info, manifest):
                 values = datasets[name]
                 if not np.array_equal(values[0 : len(values)], file[name][()]):
                     return f"wrong: other numbers in /{name} of {info.file}"
