@@ -56,6 +56,12 @@ def runs_fit(device: torch.device, dtype: torch.dtype, head_width: int, dropout:
     return device.type == "cpu" or (dropout == 0 and _flash_fits(device, dtype, head_width))
 
 
+def product_dtype(weight: torch.Tensor) -> torch.dtype:
+    """In which type a layer of this weight makes its products: autocast's, where that is on."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
 def attend(
     q_BHTK: torch.Tensor,
     k_BGSK: torch.Tensor,
@@ -67,7 +73,8 @@ def attend(
 ) -> torch.Tensor:
     """softmax(Q K^T / sqrt(K)) V: [B, H, T, K]. Heads h * H / G to (h + 1) * H / G - 1 read keys' head h.
 
-    sight: a bool mask [B, 1, T, S], or what spreads to it, which says alone who sees whom; or Runs: causal in each.
+    sight: a bool mask [B, 1, T, S], or what spreads to it, which says alone who sees whom; or numbers [B, H, T, S],
+        or what spreads to it, that are added to the scores, -inf where a query must not look; or Runs: causal in each.
     causal: a query sees keys up to its own position (T = S).
     window: the last of them, its own included; 0: all. Of causal attention and of Runs; a mask has it already.
     """
@@ -76,7 +83,7 @@ def attend(
         return attend_runs(q_BHTK, k_BGSK, v_BGSK, sight.offsets, window, dropout)
     if causal and sight is None:
         return _attend_causal(q_BHTK, k_BGSK, v_BGSK, window, dropout)
-    if k_BGSK.shape[1] != q_BHTK.shape[1] and (sight is None or sight.shape[2] == 1):
+    if k_BGSK.shape[1] != q_BHTK.shape[1] and (sight is None or sight.shape[-3:-1] == (1, 1)):
         grouped = q_BHTK.unflatten(1, (k_BGSK.shape[1], -1)).flatten(2, 3)  # [B, G, H / G * T, K]
         return _sdpa(grouped, k_BGSK, v_BGSK, sight, False, dropout).reshape(q_BHTK.shape)
     return _sdpa(q_BHTK, k_BGSK, v_BGSK, sight, False, dropout)

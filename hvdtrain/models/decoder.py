@@ -8,23 +8,26 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from hvdtrain.models.attention import Runs, document_runs, row_runs, runs_fit
+from hvdtrain.models.attention import Runs, document_runs, product_dtype, row_runs, runs_fit
 from hvdtrain.models.cache import Cache, LayerCache
 from hvdtrain.models.flops import decoder_flops, packed_pairs
 from hvdtrain.models.heads import OutputHead
-from hvdtrain.models.layers import Block, make_norm
+from hvdtrain.models.layers import Block, make_last_norm
 from hvdtrain.models.masks import packed_mask, window_mask
 from hvdtrain.models.options import TransformerOptions
-from hvdtrain.models.transformer import Transformer
+from hvdtrain.models.positions import make_relative_bias
+from hvdtrain.models.transformer import Transformer, refuse
 
 
 class Decoder(Transformer):
     """``forward(tokens) -> hidden`` and ``logits(hidden)``: apart, so that a loss may avoid keeping all logits."""
 
     def __init__(self, options: TransformerOptions, vocab_size: int):
+        refuse(options, "a decoder", "token_types", "separate_positions")
         super().__init__(options, vocab_size)
+        self.relative = make_relative_bias(options, causal=True)
         self.blocks = nn.ModuleList(Block(options) for _ in range(options.layers))
-        self.norm = make_norm(options)
+        self.norm = make_last_norm(options)
         self.head = OutputHead(options, self.embedding)
 
     def forward(
@@ -50,6 +53,8 @@ class Decoder(Transformer):
         of T branches. The last of a prompt of n tokens is at n - 1. See models/cache.py.
         """
         positions_BT, mask = cache.place(*tokens_BT.shape)
+        if self.relative is not None:
+            mask = self.relative.of_cache(cache, positions_BT, mask)
         x_BTD, rotary = self.embed(tokens_BT, positions_BT=positions_BT)
         for number, block in enumerate(self.blocks):
             x_BTD = block(x_BTD, rotary, LayerCache(cache, number), mask)
@@ -57,11 +62,11 @@ class Decoder(Transformer):
 
     def _sight(self, tokens_BT: torch.Tensor, segments_BT: torch.Tensor | None) -> torch.Tensor | Runs | None:
         """Who sees whom, for all layers; None: as the blocks were made, causal and with their window."""
-        o, weight = self.options, self.embedding.weight
-        device, positions = tokens_BT.device, tokens_BT.shape[1]
-        autocast = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if autocast else weight.dtype
-        fit = runs_fit(device, dtype, o.width // o.heads, o.dropout if self.training else 0.0)
+        o, device, positions = self.options, tokens_BT.device, tokens_BT.shape[1]
+        if self.relative is not None:
+            return self.relative(positions, None if segments_BT is None else packed_mask(segments_BT.to(device)))
+        dtype = product_dtype(self.embedding.weight)
+        fit = runs_fit(device, dtype, o.width_of_head, o.dropout if self.training else 0.0)
         if segments_BT is None:  # flash attention knows windows by itself
             windowed = 0 < o.window < positions
             return row_runs(tokens_BT) if windowed and fit and device.type == "cuda" else None

@@ -16,8 +16,8 @@ In one point the sources differ: PaLM (and nanoGPT) count attention as if each q
 meets half of them. Here a query's products are those with the keys that it may see, which is exact for sliding windows
 and packed documents too, and smaller than PaLM's: by 6 L D (T - 1) FLOPs a token for a decoder of L layers.
 
-Shape letters:  B rows, T positions, S source positions, D model width, H heads, K width of a head (D / H),
-                F feed-forward width, V vocabulary (padded)
+Shape letters:  B rows, T positions, S source positions, D model width, H heads, K width of a head
+                (D / H, unless given), F feed-forward width, V vocabulary (padded)
 """
 
 import torch
@@ -46,6 +46,17 @@ def classifier_flops(options: TransformerOptions, classes: int, rows: int, posit
     """Forward and backward: the encoder over all positions, pooler and head over each row's first."""
     pooler, head = 2 * options.width * options.width, 2 * options.width * classes
     return encoder_flops(options, rows, positions) + PASSES * rows * (pooler + head)
+
+
+def masked_flops(options: TransformerOptions, vocab_size: int, rows: int, positions: int, masked: int) -> int:
+    """Forward and backward: the encoder over all positions, the head over the masked ones."""
+    head = 2 * options.width * options.width + _head_of_token(options, vocab_size)
+    return encoder_flops(options, rows, positions) + PASSES * masked * head
+
+
+def span_flops(options: TransformerOptions, rows: int, positions: int) -> int:
+    """Forward and backward: the encoder, and two scores of each position."""
+    return encoder_flops(options, rows, positions) + PASSES * rows * positions * 2 * options.width * 2
 
 
 def seq2seq_flops(options: TransformerOptions, vocab_size: int, rows: int, source: int, positions: int) -> int:
@@ -93,25 +104,25 @@ def _block_of_token(options: TransformerOptions) -> int:
 
 
 def _square(options: TransformerOptions) -> int:
-    """A token through [D, D]: its query, or the output layer of attention."""
-    return 2 * options.width * options.width
+    """A token through [D, H K]: its query, or through [H K, D]: the output layer of attention."""
+    return 2 * options.width * options.heads * options.width_of_head
 
 
 def _keys_values(options: TransformerOptions) -> int:
     """A token's key and value, of fewer heads under grouped-query attention (``kv_heads``, 0: as many)."""
     kv_heads = options.kv_heads or options.heads
-    return 2 * options.width * 2 * kv_heads * (options.width // options.heads)
+    return 2 * options.width * 2 * kv_heads * options.width_of_head
 
 
 def _feed_forward(options: TransformerOptions) -> int:
-    """Two matrices, or SwiGLU's three."""
-    matrices = 3 if options.activation == "swiglu" else 2
+    """Two matrices, or a gated one's three."""
+    matrices = 3 if options.gated else 2
     return matrices * 2 * options.width * options.hidden_width
 
 
 def _pair(options: TransformerOptions) -> int:
     """A query and a key, over all heads: the product of the two, and the value's share in the output."""
-    return 2 * 2 * options.width
+    return 2 * 2 * options.heads * options.width_of_head
 
 
 def _head_of_token(options: TransformerOptions, vocab_size: int) -> int:

@@ -1,6 +1,6 @@
 """What turns hidden states into scores.
 
-Shape letters:  B rows, T positions, D model width, V vocabulary (padded)
+Shape letters:  D model width, V vocabulary (padded)
 """
 
 import math
@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hvdtrain.models.layers import ACTIVATIONS, make_norm
 from hvdtrain.models.options import TransformerOptions
 
 
@@ -33,3 +34,26 @@ class OutputHead(nn.Linear):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits: [..., D] -> [..., V]."""
         return F.linear(self.features(hidden), self.weight, self.bias)
+
+
+class MaskedHead(OutputHead):
+    """BERT's: what was hidden behind a mask. A matrix, the activation and a norm come before the product.
+
+    They need be made for the masked positions alone: ``features(hidden[masked])``.
+    """
+
+    def __init__(self, options: TransformerOptions, embedding: nn.Embedding):
+        super().__init__(options, embedding)
+        self.dense = nn.Linear(options.width, options.width, bias=options.bias)
+        self.activation = ACTIVATIONS[options.activation]
+        self.norm = make_norm(options)
+
+    def features(self, hidden: torch.Tensor) -> torch.Tensor:
+        return super().features(self.norm(self.activation(self.dense(hidden))))
+
+
+class SpanHead(nn.Linear):
+    """Scores of each position as the first and as the last of an answer: [..., D] -> [..., 2]."""
+
+    def __init__(self, options: TransformerOptions):
+        super().__init__(options.width, 2, bias=options.bias)

@@ -2,8 +2,12 @@
 
 Shape letters:  B rows, T positions, S positions of an encoder's output (the memory), D model width, H heads,
                 G heads of keys and values (H, or fewer that each serve H / G heads of queries),
-                K width of a head (D / H), F feed-forward width
+                K width of a head (D / H, unless given), F feed-forward width
 """
+
+import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -12,19 +16,34 @@ from torch import nn
 from hvdtrain.models.attention import Runs, attend
 from hvdtrain.models.cache import LayerCache
 from hvdtrain.models.options import TransformerOptions
+from hvdtrain.models.positions import rotate
 from hvdtrain.models.recompute import AnyBlock
 
 
-class Block(AnyBlock):
-    """Pre-norm residual block:  x + attention(norm(x)),  then  x + feed_forward(norm(x))."""
+class ResidualBlock(AnyBlock):
+    """Base of the two: each part's output is added to what it read."""
+
+    def __init__(self, options: TransformerOptions):
+        super().__init__()
+        self.norm_first = options.norm_first
+        self.dropout = nn.Dropout(options.dropout)
+
+    def add(self, x_BTD: torch.Tensor, norm: nn.Module, part: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """x + part(norm(x)), or post-norm: norm(x + part(x))."""
+        if self.norm_first:
+            return x_BTD + self.dropout(part(norm(x_BTD)))
+        return norm(x_BTD + self.dropout(part(x_BTD)))
+
+
+class Block(ResidualBlock):
+    """Attention, then a feed-forward part."""
 
     def __init__(self, options: TransformerOptions, causal: bool = True):
-        super().__init__()
+        super().__init__(options)
         self.attention_norm = make_norm(options)
         self.attention = Attention(options, causal)
         self.feed_forward_norm = make_norm(options)
         self.feed_forward = FeedForward(options)
-        self.dropout = nn.Dropout(options.dropout)
 
     def forward(
         self,
@@ -42,22 +61,21 @@ class Block(AnyBlock):
         cache: LayerCache | None,
         mask: torch.Tensor | Runs | None,
     ) -> torch.Tensor:
-        x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), rotary, cache, mask))
-        return x_BTD + self.dropout(self.feed_forward(self.feed_forward_norm(x_BTD)))
+        x_BTD = self.add(x_BTD, self.attention_norm, lambda x: self.attention(x, rotary, cache, mask))
+        return self.add(x_BTD, self.feed_forward_norm, self.feed_forward)
 
 
-class CrossBlock(AnyBlock):
-    """Pre-norm block of an encoder-decoder's decoder: causal attention, cross-attention, feed-forward, each added."""
+class CrossBlock(ResidualBlock):
+    """Of an encoder-decoder's decoder: causal attention, cross-attention, then a feed-forward part."""
 
     def __init__(self, options: TransformerOptions):
-        super().__init__()
+        super().__init__(options)
         self.attention_norm = make_norm(options)
         self.attention = Attention(options)
         self.cross_attention_norm = make_norm(options)
         self.cross_attention = CrossAttention(options)
         self.feed_forward_norm = make_norm(options)
         self.feed_forward = FeedForward(options)
-        self.dropout = nn.Dropout(options.dropout)
 
     def forward(
         self,
@@ -80,42 +98,47 @@ class CrossBlock(AnyBlock):
         memory_BSD: torch.Tensor | None,
         memory_mask: torch.Tensor,
     ) -> torch.Tensor:
-        x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), rotary, cache, mask))
+        x_BTD = self.add(x_BTD, self.attention_norm, lambda x: self.attention(x, rotary, cache, mask))
         if memory_BSD is not None:
             keys_values = self.cross_attention.keys_values(memory_BSD)
         else:
             assert cache is not None, "neither a memory nor a cache that has read one"
             keys_values = cache.memory
-        x_BTD = x_BTD + self.dropout(self.cross_attention(self.cross_attention_norm(x_BTD), keys_values, memory_mask))
-        return x_BTD + self.dropout(self.feed_forward(self.feed_forward_norm(x_BTD)))
+        look = partial(self.cross_attention, keys_values=keys_values, memory_mask=memory_mask)
+        x_BTD = self.add(x_BTD, self.cross_attention_norm, look)
+        return self.add(x_BTD, self.feed_forward_norm, self.feed_forward)
 
 
 class AnyAttention(nn.Module):
     """Base of the two: ``kv_heads`` of keys and values divide ``heads`` (grouped-query attention); ``dropout`` is of
-    who sees whom, in training.
+    who sees whom, in training. ``scale`` of queries: 1, or what undoes the division by the root of K (T5).
     """
 
     def __init__(self, options: TransformerOptions):
         super().__init__()
         self.heads, self.kv_heads = options.heads, options.kv_heads or options.heads
+        self.q_width, self.kv_width = (heads * options.width_of_head for heads in (self.heads, self.kv_heads))
+        self.scale = 1.0 if options.attention_scale else math.sqrt(options.width_of_head)
         self.dropout = options.dropout
+
+    def scaled(self, q_BHTK: torch.Tensor) -> torch.Tensor:
+        return q_BHTK if self.scale == 1.0 else q_BHTK * self.scale
 
 
 class Attention(AnyAttention):
     """Multi-head self-attention (Vaswani et al. 2017) through torch's scaled_dot_product_attention.
 
     ``causal``: a position sees itself and earlier ones, else all. A ``mask`` says instead of it who sees whom: bool,
-    [B, 1, T, T] or what spreads to it, True where a query (third dim) may see a key (last dim); or ``Runs``, the
-    documents of packed rows: causal in each.
+    [B, 1, T, T] or what spreads to it, True where a query (third dim) may see a key (last dim); or numbers that are
+    added to the scores, [B, H, T, T] or what spreads to it; or ``Runs``, the documents of packed rows: causal in each.
     ``window``: of causal attention, how many positions one sees, itself and those before; 0: all. Not for a mask.
     """
 
     def __init__(self, options: TransformerOptions, causal: bool = True):
         super().__init__(options)
         self.causal, self.window = causal, options.window if causal else 0
-        width, kv_width = options.width, self.kv_heads * (options.width // self.heads)
-        self.qkv = nn.Linear(width, width + 2 * kv_width, bias=options.bias)
-        self.out = nn.Linear(width, width, bias=options.bias)
+        self.qkv = nn.Linear(options.width, self.q_width + 2 * self.kv_width, bias=options.biased_qkv)
+        self.out = nn.Linear(self.q_width, options.width, bias=options.bias)
 
     def forward(
         self,
@@ -125,7 +148,7 @@ class Attention(AnyAttention):
         mask: torch.Tensor | Runs | None = None,
     ) -> torch.Tensor:
         assert cache is None or self.causal, "a cache is for causal attention alone"
-        rows, positions, width = x_BTD.shape
+        rows, positions, _ = x_BTD.shape
         heads = (self.heads, self.kv_heads, self.kv_heads)
         qkv = self.qkv(x_BTD).view(rows, positions, sum(heads), -1).transpose(1, 2)
         q, k, v = qkv.split(heads, dim=1)  # B H T K, B G T K, B G T K
@@ -137,8 +160,8 @@ class Attention(AnyAttention):
         # what the mask says.
         causal = self.causal and positions > 1
         dropout = self.dropout if self.training else 0.0
-        out_BHTK = attend(q, k, v, mask, causal, self.window, dropout)
-        return self.out(out_BHTK.transpose(1, 2).reshape(rows, positions, width))
+        out_BHTK = attend(self.scaled(q), k, v, mask, causal, self.window, dropout)
+        return self.out(out_BHTK.transpose(1, 2).reshape(rows, positions, self.q_width))
 
 
 class CrossAttention(AnyAttention):
@@ -149,10 +172,9 @@ class CrossAttention(AnyAttention):
 
     def __init__(self, options: TransformerOptions):
         super().__init__(options)
-        width, kv_width = options.width, self.kv_heads * (options.width // self.heads)
-        self.q = nn.Linear(width, width, bias=options.bias)
-        self.kv = nn.Linear(width, 2 * kv_width, bias=options.bias)
-        self.out = nn.Linear(width, width, bias=options.bias)
+        self.q = nn.Linear(options.width, self.q_width, bias=options.biased_qkv)
+        self.kv = nn.Linear(options.width, 2 * self.kv_width, bias=options.biased_qkv)
+        self.out = nn.Linear(self.q_width, options.width, bias=options.bias)
 
     def keys_values(self, memory_BSD: torch.Tensor) -> torch.Tensor:
         """[2, B, G, S, K]: the same at every step of decoding."""
@@ -163,19 +185,33 @@ class CrossAttention(AnyAttention):
         self, x_BTD: torch.Tensor, keys_values: torch.Tensor, memory_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         """``memory_mask``: bool [B, 1, 1, S], True on tokens, False on padding."""
-        rows, positions, width = x_BTD.shape
+        rows, positions, _ = x_BTD.shape
         q_BHTK = self.q(x_BTD).view(rows, positions, self.heads, -1).transpose(1, 2)
         k_BGSK, v_BGSK = keys_values
-        out_BHTK = attend(q_BHTK, k_BGSK, v_BGSK, memory_mask, dropout=self.dropout if self.training else 0.0)
-        return self.out(out_BHTK.transpose(1, 2).reshape(rows, positions, width))
+        dropout = self.dropout if self.training else 0.0
+        out_BHTK = attend(self.scaled(q_BHTK), k_BGSK, v_BGSK, memory_mask, dropout=dropout)
+        return self.out(out_BHTK.transpose(1, 2).reshape(rows, positions, self.q_width))
+
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu": F.gelu,  # Hendrycks and Gimpel 2016, by the error function
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),  # as GPT-2 computes it
+    "relu": F.relu,
+    "silu": F.silu,
+    "swiglu": F.silu,
+    "geglu_tanh": partial(F.gelu, approximate="tanh"),
+}
 
 
 class FeedForward(nn.Module):
-    """Two matrices with GELU between them, or SwiGLU (Shazeer 2020) at about the same number of parameters."""
+    """Two matrices with an activation between them; gated (Shazeer 2020): three, at about as many parameters.
+
+    ``up`` of a gated one: rows of the gate, which is activated, then of what it multiplies.
+    """
 
     def __init__(self, options: TransformerOptions):
         super().__init__()
-        self.gated = options.activation == "swiglu"
+        self.gated, self.activation = options.gated, ACTIVATIONS[options.activation]
         width, hidden = options.width, options.hidden_width
         self.up = nn.Linear(width, 2 * hidden if self.gated else hidden, bias=options.bias)
         self.out = nn.Linear(hidden, width, bias=options.bias)
@@ -184,32 +220,22 @@ class FeedForward(nn.Module):
         hidden_BTF = self.up(x_BTD)
         if self.gated:
             gate, value = hidden_BTF.chunk(2, dim=-1)
-            return self.out(F.silu(gate) * value)
-        return self.out(F.gelu(hidden_BTF))
+            return self.out(self.activation(gate) * value)
+        return self.out(self.activation(hidden_BTF))
 
 
 def make_norm(options: TransformerOptions) -> nn.Module:
     """``layernorm`` (Ba et al. 2016) or ``rmsnorm`` (Zhang and Sennrich 2019, which has no bias)."""
     if options.norm == "rmsnorm":
-        return nn.RMSNorm(options.width, eps=1e-5)
-    return nn.LayerNorm(options.width, eps=1e-5, bias=options.bias)
+        return nn.RMSNorm(options.width, eps=options.norm_eps)
+    return nn.LayerNorm(options.width, eps=options.norm_eps, bias=options.bias)
 
 
-def rotary_table(positions: int, head_width: int) -> torch.Tensor:
-    """cos and sin of every position's angles: [2, positions, K / 2] fp32.
-
-    Source: Su et al. 2021, "RoFormer", eq. 34, base 10,000.
-    """
-    frequencies = 10_000.0 ** (-torch.arange(0, head_width, 2, dtype=torch.float64) / head_width)
-    angles = torch.arange(positions, dtype=torch.float64)[:, None] * frequencies
-    return torch.stack([angles.cos(), angles.sin()]).float()
+def make_embedding_norm(options: TransformerOptions) -> nn.Module:
+    """Before the first block, of the sum of the embeddings; most models have none there."""
+    return make_norm(options) if options.embedding_norm else nn.Identity()
 
 
-def rotate(x_BHTK: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Turn each pair (x[k], x[k + K/2]) by its position's angle.
-
-    ``table``: [2, T, K / 2], or [2, B, 1, T, K / 2] where the rows' positions differ.
-    """
-    cos, sin = table.to(x_BHTK.dtype)
-    first, second = x_BHTK.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+def make_last_norm(options: TransformerOptions) -> nn.Module:
+    """Behind the last block; post-norm blocks end with one of their own."""
+    return make_norm(options) if options.norm_first else nn.Identity()

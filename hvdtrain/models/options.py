@@ -163,14 +163,3 @@ class TransformerOptions(Options):
         if self.head_scale and not self.tied:
             raise ValueError("head_scale=true is for an output layer that shares the embedding's matrix: set tied=true")
         return self
-
-    @model_validator(mode="after")
-    def _is_built(self) -> "TransformerOptions":
-        waiting = "head_width norm_first norm_eps position_offset separate_positions rotary token_types"
-        waiting += " embedding_scale embedding_norm attention_scale qkv_bias"
-        for name in waiting.split():
-            if getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{name} is not built yet")
-        if self.positions not in ("learned", "rotary") or self.activation not in ("gelu", "swiglu"):
-            raise ValueError(f"positions={self.positions} with activation={self.activation} is not built yet")
-        return self

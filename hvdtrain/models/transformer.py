@@ -5,13 +5,23 @@ Shape letters:  B rows, T positions, D model width, K width of a head
 
 import math
 from collections import Counter
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from hvdtrain.errors import ConfigError
 from hvdtrain.models.cache import Cache
-from hvdtrain.models.layers import rotary_table
+from hvdtrain.models.layers import make_embedding_norm
 from hvdtrain.models.options import TransformerOptions
+from hvdtrain.models.positions import Sinusoids, make_table, rotary_table
+
+
+class Side(NamedTuple):
+    """What an encoder and a decoder may each have of its own: a table of positions, and a norm of what comes in."""
+
+    position: nn.Embedding | Sinusoids | None
+    norm: nn.Module
 
 
 class Transformer(nn.Module):
@@ -23,10 +33,12 @@ class Transformer(nn.Module):
         super().__init__()
         self.options, self.vocab_size = options, vocab_size
         self.embedding = nn.Embedding(options.padded(vocab_size), options.width)
-        self.position = nn.Embedding(options.context, options.width) if options.positions == "learned" else None
+        self.position = make_table(options)
         if options.positions == "rotary":
-            table = rotary_table(options.context, options.width // options.heads)
+            table = rotary_table(options.context, options.width_of_head, options.rotary)
             self.register_buffer("rotary", table, persistent=False)
+        self.token_type = nn.Embedding(options.token_types, options.width) if options.token_types else None
+        self.embedding_norm = make_embedding_norm(options)
         self.dropout = nn.Dropout(options.dropout)
 
     def initialise(self, seed: int) -> None:
@@ -34,28 +46,49 @@ class Transformer(nn.Module):
         initialise(self, seed)
 
     def embed(
-        self, tokens_BT: torch.Tensor, start: int = 0, positions_BT: torch.Tensor | None = None
+        self,
+        tokens_BT: torch.Tensor,
+        positions_BT: torch.Tensor | None = None,
+        types_BT: torch.Tensor | None = None,
+        side: Side | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Vectors [B, T, D], and the rotary table of their positions (None where positions are learned).
+        """Vectors [B, T, D], and the rotary table of their positions (None where nothing is rotated).
 
-        Positions count from ``start``, or are ``positions_BT``: int64, 0 <= position < context, on padding too.
+        positions_BT: int64, 0 <= position < context, on padding too; None: 0 to T - 1.
+        types_BT: int64, the kind of each token where there are ``token_types``; None: all 0.
         """
-        end = start + tokens_BT.shape[1]
-        given = positions_BT is not None
-        assert given or end <= self.options.context, f"{end} positions in a context of {self.options.context}"
+        end = tokens_BT.shape[1]
+        fits = positions_BT is not None or end <= self.options.context
+        assert fits, f"{end} positions in a context of {self.options.context}"
+        table, norm = side or Side(self.position, self.embedding_norm)
         x_BTD = self.embedding(tokens_BT)
-        if self.position is not None:
-            x_BTD = x_BTD + (self.position(positions_BT) if given else self.position.weight[start:end])
-            return self.dropout(x_BTD), None
+        if self.options.embedding_scale:
+            x_BTD = x_BTD * math.sqrt(self.options.width)
+        if self.token_type is not None:
+            x_BTD = x_BTD + (self.token_type.weight[0] if types_BT is None else self.token_type(types_BT))
+        if table is not None:
+            row = self.options.position_offset
+            vectors = table.weight[row : row + end] if positions_BT is None else table(row + positions_BT)
+            x_BTD = x_BTD + vectors
+        x_BTD = self.dropout(norm(x_BTD))
+        if self.options.positions != "rotary":
+            return x_BTD, None
         # [2, B, 1, T, K / 2]: a table for each row, shared by its heads; or [2, T, K / 2]: one for all
-        rotary = self.rotary[:, positions_BT].unsqueeze(2) if given else self.rotary[:, start:end]
-        return self.dropout(x_BTD), rotary
+        return x_BTD, self.rotary[:, :end] if positions_BT is None else self.rotary[:, positions_BT].unsqueeze(2)
 
     def new_cache(self, lengths_B: torch.Tensor | None = None) -> Cache:
         """An empty cache of keys and values. lengths_B: int64, how long the prompts are; None: all alike."""
         o = self.options
-        heads, head_width = o.kv_heads or o.heads, o.width // o.heads
-        return Cache(self.embedding.weight, o.layers, heads, head_width, o.window, lengths_B)
+        heads = o.kv_heads or o.heads
+        return Cache(self.embedding.weight, o.layers, heads, o.width_of_head, o.window, lengths_B)
+
+
+def refuse(options: TransformerOptions, model: str, *names: str) -> None:
+    """Errors: ConfigError where an option is set that ``model`` has no use for."""
+    for name in names:
+        value, default = getattr(options, name), TransformerOptions.model_fields[name].default
+        if value != default:
+            raise ConfigError(f"model.{name}={str(value).lower()} is not for {model}; set it to {str(default).lower()}")
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hvdtrain.models import flops
 from hvdtrain.models.decoder import Decoder
-from hvdtrain.models.encoder import Classifier, Encoder
+from hvdtrain.models.encoder import Classifier, Encoder, MaskedLanguageModel, SpanModel
 from hvdtrain.models.masks import packed_mask
 from hvdtrain.models.options import TransformerOptions
 from hvdtrain.models.seq2seq import Seq2Seq
@@ -24,6 +24,7 @@ KINDS = [
     {"layers": 3, "heads": 2, "encoder_layers": 1, "ff_ratio": 2.5},
     {"kv_heads": 2},
     {"kv_heads": 1, "bias": False},
+    {"head_width": 12, "ff_width": 40, "activation": "geglu_tanh", "kv_heads": 2, "norm_first": False},
 ]
 ROWS, POSITIONS, SOURCE, VOCABULARY, CLASSES = 3, 17, 11, 50, 5
 
@@ -68,6 +69,11 @@ def test_an_encoder_and_a_classifier(kind: dict):
     assert encoder.training_flops(tokens.shape) == counted(lambda: encoder(tokens, lengths))
     classifier = Classifier(options_of(kind), VOCABULARY, CLASSES)
     assert classifier.training_flops(tokens.shape) == counted(lambda: classifier(tokens, lengths))
+    spans = SpanModel(options_of(kind), VOCABULARY)
+    assert spans.training_flops(tokens.shape) == counted(lambda: spans(tokens, lengths))
+    masked = MaskedLanguageModel(options_of(kind), VOCABULARY)
+    expected = counted(lambda: masked.logits(masked(tokens, lengths).flatten(0, 1)[[3, 9, 17, 40]]))
+    assert masked.training_flops(tokens.shape, 4) == expected
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)

@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hvdtrain.models.layers import Attention, CrossAttention, FeedForward, make_norm, rotary_table, rotate
-from hvdtrain.models.options import TransformerOptions
+from hvdtrain.models.layers import Attention, CrossAttention, FeedForward, make_norm
+from hvdtrain.models.options import RotaryOptions, TransformerOptions
+from hvdtrain.models.positions import rotary_table, rotate
 
 
 def options_of(width: int, heads: int = 1, **more) -> TransformerOptions:
@@ -77,12 +78,14 @@ def test_rotation_is_a_complex_turn():
         torch.ones(positions, width // 2, dtype=torch.float64), torch.tensor(angles, dtype=torch.float64)
     )
     expected = torch.cat([turned.real, turned.imag], dim=-1)
-    torch.testing.assert_close(rotate(x, rotary_table(positions, width)), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        rotate(x, rotary_table(positions, width, RotaryOptions())), expected, rtol=1e-6, atol=1e-6
+    )
 
 
 def test_rows_may_have_their_own_positions():
     torch.manual_seed(0)
-    table, x = rotary_table(9, 8), torch.randn(2, 3, 4, 8)
+    table, x = rotary_table(9, 8, RotaryOptions()), torch.randn(2, 3, 4, 8)
     positions = torch.tensor([[0, 1, 2, 3], [7, 8, 0, 1]])
     together = rotate(x, table[:, positions].unsqueeze(2))
     for row in range(2):
@@ -91,7 +94,7 @@ def test_rows_may_have_their_own_positions():
 
 def test_rotated_products_depend_on_the_distance_alone():
     torch.manual_seed(0)
-    table = rotary_table(64, 16)
+    table = rotary_table(64, 16, RotaryOptions())
     q, k = (torch.randn(16).expand(1, 1, 64, 16) for _ in range(2))
     scores = (rotate(q, table) @ rotate(k, table).transpose(2, 3))[0, 0]
     for distance in (0, 1, 5, 30):
