@@ -1,6 +1,6 @@
 """The optimizer that a recipe names, with weight decay on matrices only."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -26,22 +26,42 @@ class OptimOptions(Options):
     trust_clip: float = option(0.0, "largest trust ratio of a tensor (lamb, lars); 0: any", ge=0)
     bias_correction: bool = option(True, "of lamb: divide moments by 1 - beta^step, as Adam does")
     clip_norm: float = option(1.0, "largest global gradient norm; 0: no clipping", ge=0)
+    layer_decay: float = option(
+        1.0,
+        "a layer's rate / that of the layer above it, for fine-tuning (0.75 to 0.95); the head has lr, the embeddings "
+        "the least; 1: all alike",
+        gt=0,
+        le=1,
+    )
+    freeze: int | str = option(
+        "",
+        "parameters that stay as they are: a number N (the embeddings and the N lowest layers; 0: the embeddings), or "
+        "names, their beginnings or globs, with commas between them (encoder.embedding,encoder.blocks.0)",
+    )
 
 
 def make_optimizer(
-    parameters: Iterable[torch.Tensor], options: OptimOptions, norms: Norms = whole_norms
+    parameters: Iterable[torch.Tensor],
+    options: OptimOptions,
+    norms: Norms = whole_norms,
+    shares: Sequence[float] | None = None,
 ) -> torch.optim.Optimizer:
     """Matrices and embeddings decay and have trust ratios, vectors (biases, norms) not; what is frozen stays out.
 
     norms: of a model whose tensors are cut over ranks, see Norms in lars.py.
+    shares: what each of ``parameters`` takes of the learning rate; None: all of it.
     """
-    trained = [p for p in parameters if p.requires_grad]
-    matrices, vectors = [p for p in trained if p.dim() >= 2], [p for p in trained if p.dim() < 2]
-    groups = [
-        {"params": matrices, "weight_decay": options.weight_decay, "is_adapted": True},
-        {"params": vectors, "weight_decay": 0.0, "is_adapted": False},
-    ]
-    return _MAKERS[options.name]([group for group in groups if group["params"]], options, norms)
+    parameters = list(parameters)
+    groups: dict[tuple[bool, float], dict[str, Any]] = {}
+    for parameter, share in zip(parameters, shares or [1.0] * len(parameters), strict=True):
+        if not parameter.requires_grad:
+            continue
+        is_matrix = parameter.dim() >= 2
+        decay = options.weight_decay if is_matrix else 0.0
+        group = {"params": [], "weight_decay": decay, "is_adapted": is_matrix, "lr_share": share}
+        groups.setdefault((is_matrix, share), group)["params"].append(parameter)
+    matrices_first = sorted(groups, key=lambda kind: not kind[0])
+    return _MAKERS[options.name]([groups[kind] for kind in matrices_first], options, norms)
 
 
 def state_bytes(options: OptimOptions) -> int:

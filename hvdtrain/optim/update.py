@@ -96,13 +96,16 @@ class Update:
         return Agreed(loss, summed.weight, grad_norm, square, inverse / parts, summed.flags, scale)
 
     def apply(self, lr: float) -> None:
-        """Step, where the gradient has not overflowed and the guard lets it pass (local: alike on all)."""
+        """Step, where the gradient has not overflowed and the guard lets it pass (local: alike on all).
+
+        A group of parameters may have ``lr_share``: what it takes of ``lr``; without, all of it.
+        """
         refused = [flag for flag in (self._overflowed, self.guard.skip) if flag is not None]
         if refused:  # torch's fused optimizers then leave everything as it is
             self.optimizer.found_inf = torch.stack(refused).any().float()  # type: ignore[attr-defined]
         rate = lr if self.guard.skip is None else (lr * self.guard.factor).float()
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("lr_share", 1.0)
         self.optimizer.step()
 
     def _norm(self, gradients: Sequence[Gradient]) -> torch.Tensor:

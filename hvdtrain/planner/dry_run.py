@@ -170,7 +170,7 @@ def _convert(model: nn.Module, dtype: torch.dtype) -> None:
     """``model.to(dtype)``, which shares nothing of tied weights where tensors are fake."""
     converted: dict[nn.Parameter, nn.Parameter] = {}
     for parameter in list(model.parameters()):
-        converted[parameter] = nn.Parameter(parameter.detach().to(dtype))
+        converted[parameter] = nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
     for module in model.modules():
         for name, own in module._parameters.items():
             if own is not None:
@@ -187,6 +187,8 @@ def _give_gradients(model: nn.Module, dropped: bool) -> None:
         parameter.grad = None
 
     for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
         if dropped:
             parameter.register_post_accumulate_grad_hook(drop)
         else:
