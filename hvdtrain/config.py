@@ -18,11 +18,11 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticUndefined
 
+from hvdtrain.checkpoint.origin import ModelOptions, model_under
 from hvdtrain.checkpoint.writer import CheckpointOptions
 from hvdtrain.data.corpora import DataOptions
 from hvdtrain.errors import ConfigError
 from hvdtrain.files import read_text
-from hvdtrain.models.options import TransformerOptions
 from hvdtrain.models.recompute import RecomputeOptions
 from hvdtrain.optim.ema import EmaOptions
 from hvdtrain.optim.guard import GuardOptions
@@ -70,7 +70,7 @@ class RunConfig(Options):
     eval: EvalOptions = EvalOptions()
     checkpoint: CheckpointOptions = CheckpointOptions()
     metrics: MetricsOptions = MetricsOptions()
-    model: TransformerOptions = TransformerOptions()
+    model: ModelOptions = ModelOptions()
     recompute: RecomputeOptions = RecomputeOptions()
     task: TaskOptions = TaskOptions()
     optim: OptimOptions = OptimOptions()
@@ -88,7 +88,7 @@ class RunConfig(Options):
         """
         whole = flatten(self.model_dump())
         may_change = re.compile(
-            r"device|tf32|compile|train\.(steps|tokens|epochs|microbatch)|(data|eval|checkpoint|metrics|sync|recompute|ema|stop|watchdog)\..*"
+            r"device|tf32|compile|model\.(from|from_weights)|train\.(steps|tokens|epochs|microbatch)|(data|eval|checkpoint|metrics|sync|recompute|ema|stop|watchdog)\..*"
         )
         return {key: value for key, value in whole.items() if not may_change.fullmatch(key)}
 
@@ -118,10 +118,11 @@ def recipe_text(recipe: str) -> str:
     return (resources.files("hvdtrain") / "recipes" / f"{recipe}.yaml").read_text(encoding="utf-8")
 
 
-def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """A recipe's settings with ``key=value`` overrides on top.
+def load_config(recipe: str, overrides: Sequence[str] = (), run_dirs: Sequence[Path] = ()) -> RunConfig:
+    """A recipe's settings with ``key=value`` overrides on top, and under both the shape that ``model.from`` brings.
 
-    Errors: ConfigError, one message for all that is wrong.
+    run_dirs: of a run that may go on; see ``model_under``.
+    Errors: ConfigError, one message for all that is wrong; CheckpointError for a ``model.from`` that cannot be read.
     """
     tree = parse_yaml(recipe_text(recipe), f"recipe {recipe}")
     if tree is None:
@@ -133,6 +134,8 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
         if not equals or not key:
             raise ConfigError(f"expected key=value (like optim.lr=3e-4), got {override!r}")
         _set(tree, key, parse_yaml(text, f"value of {key}"))
+    if isinstance(tree.get("model"), dict):
+        tree["model"] = model_under(tree["model"], run_dirs)
     return make_config(tree, f"recipe {recipe}")
 
 
@@ -220,13 +223,12 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def describe_options(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[OptionRow]:
     """Every option, in order: dotted key, type, default, meaning with unit."""
     for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from describe_options(field.annotation, f"{prefix}{name}.")
+        key, kinds = f"{prefix}{field.alias or name}", typing.get_args(field.annotation) or (field.annotation,)
+        if group := next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None):
+            yield from describe_options(group, f"{key}.")
             continue
-        values = typing.get_args(field.annotation)
+        kind = "|".join(one.__name__ if isinstance(one, type) else str(one) for one in kinds)
         if typing.get_origin(field.annotation) is dict:
             kind = "map"
-        else:
-            kind = "|".join(map(str, values)) if values else field.annotation.__name__
         default = "required" if field.default is PydanticUndefined else str(field.default).lower() or "none"
-        yield OptionRow(f"{prefix}{name}", kind, default, field.description or "")
+        yield OptionRow(key, kind, default, field.description or "")

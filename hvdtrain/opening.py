@@ -8,14 +8,16 @@ open_log      what the run says of itself
 import contextlib
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from hvdtrain import sizing
 from hvdtrain.checkpoint.manifest import Progress
+from hvdtrain.checkpoint.origin import Origin, TakenOver, check_tokens, digest_of, open_origin, take_over
 from hvdtrain.checkpoint.reader import load
 from hvdtrain.checkpoint.retention import steps_saved
 from hvdtrain.checkpoint.start import find_start, moved_rate
@@ -25,13 +27,14 @@ from hvdtrain.comm.world import World
 from hvdtrain.config import RunConfig, dump_yaml
 from hvdtrain.cut import make_replica
 from hvdtrain.cut.compiling import CompileClock, check_compiler
+from hvdtrain.cut.cut import Replica
 from hvdtrain.cut.precision import PRECISIONS
 from hvdtrain.data.carried import carry
 from hvdtrain.data.corpora import Corpora, check_corpora, open_corpora, stage
 from hvdtrain.data.stream import read_through_note
 from hvdtrain.engine import Engine
-from hvdtrain.errors import EXIT_OK, crash_code, say
-from hvdtrain.files import write_text
+from hvdtrain.errors import EXIT_OK, CheckpointError, crash_code, say
+from hvdtrain.files import write_json, write_text
 from hvdtrain.jobs.claim import Claim
 from hvdtrain.jobs.job_record import close_job, record_job
 from hvdtrain.jobs.slurm import read_object
@@ -40,6 +43,9 @@ from hvdtrain.machine.device import pick_device
 from hvdtrain.machine.malloc import keep_freed_memory
 from hvdtrain.machine.matmul import use_fast_matmul, use_tf32
 from hvdtrain.machine.peaks import Peak, find_peak
+from hvdtrain.models.depth import rate_shares
+from hvdtrain.models.frozen import freeze
+from hvdtrain.models.lora import adapt, initialise_adapters
 from hvdtrain.models.recompute import use_recompute
 from hvdtrain.optim.ema import make_ema
 from hvdtrain.optim.guard import Guard
@@ -85,20 +91,22 @@ class Data:
 class Start:
     """Where a run begins: after which progress, from which checkpoint (None: step 0).
 
-    finished: the summary of a run that has nothing left to do.
+    finished: the summary of a run that has nothing left to do. origin: where the weights of step 0 come from; None:
+    they are random, or the run goes on.
     """
 
     progress: Progress
     checkpoint: Path | None
     finished: Mapping[str, Any] | None = None
+    origin: Origin | None = None
 
 
 @dataclass
 class OpenRun:
     """A run that can begin. ``config``: the recipe with all that depends on ranks and data worked out.
 
-    notes: what the user must be told, and the summary keeps. step, end: how far it has come, and how it ended: exit
-    code and reason.
+    notes: what the user must be told, and the summary keeps. taken_over: what it has of where it begins. step, end: how
+    far it has come, and how it ended: exit code and reason.
     """
 
     asked: Asked
@@ -116,6 +124,7 @@ class OpenRun:
     identity: Mapping[str, Any]
     start: Start
     notes: list[str]
+    taken_over: TakenOver | None = None
     step: int = 0
     end: tuple[int, str] = (EXIT_OK, "finished")
 
@@ -164,8 +173,14 @@ def open_run(asked: Asked, world: World, group: Group, claim: Claim, signals: St
     if device.type == "cpu":
         keep_freed_memory()
         matmul = use_fast_matmul(config.precision)
+    origin = None
+    if config.model.from_ and not config.model.from_digest:  # one that goes on knows it
+        origin, digest = _open_origin(config, data.corpora, group, notes)
+        asked, config = replace(asked, recipe=_pinned(recipe, digest)), _pinned(config, digest)
     identity = {**config.identity(), **data.corpora.identity()}
     start, found = _find_start(asked, config, identity, group, claim)
+    if start.checkpoint is None and config.model.from_:
+        start = replace(start, origin=origin or _open_origin(config, data.corpora, group, notes)[0])
     notes += found + moved_rate(start.progress, config.schedule, config.optim.lr, config.train.steps)
     if (timeline := asked.timeline) is not None:
         notes += group.together(lambda: group.start_timeline(timeline))
@@ -194,6 +209,29 @@ def _open_data(config: RunConfig, task: Task, mesh: Mesh, world: World, pin: boo
         return Data(corpora, train, task.open_evaluation(corpora, "val", feed, config.eval.rows))
 
     return group.together(open_splits)
+
+
+def _open_origin(config: RunConfig, corpora: Corpora, group: Group, notes: list[str]) -> tuple[Origin, str]:
+    """What ``model.from`` names, and its digest (collective). notes: gets what has to be said about it.
+
+    Errors: on all ranks; DataError where the shards are of another tokenizer, CheckpointError where it is damaged or
+    not what ``model.from_digest`` says.
+    """
+    model, shards, known = config.model, corpora.entries[0][0], corpora.manifest.tokenizer_sha256
+    origin = group.together(lambda: open_origin(Path(model.from_), model.from_weights))
+    notes += group.on_main(lambda: check_tokens(origin, shards, known)) or []
+    digest = digest_of(origin, group)
+
+    def check() -> None:
+        if model.from_digest not in ("", digest):
+            raise CheckpointError(f"model.from={model.from_} holds {digest}, not model.from_digest={model.from_digest}")
+
+    group.together(check)
+    return origin, digest
+
+
+def _pinned(config: RunConfig, digest: str) -> RunConfig:
+    return config.model_copy(update={"model": config.model.model_copy(update={"from_digest": digest})})
 
 
 def _find_start(
@@ -261,14 +299,14 @@ def recorded(run: OpenRun) -> Iterator[None]:
 def open_engine(run: OpenRun) -> Engine:
     """The model, all that moves it, and a checkpoint's numbers in them (collective)."""
     config, mesh, start = run.config, run.mesh, run.start
-    model = run.task.make_model(config.model, run.data.corpora.manifest)
-    model.initialise(config.seed)
-    use_recompute(model, config.recompute)
-    model.to(run.device).train()
+    model = mesh.world.together(lambda: _make_model(run))
     precision = PRECISIONS[config.precision]
     replica = make_replica(model, mesh, precision, config.compile)
+    _take_over(run, replica)
     sync = make_sync(config.sync, replica.slices, replica.computing, mesh)
-    optimizer = make_optimizer((piece.tensor for piece in sync.moves), config.optim)
+    shares = rate_shares([name for name, _ in model.named_parameters()], config.optim.layer_decay)
+    moved = [piece.tensor for piece in sync.moves]
+    optimizer = make_optimizer(moved, config.optim, shares=[shares[piece.name] for piece in sync.moves])
     ema = make_ema(model, config.ema)
     if (folder := start.checkpoint) is not None:
         saved = mesh.world.together(lambda: load(folder, replica.slices, optimizer, ema))
@@ -278,7 +316,41 @@ def open_engine(run: OpenRun) -> Engine:
     update = Update(
         optimizer, config.optim.clip_norm, Guard(config.guard, run.device), loss_scale, sum_over_replica(mesh)
     )
-    return Engine(replica, sync, update, mesh, config.seed, ema, start.progress)
+    engine = Engine(replica, sync, update, mesh, config.seed, ema, start.progress)
+    if ema is not None and start.origin is not None:
+        ema.restart(0)  # with what the engine has handed out
+    return engine
+
+
+def _make_model(run: OpenRun) -> nn.Module:
+    """Whole, as it is at step 0 without ``model.from``. Errors: ConfigError for options that do not fit it."""
+    config, task = run.config, run.task
+    model = task.make_model(config.model, run.data.corpora.manifest)
+    model.initialise(config.seed)
+    adapt(model, config.model, config.model.lora)
+    initialise_adapters(model, config.seed)
+    freeze(model, config.optim.freeze, config.model.lora, task.predicts_tokens)
+    use_recompute(model, config.recompute)
+    return model.to(run.device).train()
+
+
+def _take_over(run: OpenRun, replica: Replica) -> None:
+    """Weights from ``model.from`` (collective). One replica reads them: the engine hands its weights on to the others,
+    so that ranks do not all read the same files.
+    """
+    origin, mesh, vocab_size = run.start.origin, run.mesh, run.data.corpora.manifest.vocab_size
+    if origin is None:
+        return
+
+    def take() -> TakenOver | None:
+        if mesh.number:
+            return None
+        found = take_over(origin, replica.slices, run.task.name, vocab_size)
+        if run.is_main:
+            write_json(run.run_dir / "from.json", found.fields(origin))
+        return found
+
+    run.taken_over = mesh.world.together(take)
 
 
 def open_log(run: OpenRun, engine: Engine, watchdog: Watchdog) -> tuple[Log, Peak]:

@@ -8,7 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field
 class Options(BaseModel):
     """Settings of one room. Unknown keys and wrong types are errors; nothing is coerced."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True, serialize_by_alias=True
+    )
 
 
 def option(default: Any, meaning: str, **bounds: Any) -> Any:

@@ -13,8 +13,10 @@ from hvdtrain.checkpoint.manifest import Progress
 from hvdtrain.engine import Engine
 from hvdtrain.errors import plural
 from hvdtrain.files import troubles, write_json
+from hvdtrain.jobs.slurm import read_object
 from hvdtrain.machine.peaks import Peak, find_peak, worth_measuring
 from hvdtrain.opening import OpenRun
+from hvdtrain.planner.workload import sent_bytes
 from hvdtrain.version import git_state, versions
 from hvdtrain.watch.log import Log
 from hvdtrain.watch.meter import memory_peak_mib
@@ -23,12 +25,14 @@ from hvdtrain.watch.meter import memory_peak_mib
 def announce(run: OpenRun, engine: Engine, log: Log, peak: Peak) -> None:
     """The first lines."""
     world, group, config = run.world, run.mesh.world, run.config
-    parameters = sum(math.prod(piece.whole) for piece in engine.replica.slices)
     log.say(
         f"hvdtrain: {plural(group.size, 'rank')} ({world.launcher}, {group.backend}), {run.device.type}, "
         f"{run.cores.note}, {config.precision} ({run.matmul})"
     )
-    log.say(f"hvdtrain: {parameters:,} parameters; {run.data.train.about}")
+    log.say(f"hvdtrain: {_parameters(run, engine)}; {run.data.train.about}")
+    if run.taken_over is not None and run.start.origin is not None:
+        log.say(f"hvdtrain: {run.taken_over.in_words(run.start.origin)}")
+        run.notes += run.taken_over.notes
     if run.scaled.factor != 1:
         log.say(f"hvdtrain: {run.scaled.about}")
     if run.start.checkpoint:
@@ -37,6 +41,22 @@ def announce(run: OpenRun, engine: Engine, log: Log, peak: Peak) -> None:
         log.say(f"hvdtrain: {peak.about}")
     for note in run.notes:
         log.say(f"hvdtrain: note: {note}")
+
+
+def _parameters(run: OpenRun, engine: Engine) -> str:
+    """How many, and what freezing some saves."""
+    count, trained = _counts(engine)
+    if trained == count:
+        return f"{count:,} parameters"
+    sent, otherwise = (sent_bytes(n, run.mesh.replicas, run.config.sync.allreduce) / 2**20 for n in (trained, count))
+    less = f" (a rank sends {sent:.3g} MiB a step, not {otherwise:.3g})" if otherwise else ""
+    return f"{count:,} parameters, {trained:,} of them trained{less}"
+
+
+def _counts(engine: Engine) -> tuple[int, int]:
+    """All parameters, and those that are trained."""
+    pieces = [(math.prod(piece.whole), piece.tensor.requires_grad) for piece in engine.replica.slices]
+    return sum(n for n, _ in pieces), sum(n for n, is_trained in pieces if is_trained)
 
 
 def sum_up(run: OpenRun, engine: Engine, log: Log, progress: Progress, scores: Mapping[str, float]) -> dict[str, Any]:
@@ -60,11 +80,15 @@ def _measure_peak(run: OpenRun, log: Log) -> None:
 
 def _summary(run: OpenRun, engine: Engine, log: Log, progress: Progress, scores: Mapping[str, float]) -> dict[str, Any]:
     group, metrics = run.mesh.world, log.metrics
+    parameters, trained = _counts(engine)
     return {
         "status": "finished",
         "step": progress.step,
         "tokens": progress.tokens,
         **scores,
+        "from": read_object(run.run_dir / "from.json") or None,
+        "parameters": parameters,
+        "trained_parameters": trained,
         "weights": "raw" if engine.ema is None else "ema",
         "best_val_loss": engine.best_val_loss,
         "train_loss": None if math.isnan(metrics.last_loss) else metrics.last_loss,

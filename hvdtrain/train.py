@@ -40,9 +40,10 @@ def train(
     timeline: file for a record of every collective; None: no record.
     """
     with open_group(world, timeline is not None) as group:
-        config = group.together(lambda: load_config(recipe, overrides))
-        group.agree(flatten(config.model_dump()), "the configuration")
         run_dir = run_dir or Path("runs") / Path(recipe).stem
+        folders = [run_dir] if resume in ("auto", "never") else [run_dir, Path(resume)]
+        config = group.together(lambda: load_config(recipe, overrides, folders))
+        group.agree(flatten(config.model_dump()), "the configuration")
         asked = Asked([recipe, *overrides], config, run_dir, resume, timeline)
         with (
             Claim(run_dir, group) as claim,

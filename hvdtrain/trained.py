@@ -25,6 +25,7 @@ from hvdtrain.data.corpora import Corpora, folders_of, open_corpora, open_folder
 from hvdtrain.errors import CheckpointError, ConfigError, DataError
 from hvdtrain.files import exists, read_text
 from hvdtrain.machine.device import pick_device
+from hvdtrain.models.lora import adapt
 from hvdtrain.slices import whole_slices
 from hvdtrain.strict_yaml import parse_yaml
 from hvdtrain.tasks import make_task
@@ -117,7 +118,9 @@ def open_model(run: Run, corpora: Corpora, world: World, group: Group, weights: 
             raise ConfigError(f"{run.checkpoint} has no averaged weights (ema.decay was 0); take --weights raw")
         kind: Weights = weights or ("ema" if has_ema else "raw")
         device, _ = pick_device(run.config.device, world, group)
-        model = make_task(run.config.task).make_model(run.config.model, corpora.manifest).to(device)
+        model = make_task(run.config.task).make_model(run.config.model, corpora.manifest)
+        adapt(model, run.config.model, run.config.model.lora)
+        model.to(device)
         load(run.checkpoint, whole_slices(model, group), weights=kind)
         return TrainedModel(model.eval(), device, kind)
 

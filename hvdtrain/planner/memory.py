@@ -63,9 +63,14 @@ def memory(config: RunConfig, facts: CorpusFacts, load: Workload, device: str, m
     """
     with torch.device("meta"):
         model = build_model(config, facts)
-    task, count, precision = make_task(config.task), load.parameters, PRECISIONS[config.precision]
+    task, count, trained, precision = (
+        make_task(config.task),
+        load.parameters,
+        load.trained,
+        PRECISIONS[config.precision],
+    )
     buffers = sum(buffer.nbytes for buffer in model.buffers())
-    largest = max(p.numel() for p in model.parameters())
+    largest = max(p.numel() for p in model.parameters() if p.requires_grad)
     attention: AttentionKind = "fused" if device == "cuda" else "math" if math_attention else "flash"
     step = dry_run(config, facts, load.microbatch, load.positions, attention)
     peak = step.peak
@@ -74,11 +79,11 @@ def memory(config: RunConfig, facts: CorpusFacts, load: Workload, device: str, m
     evaluation = dry_run(config, facts, config.eval.rows, load.positions, attention, training=False).peak
     parts = {
         "weights": 4 * count + buffers,
-        "gradients": 4 * count,
-        "optimizer state": state_bytes(config.optim) * count,
+        "gradients": 4 * trained,
+        "optimizer state": state_bytes(config.optim) * trained,
         "16-bit weights": 2 * count if precision.weights else 0,
-        "averaged weights": 4 * count if config.ema.decay > 0 else 0,
-        "wire buffers": wire_bytes(count, largest, load.ranks, config.sync.allreduce),
+        "averaged weights": 4 * trained if config.ema.decay > 0 else 0,
+        "wire buffers": wire_bytes(trained, largest, load.ranks, config.sync.allreduce),
         "activations": step.kept,
         "temporaries": peak - step.kept,
         "evaluation": max(0, evaluation - peak),

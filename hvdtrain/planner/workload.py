@@ -11,6 +11,8 @@ from hvdtrain.data.corpora import CorpusFacts
 from hvdtrain.data.sampler import share_of
 from hvdtrain.data.shards import Manifest, token_dtype
 from hvdtrain.errors import ConfigError
+from hvdtrain.models.frozen import freeze
+from hvdtrain.models.lora import adapt
 from hvdtrain.models.recompute import use_recompute
 from hvdtrain.sizing import feed_of
 from hvdtrain.sync.allreduce import AllReduceOptions
@@ -42,6 +44,7 @@ class Workload:
     tokens: int  # of the whole run
     epochs: float | None  # of the training tokens; None: not known
     parameters: int
+    trained: int  # of them; others are frozen
     flops_of_step: int  # model FLOPs of a rank, forward and backward
     sent_bytes: int  # by a rank in a step
 
@@ -67,7 +70,8 @@ def workload(config: RunConfig, facts: CorpusFacts, ranks: int, ranks_per_node: 
     microbatches = -(-mine // microbatch)
     with torch.device("meta"):
         model, batch = build_model(config, facts), task.example(microbatch, positions)
-    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    parameters = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     tokens = config.train.steps * global_tokens
     return Workload(
         ranks=ranks,
@@ -86,8 +90,9 @@ def workload(config: RunConfig, facts: CorpusFacts, ranks: int, ranks_per_node: 
         tokens=tokens,
         epochs=tokens / facts.train_tokens if facts.train_tokens else None,
         parameters=parameters,
+        trained=trained,
         flops_of_step=microbatches * task.training_flops(model, batch),
-        sent_bytes=sent_bytes(parameters, ranks, config.sync.allreduce),
+        sent_bytes=sent_bytes(trained, ranks, config.sync.allreduce),
     )
 
 
@@ -112,6 +117,9 @@ def build_model(config: RunConfig, facts: CorpusFacts) -> nn.Module:
     labels = tuple(map(str, range(facts.classes)))
     dtype: Any = str(token_dtype(facts.vocab_size))
     manifest = Manifest(facts.vocab_size, "", dtype, (), {}, label_names=labels)
-    model: nn.Module = make_task(config.task).make_model(config.model, manifest)
+    task = make_task(config.task)
+    model: nn.Module = task.make_model(config.model, manifest)
+    adapt(model, config.model, config.model.lora)
+    freeze(model, config.optim.freeze, config.model.lora, task.predicts_tokens)
     use_recompute(model, config.recompute)
     return model
