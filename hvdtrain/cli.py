@@ -169,6 +169,23 @@ def _average(parser: argparse.ArgumentParser) -> Run:
     return run
 
 
+def _export(parser: argparse.ArgumentParser) -> Run:
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder, or an empty one")
+    parser.add_argument(
+        "--dtype", default="fp32", choices=["fp32", "bf16", "fp16"], help="of the tensors; default: fp32"
+    )
+    _add_choice(parser)
+
+    def run(words: argparse.Namespace, world: World) -> int:
+        from hvdtrain.commands.export import export
+
+        print(export(words.run_dir, words.out, world, words.weights, words.checkpoint, words.dtype))
+        return EXIT_OK
+
+    return run
+
+
 def _plan(parser: argparse.ArgumentParser) -> Run:
     _add_recipe(parser, "settings on top of the recipe")
     parser.add_argument("--ranks", type=int, required=True, metavar="N")
@@ -330,6 +347,7 @@ _COMMANDS = {
     "evaluate": _Command("scores of a trained run on a whole split", _evaluate),
     "generate": _Command("text from a trained run", _generate),
     "average": _Command("one checkpoint with the mean weights of a run's newest ones", _average),
+    "export": _Command("a trained run as a folder that Hugging Face's transformers loads", _export),
     "plan": _Command("what a recipe will need on a number of ranks: batch, steps, memory", _plan, only_looks=True),
     "sweep": _Command("train a recipe at several settings, in turn or as a Slurm array", _sweep),
     "submit": _Command("train a recipe as a Slurm job", _submit),
@@ -360,7 +378,6 @@ class _TrainHelp(argparse.Action):
 
     def __call__(self, parser, namespace, values, option_string=None) -> NoReturn:
         from hvdtrain.config import describe_options, recipe_names
-        from hvdtrain.models.presets import PRESETS
 
         parser.print_help()
         print(f"\nrecipes: {', '.join(recipe_names())}\n\nkeys of a recipe (type, default, meaning):")
@@ -374,10 +391,6 @@ class _TrainHelp(argparse.Action):
                     row.meaning, 120, initial_indent=head, subsequent_indent=" " * _HELP_INDENT, break_on_hyphens=False
                 )
             )
-        print("\nmodel.preset (each stands under the keys that are given):")
-        for name, keys in PRESETS.items():
-            words = " ".join(f"{key}={str(value).lower()}" for key, value in keys.items())
-            print(textwrap.fill(words, 120, initial_indent=f"  {name:<14} ", subsequent_indent=" " * 17))
         parser.exit()
 
 

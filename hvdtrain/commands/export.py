@@ -1,0 +1,100 @@
+"""A trained run as a Hugging Face folder, which ``transformers`` loads with equal logits.
+
+    OUT/config.json, generation_config.json, model.safetensors, tokenizer.json, tokenizer_config.json, ...
+
+See models/hf/ for the families and what each of them can say.
+"""
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from hvdtrain.checkpoint.reader import Checkpoint, Weights
+from hvdtrain.comm.local_group import LocalGroup
+from hvdtrain.comm.world import World
+from hvdtrain.errors import ConfigError, OutputError
+from hvdtrain.files import listed, make_folder, move_folder
+from hvdtrain.models.hf.writing import DTYPES, Exported, Writer
+from hvdtrain.slices import Rect
+from hvdtrain.tasks import make_task
+from hvdtrain.trained import Run, find_run
+
+Dtype = Literal["fp32", "bf16", "fp16"]
+
+
+def export(
+    run_dir: Path, out: Path, world: World, weights: Weights | None = None, which: str = "newest", dtype: Dtype = "fp32"
+) -> str:
+    """Write a checkpoint of the run into ``out``, and return what was done. One process.
+
+    weights: see ``open_model``. which: see ``find_run``. dtype: of the tensors that are written.
+    Padding of the vocabulary is left out. Memory: a file of tensors at a time, of 5 GB at most.
+
+    Errors: ConfigError under several ranks, where ``out`` holds something, where no family of transformers has this
+    model (it names every option that does not fit) or ``dtype`` does not hold a number; CheckpointError; OutputError,
+    and then ``out`` is not there.
+    """
+    if world.size > 1:
+        raise ConfigError(f"export works on one process; {world.launcher} started {world.size}")
+    _check_free(out)
+    run = find_run(run_dir, LocalGroup(), which)
+    tensors = Chosen(run, weights)
+    learned_from = run.learned_from()
+    writer = Writer(_exported(run))
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        make_folder(partial)
+        writer.write(partial, tensors, DTYPES[dtype], learned_from.tokenizer)
+        move_folder(partial, out)
+    except OSError as error:
+        raise OutputError(f"cannot write {out}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return f"exported step {run.progress.step} ({tensors.weights}, {dtype}) as {writer.architecture} into {out}"
+
+
+class Chosen:
+    """A checkpoint's parameters, averaged or as they were after the step: ``Tensors`` under the model's names (local).
+
+    ``weights``: which of them. Errors: ConfigError where an average is asked for that is not there.
+    """
+
+    def __init__(self, run: Run, weights: Weights | None):
+        self._saved = Checkpoint(run.checkpoint)
+        if weights == "ema" and not self._saved.has_ema:
+            raise ConfigError(f"{run.checkpoint} has no averaged weights (ema.decay was 0); take --weights raw")
+        self.weights: Weights = weights or ("ema" if self._saved.has_ema else "raw")
+
+    def whole(self, name: str) -> tuple[torch.Size, torch.dtype]:
+        return self._saved.whole(self._stored(name))
+
+    def read(self, name: str, places: Sequence[Rect] | None = None) -> torch.Tensor:
+        return self._saved.read(self._stored(name), places)
+
+    def _stored(self, name: str) -> str:
+        """A parameter without an average was not trained."""
+        averaged = f"ema.{name}"
+        return averaged if self.weights == "ema" and averaged in self._saved else f"model.{name}"
+
+
+def _exported(run: Run) -> Exported:
+    manifest = run.learned_from().corpora.manifest
+    with torch.device("meta"):
+        model = make_task(run.config.task).make_model(run.config.model, manifest)
+    return Exported(
+        type(model).__name__, run.config.model, manifest.vocab_size, manifest.special_tokens, manifest.label_names
+    )
+
+
+def _check_free(out: Path) -> None:
+    try:
+        is_taken = os.path.lexists(out) and not (out.is_dir() and not listed(out))
+    except OSError as error:
+        raise OutputError(f"cannot look into {out}: {error.strerror}") from None
+    if is_taken:
+        raise ConfigError(f"{out} is there already, and not an empty folder; remove it, or give another --out DIR")
