@@ -378,6 +378,7 @@ class _TrainHelp(argparse.Action):
 
     def __call__(self, parser, namespace, values, option_string=None) -> NoReturn:
         from hvdtrain.config import describe_options, recipe_names
+        from hvdtrain.models.presets import PRESETS
 
         parser.print_help()
         print(f"\nrecipes: {', '.join(recipe_names())}\n\nkeys of a recipe (type, default, meaning):")
@@ -391,6 +392,10 @@ class _TrainHelp(argparse.Action):
                     row.meaning, 120, initial_indent=head, subsequent_indent=" " * _HELP_INDENT, break_on_hyphens=False
                 )
             )
+        print("\nmodel.preset (each stands under the keys that are given):")
+        for name, keys in PRESETS.items():
+            words = " ".join(f"{key}={str(value).lower()}" for key, value in keys.items())
+            print(textwrap.fill(words, 120, initial_indent=f"  {name:<14} ", subsequent_indent=" " * 17))
         parser.exit()
 
 

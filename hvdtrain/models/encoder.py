@@ -13,11 +13,12 @@ from torch import nn
 from hvdtrain.errors import ConfigError
 from hvdtrain.models.flops import classifier_flops, encoder_flops, masked_flops, span_flops
 from hvdtrain.models.heads import MaskedHead, SpanHead
+from hvdtrain.models.initial import initialise
 from hvdtrain.models.layers import Block, make_last_norm
 from hvdtrain.models.masks import padding_mask
 from hvdtrain.models.options import TransformerOptions
 from hvdtrain.models.positions import make_relative_bias
-from hvdtrain.models.transformer import Transformer, initialise, refuse
+from hvdtrain.models.transformer import Transformer, refuse
 
 
 class Encoder(Transformer):
@@ -62,8 +63,8 @@ class OnEncoder(nn.Module):
         self.encoder = Encoder(options, vocab_size)
 
     def initialise(self, seed: int) -> None:
-        """See ``transformer.initialise``."""
-        initialise(self, seed)
+        """See models/initial.py."""
+        initialise(self, self.options, seed)
 
 
 class Classifier(OnEncoder):

@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
+from hvdtrain.models.presets import PRESETS
 from hvdtrain.options import Options, option
 
 GATED = ("swiglu", "geglu_tanh")  # activations of three matrices
@@ -46,6 +47,9 @@ class RotaryOptions(Options):
 
 
 class TransformerOptions(Options):
+    preset: Literal["none", *PRESETS] = option(  # type: ignore[valid-type]  # names of a table
+        "none", "a family's option set, which stands under the keys that are given"
+    )
     layers: int = option(4, "Transformer blocks", ge=1)
     encoder_layers: int = option(
         0, "Transformer blocks of the encoder in an encoder-decoder; 0: as many as layers", ge=0
@@ -85,6 +89,9 @@ class TransformerOptions(Options):
     tied: bool = option(True, "output layer shares the embedding's matrix")
     head_bias: bool = option(False, "bias of the output layer")
     head_scale: bool = option(False, "tied: divide what the output layer reads by the root of width (T5)")
+    init: Literal["normal", "xavier", "t5"] = option(
+        "normal", "how weights start; normal: N(0, 0.02), as GPT-2 and BERT; xavier: as fairseq; t5: as T5"
+    )
     dropout: float = option(0.0, "probability, on embeddings, attention and residual branches", ge=0, lt=1)
     vocab_multiple: int = option(1, "pad the vocabulary up to a multiple of this (64 suits GPUs)", ge=1)
 
@@ -110,6 +117,13 @@ class TransformerOptions(Options):
     @property
     def biased_qkv(self) -> bool:
         return self.bias if self.qkv_bias == "as_bias" else self.qkv_bias == "yes"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset_stands_under(cls, given: Any) -> Any:
+        """Keys that are given win. So a run's saved settings, which hold every key, are read as they are."""
+        preset = given.get("preset") if isinstance(given, dict) else None
+        return {**PRESETS[preset], **given} if isinstance(preset, str) and preset in PRESETS else given
 
     @field_validator("qkv_bias", mode="before")
     @classmethod

@@ -1,10 +1,9 @@
-"""What decoder, encoder and encoder-decoder share: how a token becomes a vector, how the weights start.
+"""What decoder, encoder and encoder-decoder share: how a token becomes a vector.
 
 Shape letters:  B rows, T positions, D model width, K width of a head
 """
 
 import math
-from collections import Counter
 from typing import NamedTuple
 
 import torch
@@ -12,6 +11,7 @@ from torch import nn
 
 from hvdtrain.errors import ConfigError
 from hvdtrain.models.cache import Cache
+from hvdtrain.models.initial import initialise
 from hvdtrain.models.layers import make_embedding_norm
 from hvdtrain.models.options import TransformerOptions
 from hvdtrain.models.positions import Sinusoids, make_table, rotary_table
@@ -42,8 +42,8 @@ class Transformer(nn.Module):
         self.dropout = nn.Dropout(options.dropout)
 
     def initialise(self, seed: int) -> None:
-        """See ``initialise``, the function."""
-        initialise(self, seed)
+        """See models/initial.py."""
+        initialise(self, self.options, seed)
 
     def embed(
         self,
@@ -89,30 +89,3 @@ def refuse(options: TransformerOptions, model: str, *names: str) -> None:
         value, default = getattr(options, name), TransformerOptions.model_fields[name].default
         if value != default:
             raise ConfigError(f"model.{name}={str(value).lower()} is not for {model}; set it to {str(default).lower()}")
-
-
-@torch.no_grad()
-def initialise(model: nn.Module, seed: int) -> None:
-    """GPT-2's initialisation: N(0, 0.02); residual projections N(0, 0.02 / sqrt(n)); biases 0, norms 1.
-
-    n: how many projections add to the same residual stream. 2 a block (attention, feed-forward), 3 with
-    cross-attention; an encoder's stream and a decoder's are counted apart.
-
-    Drawn on the CPU from ``seed`` alone: the same on every rank and device. Source: Radford et al. 2019, 2.3.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    added = Counter(_stream(name) for name, _ in model.named_parameters())
-    for name, parameter in model.named_parameters():
-        if parameter.dim() < 2:
-            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-            continue
-        stream = _stream(name)
-        deviation = 0.02 / math.sqrt(added[stream]) if stream else 0.02
-        parameter.copy_(torch.empty(parameter.shape).normal_(0.0, deviation, generator=generator))
-
-
-def _stream(name: str) -> str:
-    """``encoder.blocks.3.attention.out.weight`` adds to the stream of ``encoder.blocks``; "": it is no projection."""
-    if name.endswith(("attention.out.weight", "feed_forward.out.weight")):
-        return name.rsplit(".", 4)[0]
-    return ""

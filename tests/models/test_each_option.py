@@ -124,8 +124,8 @@ def test_every_option_is_tried():
     tried = {name for _, more in ONE_MORE for name in more}
     here = {"position_offset", "separate_positions", "token_types", "rotary"}
     sizes = {"layers", "encoder_layers", "heads", "width", "context", "ff_ratio", "window", "dropout", "vocab_multiple"}
-    heads = {"tied", "head_bias", "head_scale"}
-    assert tried | here | sizes | heads == set(TransformerOptions.model_fields)
+    elsewhere = {"preset", "init", "tied", "head_bias", "head_scale"}
+    assert tried | here | sizes | elsewhere == set(TransformerOptions.model_fields)
     scalings = {"base", *(name for _, more in ONE_MORE for name in more.get("rotary", {}))}
     by_formula = {"low_factor", "high_factor", "fast_turns", "slow_turns", "attention_factor"}  # test_positions.py
     assert scalings | by_formula == set(RotaryOptions.model_fields)
