@@ -199,7 +199,7 @@ class Family:
 
     def _free(self, model: str) -> set[str]:
         """Options that mean nothing to such a model, or nothing that is written down."""
-        free = {"dropout", "vocab_multiple", "ff_ratio"}
+        free = {"dropout", "vocab_multiple", "ff_ratio", "preset", "init"}
         if self.zeros:
             free |= {"head_bias"}
         if self.doubles:
