@@ -145,7 +145,8 @@ def _chunk_on_gpu(config: RunConfig, facts: CorpusFacts, load: Workload) -> int:
     And the gradients of hidden states and of the head's weight.
     """
     vocabulary = config.model.padded(facts.vocab_size)
-    targets = load.microbatch * load.positions
+    with torch.device("meta"):
+        targets = make_task(config.task).example(load.microbatch, load.positions).target_tokens
     rows = min(targets, chunk_rows("cuda", vocabulary))
     narrow = 4 if config.precision == "fp32" else 2
     logits = rows * vocabulary * (narrow + 4 + (0 if narrow == 4 else narrow))

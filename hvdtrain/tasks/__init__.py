@@ -8,6 +8,7 @@ from pydantic import create_model
 from hvdtrain.options import Options, option
 from hvdtrain.tasks.classify import Classification
 from hvdtrain.tasks.lm import LanguageModel
+from hvdtrain.tasks.mlm import MaskedText
 from hvdtrain.tasks.seq2seq import SequenceToSequence
 from hvdtrain.tasks.task import Task
 
@@ -15,6 +16,7 @@ TASKS: dict[str, type[Task[Any, Any]]] = {
     task.name: task
     for task in (
         LanguageModel,
+        MaskedText,
         SequenceToSequence,
         Classification,
     )

@@ -96,7 +96,7 @@ def test_ranks_that_cannot_be(ranks: int, each: int, message: str):
 # --- parts of the memory ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("task", ["lm", "seq2seq", "classify"])
+@pytest.mark.parametrize("task", ["lm", "mlm", "seq2seq", "classify"])
 @pytest.mark.parametrize("options", [{}, {"positions": "rotary", "kv_heads": 2, "tied": False, "vocab_multiple": 64}])
 def test_parameters_are_counted_and_not_made(task: str, options: dict):
     config = settings(task={"name": task}, model=options)
@@ -211,12 +211,12 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("task", ["lm", "seq2seq", "classify"])
+@pytest.mark.parametrize("task", ["lm", "mlm", "seq2seq", "classify"])
 @pytest.mark.parametrize("attention", ["flash", "math"])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_without_numbers_as_with_real_tensors(name: str, attention: str, task: str):
     tree = dict(OPTIONS[name])
-    if task == "classify" and "window" in tree.get("model", {}):
+    if task in ("mlm", "classify") and "window" in tree.get("model", {}):
         tree["model"] = {"kv_heads": 2}
     config = settings(task={"name": task}, **tree)
     for training in (True, False):

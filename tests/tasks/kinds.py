@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tiny import labelled, pairs, random_tokens, write_corpus, write_data
+from tiny import documents, labelled, pairs, random_tokens, write_corpus
 
 TASK_OF = {"text": "lm", "pairs": "seq2seq", "labels": "classify"}
 LABELS = ("bad", "fair", "good")
@@ -20,7 +20,9 @@ def texts(count: int, seed: int, longest: int = 8) -> list[list[int]]:
 def write_text(folder: Path, seed: int = 0) -> Path:
     """Two shards of 300 tokens for training, one of 100 for validation."""
     tokens = random_tokens(700, seed=seed)
-    write_data(folder, train=[tokens[:300], tokens[300:600]], val=[tokens[600:]])
+    shards = {"train": [tokens[:300], tokens[300:600]], "val": [tokens[600:]]}
+    splits = {split: [documents([part]) for part in parts] for split, parts in shards.items()}
+    write_corpus(folder, splits, special_tokens={"eos": 0, "mask": 1})
     return folder
 
 

@@ -17,8 +17,18 @@ from hvdtrain.tasks import TASKS, make_task, options_of
 from hvdtrain.tasks.lm import LanguageModel
 
 PACKAGE = Path(__file__).resolve().parents[2] / "hvdtrain"
-MODELS = {"Decoder", "Encoder", "Classifier", "Seq2Seq", "Block", "CrossBlock", "Attention", "CrossAttention"}
-BATCHES = {"Batch", "PairBatch", "LabelBatch"}
+MODELS = {
+    "Decoder",
+    "Encoder",
+    "MaskedLanguageModel",
+    "Classifier",
+    "Seq2Seq",
+    "Block",
+    "CrossBlock",
+    "Attention",
+    "CrossAttention",
+}
+BATCHES = {"Batch", "MaskedBatch", "PairBatch", "LabelBatch"}
 
 
 class EchoOptions(Options):
@@ -50,7 +60,7 @@ def with_echo(monkeypatch: pytest.MonkeyPatch) -> type[RunConfig]:
 
 def test_a_line_in_the_table_gives_a_task_its_options_and_their_description(with_echo: type[RunConfig]):
     rows = {row.key: row for row in describe_options(with_echo)}
-    assert rows["task.name"].type == "|".join(TASKS) == "lm|seq2seq|classify|echo"
+    assert rows["task.name"].type == "|".join(TASKS) == "lm|mlm|seq2seq|classify|echo"
     assert rows["task.name"].meaning.endswith("; classify: a text's label; echo: say it again")
     assert (rows["task.echo.times"].type, rows["task.echo.times"].default) == ("int", "2")
     task = make_task(load_config("demo", ["task.name=echo", "task.echo.times=3"]).task)

@@ -46,11 +46,19 @@ def flip_tokens(path: Path, kind: str = "text") -> None:
 # --- every kind --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", TASK_OF)
-def test_a_run_cut_in_two_or_into_microbatches_is_the_run_that_was_not(go: Train, tmp_path: Path, kind: str):
-    unbroken = go("unbroken", kind=kind)
-    go("cut", "train.steps=3", kind=kind)
-    resumed, parts = go("cut", kind=kind), go("parts", "train.microbatch=1", kind=kind)
+RUNS = {
+    **{task: (kind, ()) for kind, task in TASK_OF.items()},
+    "mlm": ("text", ("task.name=mlm",)),
+    "mlm, packed": ("text", ("task.name=mlm", "task.mlm.rows=packed", "task.mlm.whole_words=true")),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_cut_in_two_or_into_microbatches_is_the_run_that_was_not(go: Train, tmp_path: Path, name: str):
+    kind, words = RUNS[name]
+    unbroken = go("unbroken", *words, kind=kind)
+    go("cut", *words, "train.steps=3", kind=kind)
+    resumed, parts = go("cut", *words, kind=kind), go("parts", *words, "train.microbatch=1", kind=kind)
     for key in ("sample_digest", "tokens", "val_loss", "best_val_loss"):
         assert resumed[key] == unbroken[key], key
     assert (parts["sample_digest"], parts["tokens"]) == (unbroken["sample_digest"], unbroken["tokens"])
