@@ -183,9 +183,10 @@ def _pairs(words: argparse.Namespace, ranks: Ranks) -> int:
 
 def _labels(words: argparse.Namespace, ranks: Ranks) -> int:
     from data_prep.label_cells import LabelCells, read_label_names
-    from data_prep.labels import LabelsKind, frame_tokens
+    from data_prep.labels import LabelsKind
     from data_prep.questions import QuestionsKind, SquadReader
     from data_prep.tables import TableReader
+    from hvdtrain.data.shards import frame_tokens
 
     def make(tokenizer: "TokenizerFile") -> LabelsKind | QuestionsKind:
         files = resolve(_files(words, ranks, "input"), "labels", words.quoted)

@@ -9,7 +9,7 @@ A text becomes  [cls] text [sep]  or, with a second text,  [cls] text [sep] seco
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,13 +25,6 @@ from data_prep.tables import TableReader
 from hvdtrain.comm.ranks import Ranks
 from hvdtrain.data.shards import SPLITS
 from hvdtrain.errors import ConfigError, DataError
-
-
-def frame_tokens(special: Mapping[str, int]) -> tuple[int, int]:
-    """Ids of what stands before a text and after it, from those that the tokenizer has (role -> id)."""
-    first = next(special[role] for role in ("cls", "bos", "eos") if role in special)
-    last = next(special[role] for role in ("sep", "eos") if role in special)
-    return first, last
 
 
 @dataclass

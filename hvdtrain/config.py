@@ -227,8 +227,15 @@ def describe_options(model: type[BaseModel] = RunConfig, prefix: str = "") -> It
         if group := next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None):
             yield from describe_options(group, f"{key}.")
             continue
-        kind = "|".join(one.__name__ if isinstance(one, type) else str(one) for one in kinds)
-        if typing.get_origin(field.annotation) is dict:
-            kind = "map"
         default = "required" if field.default is PydanticUndefined else str(field.default).lower() or "none"
-        yield OptionRow(key, kind, default, field.description or "")
+        yield OptionRow(key, _kind(field.annotation), default, field.description or "")
+
+
+def _kind(annotation: Any) -> str:
+    """``float``, ``map``, ``list``, or the values that there are: ``none|balanced|list``."""
+    origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (dict, list):
+        return {dict: "map", list: "list"}[origin]
+    if origin is Literal:
+        return "|".join(map(str, parts))
+    return "|".join(map(_kind, parts)) if parts else annotation.__name__

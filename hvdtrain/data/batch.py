@@ -98,15 +98,26 @@ class PairBatch(DocumentBatch):
 
 @dataclass(frozen=True)
 class LabelBatch(DocumentBatch):
-    """``tokens``: int64 [B, T], ``lengths``: int64 [B]; ``labels``: int64 [B], or IGNORE. ``target_tokens``: rows."""
+    """``tokens``: int64 [B, T], ``lengths``: int64 [B]; ``types``: int64 [B, T], 1 where a second text stands, else 0.
+
+    ``labels``: int64 [B], the number of each text's label; where a text may have several [B, C], 1 for each that it
+    has, else 0; IGNORE in a row that does not count. ``weights``: fp32 of the same shape, what the loss of each is
+    multiplied by in training; None: 1. ``target_tokens``: labels that count.
+    """
 
     tokens: torch.Tensor
     lengths: torch.Tensor
+    types: torch.Tensor
     labels: torch.Tensor
     target_tokens: int
+    weights: torch.Tensor | None = None
 
     def fingerprints(self, of_tokens: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-        return of_tokens(_from_1(self.tokens, self.lengths)) + mix(self.labels.numpy(), 5)
+        labels = self.labels.numpy()
+        if labels.ndim == 1:
+            return of_tokens(_from_1(self.tokens, self.lengths)) + mix(labels, 5)
+        each = mix(labels, 5 + np.arange(labels.shape[1]))
+        return of_tokens(_from_1(self.tokens, self.lengths)) + each.sum(axis=1, dtype=np.uint64)
 
 
 def _from_1(tokens: torch.Tensor, lengths: torch.Tensor) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Batches of pairs and of labelled texts: rows of about one length together, as many as a budget of tokens allows."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -79,11 +80,42 @@ def pair_batch(records: Records, rows: np.ndarray, begin: int, context: int) -> 
     return PairBatch(*sources, torch.from_numpy(tokens), torch.from_numpy(targets), int(lengths.sum()))
 
 
-def label_batch(records: Records, rows: np.ndarray, context: int) -> LabelBatch:
-    """Texts above ``context`` tokens are cut."""
-    if not len(rows):
-        one = torch.zeros(1, 1, dtype=torch.int64)
-        return LabelBatch(one, torch.ones(1, dtype=torch.int64), torch.full((1,), IGNORE), 0)
-    tokens, lengths = records.padded("tokens", rows, context)
-    labels = records.column("labels", rows).astype(np.int64)
-    return LabelBatch(torch.from_numpy(tokens), torch.from_numpy(lengths), torch.from_numpy(labels), len(rows))
+@dataclass(frozen=True)
+class LabelledTexts:
+    """How labelled texts become a batch: texts above ``context`` tokens are cut; ``last`` ends the first of two texts.
+
+    classes: how many labels there are where a text may have several; 0: each has one. weights: of each label's loss,
+    see LabelBatch; fp32 [labels], None: 1.
+    """
+
+    context: int
+    last: int
+    classes: int = 0
+    weights: np.ndarray | None = None
+
+    def __call__(self, records: Records, rows: np.ndarray) -> LabelBatch:
+        if not len(rows):
+            one, none = torch.zeros(1, 1, dtype=torch.int64), torch.full((1, self.classes or 1), IGNORE)
+            return LabelBatch(one, torch.ones(1, dtype=torch.int64), one, none if self.classes else none[0], 0)
+        tokens, lengths = records.padded("tokens", rows, self.context)
+        if self.classes:
+            labels = records.many_hot(rows, self.classes).astype(np.int64)
+        else:
+            labels = records.column("labels", rows).astype(np.int64)
+        types = torch.from_numpy(types_of(tokens, lengths, self.last))
+        weights = None if self.weights is None else torch.from_numpy(self._weights(self.weights, labels))
+        text = torch.from_numpy(tokens), torch.from_numpy(lengths), types
+        return LabelBatch(*text, torch.from_numpy(labels), labels.size, weights)
+
+    def _weights(self, of_label: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        return np.where(labels == 1, of_label, np.float32(1)) if self.classes else of_label[labels]
+
+
+def types_of(tokens: np.ndarray, lengths: np.ndarray, last: int) -> np.ndarray:
+    """0 up to the first token ``last`` of a row, with which its first text ends; then 1, to the row's length.
+
+    [cls] a b [sep] c d [sep] .
+      0   0 0   0   1 1   1   0
+    """
+    ended = np.cumsum(tokens == last, axis=1) - (tokens == last)
+    return ((ended > 0) & (np.arange(tokens.shape[1]) < lengths[:, None])).astype(np.int64)

@@ -21,6 +21,7 @@ from hvdtrain.data.loader import Feed, Step
 from hvdtrain.data.masking import Masking
 from hvdtrain.data.packing import PackSampler
 from hvdtrain.data.sampler import Share, derive_each, even_parts, mix
+from hvdtrain.data.shards import frame_tokens
 from hvdtrain.data.stream import TokenStream
 from hvdtrain.data.windows import Fingerprints, RowSampler
 
@@ -38,9 +39,8 @@ class Frame:
 
     @classmethod
     def of(cls, context: int, special: Mapping[str, int]) -> "Frame":
-        """special: role -> id, with ``eos`` in it. A tokenizer without [CLS] and [SEP] begins and ends texts."""
-        first = next(special[role] for role in ("cls", "bos", "eos") if role in special)
-        last = next(special[role] for role in ("sep", "eos") if role in special)
+        """special: role -> id, with ``eos`` in it."""
+        first, last = frame_tokens(special)
         return cls(context, first, last, special.get("pad", last))
 
     @property

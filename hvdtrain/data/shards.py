@@ -144,6 +144,13 @@ _MORE: dict[tuple[str, int], dict[str, tuple[Shape, np.dtype]]] = {
 }
 
 
+def frame_tokens(special: Mapping[str, int]) -> tuple[int, int]:
+    """Ids of what stands before a text and after it, from those that the tokenizer has (role -> id)."""
+    first = next(special[role] for role in ("cls", "bos", "eos") if role in special)
+    last = next(special[role] for role in ("sep", "eos") if role in special)
+    return first, last
+
+
 def has_labels(kind: str) -> bool:
     """Does the manifest of such shards name labels?"""
     return kind == "labels"

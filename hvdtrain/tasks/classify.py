@@ -1,29 +1,57 @@
-"""Classification and sentiment: predict a text's label."""
+"""Classification and sentiment: tell a text's label, or its labels, of one text or of two."""
 
+import math
+from collections.abc import Sequence
 from functools import partial
+from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import field_validator
 
 from hvdtrain.data.batch import IGNORE, LabelBatch
-from hvdtrain.data.bucketed import MakeBatch, eval_rows, label_batch
+from hvdtrain.data.bucketed import LabelledTexts, eval_rows
 from hvdtrain.data.corpora import Corpora, CorpusFacts
 from hvdtrain.data.loader import BUFFERS, Feed
 from hvdtrain.data.records import Records
-from hvdtrain.data.shards import Manifest
+from hvdtrain.data.shards import Manifest, frame_tokens
+from hvdtrain.errors import ConfigError
 from hvdtrain.models.encoder import Classifier
 from hvdtrain.models.options import TransformerOptions
 from hvdtrain.options import Options, option
+from hvdtrain.tasks.label_scores import label_scores, label_sums
 from hvdtrain.tasks.rows import bucketed_training, check_one_folder, open_records
 from hvdtrain.tasks.task import Evaluation, LossSum, Task, Training
 
 
 class ClassifyOptions(Options):
     label_smoothing: float = option(0.0, "share of the label's probability spread over all labels", ge=0, lt=1)
+    class_weights: Literal["none", "balanced"] | list[float] = option(
+        "none",
+        "what a label's loss counts in training: balanced: each label as much as the others together; or a weight for "
+        "each, in the order of the manifest's label_names. Of texts with several labels: of those that a text has",
+    )
+    threshold: float = option(
+        0.5, "of texts with several labels: those of this probability or more are told", gt=0, lt=1
+    )
+
+    @field_validator("class_weights", mode="before")
+    @classmethod
+    def _are_weights(cls, given: Any) -> Any:
+        is_list = isinstance(given, list) and all(type(one) in (int, float) and 0 <= one < math.inf for one in given)
+        if given in ("none", "balanced") or (is_list and any(given)):
+            return given
+        raise ValueError(
+            f"{given!r} is neither none nor balanced, nor a list of a weight for each label, like [1, 2.5, 1], all of "
+            "them 0 or more and one above 0"
+        )
 
 
 class Classification(Task[Classifier, LabelBatch]):
-    """Cross-entropy of the label, in nats, summed over rows. Scores: accuracy, and F1 as the mean over the labels."""
+    """Cross-entropy of a text's label, in nats, summed over texts; where a text may have several, binary cross-entropy
+    of each label, summed over texts and labels.
+    """
 
     name = "classify"
     about = "a text's label"
@@ -38,53 +66,90 @@ class Classification(Task[Classifier, LabelBatch]):
 
     def check(self, corpora: Corpora, feed: Feed) -> None:
         check_one_folder(corpora, self)
+        given, names = self._options.class_weights, corpora.manifest.label_names
+        if not isinstance(given, str) and len(given) != len(names):
+            raise ConfigError(
+                f"task.classify.class_weights has {len(given)} weights, but {corpora.names} has {len(names)} labels; "
+                f"give one for each of: {', '.join(names)}"
+            )
 
     def open_training(self, corpora: Corpora, feed: Feed) -> Training:
-        records, make_batch = self._open(corpora, "train", feed)
-        return bucketed_training(records, feed, make_batch, "texts")
+        records = open_records(corpora, "train")
+        weights = class_weights(self._options.class_weights, records, corpora.manifest)
+        return bucketed_training(records, feed, _texts(corpora.manifest, feed, weights), "texts")
 
     def open_evaluation(self, corpora: Corpora, split: str, feed: Feed, rows: int) -> Evaluation:
-        records, make_batch = self._open(corpora, split, feed)
+        records, make_batch = open_records(corpora, split), _texts(corpora.manifest, feed)
         batches = partial(eval_rows, records, rows, feed.rank, feed.size, make_batch)
         return Evaluation.of(batches, len(records.lengths), rows, feed)
 
-    def _open(self, corpora: Corpora, split: str, feed: Feed) -> tuple[Records, MakeBatch]:
-        records = open_records(corpora, split)
-        return records, lambda records, rows: label_batch(records, rows, feed.context)
-
     def loss(self, model: Classifier, batch: LabelBatch) -> LossSum:
-        total = self._cross_entropy(model(batch.tokens, batch.lengths), batch, self._options.label_smoothing)
+        losses = cross_entropy(_logits(model, batch), batch.labels, self._options.label_smoothing)
+        total = losses.sum() if batch.weights is None else (losses * batch.weights).sum()
         return LossSum(total, batch.target_tokens)
 
     def training_flops(self, model: Classifier, batch: LabelBatch) -> int:
         return model.training_flops(batch.tokens.shape)
 
     def measure(self, model: Classifier, batch: LabelBatch) -> torch.Tensor:
-        logits = model(batch.tokens, batch.lengths).float()
-        loss = self._cross_entropy(logits, batch, 0.0)
-        classes = torch.arange(logits.shape[-1], device=logits.device)
+        logits = _logits(model, batch)
+        loss = cross_entropy(logits, batch.labels, 0.0).sum()
         counted = batch.labels != IGNORE
-        truth = (batch.labels[:, None] == classes).double()  # IGNORE is no class
-        guess = ((logits.argmax(-1)[:, None] == classes) & counted[:, None]).double()
-        counts = torch.cat([(truth * guess).sum(0), truth.sum(0), guess.sum(0)])
-        return torch.cat([torch.stack([loss.double(), counted.sum().double()]), counts])
-
-    def _cross_entropy(self, logits: torch.Tensor, batch: LabelBatch, smoothing: float) -> torch.Tensor:
-        return F.cross_entropy(
-            logits.float(), batch.labels, ignore_index=IGNORE, reduction="sum", label_smoothing=smoothing
-        )
+        classes = torch.arange(logits.shape[-1], device=logits.device)
+        if batch.labels.dim() == 2:
+            truth = batch.labels == 1
+            guess = counted & (logits.sigmoid() >= self._options.threshold)
+        else:
+            truth = batch.labels[:, None] == classes  # IGNORE is no class
+            guess = counted[:, None] & (logits.argmax(-1)[:, None] == classes)
+        return label_sums(loss, counted, truth, guess)
 
     def scores(self, sums: list[float]) -> dict[str, float]:
-        loss, rows, *counts = sums
-        classes = len(counts) // 3
-        right, truth, guess = counts[:classes], counts[classes : 2 * classes], counts[2 * classes :]
-        f1 = [2 * r / (t + g) for r, t, g in zip(right, truth, guess, strict=True) if t + g]
-        return {"val_loss": loss / rows, "accuracy": sum(right) / rows, "f1": sum(f1) / len(f1), "rows": int(rows)}
+        return label_scores(sums)
 
     def example(self, rows: int, positions: int) -> LabelBatch:
         tokens, labels = torch.zeros(rows, positions, dtype=torch.int64), torch.zeros(rows, dtype=torch.int64)
-        return LabelBatch(tokens, torch.full((rows,), positions), labels, rows)
+        return LabelBatch(tokens, torch.full((rows,), positions), torch.zeros_like(tokens), labels, rows)
 
     def loader_bytes(self, rows: int, positions: int, steps_per_epoch: int | None, facts: CorpusFacts) -> int:
-        # the texts of a batch; of each text its length and its turn
-        return BUFFERS * 8 * rows * positions + 12 * facts.documents
+        # the texts of a batch and their types; of each text its length and its turn
+        return BUFFERS * 2 * 8 * rows * positions + 12 * facts.documents
+
+
+def _texts(manifest: Manifest, feed: Feed, weights: np.ndarray | None = None) -> LabelledTexts:
+    special = manifest.special_tokens
+    last = frame_tokens(special)[1] if special else -1  # nobody's: then each text is one
+    return LabelledTexts(feed.context, last, len(manifest.label_names) * manifest.has_several_labels, weights)
+
+
+def _logits(model: Classifier, batch: LabelBatch) -> torch.Tensor:
+    """fp32 [B, C]. A model that knows one type of tokens takes a second text for the same."""
+    types = batch.types if model.options.token_types > 1 else None
+    return model(batch.tokens, batch.lengths, types).float()
+
+
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, smoothing: float) -> torch.Tensor:
+    """Of each label that counts, in nats: fp32, shaped like ``labels`` ([B], or [B, C] where each is yes or no)."""
+    if labels.dim() == 1:
+        return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none", label_smoothing=smoothing)
+    targets = (labels == 1).float() * (1 - smoothing) + smoothing / 2
+    return F.binary_cross_entropy_with_logits(logits, targets, reduction="none") * (labels != IGNORE)
+
+
+def class_weights(
+    asked: Literal["none", "balanced"] | Sequence[float], records: Records, manifest: Manifest
+) -> np.ndarray | None:
+    """A weight for each label: fp32 [C]; None: all count alike.
+
+    Balanced: texts / (labels x texts of the label), so that the weights of all texts have the mean 1 (scikit-learn's
+    rule); where a text may have several, texts without the label / texts with it.
+    """
+    if asked == "none":
+        return None
+    if asked != "balanced":
+        return np.array(asked, np.float32)
+    classes, texts = len(manifest.label_names), len(records)
+    parts = [shard["labels"] for _, shard in records.shards]
+    having = sum(np.bincount(part[0 : len(part)], minlength=classes) for part in parts)
+    others = texts - having if manifest.has_several_labels else texts / classes
+    return (others / np.maximum(having, 1)).astype(np.float32)  # a label without a text has nothing to weigh

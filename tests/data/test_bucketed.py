@@ -1,17 +1,19 @@
 """Batches of pairs and labelled texts: what stands where, padding that never counts, each row once for any ranks."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tiny import CPU, labelled, pairs, random_tokens, write_corpus
+from tiny import CPU, labelled, pairs, random_tokens, several, write_corpus
 
-from hvdtrain.data.batch import IGNORE, AnyBatch, LabelBatch, PairBatch
-from hvdtrain.data.bucketed import BucketSource, eval_rows, label_batch, pair_batch
+from hvdtrain.data.batch import IGNORE, AnyBatch, PairBatch
+from hvdtrain.data.bucketed import BucketSource, LabelledTexts, eval_rows, pair_batch, types_of
 from hvdtrain.data.buckets import BucketSampler
 from hvdtrain.data.loader import Feed
 from hvdtrain.data.records import Records
+from hvdtrain.data.windows import Fingerprints
 from hvdtrain.models.encoder import Classifier
 from hvdtrain.models.options import TransformerOptions
 from hvdtrain.models.seq2seq import Seq2Seq
@@ -45,8 +47,7 @@ def make_pairs(records: Records, rows: np.ndarray) -> PairBatch:
     return pair_batch(records, rows, BEGIN, CONTEXT)
 
 
-def make_labels(records: Records, rows: np.ndarray) -> LabelBatch:
-    return label_batch(records, rows, CONTEXT)
+make_labels = LabelledTexts(CONTEXT, last=2)
 
 
 def plain(batch: AnyBatch) -> dict[str, list]:
@@ -79,14 +80,44 @@ def test_a_batch_of_pairs(tmp_path: Path):
 
 def test_a_batch_of_labelled_texts(tmp_path: Path):
     records = label_records(tmp_path, [([5, 6], 2), ([7], 0), ([8, 9, 10, 11, 12], 1)])
-    batch = label_batch(records, np.array([2, 1, 0]), 4)
+    batch = LabelledTexts(4, last=10, weights=np.array([2, 3, 5], np.float32))(records, np.array([2, 1, 0]))
     assert plain(batch) == {
         "tokens": [[8, 9, 10, 11], [7, 0, 0, 0], [5, 6, 0, 0]],
         "lengths": [4, 1, 2],
+        "types": [[0, 0, 0, 1], [0, 0, 0, 0], [0, 0, 0, 0]],
         "labels": [1, 0, 2],
+        "weights": [3.0, 2.0, 5.0],
     }
     assert batch.target_tokens == 3
-    assert {batch.tokens.dtype, batch.lengths.dtype, batch.labels.dtype} == {torch.int64}
+    assert {values.dtype for values in (batch.tokens, batch.lengths, batch.types, batch.labels)} == {torch.int64}
+    assert batch.weights.dtype == torch.float32
+    assert LabelledTexts(4, last=10)(records, np.array([0])).weights is None
+
+
+def test_a_batch_of_texts_with_several_labels(tmp_path: Path):
+    """Each label of each text is a target; a weight is that of a label that the text has."""
+    rows = [([5, 6], [2, 0]), ([7], []), ([8], [1])]
+    manifest = write_corpus(tmp_path, {"train": [several(rows)]}, kind="labels", version=2, label_names=("a", "b", "c"))
+    records = Records(tmp_path, manifest, "train")
+    make = LabelledTexts(4, last=2, classes=3, weights=np.array([2, 3, 5], np.float32))
+    batch = make(records, np.array([0, 1, 2]))
+    assert batch.labels.tolist() == [[1, 0, 1], [0, 0, 0], [0, 1, 0]]
+    assert batch.weights.tolist() == [[2, 1, 5], [1, 1, 1], [1, 3, 1]]
+    assert (batch.target_tokens, batch.labels.dtype, batch.weights.dtype) == (9, torch.int64, torch.float32)
+    nobody = make(records, np.empty(0, np.int64))
+    assert (nobody.labels.tolist(), nobody.target_tokens, nobody.weights) == ([[IGNORE] * 3], 0, None)
+    prints = Fingerprints(4).content
+    assert len({*batch.fingerprints(prints).tolist()}) == 3
+    other = replace(batch, labels=batch.labels.roll(1, dims=1)).fingerprints(prints)
+    assert (other == batch.fingerprints(prints)).tolist() == [False, True, False]
+
+
+def test_the_second_of_two_texts_has_type_1():
+    """The picture of ``types_of``; a text alone, one that ends twice, and one that is cut."""
+    tokens = np.array([[1, 5, 6, 2, 7, 8, 2, 0], [1, 5, 2, 0, 0, 0, 0, 0], [1, 5, 2, 2, 7, 2, 2, 2], [5] * 8])
+    assert types_of(tokens, np.array([7, 3, 7, 8]), 2).tolist() == [
+        [0, 0, 0, 0, 1, 1, 1, 0], [0] * 8, [0, 0, 0, 1, 1, 1, 1, 0], [0] * 8
+    ]  # fmt: skip
 
 
 def test_empty_texts(tmp_path: Path):

@@ -13,7 +13,7 @@ import torch
 from tiny import CPU, documents, labelled, pairs, random_tokens, write_corpus
 
 from hvdtrain.data.batch import IGNORE, AnyBatch, LabelBatch, MaskedBatch, PairBatch
-from hvdtrain.data.bucketed import BucketSource, label_batch, pair_batch
+from hvdtrain.data.bucketed import BucketSource, LabelledTexts, pair_batch
 from hvdtrain.data.buckets import BucketSampler
 from hvdtrain.data.corpora import Corpora
 from hvdtrain.data.loader import Feed, Source, TrainLoader
@@ -106,7 +106,7 @@ def bucketed_labels(folder: Path) -> Make:
 
     def make(feed: Feed) -> Source:
         sampler = BucketSampler(records.lengths, 60, feed.seed, CONTEXT)
-        return BucketSource(records, sampler, feed, lambda records, rows: label_batch(records, rows, CONTEXT))
+        return BucketSource(records, sampler, feed, LabelledTexts(CONTEXT, last=2))
 
     return make
 

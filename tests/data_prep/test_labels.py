@@ -17,12 +17,12 @@ from tokenizers import Tokenizer
 from data_prep import prepare as prepare_module
 from data_prep.__main__ import main
 from data_prep.label_cells import ONE_LABEL, LabelCells, read_label_names
-from data_prep.labels import LabelsKind, _shortened, frame_tokens
+from data_prep.labels import LabelsKind, _shortened
 from data_prep.tables import TableReader
 from data_prep.tokenizer_file import load_tokenizer
 from hvdtrain.data.check import check_shards
 from hvdtrain.data.records import Records
-from hvdtrain.data.shards import Manifest, read_manifest
+from hvdtrain.data.shards import Manifest, frame_tokens, read_manifest
 from hvdtrain.errors import EXIT_BAD_DATA, EXIT_OK, ConfigError, HvdtrainError
 
 

@@ -14,13 +14,12 @@ from tokenizers import Tokenizer
 
 from data_prep.__main__ import main
 from data_prep.cleaning import Cleaning
-from data_prep.labels import frame_tokens
 from data_prep.questions import QuestionsKind, SquadReader, find_answer
 from data_prep.tokenizer_file import load_tokenizer
 from hvdtrain.data.check import check_shards
 from hvdtrain.data.questions import Questions as Asked
 from hvdtrain.data.records import Records
-from hvdtrain.data.shards import Manifest, read_manifest, write_manifest
+from hvdtrain.data.shards import Manifest, frame_tokens, read_manifest, write_manifest
 from hvdtrain.errors import EXIT_BAD_DATA, EXIT_OK, ConfigError, HvdtrainError
 
 PARAGRAPH = "漢字とかな \U0001f468\u200d\U0001f469\u200d\U0001f467 e\u0301, then Ada Lovelace wrote Note G in 1843. 終"

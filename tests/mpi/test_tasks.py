@@ -1,5 +1,4 @@
-"""Masked text, pairs and labels on any number of ranks: a batch's rows are dealt out, and what comes of it is as on one
-process.
+"""Every task on any number of ranks: a batch's rows are dealt out, and what comes of it is as on one process.
 
 Batches of 24 tokens hold one to three rows, so that of several ranks some have none; those of 120 hold a dozen.
 """
@@ -12,7 +11,7 @@ import torch
 from checkpoints import state_of
 from in_halves import InHalves
 from replicas import distance, gradients, sync_options
-from tiny import CPU, documents, labelled, pairs, random_tokens, write_corpus
+from tiny import CPU, documents, labelled, pairs, random_tokens, several, write_corpus
 
 from hvdtrain.checkpoint import reader, writer
 from hvdtrain.checkpoint.manifest import Progress
@@ -29,7 +28,7 @@ from hvdtrain.optim.update import Agreed
 from hvdtrain.slices import whole_slices
 from hvdtrain.tasks import TaskOptions, make_task
 
-TASK_OF = {"text": "mlm", "pairs": "seq2seq", "labels": "classify"}
+TASK_OF = {"text": "mlm", "pairs": "seq2seq", "labels": "classify", "several": "classify"}
 CONTEXT, LR = 24, 0.01
 MODEL = TransformerOptions(layers=2, heads=2, width=16, context=CONTEXT, ff_ratio=2.0)
 OPTIM = OptimOptions(eps=1e-5)  # as in test_reference: AdamW shall not blow rounding up to full steps
@@ -51,12 +50,15 @@ def data(group: HorovodGroup, folder: Path, kind: str) -> Path:
         rows = list(zip(texts[::2], texts[1::2], strict=True))
         if kind == "labels":
             rows = [(text, number % 3) for number, (text, _) in enumerate(rows)]
-        if kind == "text":
+        elif kind == "several":
+            rows = [(text, range(number % 4)) for number, (text, _) in enumerate(rows)]
+        elif kind == "text":
             rows = texts[::2]
-        shard = {"text": documents, "pairs": pairs, "labels": labelled}[kind]
-        names = ("a", "b", "c") if kind == "labels" else ()
+        shard = {"text": documents, "pairs": pairs, "labels": labelled, "several": several}[kind]
         splits = {"train": [shard(rows[:15]), shard(rows[15:40])], "val": [shard(rows[40:])]}
-        write_corpus(folder / "data", splits, kind=kind, label_names=names, special_tokens={"eos": 0, "mask": 1})
+        more = {"label_names": ("a", "b", "c")} if TASK_OF[kind] == "classify" else {}
+        more |= {"kind": "labels", "version": 2} if kind == "several" else {"kind": kind}
+        write_corpus(folder / "data", splits, special_tokens={"eos": 0, "mask": 1}, **more)
     group.barrier()
     return folder / "data"
 

@@ -7,15 +7,16 @@ import pytest
 import torch
 from torch import nn
 
-from hvdtrain.data.batch import IGNORE, Batch, LabelBatch, PairBatch
+from hvdtrain.data.batch import IGNORE, Batch, LabelBatch, MaskedBatch, PairBatch
 from hvdtrain.models import flops
 from hvdtrain.models.decoder import Decoder
-from hvdtrain.models.encoder import Classifier
+from hvdtrain.models.encoder import Classifier, MaskedLanguageModel
 from hvdtrain.models.options import TransformerOptions
 from hvdtrain.models.seq2seq import Seq2Seq
 from hvdtrain.tasks import TASKS, TaskOptions, make_task
 from hvdtrain.tasks.classify import Classification, ClassifyOptions
 from hvdtrain.tasks.lm import LanguageModel
+from hvdtrain.tasks.mlm import MaskedText, MaskedTextOptions
 from hvdtrain.tasks.seq2seq import Seq2SeqOptions, SequenceToSequence
 from hvdtrain.tasks.task import Task
 
@@ -27,13 +28,19 @@ SPOKEN = [[SURE, LEANS, LEANS], [EVEN, SURE, SURE]]
 LOSS = -math.log(0.7) - math.log(0.4) - math.log(0.2) - math.log(0.25)  # of the four targets that count
 
 
+class Head(nn.Linear):
+    def features(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden
+
+
 class Says(nn.Module):
     """Whatever it is asked, a model answers with these probabilities."""
 
     def __init__(self, probabilities: list, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.answer = torch.tensor(probabilities).log().to(dtype)
-        self.head = nn.Linear(4, 4, bias=False, dtype=dtype)
+        self.head = Head(4, 4, bias=False, dtype=dtype)
+        self.options = TransformerOptions()
         nn.init.eye_(self.head.weight)
 
     def forward(self, *inputs: Any, **named: Any) -> torch.Tensor:
@@ -50,7 +57,8 @@ def pairs_batch() -> PairBatch:
 def labels_batch(labels: list[int]) -> LabelBatch:
     rows = len(labels)
     counted = sum(label != IGNORE for label in labels)
-    return LabelBatch(torch.zeros(rows, 1, dtype=torch.int64), torch.ones(rows), torch.tensor(labels), counted)
+    tokens = torch.zeros(rows, 1, dtype=torch.int64)
+    return LabelBatch(tokens, torch.ones(rows), tokens, torch.tensor(labels), counted)
 
 
 def smoothed(probabilities: list[float], target: int, share: float) -> float:
@@ -73,7 +81,7 @@ def test_every_task_counts_what_its_model_multiplies():
     tokens, segments = torch.zeros(2, 8, dtype=torch.int64), torch.tensor([[0, 0, 0, 1, 1, 1, 1, -1], [0] * 8])
     text, source = Batch(tokens, tokens, 16, tokens, segments), torch.zeros(2, 5, dtype=torch.int64)
     pairs = PairBatch(source, torch.tensor([5, 2]), tokens, tokens, 16)
-    labels = LabelBatch(tokens, torch.tensor([8, 3]), torch.tensor([0, 1]), 2)
+    labels = LabelBatch(tokens, torch.tensor([8, 3]), tokens, torch.tensor([0, 1]), 2)
     of_text = LanguageModel().training_flops(Decoder(options, 50), text)
     assert of_text == flops.decoder_flops(options, 50, 2, 8, pairs=6 + 10 + 1 + 36)
     of_pairs = SequenceToSequence(Seq2SeqOptions()).training_flops(Seq2Seq(options, 50), pairs)
@@ -113,6 +121,47 @@ def test_a_language_models_scores():
 @pytest.mark.parametrize("name", ["lm", "seq2seq"])
 def test_a_hopeless_loss_has_a_perplexity(name: str):
     assert math.isfinite(make_task(TaskOptions(name=name)).scores([1e6, 1.0, 0.0])["perplexity"])
+
+
+# --- masked text --------------------------------------------------------------------------------------------------
+
+
+def masked_batch() -> MaskedBatch:
+    """Told are the tokens of SPOKEN that have a target in TARGETS; the one at the end is that of nothing to tell."""
+    places, targets = torch.tensor([0, 1, 2, 3, 5]), torch.tensor([0, 1, 0, 3, IGNORE])
+    return MaskedBatch(TOKENS, torch.tensor([3, 3]), places, targets, 4)
+
+
+def test_the_loss_and_the_scores_of_what_is_hidden():
+    """As of pairs: right are 0 where SURE and 1 where LEANS."""
+    task = MaskedText(MaskedTextOptions())
+    loss = task.loss(Says(SPOKEN), masked_batch())
+    assert (loss.total.item(), loss.weight) == (pytest.approx(LOSS, rel=1e-6), 4)
+    sums = task.measure(Says(SPOKEN), masked_batch())
+    assert sums.dtype == torch.float64
+    assert task.scores((3 * sums).tolist()) == {
+        "val_loss": pytest.approx(LOSS / 4, rel=1e-6),
+        "perplexity": pytest.approx(math.exp(LOSS / 4), rel=1e-6),
+        "masked_accuracy": 0.5,
+        "target_tokens": 12,
+    }
+
+
+def test_the_head_is_applied_to_what_is_hidden_alone():
+    options = TransformerOptions(layers=1, width=16, heads=2, context=12)
+    model = MaskedLanguageModel(options, 50)
+    model.initialise(1)
+    seen: list[torch.Size] = []
+    model.head.register_forward_pre_hook(lambda *_: pytest.fail("all positions went through the head"))
+    features = model.head.features
+    model.head.features = lambda hidden: (seen.append(hidden.shape), features(hidden))[1]
+    tokens, places = torch.arange(24).view(2, 12), torch.tensor([1, 7, 15])
+    loss = MaskedText(MaskedTextOptions()).loss(model, MaskedBatch(tokens, torch.tensor([12, 9]), places, places, 3))
+    assert seen == [(3, 16)]
+    hidden = model(tokens, torch.tensor([12, 9])).flatten(0, 1)[places]
+    logits = torch.nn.functional.linear(features(hidden), model.head.weight, model.head.bias)
+    expected = torch.nn.functional.cross_entropy(logits, places, reduction="sum")
+    assert loss.total.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 # --- pairs -------------------------------------------------------------------------------------------------------
@@ -172,7 +221,8 @@ def test_accuracy_and_f1():
     assert task.scores(sum(sums).tolist()) == {
         "val_loss": pytest.approx((-3 * math.log(0.7) - 3 * math.log(0.1)) / 6, rel=1e-6),
         "accuracy": 0.5,
-        "f1": pytest.approx((4 / 7 + 1 / 2 + 0) / 3),
+        "macro_f1": pytest.approx((4 / 7 + 1 / 2 + 0) / 3),
+        "matthews": pytest.approx((3 * 6 - 3 * 4 - 2 * 2) / math.sqrt((36 - 14) * (36 - 20))),
         "rows": 6,
     }
 
@@ -180,12 +230,17 @@ def test_accuracy_and_f1():
 def test_a_label_that_is_guessed_but_never_true_lowers_f1():
     task = Classification(ClassifyOptions())
     scores = task.scores(task.measure(Says(certain([0, 1, 3])), labels_batch([0, 1, 1])).tolist())
-    assert (scores["accuracy"], scores["f1"]) == (pytest.approx(2 / 3), pytest.approx((1 + 2 / 3 + 0) / 3))
+    assert (scores["accuracy"], scores["macro_f1"]) == (pytest.approx(2 / 3), pytest.approx((1 + 2 / 3 + 0) / 3))
 
 
 # --- bf16 --------------------------------------------------------------------------------------------------------
 
-BATCHES = {"lm": Batch(TOKENS, TARGETS, 4), "seq2seq": pairs_batch(), "classify": labels_batch([0, 1])}
+BATCHES = {
+    "lm": Batch(TOKENS, TARGETS, 4),
+    "mlm": masked_batch(),
+    "seq2seq": pairs_batch(),
+    "classify": labels_batch([0, 1]),
+}
 
 
 @pytest.mark.parametrize("name", TASKS)
