@@ -187,15 +187,14 @@ class Family:
         """Options with which the family has no such model; each with what it has in their place."""
         config, misfits = self._write(options)
         back, unread = _gathered([(entry.read, config) for entry in self.entries])
-        wanted, back = settled(options.model_dump() | {"ff_width": options.hidden_width}), settled(back)
+        wanted, back = _of(options), settled(back)
         passed = self._free(model) | {misfit.option for misfit in misfits}
         unlike = [name for name in wanted if name not in passed and wanted[name] != back[name]]
         shown = [f"{name}={_shown(wanted[name])} (only {_shown(back[name])})" for name in unlike]
         return [*map(str, misfits), *map(str, unread), *shown]
 
     def _write(self, options: TransformerOptions) -> tuple[dict[str, Any], list[Misfit]]:
-        wanted = settled(options.model_dump() | {"ff_width": options.hidden_width})
-        return _gathered([(entry.write, wanted) for entry in self.entries])
+        return _gathered([(entry.write, _of(options)) for entry in self.entries])
 
     def _free(self, model: str) -> set[str]:
         """Options that mean nothing to such a model, or nothing that is written down."""
@@ -222,6 +221,12 @@ def settled(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _DEFAULTS = TransformerOptions().model_dump()
+
+
+def _of(options: TransformerOptions) -> dict[str, Any]:
+    """Settled; without what a run's settings have beside them."""
+    own = {name: value for name, value in options.model_dump().items() if name in _DEFAULTS}
+    return settled(own | {"ff_width": options.hidden_width})
 
 
 def _gathered(calls: Sequence[tuple[Callable[..., dict[str, Any]], Any]]) -> tuple[dict[str, Any], list[Misfit]]:

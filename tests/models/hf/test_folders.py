@@ -19,6 +19,7 @@ from hvdtrain.models.hf.folder import TheirTensors
 from hvdtrain.models.hf.layout import Layout
 from hvdtrain.models.hf.pretrained import Pretrained, open_pretrained
 from hvdtrain.models.options import TransformerOptions
+from hvdtrain.models.presets import PRESETS
 from hvdtrain.slices import Rect
 
 KINDS = {"gpt2": ("Decoder", GPT2), "llama": ("Decoder", LLAMA), "bert": ("Classifier", BERT), "t5": ("Seq2Seq", T5)}
@@ -345,3 +346,19 @@ def test_no_two_tensors_of_ours_have_one_name_there(family: Family):
         assert len(set(names)) == len(names) > 20
         assert all(parts[-1].end == layout.wholes[name][0] for name, parts in layout.parts.items())
         assert family.misfits(options, architecture.model) == []
+
+
+_OF_PRESET = {"bert": ("bert", "MaskedLanguageModel"), "vaswani": None, "t5_v1_1": ("t5", "Seq2Seq")}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_is_a_model_of_its_family(preset: str):
+    """But Vaswani's interleaved sinusoids, which no class of theirs has."""
+    is_decoder = preset in ("gpt2", "llama", "qwen2", "starcoder2")
+    wanted = _OF_PRESET.get(preset, (preset, "Decoder" if is_decoder else "Seq2Seq"))
+    options = TransformerOptions(preset=preset, dropout=0.1, vocab_multiple=64, init="xavier")
+    if wanted is None:
+        with pytest.raises(ConfigError, match=r"marian: positions=sinusoidal \(only sinusoidal_halves\)\n"):
+            family_for(options, "Seq2Seq")
+    else:
+        assert family_for(options, wanted[1])[0].model_type == wanted[0]
