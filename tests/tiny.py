@@ -10,6 +10,7 @@ from typing import Any
 import h5py
 import numpy as np
 import torch
+from torch import nn
 
 from hvdtrain.data.questions import Question, text_of
 from hvdtrain.data.shards import Manifest, read_manifest, token_dtype, write_manifest, write_shard
@@ -17,6 +18,7 @@ from hvdtrain.data.stream import TokenStream
 from hvdtrain.files import file_blocks, file_sha256
 from hvdtrain.models.decoder import Decoder
 from hvdtrain.models.options import TransformerOptions
+from hvdtrain.slices import Rect, whole_rect
 
 torch.set_num_threads(1)  # a second one would only wait for the first: minutes, where the cores are busy
 
@@ -157,3 +159,18 @@ def tiny_decoder(seed: int = 0, vocab_size: int = 50, **options) -> Decoder:
     model = Decoder(TransformerOptions(**{**small, **options}), vocab_size)
     model.initialise(seed)
     return model
+
+
+class Held:
+    """``Tensors`` that a model holds."""
+
+    def __init__(self, model: nn.Module):
+        self._tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    def whole(self, name: str) -> tuple[torch.Size, torch.dtype]:
+        return self._tensors[name].shape, self._tensors[name].dtype
+
+    def read(self, name: str, places: Sequence[Rect] | None = None) -> torch.Tensor:
+        tensor = self._tensors[name]
+        whole = whole_rect(tensor.shape)
+        return torch.cat([tensor[place.index_in(whole)] for place in places or [whole]])

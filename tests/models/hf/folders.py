@@ -1,9 +1,9 @@
 """Folders of Hugging Face's layout, written from models of ours without transformers."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from tiny import Held
 from torch import nn
 
 from hvdtrain.models.decoder import Decoder
@@ -11,7 +11,6 @@ from hvdtrain.models.encoder import Classifier
 from hvdtrain.models.hf.writing import Exported, Writer
 from hvdtrain.models.options import TransformerOptions
 from hvdtrain.models.seq2seq import Seq2Seq
-from hvdtrain.slices import Rect, whole_rect
 
 VOCAB = 11
 LABELS = ("bad", "fair", "good")
@@ -24,21 +23,6 @@ T5 = {
     **SMALL, "positions": "relative", "norm": "rmsnorm", "bias": False, "attention_scale": False, "tied": False,
     "activation": "geglu_tanh", "relative_buckets": 8, "relative_distance": 20,
 }  # fmt: skip
-
-
-class Held:
-    """``Tensors`` that a model holds."""
-
-    def __init__(self, model: nn.Module):
-        self._tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
-
-    def whole(self, name: str) -> tuple[torch.Size, torch.dtype]:
-        return self._tensors[name].shape, self._tensors[name].dtype
-
-    def read(self, name: str, places: Sequence[Rect] | None = None) -> torch.Tensor:
-        tensor = self._tensors[name]
-        whole = whole_rect(tensor.shape)
-        return torch.cat([tensor[place.index_in(whole)] for place in places or [whole]])
 
 
 def make_model(kind: str, **options) -> nn.Module:

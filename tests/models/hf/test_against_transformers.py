@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from folders import Held
+from tiny import Held
 from torch import nn
 
 from hvdtrain.models.decoder import Decoder

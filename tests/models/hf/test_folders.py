@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from folders import BERT, GPT2, LABELS, LLAMA, SPECIAL, T5, VOCAB, Held, make_model, write_folder
+from folders import BERT, GPT2, LABELS, LLAMA, SPECIAL, T5, VOCAB, make_model, write_folder
 from safetensors.torch import load_file, save_file
 from threads import on_ranks
+from tiny import Held
 
 from hvdtrain.errors import CheckpointError, ConfigError, RankError
 from hvdtrain.models.hf.families import FAMILIES, family_for
