@@ -16,6 +16,7 @@ KINDS = [
     {"positions": "learned"},
     {"positions": "rotary", "heads": 4, "kv_heads": 2},
     {"positions": "rotary", "window": 4},
+    {"positions": "relative", "window": 9, "relative_buckets": 8, "relative_distance": 12},
 ]
 
 
@@ -72,7 +73,7 @@ def random_walk(model, cache, prompts: list[list[int]], alone, branches: int, st
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", KINDS, ids=["learned", "rotary-shared", "window"])
+@pytest.mark.parametrize("kind", KINDS, ids=["learned", "rotary-shared", "window", "relative"])
 @pytest.mark.parametrize("branches", [1, 3])
 def test_branches_of_unequal_prompts_see_their_own_text(kind: dict, branches: int):
     model = decoder(**kind)
@@ -82,7 +83,7 @@ def test_branches_of_unequal_prompts_see_their_own_text(kind: dict, branches: in
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("positions", ["learned", "rotary"])
+@pytest.mark.parametrize("positions", ["learned", "rotary", "relative"])
 def test_branches_share_the_memory_of_their_source(positions: str):
     sizes = {"layers": 2, "heads": 2, "width": 32, "context": 64, "positions": positions}
     model = Seq2Seq(TransformerOptions(**sizes), 50).eval()

@@ -19,6 +19,10 @@ KINDS = [
         product(["learned", "rotary"], ["layernorm", "rmsnorm"], ["gelu", "swiglu"]), [True, False] * 4, strict=True
     )
 ]
+KINDS += [
+    {"preset": "t5", "init": "normal", "relative_buckets": 8, "relative_distance": 10},
+    {"preset": "vaswani", "init": "normal", "head_width": 6},
+]
 
 
 @pytest.fixture(params=KINDS, ids=["-".join(map(str, kind.values())) for kind in KINDS])

@@ -12,7 +12,10 @@ from hvdtrain.models.options import TransformerOptions
 KINDS = [
     {"positions": "learned", "norm": "layernorm", "activation": "gelu", "bias": True},
     {"positions": "rotary", "norm": "rmsnorm", "activation": "swiglu", "bias": False},
+    {"preset": "bert"},
+    {"preset": "t5", "init": "normal", "relative_buckets": 8, "relative_distance": 10},
 ]
+NAMES = ["learned", "rotary", "bert", "t5"]
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # fp32: a longer row is added up in another order
 LENGTHS = torch.tensor([6, 1, 4])
 
@@ -24,7 +27,7 @@ def tiny_classifier(seed: int = 0, classes: int = 3, **options) -> Classifier:
     return model
 
 
-@pytest.fixture(params=KINDS, ids=["learned", "rotary"])
+@pytest.fixture(params=KINDS, ids=NAMES)
 def model(request: pytest.FixtureRequest) -> Classifier:
     # Weights of the size that training gives them: at the start attention is nearly even, and would hide much.
     model = tiny_classifier(**request.param).eval()
@@ -170,3 +173,16 @@ def test_it_learns_whether_a_token_occurs(positions: str):
         losses.append(loss.item())
     assert losses[0] == pytest.approx(math.log(2), abs=0.1)
     assert sum(losses[-10:]) / 10 < 0.05  # guessing: 0.69
+
+
+@torch.no_grad()
+def test_what_goes_into_the_first_block_of_bert():
+    """The norm of the sum of token, kind and position; an embedding may be scaled before it is added to."""
+    encoder = tiny_classifier(preset="bert", embedding_scale=True).eval().encoder
+    for parameter in encoder.parameters():
+        parameter.normal_()
+    tokens, types = tokens_of(3, 6), tokens_of(3, 6, seed=1) % 2
+    total = encoder.embedding.weight[tokens] * 4 + encoder.token_type.weight[types] + encoder.position.weight[:6]
+    norm = encoder.embedding_norm
+    expected = F.layer_norm(total, (16,), norm.weight, norm.bias, 1e-12)
+    torch.testing.assert_close(encoder.embed(tokens, types_BT=types)[0], expected, rtol=1e-5, atol=1e-5)

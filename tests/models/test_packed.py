@@ -21,7 +21,7 @@ POSITIONS = torch.tensor([[*range(5), *range(2), *range(4), 0, 0]])
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
-@pytest.fixture(params=["learned", "rotary"])
+@pytest.fixture(params=["learned", "rotary", "relative"])
 def model(request: pytest.FixtureRequest) -> Decoder:
     # Weights of the size that training gives them: at the start attention is nearly even, and would hide much.
     model = tiny_decoder(positions=request.param, context=13)
@@ -49,7 +49,7 @@ def test_each_document_is_as_if_alone(model: Decoder):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("positions", ["learned", "rotary"])
+@pytest.mark.parametrize("positions", ["learned", "rotary", "relative"])
 def test_a_row_may_be_longer_than_the_context(positions: str):
     """The context limits a document's positions: five here."""
     model, row = tiny_decoder(positions=positions, context=5), packed_row()

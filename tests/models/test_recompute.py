@@ -66,9 +66,10 @@ def test_gradients_are_the_same_bits(kind: type, name: str, every: int, dropout:
 
 
 @pytest.mark.parametrize("name", ["full", "selective"])
+@pytest.mark.parametrize("positions", ["rotary", "relative"])
 @pytest.mark.parametrize(("packed", "window"), [(True, 0), (False, 5), (True, 5)])
-def test_with_documents_windows_and_shared_heads(name: str, packed: bool, window: int):
-    options = {"kv_heads": 2, "window": window, "dropout": 0.2, "positions": "rotary", "activation": "swiglu"}
+def test_with_documents_windows_and_shared_heads(name: str, packed: bool, window: int, positions: str):
+    options = {"kv_heads": 2, "window": window, "dropout": 0.2, "positions": positions, "activation": "swiglu"}
     expected = gradients(build(Decoder, **options), packed)
     assert all(map(torch.equal, gradients(build(Decoder, name, **options), packed), expected))
 

@@ -12,7 +12,10 @@ from hvdtrain.models.seq2seq import Seq2Seq
 KINDS = [
     {"positions": "learned", "norm": "layernorm", "activation": "gelu", "bias": True},
     {"positions": "rotary", "norm": "rmsnorm", "activation": "swiglu", "bias": False},
+    {"preset": "bart", "init": "normal"},
+    {"preset": "t5", "init": "normal", "relative_buckets": 16, "relative_distance": 20},
 ]
+NAMES = ["learned", "rotary", "bart", "t5"]
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # fp32: rows of another length are added up in another order
 LENGTHS = torch.tensor([6, 1, 4])
 
@@ -32,7 +35,7 @@ def enlarged(model: Seq2Seq) -> Seq2Seq:
     return model
 
 
-@pytest.fixture(params=KINDS, ids=["learned", "rotary"])
+@pytest.fixture(params=KINDS, ids=NAMES)
 def model(request: pytest.FixtureRequest) -> Seq2Seq:
     return enlarged(tiny_seq2seq(**request.param)).eval()
 
@@ -119,7 +122,7 @@ def test_the_order_of_the_source_matters(model: Seq2Seq):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", KINDS, ids=["learned", "rotary"])
+@pytest.mark.parametrize("kind", KINDS, ids=NAMES)
 def test_the_order_of_the_target_matters(kind: dict):
     """One layer: in a second, causal attention alone tells the order, by who has seen whom."""
     model = enlarged(tiny_seq2seq(**kind, layers=1))

@@ -59,7 +59,7 @@ def spread(name: str, tensor: torch.Tensor, kv_heads: int) -> torch.Tensor:
     return repeated if split[0] is None else torch.cat([split[0], repeated])
 
 
-@pytest.mark.parametrize("positions", ["learned", "rotary"])
+@pytest.mark.parametrize("positions", ["learned", "rotary", "relative"])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("kind", KINDS)
 def test_shared_heads_are_plain_heads_with_equal_weights(kind: type, kv_heads: int, positions: str):

@@ -97,7 +97,15 @@ def test_ranks_that_cannot_be(ranks: int, each: int, message: str):
 
 
 @pytest.mark.parametrize("task", ["lm", "mlm", "seq2seq", "classify"])
-@pytest.mark.parametrize("options", [{}, {"positions": "rotary", "kv_heads": 2, "tied": False, "vocab_multiple": 64}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"positions": "rotary", "kv_heads": 2, "tied": False, "vocab_multiple": 64},
+        {"preset": "t5", "head_width": 12, "ff_width": 40, "head_bias": True},
+        {"preset": "marian", "embedding_norm": True, "qkv_bias": "no"},
+    ],
+)
 def test_parameters_are_counted_and_not_made(task: str, options: dict):
     config = settings(task={"name": task}, model=options)
     real = build_model(config, FACTS)
@@ -201,6 +209,8 @@ OPTIONS = {
         "model": {"positions": "rotary", "norm": "rmsnorm", "activation": "swiglu", "bias": False}
     },
     "shared heads, window": {"model": {"kv_heads": 2, "window": 5}},
+    "post-norm, sinusoids": {"model": {"preset": "vaswani", "head_bias": True, "embedding_norm": True}},
+    "relative": {"model": {"preset": "t5", "head_width": 12, "window": 5}},
     "dropout": {"model": {"dropout": 0.1}},
     "untied": {"model": {"tied": False}},
     "bf16": {"precision": "bf16"},
@@ -217,7 +227,7 @@ OPTIONS = {
 def test_without_numbers_as_with_real_tensors(name: str, attention: str, task: str):
     tree = dict(OPTIONS[name])
     if task in ("mlm", "classify") and "window" in tree.get("model", {}):
-        tree["model"] = {"kv_heads": 2}
+        tree["model"] = {**tree["model"], "window": 0}
     config = settings(task={"name": task}, **tree)
     for training in (True, False):
         real, counted = (dry_run(config, FACTS, 3, 24, attention, training, shapes) for shapes in (False, True))
