@@ -105,6 +105,7 @@ def _tokenizer(words: argparse.Namespace, ranks: Ranks) -> int:
         from data_prep.sample import training_texts
         from data_prep.tokenizer import train_tokenizer
         from data_prep.tokenizer_file import load_tokenizer
+        from data_prep.wordpiece import Changes
 
         reader = TextReader(
             _files(words, ranks, "input"), field=words.field, cleaning=_cleaning(words), skip_bad=words.skip_bad
@@ -125,7 +126,8 @@ def _tokenizer(words: argparse.Namespace, ranks: Ranks) -> int:
             "nfc": reader.cleaning.nfc,
             **counts,
         }
-        record = train_tokenizer(texts(Counter()), identity, words.kind, words.vocab_size, words.special, words.out)
+        asked = words.kind, words.vocab_size, words.special, words.out
+        record = train_tokenizer(texts(Counter()), identity, *asked, Changes(words.lower_case, words.strip_accents))
         how = "kept" if record["reused"] else "trained"
         print(
             f"{words.out}: {how}, {record['kind']}, {record['vocab_size']:,} tokens, from {len(reader.files):,} files"

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 from data_prep.formats import describe
 from hvdtrain.errors import ConfigError
 
-KINDS = ("bpe", "unigram", "char", "byte")
+KINDS = ("bpe", "unigram", "char", "byte", "wordpiece")
 ROLES = ("pad", "bos", "unk", "mask", "sep", "cls")
 ALL_ROLES = ("eos", *ROLES)
 
@@ -84,11 +84,20 @@ what it holds; only a .zst may ask for a window of up to 2 GiB (zstd --long=31),
 def _add_tokenizer(commands, parents: list[argparse.ArgumentParser]) -> None:
     tokenizer = commands.add_parser("tokenizer", parents=parents, help="train a tokenizer", **_formats("tokenizer"))
     tokenizer.add_argument(
-        "--kind", choices=KINDS, default="bpe", help="default: bpe (byte-level); byte needs no training"
+        "--kind",
+        choices=KINDS,
+        default="bpe",
+        help="default: bpe (byte-level); byte needs no training; wordpiece: BERT's",
     )
     tokenizer.add_argument(
-        "--vocab-size", type=_positive, default=32768, metavar="N", help="tokens (bpe, unigram; default: 32768)"
+        "--vocab-size",
+        type=_positive,
+        default=32768,
+        metavar="N",
+        help="tokens (bpe, unigram, wordpiece; default: 32768)",
     )
+    tokenizer.add_argument("--lower-case", action="store_true", help="wordpiece: small letters only")
+    tokenizer.add_argument("--strip-accents", action="store_true", help="wordpiece: letters without their accents")
     tokenizer.add_argument(
         "--special",
         nargs="+",

@@ -4,23 +4,26 @@ bpe        byte-level byte-pair encoding (Sennrich et al. 2016; bytes as in GPT-
 unigram    a unigram language model over the same bytes (Kudo 2018): no text is unknown to it either
 char       one token for each character that the text holds; others become <|unk|>
 byte       one token for each byte; needs no training
+wordpiece  as BERT has it (wordpiece.py)
 
-The same text gives the same file. Of bpe, char and byte that is certain; of unigram see ``_settled``.
+The same text gives the same file. Of all but unigram that is certain; of unigram see ``_settled``.
 """
 
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data_prep.roles import SPECIAL_TOKENS
+from data_prep.wordpiece import NO_CHANGES, Changes, wordpiece
 from hvdtrain.errors import ConfigError, DataError, OutputError
 from hvdtrain.files import exists, make_folder, read_json, write_json, write_text
 
-KINDS = ("bpe", "unigram", "char", "byte")
+KINDS = ("bpe", "unigram", "char", "byte", "wordpiece")
 
 _ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())  # the letters that stand for the 256 bytes
 _SCORE_DECIMALS = 3  # of a natural logarithm of a probability
@@ -29,7 +32,13 @@ _LONGEST_RUN = 1 << 10  # of white space, or of anything else, that unigram is t
 
 
 def train_tokenizer(
-    texts: Iterable[str], identity: dict[str, Any], kind: str, vocab_size: int, special: Sequence[str], out: Path
+    texts: Iterable[str],
+    identity: dict[str, Any],
+    kind: str,
+    vocab_size: int,
+    special: Sequence[str],
+    out: Path,
+    changes: Changes = NO_CHANGES,
 ) -> dict[str, Any]:
     """Train and write ``out`` and, beside it, a record of how it was made (which is returned).
 
@@ -38,6 +47,8 @@ def train_tokenizer(
     Errors: those of ``build_tokenizer``; ConfigError where ``out`` holds another one; OutputError.
     """
     record = {"kind": kind, "asked_vocab_size": vocab_size, "special": list(special), **identity}
+    if kind == "wordpiece":
+        record |= asdict(changes)
     record_path = out.with_name(f"{out.stem}.record.json")
     if exists(out):
         before = read_json(record_path) if exists(record_path) else {}
@@ -54,7 +65,7 @@ def train_tokenizer(
             sizes[1] += len(text.encode())
             yield text
 
-    tokenizer = build_tokenizer(counted(), kind, vocab_size, special)
+    tokenizer = build_tokenizer(counted(), kind, vocab_size, special, changes)
     record |= {"vocab_size": tokenizer.get_vocab_size(), "documents": sizes[0], "trained_on_bytes": sizes[1]}
     try:
         make_folder(out.parent)
@@ -65,19 +76,26 @@ def train_tokenizer(
     return {**record, "reused": False}
 
 
-def build_tokenizer(texts: Iterable[str], kind: str, vocab_size: int, special: Sequence[str] = ()) -> Tokenizer:
+def build_tokenizer(
+    texts: Iterable[str], kind: str, vocab_size: int, special: Sequence[str] = (), changes: Changes = NO_CHANGES
+) -> Tokenizer:
     """Train a tokenizer of this kind on ``texts``; its special tokens have the first ids, end of text is 0.
 
-    vocab_size: of bpe at most so many tokens, of unigram just so many; char and byte have as many as they need.
-    special: roles of tokens beyond the end of text (and ``unk``, which char always has).
+    vocab_size: of bpe and wordpiece at most so many tokens, of unigram just so many; char and byte have as many as they
+    need. special: roles of tokens beyond the end of text (and ``unk``, which char always has); wordpiece has BERT's
+    five. changes: what wordpiece makes of letters.
     Errors: ConfigError for an unknown kind or role, or a vocabulary that is too small, or larger than the text can
-    give; DataError for no text.
+    give, or changes of another kind; DataError for no text.
     """
     builders = {"bpe": _bpe, "unigram": _unigram, "char": _char, "byte": _byte}
-    if kind not in builders:
-        raise ConfigError(f"no kind of tokenizer {kind!r}; there are: {', '.join(builders)}")
+    if kind not in KINDS:
+        raise ConfigError(f"no kind of tokenizer {kind!r}; there are: {', '.join(KINDS)}")
     if unknown := [role for role in special if role not in SPECIAL_TOKENS]:
         raise ConfigError(f"no special token {unknown[0]!r}; there are: {', '.join(SPECIAL_TOKENS)}")
+    if kind == "wordpiece":
+        return wordpiece(_not_empty(texts), vocab_size, special, changes)
+    if changes != NO_CHANGES:
+        raise ConfigError(f"--lower-case and --strip-accents are for wordpiece; {kind} keeps every byte")
     always = ("eos", "unk") if kind == "char" else ("eos",)
     names = [SPECIAL_TOKENS[role][0] for role in dict.fromkeys([*always, *special])]
     least = len(_ALPHABET) + len(names)

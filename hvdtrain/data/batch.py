@@ -93,7 +93,7 @@ class PairBatch(DocumentBatch):
 
     def fingerprints(self, of_tokens: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         targets = torch.where(self.targets == IGNORE, 0, self.targets + 1)
-        return of_tokens(_from_1(self.source, self.source_lengths)) + mix(of_tokens(targets.numpy()), 5)
+        return of_tokens(from_1(self.source, self.source_lengths)) + mix(of_tokens(targets.numpy()), 5)
 
 
 @dataclass(frozen=True)
@@ -115,11 +115,11 @@ class LabelBatch(DocumentBatch):
     def fingerprints(self, of_tokens: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         labels = self.labels.numpy()
         if labels.ndim == 1:
-            return of_tokens(_from_1(self.tokens, self.lengths)) + mix(labels, 5)
+            return of_tokens(from_1(self.tokens, self.lengths)) + mix(labels, 5)
         each = mix(labels, 5 + np.arange(labels.shape[1]))
-        return of_tokens(_from_1(self.tokens, self.lengths)) + each.sum(axis=1, dtype=np.uint64)
+        return of_tokens(from_1(self.tokens, self.lengths)) + each.sum(axis=1, dtype=np.uint64)
 
 
-def _from_1(tokens: torch.Tensor, lengths: torch.Tensor) -> np.ndarray:
+def from_1(tokens: torch.Tensor, lengths: torch.Tensor) -> np.ndarray:
     """Tokens counted from 1, so that a token 0 at the end is told from padding."""
     return torch.where(torch.arange(tokens.shape[1]) < lengths[:, None], tokens + 1, 0).numpy()

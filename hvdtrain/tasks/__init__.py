@@ -10,6 +10,7 @@ from hvdtrain.tasks.classify import Classification
 from hvdtrain.tasks.lm import LanguageModel
 from hvdtrain.tasks.mlm import MaskedText
 from hvdtrain.tasks.seq2seq import SequenceToSequence
+from hvdtrain.tasks.span_qa import SpanAnswering
 from hvdtrain.tasks.task import Task
 
 TASKS: dict[str, type[Task[Any, Any]]] = {
@@ -19,6 +20,7 @@ TASKS: dict[str, type[Task[Any, Any]]] = {
         MaskedText,
         SequenceToSequence,
         Classification,
+        SpanAnswering,
     )
 }
 

@@ -126,13 +126,16 @@ class Task(Protocol[Model, Read]):
         """
 
 
+COMMAND_OF = {"qa": "labels"}  # of data_prep, which makes shards of a kind; else of the kind's own name
+
+
 def check_kind(corpora: Corpora, task: Task[Any, Any]) -> None:
     """Errors: DataError where the shards are of another kind than the task reads."""
     kind = corpora.manifest.kind
     if kind != task.kind:
         raise DataError(
             f"task.name={task.name} reads shards of kind {task.kind}, but {corpora.names} has kind {kind}; "
-            f"make them with `python -m data_prep {task.kind}`, or choose another task.name"
+            f"make them with `python -m data_prep {COMMAND_OF.get(task.kind, task.kind)}`, or choose another task.name"
         )
 
 

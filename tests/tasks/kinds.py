@@ -1,13 +1,14 @@
 """Small shards of each kind. What a row says is random, so nothing can be learned from them."""
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tiny import documents, labelled, pairs, random_tokens, write_corpus
+from tiny import asked, documents, labelled, pairs, random_tokens, write_corpus
 
-TASK_OF = {"text": "lm", "pairs": "seq2seq", "labels": "classify"}
+TASK_OF = {"text": "lm", "pairs": "seq2seq", "labels": "classify", "qa": "span_qa"}
 LABELS = ("bad", "fair", "good")
 Train = Callable[..., dict[str, Any]]
 
@@ -40,4 +41,14 @@ def write_labels(folder: Path, seed: int = 0, train: int = 60, val: int = 11, lo
     return folder
 
 
-WRITE = {"text": write_text, "pairs": write_pairs, "labels": write_labels}
+def write_questions(folder: Path, seed: int = 0, train: int = 60, val: int = 11) -> Path:
+    """Windows of up to four characters of a paragraph, of which a question has up to three."""
+    draw = random.Random(seed)
+    contexts = ["".join(draw.choices("abcdefgh", k=draw.randint(1, 9))) for _ in range(train + val)]
+    rows = [(text, [text[len(text) // 2 :][:2]] if draw.random() < 0.8 else []) for text in contexts]
+    splits = {"train": [asked(rows[:train], room=4, step=3)], "val": [asked(rows[train:], train, room=4, step=3)]}
+    write_corpus(folder, splits, kind="qa", version=2)
+    return folder
+
+
+WRITE = {"text": write_text, "pairs": write_pairs, "labels": write_labels, "qa": write_questions}

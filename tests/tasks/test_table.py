@@ -22,13 +22,14 @@ MODELS = {
     "Encoder",
     "MaskedLanguageModel",
     "Classifier",
+    "SpanModel",
     "Seq2Seq",
     "Block",
     "CrossBlock",
     "Attention",
     "CrossAttention",
 }
-BATCHES = {"Batch", "MaskedBatch", "PairBatch", "LabelBatch"}
+BATCHES = {"Batch", "MaskedBatch", "PairBatch", "LabelBatch", "SpanBatch"}
 
 
 class EchoOptions(Options):
@@ -60,8 +61,9 @@ def with_echo(monkeypatch: pytest.MonkeyPatch) -> type[RunConfig]:
 
 def test_a_line_in_the_table_gives_a_task_its_options_and_their_description(with_echo: type[RunConfig]):
     rows = {row.key: row for row in describe_options(with_echo)}
-    assert rows["task.name"].type == "|".join(TASKS) == "lm|mlm|seq2seq|classify|echo"
-    assert rows["task.name"].meaning.endswith("; classify: a text's label; echo: say it again")
+    assert rows["task.name"].type == "|".join(TASKS) == "lm|mlm|seq2seq|classify|span_qa|echo"
+    assert "; classify: a text's label; " in rows["task.name"].meaning
+    assert rows["task.name"].meaning.endswith("; echo: say it again")
     assert (rows["task.echo.times"].type, rows["task.echo.times"].default) == ("int", "2")
     task = make_task(load_config("demo", ["task.name=echo", "task.echo.times=3"]).task)
     assert (type(task), task.times) == (Echo, 3)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from kinds import LABELS, TASK_OF, WRITE, Train
-from tiny import documents, labelled, pairs, write_corpus
+from tiny import asked, documents, labelled, pairs, write_corpus
 
 from hvdtrain.comm.world import World
 from hvdtrain.commands.evaluate import evaluate
@@ -39,7 +39,7 @@ def test_training_on_another_kind(go: Train, shards: dict[str, Path], tmp_path: 
     else:
         assert message == (
             f"DataError: task.name={TASK_OF[kind]} reads shards of kind {kind}, but {shards[given]} has kind {given}; "
-            f"make them with `python -m data_prep {kind}`, or choose another task.name"
+            f"make them with `python -m data_prep {'labels' if kind == 'qa' else kind}`, or choose another task.name"
         )
     assert not (tmp_path / "run").exists()
 
@@ -95,12 +95,18 @@ def test_no_token_is_guessed_to_begin_a_target(go: Train, tmp_path: Path):
 
 # --- too little --------------------------------------------------------------------------------------------------
 
-ONE_ROW = {"text": documents([range(30)]), "pairs": pairs([([1, 2], [3])]), "labels": labelled([([1, 2], 0)])}
-NO_ROW = {"pairs": pairs([]), "labels": labelled([])}
+ONE_ROW = {
+    "text": documents([range(30)]),
+    "pairs": pairs([([1, 2], [3])]),
+    "labels": labelled([([1, 2], 0)]),
+    "qa": asked([("one", ["one"])]),
+}
+NO_ROW = {"pairs": pairs([]), "labels": labelled([]), "qa": asked([])}
+MORE = {"labels": {"label_names": LABELS}, "qa": {"version": 2}}
 
 
 def corpus(folder: Path, kind: str, **splits: dict) -> str:
-    more = {"label_names": LABELS} if kind == "labels" else {"special_tokens": {"eos": 0}}
+    more = MORE.get(kind, {"special_tokens": {"eos": 0}})
     write_corpus(folder, {split: [datasets] for split, datasets in splits.items()}, kind=kind, **more)
     return f"data.dir={folder}"
 

@@ -3,14 +3,17 @@
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from hvdtrain.data.batch import IGNORE, Batch, LabelBatch, MaskedBatch, PairBatch
+from hvdtrain.data.questions import Question
+from hvdtrain.data.spans import Asked, SpanBatch
 from hvdtrain.models import flops
 from hvdtrain.models.decoder import Decoder
-from hvdtrain.models.encoder import Classifier, MaskedLanguageModel
+from hvdtrain.models.encoder import Classifier, MaskedLanguageModel, SpanModel
 from hvdtrain.models.options import TransformerOptions
 from hvdtrain.models.seq2seq import Seq2Seq
 from hvdtrain.tasks import TASKS, TaskOptions, make_task
@@ -18,6 +21,7 @@ from hvdtrain.tasks.classify import Classification, ClassifyOptions
 from hvdtrain.tasks.lm import LanguageModel
 from hvdtrain.tasks.mlm import MaskedText, MaskedTextOptions
 from hvdtrain.tasks.seq2seq import Seq2SeqOptions, SequenceToSequence
+from hvdtrain.tasks.span_qa import SpanAnswering, SpanOptions
 from hvdtrain.tasks.task import Task
 
 # Probabilities of a vocabulary of 4, as logits.
@@ -86,6 +90,8 @@ def test_every_task_counts_what_its_model_multiplies():
     assert of_text == flops.decoder_flops(options, 50, 2, 8, pairs=6 + 10 + 1 + 36)
     of_pairs = SequenceToSequence(Seq2SeqOptions()).training_flops(Seq2Seq(options, 50), pairs)
     assert of_pairs == flops.seq2seq_flops(options, 50, 2, source=5, positions=8)
+    of_windows = SpanAnswering(SpanOptions()).training_flops(SpanModel(options, 50), windows_batch())
+    assert of_windows == flops.span_flops(options, 3, 3)
     of_labels = Classification(ClassifyOptions()).training_flops(Classifier(options, 50, 3), labels)
     assert of_labels == flops.classifier_flops(options, 3, 2, 8)
 
@@ -235,18 +241,30 @@ def test_a_label_that_is_guessed_but_never_true_lowers_f1():
 
 # --- bf16 --------------------------------------------------------------------------------------------------------
 
+
+def windows_batch() -> SpanBatch:
+    """A question of one token in a paragraph of one, and another of two windows."""
+    questions = [Question("q", "a", ("a",)), Question("r", "bc", ())]
+    chars = [np.array([[0, 1]]), np.array([[0, 1], [1, 2]])]
+    asked = Asked([0, 1], [0, 1, 3], questions, np.array([[1, 0], [1, 0], [1, 1]]), chars, 2, 3, True)
+    tokens, spans = torch.zeros(3, 3, dtype=torch.int64), torch.tensor([[1, 1], [0, 0], [0, 0]])
+    return SpanBatch(tokens, torch.full((3,), 3), torch.tensor([[0, 1, 1]] * 3), spans, 6, asked)
+
+
 BATCHES = {
     "lm": Batch(TOKENS, TARGETS, 4),
     "mlm": masked_batch(),
     "seq2seq": pairs_batch(),
     "classify": labels_batch([0, 1]),
+    "span_qa": windows_batch(),
 }
+SAYS = {"classify": [SURE, LEANS], "span_qa": [[[0.7, 0.2], [0.1, 0.4], [0.2, 0.4]]] * 3}
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_sums_are_exact_where_the_logits_are_bf16(name: str):
     """Autocast hands the logits over in bf16, whose 8 bits would lose the end of any sum over a batch."""
-    probabilities = [SURE, LEANS] if name == "classify" else SPOKEN
+    probabilities = SAYS.get(name, SPOKEN)
     task = make_task(TaskOptions.model_validate({"name": name, "seq2seq": {"label_smoothing": 0.0}}))
     model = Says(probabilities, torch.bfloat16)
     exact = Says(probabilities)

@@ -1,0 +1,153 @@
+"""Extractive question answering: the first and the last token of an answer in its paragraph (Devlin et al. 2018)."""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+from hvdtrain.data.batch import IGNORE
+from hvdtrain.data.corpora import Corpora, CorpusFacts
+from hvdtrain.data.loader import BUFFERS, Feed
+from hvdtrain.data.records import Records
+from hvdtrain.data.sampler import even_parts
+from hvdtrain.data.shards import Manifest
+from hvdtrain.data.spans import QuestionBatches, SpanBatch, span_batch
+from hvdtrain.errors import ConfigError, DataError
+from hvdtrain.models.encoder import SpanModel
+from hvdtrain.models.options import TransformerOptions
+from hvdtrain.options import Options, option
+from hvdtrain.tasks.rows import bucketed_training, check_one_folder, open_records
+from hvdtrain.tasks.span_answers import Answered, answers_of
+from hvdtrain.tasks.squad_scores import Scored, score, squad_scores
+from hvdtrain.tasks.task import Evaluation, LossSum, Task, Training
+
+
+class SpanOptions(Options):
+    max_answer_tokens: int = option(30, "longest answer that is given, in tokens", ge=1)
+    null_threshold: float = option(
+        0.0, "where questions may have no answer: give none if its score exceeds the best answer's by more than this"
+    )
+    language: Literal["en", "zh"] = option(
+        "en", "how answers are compared: en: as SQuAD does; zh: Chinese, as MLQA does"
+    )
+
+
+class SpanAnswering(Task[SpanModel, SpanBatch]):
+    """Cross-entropy of an answer's first and last token, in nats, summed over windows; both are the first token of the
+    row where a window has none.
+
+    Scores: exact match and F1 of the best answer over all windows of a question. Each question has places of its own
+    in the sums, so that the best threshold, for which all must be looked at together, is exact too.
+    """
+
+    name = "span_qa"
+    about = "an answer within a paragraph"
+    options = SpanOptions
+    kind = "qa"
+
+    def __init__(self, options: SpanOptions):
+        self._options = options
+
+    def make_model(self, options: TransformerOptions, manifest: Manifest) -> SpanModel:
+        return SpanModel(options, manifest.vocab_size)
+
+    def check(self, corpora: Corpora, feed: Feed) -> None:
+        check_one_folder(corpora, self)
+        _check_questions(corpora)
+
+    def open_training(self, corpora: Corpora, feed: Feed) -> Training:
+        records = _open(corpora, "train", feed)
+        return bucketed_training(records, feed, span_batch, "windows")
+
+    def open_evaluation(self, corpora: Corpora, split: str, feed: Feed, rows: int) -> Evaluation:
+        batches = self.open_questions(corpora, split, feed, rows)
+        if not batches.told:
+            raise DataError(f"the {split} split of {corpora.names} does not tell the answers; nothing to score")
+        first, count = even_parts(len(batches), feed.size)[feed.rank]
+        return Evaluation(partial(batches.of, first, count), count)
+
+    def open_questions(self, corpora: Corpora, split: str, feed: Feed, rows: int) -> QuestionBatches:
+        """A split to be answered, whether its answers are told or not. Errors: DataError, ConfigError."""
+        _check_questions(corpora)
+        return QuestionBatches(_open(corpora, split, feed), rows)
+
+    def loss(self, model: SpanModel, batch: SpanBatch) -> LossSum:
+        return LossSum(_cross_entropy(_logits(model, batch), batch), batch.target_tokens)
+
+    def training_flops(self, model: SpanModel, batch: SpanBatch) -> int:
+        return model.training_flops(batch.tokens.shape)
+
+    def measure(self, model: SpanModel, batch: SpanBatch) -> torch.Tensor:
+        assert batch.asked is not None, "a batch of evaluation has whole questions"
+        logits = _logits(model, batch, batch.asked.rows)
+        questions = torch.zeros(batch.asked.total, len(Scored._fields), dtype=torch.float64)
+        for answered in answers_of(logits, batch, self._options.max_answer_tokens, 1):
+            questions[answered.number] = torch.tensor(self._scored(answered, batch.asked.some_have_none))
+        loss = _cross_entropy(logits, batch).double()
+        sums = torch.stack([loss, loss.new_tensor(batch.target_tokens)])
+        return torch.cat([sums, questions.flatten().to(sums.device)])
+
+    def _scored(self, answered: Answered, some_have_none: bool) -> Scored:
+        answers = answered.question.answers
+        if answers is None:
+            return Scored()
+        return score(answered.text, answers, answered.null, self._options.language, some_have_none)
+
+    def scores(self, sums: list[float]) -> dict[str, float]:
+        loss, targets, *questions = sums
+        size = len(Scored._fields)
+        scored = [Scored(*questions[first : first + size]) for first in range(0, len(questions), size)]
+        return {"val_loss": loss / targets, **squad_scores(scored, self._options.null_threshold)}
+
+    def extract(self, model: SpanModel, batch: SpanBatch, count: int) -> Iterator[Answered]:
+        """The ``count`` best answers to each question of a batch of ``open_questions``; without autograd."""
+        assert batch.asked is not None, "only batches of whole questions are answered"
+        logits = _logits(model, batch, batch.asked.rows)
+        return answers_of(logits, batch, self._options.max_answer_tokens, count)
+
+    def example(self, rows: int, positions: int) -> SpanBatch:
+        tokens, spans = torch.zeros(rows, positions, dtype=torch.int64), torch.zeros(rows, 2, dtype=torch.int64)
+        return SpanBatch(tokens, torch.full((rows,), positions), torch.zeros_like(tokens), spans, 2 * rows)
+
+    def loader_bytes(self, rows: int, positions: int, steps_per_epoch: int | None, facts: CorpusFacts) -> int:
+        # tokens and types of a batch; of each window its length and its turn
+        return BUFFERS * 2 * 8 * rows * positions + 12 * facts.documents
+
+
+def _check_questions(corpora: Corpora) -> None:
+    if not corpora.manifest.has_questions:
+        raise DataError(
+            f"{corpora.names} was prepared by an older data_prep, without the answers' texts that a score needs; "
+            "prepare it again with data_prep labels"
+        )
+
+
+def _open(corpora: Corpora, split: str, feed: Feed) -> Records:
+    """Errors: DataError for a split that is missing or empty; ConfigError for windows that the model cannot hold."""
+    records = open_records(corpora, split)
+    if (longest := int(records.lengths.max())) > feed.context:
+        raise ConfigError(
+            f"the {split} split of {corpora.names} has windows of {longest} tokens, model.context={feed.context} holds "
+            f"fewer; set it to {longest}, or prepare with data_prep labels --max-tokens {feed.context}"
+        )
+    return records
+
+
+def _logits(model: SpanModel, batch: SpanBatch, rows: int = 0) -> torch.Tensor:
+    """[B, T, 2]; rows: so many at once, where a question may have more windows than fit."""
+    types = batch.types if model.options.token_types > 1 else None
+    step = rows or len(batch.tokens)
+    cuts = [slice(first, first + step) for first in range(0, len(batch.tokens), step)]
+    return torch.cat(
+        [model(batch.tokens[cut], batch.lengths[cut], None if types is None else types[cut]) for cut in cuts]
+    )
+
+
+def _cross_entropy(logits_BT2: torch.Tensor, batch: SpanBatch) -> torch.Tensor:
+    """Over each row's own positions, both scores summed."""
+    padding_BT = torch.arange(logits_BT2.shape[1], device=logits_BT2.device) >= batch.lengths[:, None]
+    masked_BT2 = logits_BT2.float().masked_fill(padding_BT[:, :, None], -torch.inf)
+    scores = masked_BT2.transpose(1, 2).flatten(0, 1)
+    return F.cross_entropy(scores, batch.spans.flatten(), ignore_index=IGNORE, reduction="sum")
