@@ -8,7 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
-from data_prep.compressed import COMPRESSIONS, is_damage, open_compressed
+from hvdtrain.data.compressed import COMPRESSIONS, is_damage, open_compressed
 from hvdtrain.errors import DataError
 
 _WHOLE_BYTES = 1 << 30  # of a file that is read at once

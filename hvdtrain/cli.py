@@ -112,13 +112,39 @@ def _evaluate(parser: argparse.ArgumentParser) -> Run:
         "--data", type=Path, action="append", default=[], metavar="DIR",
         help="shards to take instead of the run's own, or where these are now; again for each folder of a mixture",
     )  # fmt: skip
-    parser.add_argument("--split", default="val", choices=["train", "val", "test"], help="default: val")
+    parser.add_argument("--split", choices=["train", "val", "test"], help="default: val")
+    parser.add_argument("--input", type=Path, metavar="FILE", help="instead of a split: texts to answer, one a line")
+    parser.add_argument(
+        "--reference", type=Path, nargs="+", default=[], metavar="FILE",
+        help="with --input: what they are compared with, line by line; several files: several references, where a "
+        "further one is empty there is none",
+    )  # fmt: skip
+    parser.add_argument(
+        "--scores", default="", metavar="NAMES", help="of texts: bleu, bleu_tokenized, chrf, rouge; of files default: "
+        "'bleu chrf rouge', of a split what the recipe asks",
+    )  # fmt: skip
+    parser.add_argument(
+        "--reference-field", default="target", metavar="NAME",
+        help="of JSON lines: a text, or a list of them; default: target",
+    )  # fmt: skip
+    _add_texts(parser)
     _add_choice(parser)
 
     def run(words: argparse.Namespace, world: World) -> int:
-        from hvdtrain.commands.evaluate import evaluate
+        from hvdtrain.commands.evaluate import Files, TextOptions, evaluate, evaluate_files
 
-        scores = evaluate(words.run_dir, words.data, words.split, world, words.weights, words.checkpoint)
+        if bool(words.input) != bool(words.reference):
+            raise ConfigError("--input and --reference go together: the texts, and what they are compared with")
+        if words.input and (words.split or words.data):
+            raise ConfigError("--input is instead of --split and --data")
+        texts = TextOptions(words.scores, _given(words))
+        if words.input:
+            names = words.field, words.reference_field, words.too_long, words.invalid_utf8
+            files = Files(words.input, words.reference, *names)
+            scores = evaluate_files(words.run_dir, files, world, words.weights, words.checkpoint, texts)
+        else:
+            choice = words.split or "val", world, words.weights, words.checkpoint
+            scores = evaluate(words.run_dir, words.data, *choice, texts)
         if world.is_main:
             print(json.dumps(scores))
         return EXIT_OK
@@ -128,28 +154,30 @@ def _evaluate(parser: argparse.ArgumentParser) -> Run:
 
 def _generate(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    parser.add_argument("--prompt", required=True, metavar="TEXT")
-    parser.add_argument("--max-tokens", type=int, default=200, metavar="N", help="default: 200")
-    parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0: greedy; default: 0.8")
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="0: all tokens (default)")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus; 1: all tokens (default)")
-    parser.add_argument("--seed", type=int, default=1, metavar="N", help="default: 1")
+    parser.add_argument("--prompt", metavar="TEXT", help="one text to answer: to go on with, to translate, to label")
+    parser.add_argument("--input", type=Path, metavar="FILE", help="texts to answer, one a line")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="with --input: an answer a line, in its order")
+    parser.add_argument(
+        "--json", action="store_true", help='a JSON object a line: {"answers": [{"text": ..., "score": ...}, ...]}'
+    )
+    _add_texts(parser)
     _add_choice(parser)
 
     def run(words: argparse.Namespace, world: World) -> int:
-        from pydantic import ValidationError
+        from hvdtrain.commands.generate import Lines, generate, generate_file
 
-        from hvdtrain.commands.generate import generate
-        from hvdtrain.tasks.decoding import SamplingOptions
-
-        try:
-            names = ("max_tokens", "temperature", "top_k", "top_p", "seed")
-            options = SamplingOptions(**{name: getattr(words, name) for name in names})
-        except ValidationError as error:
-            problem = error.errors()[0]
-            flag = str(problem["loc"][0]).replace("_", "-")
-            raise ConfigError(f"--{flag} {problem['input']}: {problem['msg'].lower()}") from None
-        print(generate(words.run_dir, words.prompt, options, world, words.weights, words.checkpoint))
+        if (words.prompt is None) == (words.input is None) or bool(words.input) != bool(words.output):
+            raise ConfigError("generate takes --prompt TEXT, or --input FILE and --output FILE")
+        choice = _given(words), world, words.weights, words.checkpoint
+        if words.input:
+            how = words.field, words.json, words.too_long, words.invalid_utf8
+            generate_file(words.run_dir, Lines(words.input, words.output, *how), *choice)
+            return EXIT_OK
+        if words.too_long == "drop":
+            raise ConfigError("--too-long drop is for lines of a file; a prompt is truncated or refused")
+        line = generate(words.run_dir, words.prompt, *choice, words.json, words.too_long)
+        if world.is_main:
+            print(line)
         return EXIT_OK
 
     return run
@@ -413,3 +441,45 @@ def _add_choice(parser: argparse.ArgumentParser) -> None:
         "--weights", choices=["raw", "ema"],
         help="of the last step (raw) or averaged in training (ema); default: ema where the checkpoint has it",
     )  # fmt: skip
+
+
+# Of SearchOptions, which torch need not be loaded for.
+_SEARCH: dict[str, tuple[type, str, str]] = {
+    "beam": (int, "N", "hypotheses side by side"),
+    "n_best": (int, "N", "hypotheses to give (--json)"),
+    "length_penalty": (float, "P", "score: log p / tokens^P"),
+    "early_stopping": (str, "no|yes|never", "when beams end before --max-tokens"),
+    "no_repeat_ngram": (int, "N", "no N tokens follow one another twice"),
+    "min_tokens": (int, "N", "no end before"),
+    "max_tokens": (int, "N", "most tokens to add"),
+    "forced_first": (int, "ID", "the first token added"),
+    "forced_last": (int, "ID", "the last token, at --max-tokens"),
+    "temperature": (float, "T", "0: the likeliest token; else drawn"),
+    "top_k": (int, "K", "draw from so many; 0: from all tokens"),
+    "top_p": (float, "P", "nucleus; 1: all tokens"),
+    "seed": (int, "N", "of what is drawn"),
+    "batch_tokens": (int, "N", "of inputs and hypotheses at once"),
+}
+
+
+def _add_texts(parser: argparse.ArgumentParser) -> None:
+    """How texts are read and answered."""
+    parser.add_argument("--field", default="", metavar="NAME", help="of JSON lines (.jsonl): the text to answer")
+    parser.add_argument(
+        "--too-long", default="refuse", choices=["refuse", "truncate", "drop"],
+        help="texts with more tokens than model.context; default: refuse",
+    )  # fmt: skip
+    parser.add_argument(
+        "--invalid-utf8",
+        default="refuse",
+        choices=["refuse", "replace"],
+        help="bytes that are no text; default: refuse",
+    )
+    search = parser.add_argument_group("search", "default: as the run's recipe has it under its task's search")
+    for name, (kind, metavar, meaning) in _SEARCH.items():
+        search.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=meaning)
+
+
+def _given(words: argparse.Namespace) -> dict[str, object]:
+    """What of the search stands on the command line."""
+    return {name: value for name in _SEARCH if (value := getattr(words, name)) is not None}

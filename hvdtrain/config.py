@@ -88,7 +88,7 @@ class RunConfig(Options):
         """
         whole = flatten(self.model_dump())
         may_change = re.compile(
-            r"device|tf32|compile|model\.(from|from_weights)|train\.(steps|tokens|epochs|microbatch)|(data|eval|checkpoint|metrics|sync|recompute|ema|stop|watchdog)\..*"
+            r"device|tf32|compile|model\.(from|from_weights)|task\.\w+\.(scores|search\..*)|train\.(steps|tokens|epochs|microbatch)|(data|eval|checkpoint|metrics|sync|recompute|ema|stop|watchdog)\..*"
         )
         return {key: value for key, value in whole.items() if not may_change.fullmatch(key)}
 
@@ -238,4 +238,4 @@ def _kind(annotation: Any) -> str:
         return {dict: "map", list: "list"}[origin]
     if origin is Literal:
         return "|".join(map(str, parts))
-    return "|".join(map(_kind, parts)) if parts else annotation.__name__
+    return "|".join(map(_kind, parts)) if parts else annotation.__name__.removesuffix("Type").lower()

@@ -39,6 +39,8 @@ def announce(run: OpenRun, engine: Engine, log: Log, peak: Peak) -> None:
         log.say(f"hvdtrain: resumed from {run.start.checkpoint}")
     if peak.about:
         log.say(f"hvdtrain: {peak.about}")
+    for name, signature in run.data.val.signatures.items():
+        log.say(f"hvdtrain: {name} is {signature}")
     for note in run.notes:
         log.say(f"hvdtrain: note: {note}")
 
@@ -86,6 +88,7 @@ def _summary(run: OpenRun, engine: Engine, log: Log, progress: Progress, scores:
         "step": progress.step,
         "tokens": progress.tokens,
         **scores,
+        **({"signatures": dict(run.data.val.signatures)} if run.data.val.signatures else {}),
         "from": read_object(run.run_dir / "from.json") or None,
         "parameters": parameters,
         "trained_parameters": trained,

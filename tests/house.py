@@ -43,6 +43,7 @@ DATA_PREP_MAY = {
     "hvdtrain.data.shards",
     "hvdtrain.data.check",
     "hvdtrain.data.questions",
+    "hvdtrain.data.compressed",
     "hvdtrain.machine.cores",
     "hvdtrain.comm.ranks",
     "hvdtrain.comm.session",

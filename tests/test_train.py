@@ -18,7 +18,6 @@ from hvdtrain.comm.world import World
 from hvdtrain.commands.evaluate import evaluate
 from hvdtrain.commands.generate import generate
 from hvdtrain.errors import EXIT_BAD_DATA, EXIT_DIVERGED, EXIT_USAGE, HvdtrainError
-from hvdtrain.tasks.decoding import SamplingOptions
 from hvdtrain.train import train
 from hvdtrain.watch.metrics import read_log
 
@@ -254,7 +253,7 @@ def test_a_folder_that_is_no_run(go: Train, tmp_path: Path, opened: str):
         if opened == "evaluate":
             evaluate(tmp_path / "run", [], "val", World())
         else:
-            generate(tmp_path / "run", "t1", SamplingOptions(), World())
+            generate(tmp_path / "run", "t1", {}, World())
 
     with pytest.raises(HvdtrainError, match=r"is not a run folder: it has no config\.yaml") as caught:
         look()

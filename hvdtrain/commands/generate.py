@@ -1,50 +1,148 @@
-"""Text from a trained run."""
+"""What a trained run says to a text, or to each line of a file: a text that goes on, a translation, a label."""
 
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from hvdtrain.checkpoint.reader import Weights
-from hvdtrain.comm.local_group import LocalGroup
+from hvdtrain.comm.group import Group
+from hvdtrain.comm.session import open_group
 from hvdtrain.comm.world import World
-from hvdtrain.errors import ConfigError, say
-from hvdtrain.machine.cores import threads_of_rank
+from hvdtrain.commands.answering import Answering, TooLong, open_answering, told
+from hvdtrain.data.lines import LineReader
+from hvdtrain.errors import ConfigError, OutputError, plural, say
+from hvdtrain.files import make_folder, write
 from hvdtrain.tasks import make_task
-from hvdtrain.tasks.decoding import SamplingOptions, sample
-from hvdtrain.trained import find_run, open_model
+from hvdtrain.tasks.answers import Answer, Row
+from hvdtrain.trained import find_run
+
+_AT_ONCE = 4096  # answers that travel together
+
+
+@dataclass(frozen=True)
+class Lines:
+    """A file to be answered line by line, and how.
+
+    output: one line for each of ``input``, empty where that is, or was dropped. json: each is then a JSON object
+    ``{"answers": [{"text": ..., "score": ...}, ...]}``, the best first; none for an empty line.
+    field: of the text in JSON lines; none: the task's ``input_field``. invalid: see ``LineReader``.
+    """
+
+    input: Path
+    output: Path
+    field: str = ""
+    json: bool = False
+    too_long: TooLong = "refuse"
+    invalid: str = "refuse"
+
+
+def generate_file(
+    run_dir: Path, lines: Lines, given: Mapping[str, Any], world: World, weights: Weights | None = None,
+    which: str = "newest",
+) -> None:  # fmt: skip
+    """Answer a file (collective): any launcher, any number of ranks, the same bytes.
+
+    given: see ``Asked``. weights: see ``open_model``. which: see ``find_run``.
+    Errors: on all ranks; ConfigError where ``output`` is there already.
+    """
+    with open_group(world) as group:
+        began_s = time.monotonic()
+        group.on_main(lambda: _check(lines, given))
+        run, reader, counts = find_run(run_dir, group, which), LineReader(lines.invalid), Counter[str]()
+        field = lines.field or make_task(run.config.task).input_field
+        texts = group.together(lambda: reader.texts(lines.input, field))
+        group.agree(len(texts), f"the number of lines of {lines.input}")
+        opened = open_answering(run, group, world, given, weights)
+        rows = group.together(lambda: opened.rows(texts, lines.too_long, str(lines.input), counts))
+        answers = gathered(opened.share(rows), group)
+        broken = group.on_main(lambda: _write(lines, len(texts), answers, opened))
+        if group.rank == 0:
+            mended = {**reader.counts, "line ends within answers, now spaces": broken or 0}
+            ran = f"in {time.monotonic() - began_s:.1f} s, {_about(opened)}"
+            said = [f"{plural(len(rows), 'line', ',')} answered {ran}: {lines.output}", *told(counts, mended)]
+            say("; ".join(said))
 
 
 def generate(
-    run_dir: Path,
-    prompt: str,
-    options: SamplingOptions,
-    world: World,
-    weights: Weights | None = None,
-    which: str = "newest",
-) -> str:
-    """The prompt and what a checkpoint of the run makes of it. One process.
+    run_dir: Path, prompt: str, given: Mapping[str, Any], world: World, weights: Weights | None = None,
+    which: str = "newest", as_json: bool = False, too_long: TooLong = "refuse",
+) -> str:  # fmt: skip
+    """What a checkpoint of the run says to one text (collective): a line, or as JSON. See ``generate_file``.
 
-    weights: see ``open_model``; where they are averaged, standard error says so. which: see ``find_run``.
-
-    Errors: ConfigError under a launcher with several ranks, or where the prompt has no known token.
+    Errors: on all ranks; ConfigError where the prompt has no known token.
     """
-    if world.size > 1:
-        raise ConfigError(f"generate works on one process; {world.launcher} started {world.size}")
-    from tokenizers import Tokenizer
+    with open_group(world) as group:
+        opened = open_answering(find_run(run_dir, group, which), group, world, given, weights)
 
-    group = LocalGroup()
-    torch.set_num_threads(threads_of_rank(group))
-    run = find_run(run_dir, group, which)
-    learned_from = run.learned_from()
-    if not make_task(run.config.task).continues_text:
-        raise ConfigError(f"generate goes on with a text; {run_dir} was trained for task.name={run.config.task.name}")
-    trained = open_model(run, learned_from.corpora, world, group, weights)
-    tokenizer = Tokenizer.from_file(str(learned_from.tokenizer))
-    stop = learned_from.corpora.manifest.special_tokens.get("eos")
-    ids = tokenizer.encode(prompt, add_special_tokens=False).ids or ([stop] if stop is not None else [])
-    if not ids:
-        raise ConfigError("the prompt is empty; give --prompt TEXT")
-    if trained.weights == "ema":
-        say(f"step {run.progress.step}, averaged weights (ema)")
-    new = list(sample(trained.model, ids, options, trained.device, stop))
-    return prompt + tokenizer.decode(new)
+        def ask() -> list[Row]:
+            row = opened.row(prompt, 0, too_long, "the prompt", Counter())
+            if row is None:
+                raise ConfigError("the prompt has no token that the run's tokenizer knows; give --prompt TEXT")
+            return [row]
+
+        (answers,) = gathered(opened.share(group.together(ask)), group).values()
+        if group.rank == 0 and opened.trained.weights == "ema":
+            say(_about(opened))
+        return _json_line(answers) if as_json else opened.answers.line(answers)
+
+
+def gathered(mine: Mapping[int, Sequence[Answer]], group: Group) -> dict[int, Sequence[Answer]]:
+    """All ranks' answers, by their places (collective; a part at a time)."""
+    numbers, found = sorted(mine), dict[int, Sequence[Answer]]()
+    for first in range(0, max(group.all_gather_object(len(numbers))), _AT_ONCE):
+        part = {number: mine[number] for number in numbers[first : first + _AT_ONCE]}
+        for one in group.all_gather_object(part):
+            found |= one
+    return found
+
+
+def _check(lines: Lines, given: Mapping[str, Any]) -> None:
+    """Before hours of work: may it be written?"""
+    path = lines.output
+    if given.get("n_best", 1) > 1 and not lines.json:
+        raise ConfigError(f"--n-best {given['n_best']}: a line of text holds one answer; take --json")
+    if os.path.lexists(path):
+        raise ConfigError(f"{path} is there already; remove it, or give another --output FILE")
+    try:
+        make_folder(path.parent)
+    except OSError as error:
+        raise OutputError(f"cannot make {path.parent}: {error.strerror}") from None
+
+
+def _write(lines: Lines, count: int, answers: Mapping[int, Sequence[Answer]], opened: Answering) -> int:
+    """Write the output; returns how many answers had line ends, which are spaces now."""
+    broken = 0
+
+    def text_lines() -> Iterator[str]:
+        nonlocal broken
+        broken = 0
+        for number in range(count):
+            of_row = answers.get(number, [])
+            if lines.json:
+                yield _json_line(of_row)
+                continue
+            text = opened.answers.line(of_row) if of_row else ""
+            whole = text.replace("\r", " ").replace("\n", " ")
+            broken += whole != text
+            yield whole
+
+    def fill(temporary: Path) -> None:
+        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+            file.writelines(f"{line}\n" for line in text_lines())
+
+    write(lines.output, fill)
+    return broken
+
+
+def _json_line(answers: Sequence[Answer]) -> str:
+    return json.dumps({"answers": [{"text": one.text, "score": one.score} for one in answers]}, ensure_ascii=False)
+
+
+def _about(opened: Answering) -> str:
+    averaged = ", averaged weights (ema)" if opened.trained.weights == "ema" else ""
+    return f"step {opened.run.progress.step}{averaged}"

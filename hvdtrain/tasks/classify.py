@@ -9,9 +9,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import field_validator
+from torch.nn.utils.rnn import pad_sequence
 
 from hvdtrain.data.batch import IGNORE, LabelBatch
-from hvdtrain.data.bucketed import LabelledTexts, eval_rows
+from hvdtrain.data.bucketed import LabelledTexts, eval_rows, types_of
 from hvdtrain.data.corpora import Corpora, CorpusFacts
 from hvdtrain.data.loader import BUFFERS, Feed
 from hvdtrain.data.records import Records
@@ -20,6 +21,7 @@ from hvdtrain.errors import ConfigError
 from hvdtrain.models.encoder import Classifier
 from hvdtrain.models.options import TransformerOptions
 from hvdtrain.options import Options, option
+from hvdtrain.tasks.answers import Answer, Asked, Row, refuse_given
 from hvdtrain.tasks.label_scores import label_scores, label_sums
 from hvdtrain.tasks.rows import bucketed_training, check_one_folder, open_records
 from hvdtrain.tasks.task import Evaluation, LossSum, Task, Training
@@ -107,6 +109,10 @@ class Classification(Task[Classifier, LabelBatch]):
     def scores(self, sums: list[float]) -> dict[str, float]:
         return label_scores(sums)
 
+    def answers(self, asked: Asked) -> "Labels":
+        refuse_given(asked.given, self.name)
+        return Labels(asked, self._options.threshold)
+
     def example(self, rows: int, positions: int) -> LabelBatch:
         tokens, labels = torch.zeros(rows, positions, dtype=torch.int64), torch.zeros(rows, dtype=torch.int64)
         return LabelBatch(tokens, torch.full((rows,), positions), torch.zeros_like(tokens), labels, rows)
@@ -153,3 +159,43 @@ def class_weights(
     having = sum(np.bincount(part[0 : len(part)], minlength=classes) for part in parts)
     others = texts - having if manifest.has_several_labels else texts / classes
     return (others / np.maximum(having, 1)).astype(np.float32)  # a label without a text has nothing to weigh
+
+
+class Labels:
+    """Of each text, or two with a tab between them, all labels by their probability. See ``Answers``."""
+
+    tokens_at_once = 8192
+
+    def __init__(self, asked: Asked, threshold: float):
+        self._asked, self._manifest, self._threshold = asked, asked.manifest, threshold
+        self._first, self._last = frame_tokens(asked.manifest.special_tokens)
+        self.room: int | None = asked.context
+
+    def encode(self, text: str) -> list[int]:
+        """``[cls] text [sep]``, and ``second [sep]``, as data_prep puts them into shards."""
+        parts = [self._asked.encode(part) for part in text.split("\t")]
+        return [self._first, *(token for part in parts for token in (*part, self._last))] if any(parts) else []
+
+    def cut(self, tokens: list[int]) -> list[int]:
+        return [*tokens[: self._asked.context - 1], self._last]
+
+    @torch.no_grad()
+    def answer(self, model: Classifier, rows: Sequence[Row]) -> list[list[Answer]]:
+        device, several = next(model.parameters()).device, self._manifest.has_several_labels
+        tokens = pad_sequence([torch.tensor(row.tokens) for row in rows], batch_first=True)
+        lengths = torch.tensor([len(row.tokens) for row in rows])
+        types = torch.from_numpy(types_of(tokens.numpy(), lengths.numpy(), self._last))
+        batch = LabelBatch(tokens, lengths, types, torch.zeros_like(lengths), len(rows))
+        logits = _logits(model, batch.to(device)).cpu()
+        found = []
+        for of_row in logits.sigmoid() if several else logits.softmax(-1):
+            order = of_row.argsort(descending=True, stable=True).tolist()
+            found.append([Answer(self._manifest.label_names[label], float(of_row[label])) for label in order])
+        return found
+
+    def line(self, answers: Sequence[Answer]) -> str:
+        """The label and its probability; of several those from ``threshold`` on."""
+        told = answers[:1]
+        if self._manifest.has_several_labels:
+            told = [one for one in answers if one.score >= self._threshold]
+        return "\t".join(f"{one.text}\t{one.score:.4f}" for one in told)

@@ -1,6 +1,7 @@
 """Language-model pretraining: predict the next token."""
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Literal
 
@@ -20,7 +21,10 @@ from hvdtrain.models.decoder import Decoder
 from hvdtrain.models.losses import LossTerms, linear_cross_entropy
 from hvdtrain.models.options import TransformerOptions
 from hvdtrain.options import Options, option
+from hvdtrain.tasks.answers import Answer, Asked, Row, given_over
 from hvdtrain.tasks.rows import drawn_windows, step_in_words
+from hvdtrain.tasks.search import Input, search
+from hvdtrain.tasks.search_options import SearchOptions
 from hvdtrain.tasks.task import Evaluation, LossSum, Task, Training, check_kind, check_val
 
 
@@ -41,7 +45,6 @@ class LanguageModel(Task[Decoder, Batch]):
     kind = "text"
     rows_are_alike = True
     predicts_tokens = True
-    continues_text = True
 
     def __init__(self, options: LanguageModelOptions | None = None):
         self._options = options or LanguageModelOptions()
@@ -101,6 +104,9 @@ class LanguageModel(Task[Decoder, Batch]):
         loss = sums[0] / sums[1]
         return {"val_loss": loss, "perplexity": math.exp(min(loss, 700.0)), "target_tokens": int(sums[1])}
 
+    def answers(self, asked: Asked) -> "Continuations":
+        return Continuations(asked)
+
     def example(self, rows: int, positions: int) -> Batch:
         tokens = torch.zeros(rows, positions, dtype=torch.int64)
         return Batch(tokens, torch.zeros_like(tokens), rows * positions)
@@ -111,3 +117,38 @@ class LanguageModel(Task[Decoder, Batch]):
         step = rows * (positions + 1)
         narrow = BUFFERS * steps_per_block(step, steps_per_epoch) * token_dtype(facts.vocab_size).itemsize
         return step * (narrow + 8)  # and the step that is handed out, as int64
+
+
+class Continuations:
+    """Each text, and what the model goes on with; drawn, unless a beam is asked for. See ``Answers``."""
+
+    def __init__(self, asked: Asked):
+        drawn = {"temperature": 0.8} if asked.given.get("beam", 1) == 1 else {}
+        self._asked, self._options = asked, given_over(SearchOptions(), {**drawn, **asked.given})
+        self._end = asked.manifest.special_tokens.get("eos")
+        self.tokens_at_once = self._options.batch_tokens // self._options.beam
+        self.room = asked.context if self._options.beam > 1 else None
+
+    def encode(self, text: str) -> list[int]:
+        """Where there are none: what ends a text, after which another begins."""
+        return self._asked.encode(text) or ([self._end] if self._end is not None else [])
+
+    def cut(self, tokens: list[int]) -> list[int]:
+        return tokens[-self._asked.context :]
+
+    def answer(self, model: Decoder, rows: Sequence[Row]) -> list[list[Answer]]:
+        inputs = [Input(row.tokens, number=row.number) for row in rows]
+        found = search(model, inputs, self._options, self._end)
+        return [
+            [Answer(row.text + self._added(row.tokens, one.tokens), one.score) for one in of_row]
+            for row, of_row in zip(rows, found, strict=True)
+        ]
+
+    def _added(self, tokens: list[int], new: list[int]) -> str:
+        """What the new tokens say after the others: some decoders drop the space before a text's first word."""
+        decode = self._asked.tokenizer.decode
+        before, whole = decode(tokens), decode([*tokens, *new])
+        return whole[len(before) :] if whole.startswith(before) else decode(new)
+
+    def line(self, answers: Sequence[Answer]) -> str:
+        return answers[0].text

@@ -1,10 +1,14 @@
 """Translation and summarisation: predict the target from the source (Vaswani et al. 2017)."""
 
 import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from pydantic import model_validator
 
 from hvdtrain.data.batch import IGNORE, PairBatch
 from hvdtrain.data.bucketed import MakeBatch, eval_rows, pair_batch
@@ -12,18 +16,37 @@ from hvdtrain.data.corpora import Corpora, CorpusFacts
 from hvdtrain.data.loader import BUFFERS, Feed
 from hvdtrain.data.records import Records
 from hvdtrain.data.shards import Manifest
-from hvdtrain.errors import DataError
+from hvdtrain.errors import ConfigError, DataError
 from hvdtrain.models.losses import LossTerms, linear_cross_entropy
 from hvdtrain.models.options import TransformerOptions
 from hvdtrain.models.seq2seq import Seq2Seq
 from hvdtrain.options import Options, option
+from hvdtrain.tasks.answers import Answer, Asked, Row, flags, given_over, open_tokenizer
 from hvdtrain.tasks.rows import bucketed_training, check_one_folder, open_records
+from hvdtrain.tasks.search import Input, search
+from hvdtrain.tasks.search_options import SearchOptions
 from hvdtrain.tasks.task import Evaluation, LossSum, Task, Training
+from hvdtrain.tasks.text_scores import SCORES, TextScores, names_of
 
 
 class Seq2SeqOptions(Options):
     label_smoothing: float = option(0.1, "share of the target's probability spread over all tokens", ge=0, lt=1)
     z_loss: float = option(0.0, "weight of (log Z)^2 in the training loss", ge=0)
+    scores: str = option(
+        "", f"of decoded texts against the references, in each evaluation: any of {', '.join(SCORES)}; empty: none"
+    )
+    search: SearchOptions = SearchOptions()
+
+    @model_validator(mode="after")
+    def _scores_are_exact(self) -> "Seq2SeqOptions":
+        try:
+            names_of(self.scores)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        if self.scores and self.search.temperature > 0:
+            drawn = f"search.temperature={self.search.temperature} draws what is decoded"
+            raise ValueError(f"{drawn}, and scores={self.scores} shall not depend on chance; set it to 0")
+        return self
 
 
 class SequenceToSequence(Task[Seq2Seq, PairBatch]):
@@ -34,16 +57,19 @@ class SequenceToSequence(Task[Seq2Seq, PairBatch]):
     options = Seq2SeqOptions
     kind = "pairs"
     predicts_tokens = True
+    input_field = "source"
+    compares_texts = True
 
     def __init__(self, options: Seq2SeqOptions):
         self._options = options
+        self._decoded: _Decoded | None = None  # of an evaluation, where scores are asked for
 
     def make_model(self, options: TransformerOptions, manifest: Manifest) -> Seq2Seq:
         return Seq2Seq(options, manifest.vocab_size)
 
     def check(self, corpora: Corpora, feed: Feed) -> None:
         check_one_folder(corpora, self)
-        _begin(corpora)
+        begin_of(corpora.manifest)
 
     def open_training(self, corpora: Corpora, feed: Feed) -> Training:
         records, make_batch = self._open(corpora, "train", feed)
@@ -52,11 +78,15 @@ class SequenceToSequence(Task[Seq2Seq, PairBatch]):
     def open_evaluation(self, corpora: Corpora, split: str, feed: Feed, rows: int) -> Evaluation:
         records, make_batch = self._open(corpora, split, feed)
         batches = partial(eval_rows, records, rows, feed.rank, feed.size, make_batch)
-        return Evaluation.of(batches, len(records.lengths), rows, feed)
+        evaluation = Evaluation.of(batches, len(records.lengths), rows, feed)
+        if not self._options.scores:
+            return evaluation
+        self._decoded = _Decoded(self._options, corpora)
+        return replace(evaluation, signatures=self._decoded.compare.signatures())
 
     def _open(self, corpora: Corpora, split: str, feed: Feed) -> tuple[Records, MakeBatch]:
         records = open_records(corpora, split)
-        begin = _begin(corpora)
+        begin = begin_of(corpora.manifest)
         return records, lambda records, rows: pair_batch(records, rows, begin, feed.context)
 
     def loss(self, model: Seq2Seq, batch: PairBatch) -> LossSum:
@@ -74,7 +104,8 @@ class SequenceToSequence(Task[Seq2Seq, PairBatch]):
         loss = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE, reduction="sum")
         counted = (batch.targets != IGNORE).sum()
         correct = (logits.argmax(-1) == batch.targets).sum()  # IGNORE is nobody's guess
-        return torch.stack([loss.double(), counted.double(), correct.double()])
+        sums = torch.stack([loss.double(), counted.double(), correct.double()])
+        return sums if self._decoded is None else torch.cat([sums, self._decoded.sums(model, batch).to(sums.device)])
 
     def scores(self, sums: list[float]) -> dict[str, float]:
         loss = sums[0] / sums[1]
@@ -83,7 +114,19 @@ class SequenceToSequence(Task[Seq2Seq, PairBatch]):
             "perplexity": math.exp(min(loss, 700.0)),
             "token_accuracy": sums[2] / sums[1],
             "target_tokens": int(sums[1]),
+            **({} if self._decoded is None else self._decoded.compare.scores(sums[3:])),
         }
+
+    def scored_by(self, scores: str, given: Mapping[str, Any]) -> "SequenceToSequence":
+        own = self._options
+        names = " ".join(names_of(scores)) or own.scores
+        if given and not names:
+            raise ConfigError(f"{flags(given)}: without --scores nothing is decoded")
+        search = given_over(own.search, given).model_dump()
+        return SequenceToSequence(given_over(own, {"scores": names, "search": search}))
+
+    def answers(self, asked: Asked) -> "Targets":
+        return Targets(asked, given_over(self._options.search, asked.given))
 
     def example(self, rows: int, positions: int) -> PairBatch:
         source, tokens, targets = (torch.zeros(rows, positions, dtype=torch.int64) for _ in range(3))
@@ -94,12 +137,58 @@ class SequenceToSequence(Task[Seq2Seq, PairBatch]):
         return BUFFERS * 3 * 8 * rows * positions + 20 * facts.documents
 
 
-def _begin(corpora: Corpora) -> int:
+class _Decoded:
+    """Decodes the sources of an evaluation and compares the texts with their targets, as the shards have them."""
+
+    def __init__(self, options: Seq2SeqOptions, corpora: Corpora):
+        self.compare = TextScores(names_of(options.scores))
+        self._search, self._begin = options.search, begin_of(corpora.manifest)
+        self._end = corpora.manifest.special_tokens.get("eos")
+        self._tokenizer = open_tokenizer(corpora.entries[0][0] / "tokenizer.json")
+
+    def sums(self, model: Seq2Seq, batch: PairBatch) -> torch.Tensor:
+        """Of ``compare``, fp64 [count]."""
+        sources = zip(batch.source.tolist(), batch.source_lengths.tolist(), strict=True)
+        inputs = [Input([self._begin], source[:length]) for source, length in sources]
+        found = search(model, inputs, self._search, self._end)
+        targets = [[token for token in row if token not in (IGNORE, self._end)] for row in batch.targets.tolist()]
+        texts = self._tokenizer.decode_batch([of_row[0].tokens for of_row in found])
+        references = [[text] for text in self._tokenizer.decode_batch(targets)]
+        return torch.tensor(self.compare.sums(texts, references), dtype=torch.float64)
+
+
+class Targets:
+    """Of each source the targets that the search finds, the best first. See ``Answers``."""
+
+    def __init__(self, asked: Asked, options: SearchOptions):
+        self._asked, self._options = asked, options
+        self._begin, self._end = begin_of(asked.manifest), asked.manifest.special_tokens.get("eos")
+        self.tokens_at_once = options.batch_tokens // options.beam
+        self.room: int | None = asked.context
+
+    def encode(self, text: str) -> list[int]:
+        """With the end that data_prep puts there."""
+        tokens = self._asked.encode(text)
+        return [*tokens, self._end] if tokens and self._end is not None else tokens
+
+    def cut(self, tokens: list[int]) -> list[int]:
+        """At its end, as in evaluation."""
+        return tokens[: self._asked.context]
+
+    def answer(self, model: Seq2Seq, rows: Sequence[Row]) -> list[list[Answer]]:
+        inputs = [Input([self._begin], row.tokens, row.number) for row in rows]
+        decode = self._asked.tokenizer.decode
+        found = search(model, inputs, self._options, self._end)
+        return [[Answer(decode(one.tokens), one.score) for one in of_row] for of_row in found]
+
+    def line(self, answers: Sequence[Answer]) -> str:
+        return answers[0].text
+
+
+def begin_of(manifest: Manifest) -> int:
     """The token that begins each target: of a text, or else the one that ends them. Errors: DataError."""
-    special = corpora.manifest.special_tokens
+    special = manifest.special_tokens
     begin = special.get("bos", special.get("eos"))
     if begin is None:
-        raise DataError(
-            f"{corpora.names} does not say which token begins or ends a text; prepare it with data_prep pairs"
-        )
+        raise DataError("the data do not say which token begins or ends a text; prepare them with data_prep pairs")
     return begin

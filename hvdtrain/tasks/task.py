@@ -2,9 +2,9 @@
 sums become scores.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, Self, TypeVar
 
 import torch
 from torch import nn
@@ -14,9 +14,10 @@ from hvdtrain.data.corpora import Corpora, CorpusFacts
 from hvdtrain.data.loader import Feed, Source
 from hvdtrain.data.sampler import even_parts
 from hvdtrain.data.shards import Manifest
-from hvdtrain.errors import DataError
+from hvdtrain.errors import ConfigError, DataError
 from hvdtrain.models.options import TransformerOptions
 from hvdtrain.options import Options
+from hvdtrain.tasks.answers import Answers, Asked
 
 Model = TypeVar("Model", bound=nn.Module)
 Read = TypeVar("Read", bound=AnyBatch)
@@ -48,10 +49,14 @@ class Training:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """This rank's part of a split: called, it gives batch after batch, about ``count`` of them."""
+    """This rank's part of a split: called, it gives batch after batch, about ``count`` of them.
+
+    signatures: of scores that need one to be compared with others', by their names.
+    """
 
     batches: Callable[[], Iterator[AnyBatch]]
     count: int
+    signatures: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, batches: Callable[[], Iterator[AnyBatch]], split_rows: int, rows: int, feed: Feed) -> "Evaluation":
@@ -72,7 +77,8 @@ class Task(Protocol[Model, Read]):
                        lengths of their own
     rows_are_packed    a row holds whole documents, and padding where none fits
     predicts_tokens    its loss is ``linear_cross_entropy`` over the vocabulary
-    continues_text     its model goes on with a prompt, token by token
+    input_field        where JSON lines have the text that its model answers
+    compares_texts     what its model answers can be compared with references
     """
 
     name: ClassVar[str]
@@ -82,7 +88,8 @@ class Task(Protocol[Model, Read]):
     rows_are_alike: ClassVar[bool] = False
     rows_are_packed: bool = False
     predicts_tokens: ClassVar[bool] = False
-    continues_text: ClassVar[bool] = False
+    input_field: ClassVar[str] = "text"
+    compares_texts: ClassVar[bool] = False
 
     def __init__(self, options: Any) -> None:
         """options: of its own kind, see above."""
@@ -113,6 +120,20 @@ class Task(Protocol[Model, Read]):
 
     def scores(self, sums: list[float]) -> dict[str, float]:
         """Scores of a whole split from its global sums; ``val_loss`` (nats per target) is always among them."""
+
+    # What those ask who use a trained model:
+
+    def scored_by(self, scores: str, given: Mapping[str, Any]) -> Self:
+        """Itself, with evaluations that also decode and compare with references. scores: names of ``SCORES``; none:
+        its own. given: settings of the search. Errors: ConfigError where it compares no texts, or not so.
+        """
+        if scores or given:
+            raise ConfigError(f"task.name={self.name} compares no texts with references, which --scores and --beam ask")
+        return self
+
+    def answers(self, asked: Asked) -> Answers:
+        """How its model answers texts. Errors: ConfigError where it answers none, or not so."""
+        raise ConfigError(f"task.name={self.name} answers no texts; `evaluate` scores it on a split")
 
     # What the planner asks, which has no data:
 

@@ -96,7 +96,7 @@ class Bar:
         return value
 
 
-def evaluating(batches: Iterable[T], count: int, is_main: bool) -> Iterable[T]:
-    """A bar of its own for an evaluation that stands alone, gone when it is over."""
+def evaluating(batches: Iterable[T], count: int, is_main: bool, what: str = "evaluating") -> Iterable[T]:
+    """A bar of its own for an evaluation, or an answering, that stands alone; gone when it is over."""
     hidden = not (is_main and is_for_people())
-    return tqdm(batches, "evaluating", count, leave=False, unit="batch", dynamic_ncols=True, disable=hidden)
+    return tqdm(batches, what, count, leave=False, unit="batch", dynamic_ncols=True, disable=hidden)

@@ -212,7 +212,8 @@ class Metrics:
         """Note the scores of the validation split. Errors: DivergedError, on all ranks alike."""
         self._learner.guard.check_scores(step, scores)
         words = (f"{k} {v:,}" if isinstance(v, int) else f"{k} {v:.4f}" for k, v in scores.items())
-        self._write({"kind": "eval", "step": step, **scores}, "  ".join(words))
+        line = {"kind": "eval", "step": step, **scores, "wall_s": round(self.wall_s, 3)}
+        self._write(line, f"{'  '.join(words)}  wall_s {self.wall_s:.1f}")
         if self._bar is not None:
             self._bar.validated(scores["val_loss"])
 

@@ -10,13 +10,13 @@ import pytest
 from preparing import compressed, files_of, items_of, run, shards_of, snapshot, text_kind, texts_of, write
 
 from data_prep import aligned, corpus, gathering, pieces, sample
-from data_prep.compressed import COMPRESSIONS
 from data_prep.pieces import Piece, Unit
 from data_prep.questions import SquadReader
 from data_prep.readers import TextReader
 from data_prep.sample import training_texts
 from data_prep.verify import verify
 from hvdtrain.comm.ranks import OneRank
+from hvdtrain.data.compressed import COMPRESSIONS
 from hvdtrain.data.shards import SHARD_NAME, read_manifest
 from hvdtrain.errors import DataError, OutputError
 
