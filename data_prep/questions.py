@@ -28,7 +28,7 @@ from data_prep.pieces import Piece, Unit
 from data_prep.prepare import SplitsOf
 from data_prep.readers import Item
 from hvdtrain.comm.ranks import Ranks
-from hvdtrain.data.questions import Question, text_of
+from hvdtrain.data.questions import Question, text_of, windows_of
 from hvdtrain.errors import ConfigError, DataError
 
 
@@ -209,7 +209,7 @@ class QuestionsKind:
             if len(question.ids) > self.question_tokens:
                 counts["questions_cut"] += 1
             head = [self.frame[0], *question.ids[: self.question_tokens], self.frame[1]]
-            windows = self._windows(len(context.ids), self.max_tokens - len(head) - 1)
+            windows = windows_of(len(context.ids), self.max_tokens - len(head) - 1, self.stride)
             counts["overlapping_windows"] += len(windows) - 1
             fits = start < 0
             for begin, end in windows:
@@ -238,12 +238,6 @@ class QuestionsKind:
             "texts": np.frombuffer(b"".join(texts), np.uint8),
             "text_offsets": np.array([len(one) for one in texts], np.int64),
         }
-
-    def _windows(self, tokens: int, room: int) -> list[tuple[int, int]]:
-        """First token of each window, and the one behind its last."""
-        step = min(self.stride, room)
-        count = 1 + max(0, -(-(tokens - room) // step))
-        return [(begin, min(begin + room, tokens)) for begin in range(0, count * step, step)]
 
     @staticmethod
     def _tokens_of(offsets: Sequence[tuple[int, int]], start: int, end: int) -> tuple[int, int] | None:

@@ -37,6 +37,16 @@ def text_of(question: Question) -> bytes:
     return json.dumps(said, ensure_ascii=False).encode()
 
 
+def windows_of(tokens: int, room: int, stride: int) -> list[tuple[int, int]]:
+    """Windows over a paragraph of so many tokens, ``room`` in each: its first token, and the one behind its last."""
+    #   10 tokens, room 4, stride 3     0 1 2 3
+    #                                         3 4 5 6
+    #                                               6 7 8 9
+    step = min(stride, room)
+    count = 1 + max(0, -(-(tokens - room) // step))
+    return [(begin, min(begin + room, tokens)) for begin in range(0, count * step, step)]
+
+
 class Questions:
     """``len(questions)`` of them. ``first_rows``: int64 [questions + 1]; the windows of question j are the rows
     ``first_rows[j]`` to ``first_rows[j + 1]`` of the records.

@@ -21,7 +21,7 @@ from hvdtrain.data.sampler import mix
 
 
 @dataclass(frozen=True)
-class Asked:
+class AskedQuestions:
     """The questions that a batch's windows belong to. numbers: of each in its split of ``total`` questions. firsts: its
     first row in the batch, and after the last question the number of rows. windows: int64 [rows, 2], chars: of each
     question int32 [tokens, 2]; see shards.py. rows: so many windows fit the device at once. some_have_none: has the
@@ -50,14 +50,14 @@ class SpanBatch(DocumentBatch):
     types: torch.Tensor
     spans: torch.Tensor
     target_tokens: int
-    asked: Asked | None = None
+    asked: AskedQuestions | None = None
 
     def fingerprints(self, of_tokens: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         spans = mix(self.spans[:, 0].numpy(), 5) + mix(self.spans[:, 1].numpy(), 6)
         return of_tokens(from_1(self.tokens, self.lengths)) + spans
 
 
-def span_batch(records: Records, rows: np.ndarray, asked: Asked | None = None) -> SpanBatch:
+def span_batch(records: Records, rows: np.ndarray, asked: AskedQuestions | None = None) -> SpanBatch:
     """Windows, the answers of which count, but for those of questions whose answers are not told."""
     if not len(rows):
         one = torch.zeros(1, 1, dtype=torch.int64)
@@ -110,7 +110,7 @@ class QuestionBatches:
     def _batch(self, numbers: Sequence[int]) -> SpanBatch:
         begins, ends = self.questions.first_rows[numbers], self.questions.first_rows[np.add(numbers, 1)]
         rows = np.concatenate([np.arange(begin, end) for begin, end in zip(begins, ends, strict=True)])
-        asked = Asked(
+        asked = AskedQuestions(
             numbers,
             [0, *np.cumsum(ends - begins).tolist()],
             [self.questions[number] for number in numbers],

@@ -1,23 +1,27 @@
 """Extractive question answering: the first and the last token of an answer in its paragraph (Devlin et al. 2018)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from hvdtrain.data.batch import IGNORE
 from hvdtrain.data.corpora import Corpora, CorpusFacts
 from hvdtrain.data.loader import BUFFERS, Feed
+from hvdtrain.data.questions import Question, windows_of
 from hvdtrain.data.records import Records
 from hvdtrain.data.sampler import even_parts
-from hvdtrain.data.shards import Manifest
-from hvdtrain.data.spans import QuestionBatches, SpanBatch, span_batch
+from hvdtrain.data.shards import Manifest, frame_tokens
+from hvdtrain.data.spans import AskedQuestions, QuestionBatches, SpanBatch, span_batch
 from hvdtrain.errors import ConfigError, DataError
 from hvdtrain.models.encoder import SpanModel
 from hvdtrain.models.options import TransformerOptions
 from hvdtrain.options import Options, option
+from hvdtrain.tasks.answers import Answer, Asked, Row, refuse_given
 from hvdtrain.tasks.rows import bucketed_training, check_one_folder, open_records
 from hvdtrain.tasks.span_answers import Answered, answers_of
 from hvdtrain.tasks.squad_scores import Scored, score, squad_scores
@@ -29,6 +33,7 @@ class SpanOptions(Options):
     null_threshold: float = option(
         0.0, "where questions may have no answer: give none if its score exceeds the best answer's by more than this"
     )
+    n_best: int = option(5, "so many answers to a question are told, where several can be", ge=1)
     language: Literal["en", "zh"] = option(
         "en", "how answers are compared: en: as SQuAD does; zh: Chinese, as MLQA does"
     )
@@ -107,6 +112,10 @@ class SpanAnswering(Task[SpanModel, SpanBatch]):
         logits = _logits(model, batch, batch.asked.rows)
         return answers_of(logits, batch, self._options.max_answer_tokens, count)
 
+    def answers(self, asked: Asked) -> "SpanTexts":
+        refuse_given(asked.given, self.name)
+        return SpanTexts(asked, self, self._options)
+
     def example(self, rows: int, positions: int) -> SpanBatch:
         tokens, spans = torch.zeros(rows, positions, dtype=torch.int64), torch.zeros(rows, 2, dtype=torch.int64)
         return SpanBatch(tokens, torch.full((rows,), positions), torch.zeros_like(tokens), spans, 2 * rows)
@@ -114,6 +123,72 @@ class SpanAnswering(Task[SpanModel, SpanBatch]):
     def loader_bytes(self, rows: int, positions: int, steps_per_epoch: int | None, facts: CorpusFacts) -> int:
         # tokens and types of a batch; of each window its length and its turn
         return BUFFERS * 2 * 8 * rows * positions + 12 * facts.documents
+
+
+class SpanTexts:
+    """Of each line, a question and its paragraph with a tab between them, the best answers. See ``Answers``.
+
+    Of a question and a paragraph as much is read, and in such windows, as of those that the run learned from. Where
+    some of these had no answer, none is an answer too, empty: the best one if ``null_threshold`` says so.
+    """
+
+    tokens_at_once = 8192
+    room: int | None = None  # of a long paragraph come windows
+
+    def __init__(self, asked: Asked, task: SpanAnswering, options: SpanOptions):
+        self._asked, self._task, self._options = asked, task, options
+        self._frame = frame_tokens(asked.manifest.special_tokens)
+        self._made = asked.manifest.source
+
+    def encode(self, text: str) -> list[int]:
+        question, tab, paragraph = text.partition("\t")
+        if not tab:
+            raise DataError(f"a line is a question and its paragraph with a tab between them; {text[:60]!r} has none")
+        tokens = self._asked.encode(paragraph)
+        return [*self._head(question), *tokens, self._frame[1]] if tokens else []
+
+    def _head(self, question: str) -> list[int]:
+        return [self._frame[0], *self._asked.encode(question)[: self._made["question_tokens"]], self._frame[1]]
+
+    def cut(self, tokens: list[int]) -> list[int]:
+        return tokens
+
+    @torch.no_grad()
+    def answer(self, model: SpanModel, rows: Sequence[Row]) -> list[list[Answer]]:
+        batch = self._batch(rows).to(next(model.parameters()).device)
+        return [self._told(one) for one in self._task.extract(model, batch, self._options.n_best)]
+
+    def _told(self, answered: Answered) -> list[Answer]:
+        found = [Answer(one.text, one.score) for one in answered.answers]
+        if not found or self._made.get("questions_without_answer"):
+            none = Answer("", (found[0].score if found else 0.0) + (answered.null if found else 0.0))
+            found.insert(0 if not found or answered.null > self._options.null_threshold else len(found), none)
+        return found
+
+    def _batch(self, rows: Sequence[Row]) -> SpanBatch:
+        tokens, types, windows, firsts, questions, chars = [], [], [], [0], [], []
+        for row in rows:
+            asked, _, paragraph = row.text.partition("\t")
+            head, encoded = self._head(asked), self._asked.tokenizer.encode(paragraph, add_special_tokens=False)
+            room = self._made["max_tokens"] - len(head) - 1
+            for begin, end in windows_of(len(encoded.ids), room, self._made["stride"]):
+                tokens.append(torch.tensor([*head, *encoded.ids[begin:end], self._frame[1]]))
+                types.append(torch.tensor([0] * len(head) + [1] * (end - begin + 1)))
+                windows.append([len(head), begin])
+            firsts.append(len(tokens))
+            questions.append(Question(str(row.number), paragraph, None))
+            chars.append(np.array(encoded.offsets).reshape(-1, 2))
+        at_once = max(1, self.tokens_at_once // self._made["max_tokens"])
+        group = AskedQuestions(
+            range(len(rows)), firsts, questions, np.array(windows), chars, len(rows), at_once, some_have_none=True
+        )
+        lengths = torch.tensor([len(row) for row in tokens])
+        padded = [pad_sequence(rows, batch_first=True) for rows in (tokens, types)]
+        return SpanBatch(padded[0], lengths, padded[1], torch.full((len(tokens), 2), IGNORE), 0, group)
+
+    def line(self, answers: Sequence[Answer]) -> str:
+        """The best answer; empty where that is none."""
+        return answers[0].text
 
 
 def _check_questions(corpora: Corpora) -> None:

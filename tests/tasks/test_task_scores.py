@@ -10,7 +10,7 @@ from torch import nn
 
 from hvdtrain.data.batch import IGNORE, Batch, LabelBatch, MaskedBatch, PairBatch
 from hvdtrain.data.questions import Question
-from hvdtrain.data.spans import Asked, SpanBatch
+from hvdtrain.data.spans import AskedQuestions, SpanBatch
 from hvdtrain.models import flops
 from hvdtrain.models.decoder import Decoder
 from hvdtrain.models.encoder import Classifier, MaskedLanguageModel, SpanModel
@@ -246,7 +246,7 @@ def windows_batch() -> SpanBatch:
     """A question of one token in a paragraph of one, and another of two windows."""
     questions = [Question("q", "a", ("a",)), Question("r", "bc", ())]
     chars = [np.array([[0, 1]]), np.array([[0, 1], [1, 2]])]
-    asked = Asked([0, 1], [0, 1, 3], questions, np.array([[1, 0], [1, 0], [1, 1]]), chars, 2, 3, True)
+    asked = AskedQuestions([0, 1], [0, 1, 3], questions, np.array([[1, 0], [1, 0], [1, 1]]), chars, 2, 3, True)
     tokens, spans = torch.zeros(3, 3, dtype=torch.int64), torch.tensor([[1, 1], [0, 0], [0, 0]])
     return SpanBatch(tokens, torch.full((3,), 3), torch.tensor([[0, 1, 1]] * 3), spans, 6, asked)
 
