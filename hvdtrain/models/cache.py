@@ -39,7 +39,7 @@ class Cache:
         lengths_B: int64, of the prompts, at least 1; None: all alike.
         """
         self._like, self._window, self._lengths_B = like, window, lengths_B
-        self._keys_values = like.new_empty(layers, 2, 0, heads, 0, head_width)
+        self._keys_values = like.new_empty(layers, 2, 0, 0, heads, head_width)  # [L, 2, B, S, G, K]
         self.length = 0
         self.memory: torch.Tensor | None = None
         self.memory_mask: torch.Tensor | None = None
@@ -58,9 +58,9 @@ class Cache:
         return self._go_on()
 
     def _begin(self, rows: int, positions: int) -> None:
-        layers, pair, _, heads, _, width = self._keys_values.shape
+        layers, pair, _, _, heads, width = self._keys_values.shape
         device, room = self._like.device, positions + 64
-        self._keys_values = self._like.new_empty(layers, pair, rows, heads, room, width)
+        self._keys_values = self._like.new_empty(layers, pair, rows, room, heads, width)
         self.positions_BS = torch.arange(room, device=device).repeat(rows, 1)
         same = torch.full((rows,), positions, device=device)
         self._next_B = same if self._lengths_B is None else self._lengths_B
@@ -85,9 +85,9 @@ class Cache:
         """Store a layer's keys and values of the newest slots; returns those of all slots, [2, B, G, S, K]."""
         begin = self.length - keys_BGTK.shape[2]
         kept = self._keys_values[layer]
-        kept[0, :, :, begin : self.length] = keys_BGTK
-        kept[1, :, :, begin : self.length] = values_BGTK
-        return kept[:, :, :, : self.length]
+        kept[0, :, begin : self.length] = keys_BGTK.transpose(1, 2)
+        kept[1, :, begin : self.length] = values_BGTK.transpose(1, 2)
+        return kept[:, :, : self.length].transpose(2, 3)
 
     def branch(self, parents_BN: torch.Tensor) -> None:
         """Branch n of a row goes on from what its branch ``parents_BN[b, n]`` has seen (int64)."""
@@ -104,17 +104,21 @@ class Cache:
             self.memory, self.memory_mask = self.memory.index_select(2, rows), self.memory_mask.index_select(0, rows)
 
     def _make_room(self, tokens: int) -> None:
-        room = self._keys_values.shape[4]
+        room = self._keys_values.shape[3]
         if self.length + tokens <= room:
             return
         alive_BS = self._seen_BNS[:, :, : self.length].any(1)
         kept = int(alive_BS.sum(1).max())
         slots_BS = (~alive_BS).byte().argsort(dim=1, stable=True)[:, :kept]  # the living, in their order
         room = max(room, 3 * (kept + tokens) // 2)  # so that many are appended before the next time
-        old, rows = self._keys_values, len(slots_BS)
-        self._keys_values = old.new_empty(*old.shape[:4], room, old.shape[5])
-        place = slots_BS[None, None, :, None, :, None].expand(*old.shape[:4], kept, old.shape[5])
-        self._keys_values[..., :kept, :] = old.gather(4, place)
+        old = self._keys_values
+        layers, pair, rows, before, heads, width = old.shape
+        self._keys_values = old.new_empty(layers, pair, rows, room, heads, width)
+        firsts = torch.arange(0, layers * pair * rows * before, before, device=old.device)
+        places = (firsts.view(-1, rows, 1) + slots_BS).flatten()  # of whole slots, laid end to end
+        self._keys_values[:, :, :, :kept] = (
+            old.flatten(0, 3).index_select(0, places).view(layers, pair, rows, kept, heads, width)
+        )
         positions_BS, seen_BNS = self.positions_BS, self._seen_BNS
         self.positions_BS = positions_BS.new_zeros(rows, room)
         self.positions_BS[:, :kept] = positions_BS.gather(1, slots_BS)
