@@ -17,7 +17,7 @@ from torch import nn
 
 from hvdtrain import sizing
 from hvdtrain.checkpoint.manifest import Progress
-from hvdtrain.checkpoint.origin import Origin, TakenOver, check_tokens, digest_of, open_origin, take_over
+from hvdtrain.checkpoint.origin import Beginner, Origin, TakenOver, check_tokens, digest_of, open_origin, take_over
 from hvdtrain.checkpoint.reader import load
 from hvdtrain.checkpoint.retention import steps_saved
 from hvdtrain.checkpoint.start import find_start, moved_rate
@@ -338,14 +338,15 @@ def _take_over(run: OpenRun, replica: Replica) -> None:
     """Weights from ``model.from`` (collective). One replica reads them: the engine hands its weights on to the others,
     so that ranks do not all read the same files.
     """
-    origin, mesh, vocab_size = run.start.origin, run.mesh, run.data.corpora.manifest.vocab_size
+    origin, mesh, manifest = run.start.origin, run.mesh, run.data.corpora.manifest
     if origin is None:
         return
 
     def take() -> TakenOver | None:
         if mesh.number:
             return None
-        found = take_over(origin, replica.slices, run.task.name, vocab_size)
+        ours = Beginner(run.task.name, type(replica.model).__name__, manifest.vocab_size, manifest.label_names)
+        found = take_over(origin, replica.slices, ours)
         if run.is_main:
             write_json(run.run_dir / "from.json", found.fields(origin))
         return found

@@ -143,7 +143,7 @@ def refused(runs: Path, recipe: Path, prepared: Prepared) -> dict[str, Done]:
         ("alone", 2, "lora adapts weights that are there: give from"),
         ("pin", 65, "not model.from_digest=0123456789abcdef"),
         ("frozen", 2, "optim.freeze: nothing is called 'embeddings'; there are: embedding (1), position (1), blocks.*"),
-        ("nowhere", 65, "is no run: there is no such folder"),
+        ("nowhere", 65, "base is not there"),
     ],
 )
 def test_what_cannot_be_is_one_clear_message(refused: dict[str, Done], name: str, code: int, message: str):

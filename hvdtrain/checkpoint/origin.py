@@ -12,23 +12,28 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from pydantic import ValidationError, model_validator
 
+from hvdtrain.checkpoint.parameters import Named, Parameters, without_adapters
 from hvdtrain.checkpoint.reader import Checkpoint
 from hvdtrain.checkpoint.retention import folder_of, steps_saved
 from hvdtrain.checkpoint.valid import judge
 from hvdtrain.comm.group import Group
 from hvdtrain.errors import CheckpointError, ConfigError, DataError
-from hvdtrain.files import exists, file_sha256, read_text
+from hvdtrain.files import exists, file_sha256, listed, read_text
 from hvdtrain.models.depth import grouped
-from hvdtrain.models.lora import LoraOptions, Merged
+from hvdtrain.models.hf.pretrained import Pretrained
+from hvdtrain.models.lora import LoraOptions
 from hvdtrain.models.options import TransformerOptions
+from hvdtrain.models.presets import PRESETS
 from hvdtrain.options import option
 from hvdtrain.slices import Rect, Slice, Tensors, whole_rect
 from hvdtrain.strict_yaml import parse_yaml
+
+FromWeights = Literal["auto", "raw", "ema"]
 
 
 class ModelOptions(TransformerOptions):
@@ -40,7 +45,7 @@ class ModelOptions(TransformerOptions):
         "safetensors of Hugging Face; empty: they are random",
         alias="from",
     )
-    from_weights: Literal["auto", "raw", "ema"] = option(
+    from_weights: FromWeights = option(
         "auto", "of a run of ours: those of its last step, or their average; auto: the average where there is one"
     )
     from_digest: str = option(
@@ -56,7 +61,7 @@ class ModelOptions(TransformerOptions):
 
 
 # May be another than where the weights come from; all else is what these weights were trained with.
-_MAY_DIFFER = {"dropout", "context", "window", "rotary", "vocab_multiple", "preset"}
+_MAY_DIFFER = {"dropout", "context", "window", "rotary", "vocab_multiple", "preset", "init"}
 _OWN = ("from", "from_weights", "from_digest", "lora")
 # Keys that say the same thing in several ways: what is compared.
 _MEANS = {
@@ -70,19 +75,14 @@ _MEANS = {
 _HEAD = "head"  # what a model calls its part between the last block and the loss
 
 
-class Named(Tensors, Protocol):
-    """Tensors that know their names."""
-
-    names: Sequence[str]
-
-
 @dataclass(frozen=True)
 class Origin:
     """``options``: of the model, all of them. ``files``: whose bytes make its digest.
 
-    about: which weights of the folder they are, in words: "step 200, ema". head_of: the task that its head belongs to;
-    "": not known. tokenizer_sha256, tokenizer: of its tokenizer.json, and where it lies; None: not known.
-    checkpoint: of a run, whose parts have digests.
+    about: which weights of the folder they are, in words: "step 200, ema". head_of: the task or the class of model that
+    its head belongs to. labels: that it tells apart, in order; empty: not known. unread: tensors there that no model of
+    ours has. tokenizer_sha256, tokenizer: of its tokenizer.json, and where it lies; None: not known. checkpoint: of a
+    run, whose parts have digests.
     """
 
     folder: Path
@@ -91,6 +91,8 @@ class Origin:
     tensors: Named
     files: Sequence[Path]
     head_of: str = ""
+    labels: tuple[str, ...] = ()
+    unread: Sequence[str] = ()
     tokenizer: Path | None = None
     tokenizer_sha256: str | None = None
     checkpoint: Path | None = None
@@ -128,6 +130,7 @@ def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_shape(asked: Mapping[str, Any], origin: Origin) -> None:
     theirs = TransformerOptions.model_validate(dict(origin.options))
+    asked = {**PRESETS.get(str(asked.get("preset")), {}), **asked}
     shape = {key: value for key, value in asked.items() if key not in _OWN}
     try:
         ours = TransformerOptions.model_validate(_over(origin.options, shape))
@@ -150,35 +153,48 @@ def _check_shape(asked: Mapping[str, Any], origin: Origin) -> None:
 # --- what a folder holds -----------------------------------------------------------------------------------------
 
 
-def open_origin(folder: Path, weights: str = "auto") -> Origin:
+def open_origin(folder: Path, weights: FromWeights = "auto") -> Origin:
     """What lies in ``folder`` (local; no tensor is read). weights: see ModelOptions.
 
-    Errors: CheckpointError where it is no run, or damaged; ConfigError for an average that is not there.
+    Errors: CheckpointError where it is neither of the two, or damaged; ConfigError for an average that is not there.
     """
     if exists(folder / "config.yaml"):
         return _open_run(folder, weights)
-    why = "it has no config.yaml" if exists(folder) else "there is no such folder"
-    raise CheckpointError(f"model.from={folder} is no run: {why}")
+    if exists(folder / "config.json"):
+        return _open_pretrained(folder)
+    neither = "neither a run (config.yaml) nor a Hugging Face folder (config.json)"
+    raise CheckpointError(f"model.from={folder} is {neither if exists(folder) else 'not there'}")
 
 
-def _open_run(folder: Path, weights: str) -> Origin:
+def _open_pretrained(folder: Path) -> Origin:
+    found = Pretrained(folder)
+    return Origin(
+        folder,
+        found.model,
+        TransformerOptions(**found.options).model_dump(),
+        found,
+        files=[folder / "config.json", *listed(folder, "*.safetensors")],
+        head_of=found.model,
+        labels=() if found.label_names[:1] == ("LABEL_0",) else tuple(found.label_names),
+        unread=found.left_over,
+        tokenizer=found.tokenizer,
+    )
+
+
+def _open_run(folder: Path, weights: FromWeights) -> Origin:
     tree = _config_of(folder)
     model = ModelOptions.model_validate(tree.get("model", {}))
     saved = _newest(folder)
-    if weights == "ema" and not saved.has_ema:
-        raise ConfigError(f"model.from_weights=ema: {saved.folder} has no averaged weights; take raw")
-    kind = "ema" if saved.has_ema and weights != "raw" else "raw"
-    tensors: Named = _OfRun(saved, kind)
-    if model.lora is not None:
-        tensors = Merged(tensors, tensors.names, model, model.lora)
+    parameters = Parameters(saved, None if weights == "auto" else weights)
     identity, carried = saved.progress.identity or {}, folder / "data" / "tokenizer.json"
     return Origin(
         folder,
-        f"step {saved.progress.step}, {kind}",
+        f"step {saved.progress.step}, {parameters.weights}",
         {key: value for key, value in model.model_dump(by_alias=True).items() if key not in _OWN},
-        tensors,
+        without_adapters(parameters, model, model.lora),
         files=[saved.folder / "manifest.json"],
         head_of=tree.get("task", {}).get("name", ""),
+        labels=tuple(identity.get("label_names", ())),
         tokenizer=carried if exists(carried) else None,
         tokenizer_sha256=identity.get("tokenizer_sha256"),
         checkpoint=saved.folder,
@@ -194,21 +210,6 @@ def _newest(folder: Path) -> Checkpoint:
         except CheckpointError as error:
             problem = problem or error
     raise problem or CheckpointError(f"model.from={folder} has no checkpoint yet")
-
-
-class _OfRun:
-    """A checkpoint's ``Tensors`` under the names of the model. kind: averages, where a parameter has one."""
-
-    def __init__(self, saved: Checkpoint, kind: str):
-        self._saved, self._kind = saved, kind
-        self.names = [name.removeprefix("model.") for name in saved if name.startswith("model.")]
-
-    def whole(self, name: str) -> tuple[torch.Size, torch.dtype]:
-        return self._saved.whole(f"model.{name}")
-
-    def read(self, name: str, places: Sequence[Rect] | None = None) -> torch.Tensor:
-        is_averaged = self._kind == "ema" and f"ema.{name}" in self._saved
-        return self._saved.read(f"{'ema' if is_averaged else 'model'}.{name}", places)
 
 
 def _model_of(run_dir: Path) -> dict[str, Any]:
@@ -315,18 +316,28 @@ class TakenOver:
         return f"{len(self.taken)} tensors from {origin.folder} ({origin.about}){new}{left}"
 
 
-def take_over(origin: Origin, slices: Sequence[Slice], task: str, vocab_size: int) -> TakenOver:
+@dataclass(frozen=True)
+class Beginner:
+    """What begins: the names of its task and of its model's class, the tokens that occur, and its labels in order."""
+
+    task: str
+    model: str
+    vocab_size: int
+    labels: tuple[str, ...] = ()
+
+
+def take_over(origin: Origin, slices: Sequence[Slice], ours: Beginner) -> TakenOver:
     """Copy into ``slices`` what ``origin`` has of them (local). A parameter that it has not stays as it is.
 
-    task: whose head the model has. vocab_size: of the tokens that occur; rows beyond are padding.
     Errors: ConfigError where shapes differ in another way than in rows of positions and of padding, or nothing fits.
     """
     taken: dict[str, str] = {}
-    new, notes, wrong = [], [], []
+    has_head, notes = _has_its_head(origin, ours)
+    new, wrong = [], []
     for piece in slices:
-        name = _name_there(piece.name, origin, task)
+        name = _name_there(piece.name, origin) if has_head or not _is_of_head(piece.name) else None
         whole = None if name is None else origin.tensors.whole(name)[0]
-        shared = None if whole is None else _shared(piece, whole, vocab_size)
+        shared = None if whole is None else _shared(piece, whole, ours.vocab_size)
         if shared is not None:
             taken[piece.name] = name
             _copy(origin.tensors, name, piece, shared)
@@ -344,7 +355,7 @@ def take_over(origin: Origin, slices: Sequence[Slice], task: str, vocab_size: in
             f"{grouped(still)}: not in model.from={origin.folder}, and frozen, so it would stay as random as it began; "
             "let it be trained (optim.freeze without it, model.lora.also with it)"
         )
-    left_over = sorted(set(origin.tensors.names) - set(taken.values()))
+    left_over = [*sorted(set(origin.tensors.names) - set(taken.values())), *origin.unread]
     if not taken:
         raise ConfigError(
             f"model.from={origin.folder} has nothing of this model, made of {grouped(new)}; "
@@ -353,10 +364,17 @@ def take_over(origin: Origin, slices: Sequence[Slice], task: str, vocab_size: in
     return TakenOver(list(taken), new, left_over, notes)
 
 
-def _name_there(name: str, origin: Origin, task: str) -> str | None:
-    """What ``origin`` calls the parameter; None: it has none. A head is that of its task alone."""
-    if _is_of_head(name) and origin.head_of not in ("", task):
-        return None
+def _has_its_head(origin: Origin, ours: Beginner) -> tuple[bool, list[str]]:
+    """Is the head one for the same thing? And what to say where it is only for other labels."""
+    if origin.head_of not in (ours.task, ours.model):
+        return False, []
+    if origin.labels and ours.labels and origin.labels != ours.labels:
+        return False, [f"the head is new: labels are {', '.join(ours.labels)} here, {', '.join(origin.labels)} there"]
+    return True, []
+
+
+def _name_there(name: str, origin: Origin) -> str | None:
+    """What ``origin`` calls the parameter; None: it has none."""
     there = set(origin.tensors.names)
     return next((other for other in _names(name) if other in there), None)
 

@@ -7,19 +7,18 @@ See models/hf/ for the families and what each of them can say.
 
 import os
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import torch
 
+from hvdtrain.checkpoint.parameters import Parameters, without_adapters
 from hvdtrain.checkpoint.reader import Checkpoint, Weights
 from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.comm.world import World
 from hvdtrain.errors import ConfigError, OutputError
 from hvdtrain.files import listed, make_folder, move_folder
 from hvdtrain.models.hf.writing import DTYPES, Exported, Writer
-from hvdtrain.slices import Rect
 from hvdtrain.tasks import make_task
 from hvdtrain.trained import Run, find_run
 
@@ -42,7 +41,8 @@ def export(
         raise ConfigError(f"export works on one process; {world.launcher} started {world.size}")
     _check_free(out)
     run = find_run(run_dir, LocalGroup(), which)
-    tensors = Chosen(run, weights)
+    parameters = Parameters(Checkpoint(run.checkpoint), weights)
+    tensors = without_adapters(parameters, run.config.model, run.config.model.lora)
     learned_from = run.learned_from()
     writer = Writer(_exported(run))
     partial = out.with_name(f".{out.name}.partial")
@@ -55,31 +55,7 @@ def export(
         raise OutputError(f"cannot write {out}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return f"exported step {run.progress.step} ({tensors.weights}, {dtype}) as {writer.architecture} into {out}"
-
-
-class Chosen:
-    """A checkpoint's parameters, averaged or as they were after the step: ``Tensors`` under the model's names (local).
-
-    ``weights``: which of them. Errors: ConfigError where an average is asked for that is not there.
-    """
-
-    def __init__(self, run: Run, weights: Weights | None):
-        self._saved = Checkpoint(run.checkpoint)
-        if weights == "ema" and not self._saved.has_ema:
-            raise ConfigError(f"{run.checkpoint} has no averaged weights (ema.decay was 0); take --weights raw")
-        self.weights: Weights = weights or ("ema" if self._saved.has_ema else "raw")
-
-    def whole(self, name: str) -> tuple[torch.Size, torch.dtype]:
-        return self._saved.whole(self._stored(name))
-
-    def read(self, name: str, places: Sequence[Rect] | None = None) -> torch.Tensor:
-        return self._saved.read(self._stored(name), places)
-
-    def _stored(self, name: str) -> str:
-        """A parameter without an average was not trained."""
-        averaged = f"ema.{name}"
-        return averaged if self.weights == "ema" and averaged in self._saved else f"model.{name}"
+    return f"exported step {run.progress.step} ({parameters.weights}, {dtype}) as {writer.architecture} into {out}"
 
 
 def _exported(run: Run) -> Exported:

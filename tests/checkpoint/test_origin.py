@@ -14,7 +14,7 @@ from tiny import write_tokenizer
 from torch import nn
 
 from hvdtrain.checkpoint.manifest import Progress
-from hvdtrain.checkpoint.origin import Origin, check_tokens, digest_of, model_under, open_origin, take_over
+from hvdtrain.checkpoint.origin import Beginner, Origin, check_tokens, digest_of, model_under, open_origin, take_over
 from hvdtrain.checkpoint.state import run_state
 from hvdtrain.checkpoint.writer import CheckpointOptions, save
 from hvdtrain.comm.local_group import LocalGroup
@@ -52,8 +52,8 @@ def write_run(folder: Path, trained: nn.Module, step: int = 3, ema: Ema | None =
     return folder
 
 
-def taken(origin: Origin, model: nn.Module, task: str = "lm") -> Any:
-    return take_over(origin, whole_slices(model, GROUP), task, VOCABULARY)
+def taken(origin: Origin, model: nn.Module, task: str = "lm", labels: tuple[str, ...] = ()) -> Any:
+    return take_over(origin, whole_slices(model, GROUP), Beginner(task, type(model).__name__, VOCABULARY, labels))
 
 
 def parameters(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -162,7 +162,7 @@ def test_the_newest_checkpoint_and_the_average_where_there_is_one(tmp_path: Path
     assert len({digest_of(open_origin(tmp_path, kind), GROUP) for kind in ("raw", "ema")}) == 2
     (tmp_path / "checkpoints" / "step-00000010" / "manifest.json").write_text("{", encoding="utf-8")
     assert open_origin(tmp_path).about == "step 3, raw"
-    with pytest.raises(ConfigError, match="has no averaged weights; take raw"):
+    with pytest.raises(ConfigError, match="has no averaged weights"):
         open_origin(tmp_path, "ema")
 
 
@@ -214,9 +214,9 @@ def test_one_replica_reads_and_the_others_are_given(tmp_path: Path):
 
     def work(group: ThreadGroup) -> None:
         model, mesh = made(Decoder, seed=2), whole_replicas(group)
-        replica = SimpleNamespace(slices=whole_slices(model, group))
+        replica: Any = SimpleNamespace(model=model, slices=whole_slices(model, group))
         mine = Origin(tmp_path, "", {}, Counted(group.rank), ())
-        manifest = SimpleNamespace(vocab_size=VOCABULARY)
+        manifest = SimpleNamespace(vocab_size=VOCABULARY, label_names=())
         run: Any = SimpleNamespace(
             start=SimpleNamespace(origin=mine), mesh=mesh, is_main=group.rank == 0, run_dir=tmp_path,
             task=SimpleNamespace(name="lm"), data=SimpleNamespace(corpora=SimpleNamespace(manifest=manifest)),
@@ -258,7 +258,9 @@ def test_keys_that_contradict_the_shape_are_refused_with_both(tmp_path: Path, as
 
 
 def test_a_folder_that_is_neither_is_refused(tmp_path: Path):
-    with pytest.raises(CheckpointError, match="is no run: there is no such folder"):
+    with pytest.raises(CheckpointError, match="is neither a run "):
+        open_origin(tmp_path)
+    with pytest.raises(CheckpointError, match="nowhere is not there"):
         open_origin(tmp_path / "nowhere")
 
 
@@ -267,7 +269,7 @@ def test_a_run_that_goes_on_does_not_look_at_the_folder_again(tmp_path: Path):
     run = write_run(tmp_path, made(Decoder), model=model)
     assert model_under({"from": "gone"}, [run])["from_digest"] == "abc"
     assert model_under({"from": "gone", "dropout": 0.3}, [run])["dropout"] == 0.3
-    with pytest.raises(CheckpointError, match=r"model\.from=other is no run"):
+    with pytest.raises(CheckpointError, match=r"model\.from=other is not there"):
         model_under({"from": "other"}, [run])
 
 
