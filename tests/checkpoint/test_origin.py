@@ -24,6 +24,7 @@ from hvdtrain.errors import CheckpointError, ConfigError, DataError
 from hvdtrain.files import file_sha256
 from hvdtrain.models.decoder import Decoder
 from hvdtrain.models.encoder import Classifier
+from hvdtrain.models.hf.writing import Exported, Writer
 from hvdtrain.models.lora import LoraOptions, adapt, initialise_adapters
 from hvdtrain.models.options import TransformerOptions
 from hvdtrain.models.seq2seq import Seq2Seq
@@ -42,12 +43,14 @@ def made(kind: type, *more: Any, seed: int = 1, **options: Any) -> Any:
     return model
 
 
-def write_run(folder: Path, trained: nn.Module, step: int = 3, ema: Ema | None = None, **config: Any) -> Path:
+def write_run(
+    folder: Path, trained: nn.Module, identity: Any = None, step: int = 3, ema: Ema | None = None, **config: Any
+) -> Path:
     """A run folder with a checkpoint of ``trained``."""
     folder.mkdir(exist_ok=True)
     tree = RunConfig.model_validate({"model": SMALL, **config}).model_dump()
     (folder / "config.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
-    progress = Progress(step=step, identity={"tokenizer_sha256": "0" * 64})
+    progress = Progress(step=step, identity={"tokenizer_sha256": "0" * 64, **(identity or {})})
     save(folder, run_state(whole_slices(trained, GROUP), None, ema), progress, GROUP, CheckpointOptions(keep_last=0))
     return folder
 
@@ -144,6 +147,27 @@ def test_what_is_new_must_not_be_frozen(tmp_path: Path):
     ours.pooler.requires_grad_(False)
     with pytest.raises(ConfigError, match=r"pooler \(2\): not in model.from=.* would stay as random as it began"):
         taken(open_origin(write_run(tmp_path, made(Decoder))), ours, "classify")
+
+
+def test_a_head_for_other_labels_is_new_with_a_word(tmp_path: Path):
+    run = write_run(tmp_path, made(Classifier, 2), {"label_names": ["bad", "good"]}, task={"name": "classify"})
+    same = taken(open_origin(run), made(Classifier, 2), "classify", ("bad", "good"))
+    other = taken(open_origin(run), made(Classifier, 2), "classify", ("good", "bad"))
+    assert (same.new, other.new) == ([], ["head.weight", "head.bias"])
+    assert other.notes == ["the head is new: labels are good, bad here, bad, good there"]
+
+
+def test_a_hugging_face_folder_is_taken_like_the_run_it_was_made_of(tmp_path: Path):
+    theirs, ours = made(Decoder, seed=1), made(Decoder, seed=2)
+    writer = Writer(Exported("Decoder", theirs.options, VOCABULARY, {}))
+    writer.write(tmp_path, open_origin(write_run(tmp_path / "run", theirs)).tensors, torch.float32, None)
+    origin = open_origin(tmp_path)
+    assert TransformerOptions(**origin.options).hidden_width == theirs.options.hidden_width
+    assert (taken(origin, ours).new, origin.unread) == ([], ())
+    assert all(torch.equal(mine, parameters(theirs)[name]) for name, mine in parameters(ours).items())
+    digest = digest_of(origin, GROUP)
+    (tmp_path / "config.json").write_text((tmp_path / "config.json").read_text() + " ", encoding="utf-8")
+    assert digest_of(origin, GROUP) != digest
 
 
 # --- which weights -----------------------------------------------------------------------------------------------
