@@ -49,7 +49,8 @@ class MaskedHead(OutputHead):
         self.norm = make_norm(options)
 
     def features(self, hidden: torch.Tensor) -> torch.Tensor:
-        return super().features(self.norm(self.activation(self.dense(hidden))))
+        active = self.activation(self.dense(hidden)).to(self.dense.weight.dtype)  # not autocast's, on a CPU either
+        return super().features(self.norm(active))
 
 
 class SpanHead(nn.Linear):

@@ -91,6 +91,8 @@ def memory(config: RunConfig, facts: CorpusFacts, load: Workload, device: str, m
     assumptions = []
     if device == "cuda":
         parts["library workspace"] = int(GPU_WORKSPACE_MIB * _MIB)
+        if config.model.positions == "relative":
+            assumptions.append("positions=relative: T x T scores are kept, which a GPU may spare")
         assumptions.append(f"{GPU_WORKSPACE_MIB:.0f} MiB of cuBLAS workspace; what CUDA itself takes is not counted")
     else:
         process = _process_mib(config, load.ranks)

@@ -133,11 +133,19 @@ def test_precision(compare, precision: str):
         {"kv_heads": 2},
         {"batch": packed, "window": 24, "kv_heads": 2, "positions": "rotary"},
         {"activation": "swiglu", "norm": "rmsnorm", "positions": "rotary", "bias": False, "tied": False},
+        {"preset": "vaswani", "init": "normal", "head_bias": True, "embedding_norm": True},
     ],
-    ids=["documents", "window", "grouped", "documents-window-grouped-rotary", "llama"],
+    ids=["documents", "window", "grouped", "documents-window-grouped-rotary", "llama", "post-norm"],
 )
 def test_attention_and_layers(compare, precision: str, words: dict):
     compare(precision, **words)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_relative_positions(compare, precision: str):
+    """Numbers that are learned are added to the scores, with documents and a window as -inf among them."""
+    words = {"positions": "relative", "head_width": 24, "window": 24, "kv_heads": 2, "activation": "geglu_tanh"}
+    compare(precision, batch=packed, **words)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
