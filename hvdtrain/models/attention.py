@@ -83,10 +83,21 @@ def attend(
         return attend_runs(q_BHTK, k_BGSK, v_BGSK, sight.offsets, window, dropout)
     if causal and sight is None:
         return _attend_causal(q_BHTK, k_BGSK, v_BGSK, window, dropout)
-    if k_BGSK.shape[1] != q_BHTK.shape[1] and (sight is None or sight.shape[-3:-1] == (1, 1)):
+    if k_BGSK.shape[1] != q_BHTK.shape[1] and _is_alike_for_heads(q_BHTK, k_BGSK, sight):
         grouped = q_BHTK.unflatten(1, (k_BGSK.shape[1], -1)).flatten(2, 3)  # [B, G, H / G * T, K]
+        if sight is not None and sight.shape[-2] > 1:
+            sight = sight.repeat(1, 1, q_BHTK.shape[1] // k_BGSK.shape[1], 1)
         return _sdpa(grouped, k_BGSK, v_BGSK, sight, False, dropout).reshape(q_BHTK.shape)
     return _sdpa(q_BHTK, k_BGSK, v_BGSK, sight, False, dropout)
+
+
+def _is_alike_for_heads(q: torch.Tensor, k: torch.Tensor, sight: torch.Tensor | None) -> bool:
+    """Do the queries of all heads see the same keys? And if each query sees others, are they so few (decoding) that
+    repeating the mask is cheaper than repeating the keys?
+    """
+    if sight is None or sight.shape[-3:-1] == (1, 1):
+        return True
+    return sight.dim() == 4 and sight.shape[1] == 1 and q.shape[2] < k.shape[2]
 
 
 # --- causal, with or without a window -----------------------------------------------------------------------------

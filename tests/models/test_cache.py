@@ -16,6 +16,7 @@ KINDS = [
     {"positions": "learned"},
     {"positions": "rotary", "heads": 4, "kv_heads": 2},
     {"positions": "rotary", "window": 4},
+    {"positions": "sinusoidal", "kv_heads": 1},
     {"positions": "relative", "window": 9, "relative_buckets": 8, "relative_distance": 12},
 ]
 
@@ -73,7 +74,7 @@ def random_walk(model, cache, prompts: list[list[int]], alone, branches: int, st
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", KINDS, ids=["learned", "rotary-shared", "window", "relative"])
+@pytest.mark.parametrize("kind", KINDS, ids=["learned", "rotary-shared", "window", "sinusoidal", "relative"])
 @pytest.mark.parametrize("branches", [1, 3])
 def test_branches_of_unequal_prompts_see_their_own_text(kind: dict, branches: int):
     model = decoder(**kind)
