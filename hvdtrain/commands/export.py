@@ -63,7 +63,12 @@ def _exported(run: Run) -> Exported:
     with torch.device("meta"):
         model = make_task(run.config.task).make_model(run.config.model, manifest)
     return Exported(
-        type(model).__name__, run.config.model, manifest.vocab_size, manifest.special_tokens, manifest.label_names
+        model=type(model).__name__,
+        options=run.config.model,
+        vocab_size=manifest.vocab_size,
+        special_tokens=manifest.special_tokens,
+        label_names=manifest.label_names,
+        several_labels=manifest.has_several_labels,
     )
 
 

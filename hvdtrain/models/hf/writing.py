@@ -33,7 +33,7 @@ _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "
 
 @dataclass(frozen=True)
 class Exported:
-    """What is written. model: its class. special_tokens: role -> id.
+    """What is written. model: its class. special_tokens: role -> id. several_labels: may a text have several, or none?
 
     bare: without its head; a classifier is a plain encoder with its pooler then.
     """
@@ -43,6 +43,7 @@ class Exported:
     vocab_size: int
     special_tokens: Mapping[str, int]
     label_names: Sequence[str] = ()
+    several_labels: bool = False
     bare: bool = False
 
 
@@ -126,6 +127,8 @@ class Writer:
         if labels:
             found["id2label"] = {str(number): name for number, name in enumerate(labels)}
             found["label2id"] = {name: number for number, name in enumerate(labels)}
+            kind = "multi" if self._exported.several_labels else "single"
+            found["problem_type"] = f"{kind}_label_classification"
         return found
 
     def _generation(self) -> dict[str, Any]:

@@ -44,5 +44,7 @@ def write_folder(folder: Path, model: nn.Module, dtype: torch.dtype = torch.floa
     kind = type(model).__name__
     labels = LABELS if kind == "Classifier" else ()
     folder.mkdir()
-    Writer(Exported(kind, model.options, VOCAB, SPECIAL, labels)).write(folder, Held(model), dtype, None, **how)
+    Writer(Exported(kind, model.options, VOCAB, SPECIAL, labels, several_labels=True)).write(
+        folder, Held(model), dtype, None, **how
+    )
     return folder

@@ -146,7 +146,7 @@ def ours(folder: Path) -> tuple[nn.Module, Pretrained]:
 
 
 def export(model: nn.Module, found: Pretrained, folder: Path) -> Path:
-    exported = Exported(found.model, model.options, VOCAB, SPECIAL, found.label_names, is_bare(found))
+    exported = Exported(found.model, model.options, VOCAB, SPECIAL, found.label_names, bare=is_bare(found))
     folder.mkdir()
     Writer(exported).write(folder, Held(model), torch.float32, None)
     return folder

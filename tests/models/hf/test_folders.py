@@ -148,6 +148,9 @@ def test_a_prefix_may_be_missing_and_a_norm_have_its_first_names(tmp_path: Path)
     found = Pretrained(folder)
     assert all(torch.equal(found.read(name), Held(model).read(name)) for name in found.names)
     assert (found.left_over, found.label_names) == (("embeddings.position_ids",), LABELS)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["problem_type"] == "multi_label_classification"
+    assert config["label2id"] == {"bad": 0, "fair": 1, "good": 2}
 
     change_tensors(folder, lambda tensors: tensors.update({"bert.pooler.dense.bias": torch.zeros(16)}))
     assert "holds pooler.dense.bias twice: as bert.pooler.dense.bias and pooler.dense.bias" in refused(folder)
