@@ -110,7 +110,7 @@ def labelled(folder: Path) -> tuple:
     made = ("labels", "--input", texts, "--tokenizer", tokenizer, "--val-fraction", 0.1, "--out", out)
     succeed(*made, program=DATA_PREP, timeout_s=600)
     sizes = ("model.layers=2", "model.heads=2", "model.width=64", "model.context=128", "train.global_tokens=2048")
-    return ("classification", f"data.dir={out}", *sizes, *WORDS)
+    return ("sst2", f"data.dir={out}", *sizes, *WORDS)
 
 
 def plain(prepared: Prepared) -> tuple:
