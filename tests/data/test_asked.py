@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import asked, rewrite, seal, write_corpus
+from tiny import asked, labelled, rewrite, seal, several, write_corpus
 
 from hvdtrain.data.questions import Question, Questions, question_of, text_of
 from hvdtrain.data.records import Records
@@ -70,6 +70,17 @@ def test_a_question_goes_there_and_back():
     for answers in (None, (), ("a", "漢")):
         question = Question("id", '\u2028 \U0001f600 "', answers)
         assert question_of(np.frombuffer(text_of(question), np.uint8)) == question
+
+
+def test_one_label_and_several_are_not_taken_for_one_another(tmp_path: Path):
+    """A run is tied to what its data say of themselves."""
+    datasets, names = {1: labelled([([1], 0)]), 2: several([([1], [0])])}, ("a", "b")
+    manifests = [
+        write_corpus(tmp_path / f"{n}", {"train": [one]}, kind="labels", label_names=names, version=n)
+        for n, one in datasets.items()
+    ]
+    keys = [{key for key, value in one.identity().items() if value == list(names)} for one in manifests]
+    assert keys == [{"label_names"}, {"several_of_label_names"}]
 
 
 def test_versions(tmp_path: Path):

@@ -43,6 +43,8 @@ def test_the_pieces_of_words():
     made = build_tokenizer(["low lower lowest low low newer newest wider low"], "wordpiece", 25)
     assert pieces(made, "low newest") == ["low", "new", "##est"]
     assert pieces(made, "lowestest, low!") == ["lowest", "##est", "[UNK]", "low", "[UNK]"]
+    begin = {piece for piece in made.get_vocab() if len(piece) == 1}
+    assert begin <= {"l", "n", "w"}  # no letter that only goes on with words
     assert pieces(made, "slow") == ["[UNK]"]  # words begin with other letters than s
     assert pieces(made, "l" * 101) == ["[UNK]"]
 

@@ -185,6 +185,16 @@ def test_scores_are_those_of_the_official_rules(corpora: Corpora):
     assert found["questions"] == len(ROWS) - 1  # one is not told
 
 
+def test_whole_questions_fill_a_batch_and_what_is_not_told_is_no_target(corpora: Corpora):
+    batches = list(questions_of(corpora, rows=5).of(0, 99))
+    assert sorted(number for batch in batches for number in batch.asked.numbers) == [*range(len(ROWS))]
+    assert all(len(batch.tokens) <= 5 for batch in batches if len(batch.asked.numbers) > 1)
+    windows = sum(len(batch.tokens) for batch in batches)
+    (untold,) = (n for n, (_, answers) in enumerate(ROWS) if answers is None)
+    first, end = questions_of(corpora).questions.first_rows[untold : untold + 2]
+    assert sum(batch.target_tokens for batch in batches) == 2 * (windows - (end - first)) < 2 * windows
+
+
 def test_a_threshold_is_an_option(corpora: Corpora):
     sums = sums_of(corpora, Guesses(), 1).tolist()
     never, always = (task(null_threshold=limit).scores(sums) for limit in (1e9, -1e9))
