@@ -105,6 +105,12 @@ def test_token_types(kind: Callable[..., nn.Module], more: tuple):
     assert apart(model(TOKENS, LENGTHS), model(TOKENS, LENGTHS, TYPES))
 
 
+def test_post_norm_blocks_need_no_norm_behind_them():
+    for kind, norms in ((Decoder, {"norm"}), (Encoder, {"norm"}), (Seq2Seq, {"norm", "encoder_norm"})):
+        names = [dict(made(kind, {"norm_first": first}).named_parameters()) for first in (True, False)]
+        assert {*names[0]} - {*names[1]} == {f"{norm}.{part}" for norm in norms for part in ("weight", "bias")}
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
