@@ -149,7 +149,7 @@ class Family:
     copies: tensor -> others that transformers ties to it: written where it unties them, and not needed where read.
     doubles: tensor -> another that is written beside it, since theirs has two where ours may share one.
     tables: sinusoidal positions, which some files have though they are worked out.
-    zeros: vectors over the vocabulary that ours may lack and theirs always has, as matrices of one row.
+    zeros: a vector over the vocabulary, in theirs a matrix of one row, that either may lack: zeros then.
     unread: of their tensors, those that say nothing to our models: regular expression for a name without the prefix.
     written: keys of config.json that only transformers needs.
     """

@@ -6,9 +6,7 @@ DIR/config.json                      what the model is
     tokenizer.json, tokenizer_config.json, special_tokens_map.json
 """
 
-import os
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,7 +21,6 @@ T = TypeVar("T")
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 ONE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ROLES = ("eos", "pad", "bos", "unk", "mask", "sep", "cls")
-_BLOCK_BYTES = 1 << 24
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -88,11 +85,6 @@ class TheirTensors:
     def read(self, name: str, index: tuple[slice, ...]) -> torch.Tensor:
         """A rectangle of a tensor; no more bytes of the file are touched."""
         return self._reading(lambda: self._slice(name)[index])
-
-    def read_ahead(self) -> None:
-        """Read all files from beginning to end, and keep nothing: then they lie in the page cache."""
-        for path in sorted({path for path, _ in self._places.values()}):
-            self._reading(partial(again, partial(_read_through, path), path))
 
     def _find(self) -> Iterator[tuple[Path, str]]:
         if exists(self.folder / INDEX):
@@ -159,15 +151,6 @@ class TheirTensors:
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
             raise CheckpointError(f"cannot read {path or self.folder}: {reason}; copy it once more") from None
-
-
-def _read_through(path: Path) -> None:
-    buffer = memoryview(bytearray(_BLOCK_BYTES))
-    with open(path, "rb", buffering=0) as file:
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        while file.readinto(buffer):
-            pass
 
 
 def _read_json(path: Path) -> dict[str, Any]:

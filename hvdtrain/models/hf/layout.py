@@ -90,11 +90,6 @@ class Layout:
     def tables(self) -> tuple[str, ...]:
         return self._family.tables
 
-    def lacked(self) -> list[Part]:
-        """What theirs always has and this model of ours has not: zeros."""
-        rows = (self._vocab_size,)
-        return [Part(theirs, 0, rows, "row") for ours, theirs in self._zeros.items() if ours not in self.wholes]
-
     def _parts(self, name: str, shape: torch.Size) -> tuple[Part, ...]:
         parts: list[Part] = []
         theirs = self._theirs(name)

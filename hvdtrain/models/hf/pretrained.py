@@ -4,10 +4,9 @@ Opening it reads config.json and the files' headers. A tensor is read where it i
 asked for: a rank that holds a piece of a model touches no more than that.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from re import fullmatch
-from typing import Any
 
 import torch
 
@@ -22,19 +21,6 @@ from hvdtrain.slices import Rect, whole_rect
 
 _TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float32, "BF16": torch.float32}  # as they are given
 _SHOWN = 5  # of each thing that is wrong
-
-
-def open_pretrained(
-    folder: Path, vocab_multiple: int, is_first_of_node: bool, meet: Callable[[Callable[[], Any]], Any]
-) -> "Pretrained":
-    """The folder on every rank (collective), its bytes taken from the file system once a node.
-
-    The first rank of a node reads all files, so that they lie in the node's page cache; the others wait in ``meet``,
-    which runs a function on every rank and fails on all where it fails on one, and map them after it.
-    Errors: see ``Pretrained``.
-    """
-    meet(lambda: Pretrained(folder, vocab_multiple).read_ahead() if is_first_of_node else None)
-    return meet(lambda: Pretrained(folder, vocab_multiple))
 
 
 class Pretrained:
@@ -83,10 +69,6 @@ class Pretrained:
         shape, dtype = self.whole(name)
         found = [self._read(name, place, dtype) for place in places or [whole_rect(shape)]]
         return found[0] if len(found) == 1 else torch.cat(found)
-
-    def read_ahead(self) -> None:
-        """See ``open_pretrained``."""
-        self._theirs.read_ahead()
 
     def _read(self, name: str, place: Rect, dtype: torch.dtype) -> torch.Tensor:
         begin, end = place.offset[0], place.offset[0] + place.shape[0]

@@ -86,11 +86,8 @@ class Writer:
 
     def _write_tensors(self, folder: Path, tensors: Tensors, dtype: torch.dtype, file_bytes: int) -> None:
         files = _shared_out(self._stored(tensors, dtype), dtype.itemsize, file_bytes)
-        names = (
-            [ONE_FILE]
-            if len(files) == 1
-            else [f"model-{n + 1:05d}-of-{len(files):05d}.safetensors" for n in range(len(files))]
-        )
+        count = len(files)
+        names = [ONE_FILE if count == 1 else f"model-{n + 1:05d}-of-{count:05d}.safetensors" for n in range(count)]
         for name, parts in zip(names, files, strict=True):
             content = {theirs: make() for theirs, _, make in parts}
             write(folder / name, partial(save_file, content, metadata={"format": "pt"}))
@@ -103,15 +100,13 @@ class Writer:
         """All tensors of theirs, in our order."""
         for name, parts in self._layout.parts.items():
             for part in parts:
-                tied = self._exported.options.tied
-                for theirs in self._layout.doubled(part) if tied else self._layout.called(part):
+                copies = [] if self._exported.options.tied else self._layout.called(part)[1:]
+                for theirs in (*self._layout.doubled(part), *copies):
                     numel = torch.Size(part.shape).numel()
                     yield theirs, numel, partial(_read_part, tensors, name, part, dtype)
         o = self._exported.options
         for name in self._layout.tables:
             yield name, o.context * o.width, lambda: sinusoids(o.context, o.width, halves=True).to(dtype)
-        for part in self._layout.lacked():
-            yield part.theirs, part.shape[0], partial(torch.zeros, part.their_shape, dtype=dtype)
 
     # --- what is said of them --------------------------------------------------------------------------------------
 

@@ -1,24 +1,22 @@
 """A folder of Hugging Face's layout: what is read of it and when, and what is wrong with it in one message."""
 
 import json
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from folders import BERT, GPT2, LABELS, LLAMA, SPECIAL, T5, VOCAB, make_model, write_folder
+from folders import BERT, GPT2, LABELS, LLAMA, SMALL, SPECIAL, T5, VOCAB, make_model, write_folder
 from safetensors.torch import load_file, save_file
-from threads import on_ranks
 from tiny import Held
 
-from hvdtrain.errors import CheckpointError, ConfigError, RankError
+from hvdtrain.errors import CheckpointError, ConfigError
 from hvdtrain.models.hf.families import FAMILIES, family_for
 from hvdtrain.models.hf.family import Family, settled
 from hvdtrain.models.hf.folder import TheirTensors
 from hvdtrain.models.hf.layout import Layout
-from hvdtrain.models.hf.pretrained import Pretrained, open_pretrained
+from hvdtrain.models.hf.pretrained import Pretrained
 from hvdtrain.models.options import TransformerOptions
 from hvdtrain.models.presets import PRESETS
 from hvdtrain.slices import Rect
@@ -134,6 +132,16 @@ def test_several_files_are_found_by_their_index(llama: Path, tmp_path: Path):
     assert "names a file outside its folder: '../llama/model.safetensors'" in refused(folder)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_positions_that_both_sides_share_are_written_for_each(tmp_path: Path, tied: bool):
+    folder = write_folder(tmp_path / "folder", make_model("Seq2Seq", **SMALL, tied=tied))
+    tensors = load_file(folder / "model.safetensors")
+    sides = [tensors[f"model.{side}.embed_positions.weight"] for side in ("encoder", "decoder")]
+    assert torch.equal(*sides)
+    assert ("model.encoder.embed_tokens.weight" in tensors) == (not tied)  # which transformers unties then
+    assert Pretrained(folder).options["separate_positions"]
+
+
 def test_a_prefix_may_be_missing_and_a_norm_have_its_first_names(tmp_path: Path):
     model = make_model("Classifier", **BERT)
     folder = write_folder(tmp_path / "bert", model)
@@ -176,42 +184,6 @@ def test_rotary_positions_in_the_words_before_transformers_5(llama: Path):
     assert Pretrained(llama).options["rotary"] == wanted | {"high_factor": 2.0}
     change_config(llama, rope_scaling=None)
     assert Pretrained(llama).options["rotary"] == {"base": 5e5, "scaling": "none"}
-
-
-@pytest.mark.parametrize("node", [(0, 0, 0, 0), (0, 0, 1, 1)], ids=["one node", "two nodes"])
-def test_one_rank_a_node_reads_the_files_before_the_others_look(
-    llama: Path, node: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
-):
-    events: list[tuple[str, str]] = []
-    read_through, open_file = TheirTensors.read_ahead, TheirTensors._open
-
-    def note(what: str, work: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *words: events.append((what, threading.current_thread().name)) or work(*words)
-
-    monkeypatch.setattr(TheirTensors, "read_ahead", note("read", read_through))
-    monkeypatch.setattr(TheirTensors, "_open", note("open", open_file))
-
-    def work(group: Any) -> float:
-        is_first = node.index(node[group.rank]) == group.rank
-        return float(open_pretrained(llama, 1, is_first, group.together).read("norm.weight").sum())
-
-    assert len(set(on_ranks(4, work))) == 1
-    firsts = {f"rank-{node.index(n)}" for n in node}
-    assert {who for what, who in events if what == "read"} == firsts
-    assert len([what for what, _ in events if what == "read"]) == len(firsts)
-    last_read = max(at for at, (what, _) in enumerate(events) if what == "read")
-    assert {who for what, who in events[:last_read] if what == "open"} <= firsts
-
-
-def test_all_ranks_are_told_what_is_wrong(llama: Path):
-    (llama / "config.json").unlink()
-
-    def work(group: Any) -> str:
-        with pytest.raises(RankError) as caught:
-            open_pretrained(llama, 1, group.rank == 0, group.together)
-        return str(caught.value)
-
-    assert len(set(on_ranks(2, work))) == 1
 
 
 # --- what is refused -----------------------------------------------------------------------------------------------
