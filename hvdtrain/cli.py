@@ -203,12 +203,15 @@ def _export(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument(
         "--dtype", default="fp32", choices=["fp32", "bf16", "fp16"], help="of the tensors; default: fp32"
     )
+    parser.add_argument(
+        "--adapter", action="store_true", help="of a run with model.lora: its adapters alone, as peft loads them"
+    )
     _add_choice(parser)
 
     def run(words: argparse.Namespace, world: World) -> int:
         from hvdtrain.commands.export import export
 
-        print(export(words.run_dir, words.out, world, words.weights, words.checkpoint, words.dtype))
+        print(export(words.run_dir, words.out, world, words.weights, words.checkpoint, words.dtype, words.adapter))
         return EXIT_OK
 
     return run

@@ -11,11 +11,14 @@ import yaml
 from checkpoints import assert_equal, tensors_in
 from launch import Done, Prepared, launch_rows, succeed, summary
 
+from hvdtrain.checkpoint.origin import open_origin
+
 LAYERS = {"layers": 2, "heads": 2, "width": 32, "context": 16}  # of the run that is begun from
 KINDS = {
     "lora": ["model.lora.rank=2", "model.lora.targets=all", "ema.decay=0.9"],
     "frozen": ["optim.freeze=1", "optim.layer_decay=0.5", "model.dropout=0.1"],
 }
+EXPORTS = {"merged": [], "adapter": ["--adapter"]}
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +52,7 @@ def runs(recipe: Path, trained: Path) -> Path:
         for kind, settings in KINDS.items()
     ]
     rows += [["evaluate", folder / kind] for kind in KINDS]
+    rows += [["export", folder / "lora", "--out", folder / name, *more] for name, more in EXPORTS.items()]
     scores = {}
     for words, done in zip(rows, launch_rows(rows), strict=True):
         assert done.exit_code == 0, done
@@ -104,6 +108,16 @@ def test_evaluation_later_is_that_of_the_run(runs: Path):
     }
 
 
+def test_an_export_is_merged_unless_the_adapters_are_asked_for(runs: Path):
+    run, merged = open_origin(runs / "lora").tensors, open_origin(runs / "merged").tensors
+    assert sorted(run.names) == sorted(merged.names)
+    assert all(torch.equal(run.read(name), merged.read(name)) for name in run.names)
+    config = json.loads((runs / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert (config["r"], config["base_model_name_or_path"]) == (2, str(runs / "base"))
+    assert config["rank_pattern"] == {f"transformer.h.{number}.attn.c_attn": 6 for number in range(2)}
+    assert {path.name for path in (runs / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+
+
 def test_two_ranks_begin_alike_and_send_little(runs: Path, recipe: Path):
     words = ["train", recipe, f"model.from={runs / 'moved'}", *KINDS["lora"], "--run-dir", runs / "two"]
     done = succeed(*words, how="mpirun", ranks=2)
@@ -117,10 +131,8 @@ def test_two_ranks_begin_alike_and_send_little(runs: Path, recipe: Path):
 
 
 @pytest.fixture(scope="module")
-def refused(runs: Path, recipe: Path, prepared: Prepared) -> dict[str, Done]:
+def refused(runs: Path, recipe: Path) -> dict[str, Done]:
     base = f"model.from={runs / 'moved'}"
-    other = runs / "other-shards"
-    shutil.copytree(prepared.shards, other)
     rows = {
         "shape": [base, "model.width=64"],
         "rank": [base, "model.lora.rank=0"],
@@ -130,8 +142,9 @@ def refused(runs: Path, recipe: Path, prepared: Prepared) -> dict[str, Done]:
         "frozen": [base, "optim.freeze=embeddings"],
         "nowhere": [f"model.from={runs / 'base'}"],
     }
-    found = launch_rows(["train", recipe, *words, "--run-dir", runs / "refused"] for words in rows.values())
-    return dict(zip(rows, found, strict=True))
+    words = [["train", recipe, *words, "--run-dir", runs / "refused"] for words in rows.values()]
+    found = launch_rows([*words, ["export", runs / "frozen", "--out", runs / "none", "--adapter"]])
+    return dict(zip([*rows, "no adapters"], found, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -144,6 +157,7 @@ def refused(runs: Path, recipe: Path, prepared: Prepared) -> dict[str, Done]:
         ("pin", 65, "not model.from_digest=0123456789abcdef"),
         ("frozen", 2, "optim.freeze: nothing is called 'embeddings'; there are: embedding (1), position (1), blocks.*"),
         ("nowhere", 65, "base is not there"),
+        ("no adapters", 2, "frozen has no adapters (model.lora)"),
     ],
 )
 def test_what_cannot_be_is_one_clear_message(refused: dict[str, Done], name: str, code: int, message: str):

@@ -53,6 +53,11 @@ class ModelOptions(TransformerOptions):
     )
     lora: LoraOptions | None = option(None, "low-rank adapters are trained, and the weights beside them are not")
 
+    @property
+    def shape(self) -> TransformerOptions:
+        """Alone, without where it comes from."""
+        return TransformerOptions(**{name: getattr(self, name) for name in TransformerOptions.model_fields})
+
     @model_validator(mode="after")
     def _adapters_fit(self) -> "ModelOptions":
         if self.lora is not None and not self.from_:

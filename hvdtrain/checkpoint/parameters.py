@@ -28,7 +28,7 @@ class Parameters:
     def __init__(self, saved: Checkpoint, weights: Weights | None):
         self._saved = saved
         if weights == "ema" and not saved.has_ema:
-            raise ConfigError(f"{saved.folder} has no averaged weights (ema.decay was 0); take raw ones")
+            raise ConfigError(f"{saved.folder} has no averaged weights (ema.decay was 0); take --weights raw")
         self.weights: Weights = weights or ("ema" if saved.has_ema else "raw")
         self.names = [name.removeprefix("model.") for name in saved if name.startswith("model.")]
 

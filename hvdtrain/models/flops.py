@@ -10,6 +10,8 @@ num_floating_point_operations) and of PaLM (Chowdhery et al. 2022, 2204.02311, a
   each factor's gradient); no lookups, norms, activations, softmax, biases, loss or optimizer;
 - what is computed a second time to save memory (activation checkpointing, flash attention's backward) does not count,
   so that the quotient is MFU and not HFU, the hardware's utilisation;
+- frozen parameters count as if they were trained, though one or both of their backward products are not made: compare
+  the MFU of a fine-tuned run with that of runs that freeze the same; adapters' own products do not count;
 - padding does: the products are made over it. So does the padding of the vocabulary (Megatron: padded_vocab_size).
 
 In one point the sources differ: PaLM (and nanoGPT) count attention as if each query met every key, though a causal one
