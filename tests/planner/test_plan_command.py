@@ -71,10 +71,10 @@ def test_without_the_data(tmp_path: Path):
     assert f"note: no shards in {tmp_path / 'later'}: planned for a vocabulary of 50, without its files" in text
     assert "epochs" not in text
     assert "mapped shards " not in text.partition("note:")[0]
-    for name, labels in (("sst2", " and 2 labels"), ("translation", "")):
+    for name, labels in (("sst2", " and 2 labels"), ("multi30k-tiny", "")):
         text = plan(name, [*SMALL, words[-1]], 2, vocab_size=50)
         assert f"a vocabulary of 50{labels}, without" in text
-        assert table(text)["global batch"][0] == {"sst2": "256 x 16", "translation": "128 x 16"}[name]
+        assert table(text)["global batch"][0] == {"sst2": "256 x 16", "multi30k-tiny": "256 x 16"}[name]
 
 
 def test_with_the_data_and_another_vocabulary(shards: str):
@@ -131,7 +131,7 @@ def test_rows_are_as_long_as_the_data_have_them(tmp_path: Path):
     rows = [([1] * 6, 0), ([1] * 4, 1)]
     labels = {"train": [labelled(rows)], "val": [labelled(rows)]}
     write_corpus(tmp_path / "labels", labels, kind="labels", label_names=("a", "b", "c"))
-    for recipe, folder, longest in (("translation", "pairs", 9), ("sst2", "labels", 6)):
+    for recipe, folder, longest in (("multi30k-tiny", "pairs", 9), ("sst2", "labels", 6)):
         words = [*SMALL, f"data.dir={tmp_path / folder}", "train.global_tokens=90"]
         text = plan(recipe, words, 2)
         assert table(text)["global batch"][0] == f"{90 // longest} x {longest}"
