@@ -438,7 +438,7 @@ def _add_recipe(parser: argparse.ArgumentParser, settings: str) -> None:
 def _add_choice(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint", default="newest", metavar="newest|best|STEP",
-        help="the newest whole one (default), the best by validation loss (checkpoint.keep_best), or that of a step",
+        help="the newest whole one (default), the best (checkpoint.keep_best), or that of a step",
     )  # fmt: skip
     parser.add_argument(
         "--weights", choices=["raw", "ema"],

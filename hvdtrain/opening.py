@@ -19,7 +19,7 @@ from hvdtrain import sizing
 from hvdtrain.checkpoint.manifest import Progress
 from hvdtrain.checkpoint.origin import Beginner, Origin, TakenOver, check_tokens, digest_of, open_origin, take_over
 from hvdtrain.checkpoint.reader import load
-from hvdtrain.checkpoint.retention import steps_saved
+from hvdtrain.checkpoint.retention import Score, steps_saved
 from hvdtrain.checkpoint.start import find_start, moved_rate
 from hvdtrain.comm.group import Group
 from hvdtrain.comm.mesh import Mesh, sum_over_replica, whole_replicas
@@ -33,7 +33,7 @@ from hvdtrain.data.carried import carry
 from hvdtrain.data.corpora import Corpora, check_corpora, open_corpora, stage
 from hvdtrain.data.stream import read_through_note
 from hvdtrain.engine import Engine
-from hvdtrain.errors import EXIT_OK, CheckpointError, crash_code, say
+from hvdtrain.errors import EXIT_OK, CheckpointError, ConfigError, crash_code, say
 from hvdtrain.files import write_json, write_text
 from hvdtrain.jobs.claim import Claim
 from hvdtrain.jobs.job_record import close_job, record_job
@@ -145,6 +145,11 @@ class OpenRun:
     def steps_left(self) -> range:
         return range(self.start.progress.step + 1, self.last + 1)
 
+    def score(self, scores: Mapping[str, float]) -> Score:
+        """Of an evaluation, what ``checkpoint.keep_best`` goes by."""
+        name = self.config.checkpoint.best
+        return Score(name, scores[name], self.task.directions()[name])
+
     def lr(self, step: int) -> float:
         return learning_rate(self.config.schedule, self.config.optim.lr, self.last, step - 1)
 
@@ -158,6 +163,7 @@ def open_run(asked: Asked, world: World, group: Group, claim: Claim, signals: St
     cores = take_cores(group)
     torch.set_num_threads(cores.threads)
     task = make_task(config.task)
+    group.together(lambda: _check_best(config.checkpoint.best, task))
     device, notes = group.together(lambda: pick_device(config.device, world, group))
     notes += stopping.notes
     data = _open_data(config, task, mesh, world, pin=device.type == "cuda")
@@ -188,6 +194,14 @@ def open_run(asked: Asked, world: World, group: Group, claim: Claim, signals: St
         asked, config, world, mesh, claim, stopping, device, cores, matmul, task, data, scaled, identity, start, notes,
         step=start.progress.step,
     )  # fmt: skip
+
+
+def _check_best(name: str, task: Task) -> None:
+    """Errors: ConfigError where the task, as it is set, has no such score to choose by."""
+    if name not in (known := task.directions()):
+        raise ConfigError(
+            f"checkpoint.best={name} is no score of task.name={task.name} as it is set; there are: {', '.join(known)}"
+        )
 
 
 def _open_data(config: RunConfig, task: Task, mesh: Mesh, world: World, pin: bool) -> Data:

@@ -97,18 +97,18 @@ def _walk(
         reason = None if is_last else run.stopping.agreed(agreed.flags)
         log.after("checkpoint")
         log.say_all(saver.poll())
-        val_loss = None
+        score = None
         if _due(step, run.config.eval.every, run.last):
             scores = _evaluate(run, engine, log, watchdog)
-            val_loss = scores["val_loss"]
+            score = run.score(scores)
             log.metrics.add_evaluation(step, scores)
-            save_is_due |= saver.is_best(val_loss)
+            save_is_due |= saver.is_best(score)
         log.after("checkpoint")
         if save_is_due or reason:
             log.metrics.doing("saving")
             engine.check(step)
             progress = engine.progress(step, loader, identity=run.identity, run_steps=run.last, versions=versions())
-            log.say_all(saver.save(engine.state(), progress, val_loss, last=is_last or bool(reason)))
+            log.say_all(saver.save(engine.state(), progress, score, last=is_last or bool(reason)))
             run.stopping.keep_free("saving", saver.save_s)
         elif _due(step, run.config.watchdog.check_replicas_every, last=0):
             engine.check_replicas(step)

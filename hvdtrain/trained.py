@@ -83,7 +83,7 @@ def read_config(run_dir: Path) -> RunConfig:
 def find_run(run_dir: Path, group: Group, which: str = "newest") -> Run:
     """A run at one of its checkpoints (collective).
 
-    which: ``newest`` (of those that are whole), ``best`` (by validation loss; see ``checkpoint.keep_best``) or a step.
+    which: ``newest`` (of those that are whole), ``best`` (see ``checkpoint.best``) or a step.
     Errors: on all ranks; CheckpointError where there is no checkpoint, ConfigError where one is asked for that is not
     there.
     """

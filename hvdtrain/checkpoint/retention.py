@@ -3,7 +3,7 @@
 RUN_DIR/checkpoints/step-00000100/             a multiple of keep_every: kept for ever
                     step-00000300/             the best so far, which best.json names (keep_best)
                     step-00000400/  ...500/    the newest (keep_last)
-                    best.json                  {"step": 300, "val_loss": 1.25}
+                    best.json                  {"step": 300, "val_loss": 1.25}, or another score of checkpoint.best
                     damaged-step-00000450-0/   set aside; never deleted
                     .step-00000600.partial/    being written, or left by a run that was killed
                     .step-00000200.old/        being deleted, or left likewise
@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 from contextlib import suppress
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -23,6 +24,15 @@ from hvdtrain.files import listed, move_folder, optional, read_text, write_json
 
 _NAME = re.compile(r"step-([0-9]{8,})")
 _LEFT_OVER = (".step-*.partial", ".step-*.old", ".best.json.*.tmp")
+
+
+@dataclass(frozen=True)
+class Score:
+    """What tells a better checkpoint from a worse one. ``direction``: 1 where more is better, -1 where less is."""
+
+    name: str
+    value: float
+    direction: int
 
 
 def folder_of(run_dir: Path, step: int) -> Path:
@@ -107,37 +117,41 @@ def drop_old(run_dir: Path, keep_last: int, keep_every: int = 0, keep_best: bool
         remove(doomed)
 
 
-def mark_best(run_dir: Path, step: int, val_loss: float) -> None:
-    """Name the checkpoint with the lowest validation loss so far (rank 0). Errors: OutputError."""
-    write_json(run_dir / "checkpoints" / "best.json", {"step": step, "val_loss": val_loss})
+def mark_best(run_dir: Path, step: int, score: Score) -> None:
+    """Name the best checkpoint so far (rank 0). Errors: OutputError."""
+    write_json(run_dir / "checkpoints" / "best.json", {"step": step, score.name: score.value})
 
 
-def read_best(run_dir: Path) -> tuple[int, float] | None:
-    """Step and validation loss of the best one; None where none is named, or what is named is not there.
+def read_best(run_dir: Path, name: str = "") -> tuple[int, float] | None:
+    """Step and score of the best one; None where none is named, or what is named is not there.
+
+    name: of the score; one that was chosen by another is none. Empty: by whichever.
 
     Errors: OutputError where the file cannot be read: the best one would lose its name, and be deleted.
     """
     path = run_dir / "checkpoints" / "best.json"
     try:
         fields = json.loads(read_text(path)) if path.stat().st_size < 1 << 16 else None
-        step, val_loss = fields["step"], fields["val_loss"]
-        if type(step) is int and type(val_loss) is float and math.isfinite(val_loss) and step >= 0:
-            return (step, val_loss) if step in steps_saved(run_dir) else None
+        step, value = fields.pop("step"), fields.pop(name) if name else fields.popitem()[1]
+        if type(step) is int and type(value) is float and math.isfinite(value) and step >= 0:
+            return (step, value) if step in steps_saved(run_dir) else None
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return None
     except OSError as error:
         raise OutputError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     return None
 
 
-def is_better(val_loss: float | None, best: float | None) -> bool:
-    """Is a validation loss lower than the best one so far (None: there is none)? What is no finite number never is."""
-    return val_loss is not None and math.isfinite(val_loss) and (best is None or val_loss < best)
+def is_better(score: Score | None, best: float | None) -> bool:
+    """Is a score better than the best so far (None: there is none)? What is no finite number never is."""
+    if score is None or not math.isfinite(score.value):
+        return False
+    return best is None or score.direction * score.value > score.direction * best
 
 
-def best_of(run_dir: Path) -> float | None:
-    """The validation loss of the checkpoint that is kept as the best one."""
-    best = read_best(run_dir)
+def best_of(run_dir: Path, name: str) -> float | None:
+    """The score of that name of the checkpoint that is kept as the best one by it."""
+    best = read_best(run_dir, name)
     return None if best is None else best[1]

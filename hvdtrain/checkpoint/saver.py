@@ -24,7 +24,7 @@ import torch
 
 from hvdtrain.checkpoint import writer
 from hvdtrain.checkpoint.manifest import PartFile, Progress, key_of
-from hvdtrain.checkpoint.retention import best_of, folder_of, is_better, partial_of, remove, remove_left_over
+from hvdtrain.checkpoint.retention import Score, best_of, folder_of, is_better, partial_of, remove, remove_left_over
 from hvdtrain.checkpoint.writer import CheckpointOptions
 from hvdtrain.comm.group import Group, Pending
 from hvdtrain.errors import EXIT_IO, HvdtrainError, RankError, say
@@ -52,7 +52,7 @@ class _Save:
     """One under way. ``work``: what this rank's thread does for it now; ``parts``: of all ranks, once all are there."""
 
     progress: Progress
-    val_loss: float | None
+    score: Score | None
     is_last: bool
     began_s: float
     work: Future
@@ -104,7 +104,7 @@ class Saver(AbstractContextManager):
         if self._is_main:
             remove_left_over(run_dir)
         if options.keep_best:
-            self._best = group.all_gather_object(best_of(run_dir) if self._is_main else None)[0]
+            self._best = group.all_gather_object(best_of(run_dir, options.best) if self._is_main else None)[0]
 
     def is_due(self, step: int) -> bool:
         """Is a checkpoint due after ``step``? The same on all ranks; called as each step begins (local)."""
@@ -114,22 +114,22 @@ class Saver(AbstractContextManager):
             return step >= self._next
         return self._options.every > 0 and step % self._options.every == 0
 
-    def is_best(self, val_loss: float) -> bool:
-        """With ``keep_best``: is this validation loss worth a checkpoint? As rank 0 finds it."""
+    def is_best(self, score: Score) -> bool:
+        """With ``keep_best``: is this score worth a checkpoint? As rank 0 finds it."""
         if not self._options.keep_best:
             return False
-        return self._group.all_gather_object(is_better(val_loss, self._best))[0]
+        return self._group.all_gather_object(is_better(score, self._best))[0]
 
     def save(
         self,
         state: Sequence[Slice],
         progress: Progress,
-        val_loss: float | None = None,
+        score: Score | None = None,
         last: bool = False,
     ) -> list[str]:
         """Save ``state``, this rank's slices, as it is now; asynchronous, return as soon as there is a copy of it.
 
-        A save that is still under way is waited for. val_loss: of a validation at this very step.
+        A save that is still under way is waited for. score: of a validation at this very step.
         last: the process ends afterwards: return when the checkpoint is whole, and fail where it is not.
         """
         began_s, step = time.monotonic(), progress.step
@@ -137,9 +137,9 @@ class Saver(AbstractContextManager):
         lines = self.drain()
         self.blocked_s = 0.0
         if self._pool is None:
-            lines += self._save_now(state, progress, val_loss, last)
+            lines += self._save_now(state, progress, score, last)
         else:
-            lines += self._begin(writer.share(state, self._group), progress, val_loss, last)
+            lines += self._begin(writer.share(state, self._group), progress, score, last)
         self.blocked_s += time.monotonic() - began_s
         if last:
             lines += self.drain()
@@ -195,15 +195,15 @@ class Saver(AbstractContextManager):
             for line in lines:
                 say(line)
 
-    def _save_now(self, state: Sequence[Slice], progress: Progress, val_loss: float | None, is_last: bool) -> list[str]:
+    def _save_now(self, state: Sequence[Slice], progress: Progress, score: Score | None, is_last: bool) -> list[str]:
         began_s = time.monotonic()
         try:
-            writer.save(self._run_dir, state, progress, self._group, self._options, val_loss, self._check_owner)
+            writer.save(self._run_dir, state, progress, self._group, self._options, score, self._check_owner)
         except RankError as error:
             return self._failed(error, progress.step, is_last)
-        return self._whole(progress.step, val_loss, time.monotonic() - began_s)
+        return self._whole(progress.step, score, time.monotonic() - began_s)
 
-    def _begin(self, pieces: Sequence[Slice], progress: Progress, val_loss: float | None, is_last: bool) -> list[str]:
+    def _begin(self, pieces: Sequence[Slice], progress: Progress, score: Score | None, is_last: bool) -> list[str]:
         """Copy what this rank writes, and hand the copy to the thread."""
         began_s, step = time.monotonic(), progress.step
         run_dir, group = self._run_dir, self._group
@@ -218,7 +218,7 @@ class Saver(AbstractContextManager):
             copied()
             return writer.write_part(run_dir, step, copies, rank, size)
 
-        self._save = _Save(progress, val_loss, is_last, began_s, self._pool.submit(write))
+        self._save = _Save(progress, score, is_last, began_s, self._pool.submit(write))
         return []
 
     @torch.no_grad()
@@ -266,7 +266,7 @@ class Saver(AbstractContextManager):
                 remove(partial_of(self._run_dir, step))
             return self._failed(error, step, save.is_last)
         self._save = None
-        return self._whole(step, save.val_loss, result - save.began_s)
+        return self._whole(step, save.score, result - save.began_s)
 
     def _finish(self, save: _Save) -> Future:
         """Rank 0 writes the manifest; the others have nothing to do. The result: when it was there (monotonic)."""
@@ -275,15 +275,15 @@ class Saver(AbstractContextManager):
         def finish() -> float:
             if is_main:
                 self._check_owner()
-                writer.finish(run_dir, save.progress, save.parts, options, save.val_loss)
+                writer.finish(run_dir, save.progress, save.parts, options, save.score)
             return time.monotonic()
 
         return self._pool.submit(finish)
 
-    def _whole(self, step: int, val_loss: float | None, save_s: float) -> list[str]:
+    def _whole(self, step: int, score: Score | None, save_s: float) -> list[str]:
         self.save_s = save_s
-        if is_better(val_loss, self._best):
-            self._best = val_loss
+        if score is not None and is_better(score, self._best):
+            self._best = score.value
         return [f"step {step}: saved {folder_of(self._run_dir, step)}"]
 
     def _failed(self, error: RankError, step: int, is_last: bool) -> list[str]:

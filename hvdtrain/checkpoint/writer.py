@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from hvdtrain.checkpoint.manifest import PartFile, Progress, fields_of, key_of, kind_of, part_name
 from hvdtrain.checkpoint.retention import (
+    Score,
     best_of,
     drop_old,
     folder_of,
@@ -45,6 +46,7 @@ class CheckpointOptions(Options):
     keep_best: bool = option(
         False, "an evaluation better than all before saves, and that checkpoint is kept until there is a better one"
     )
+    best: str = option("val_loss", "the evaluation's score that keep_best goes by; which there are, the task says")
     asynchronous: bool = option(
         False, "write while training goes on, from a copy in the host's memory as large as the rank's part"
     )
@@ -65,19 +67,19 @@ def save(
     progress: Progress,
     group: Group,
     options: CheckpointOptions,
-    val_loss: float | None = None,
+    score: Score | None = None,
     check_owner: Callable[[], None] = lambda: None,
 ) -> Path:
     """Write a checkpoint of ``state`` (collective: every rank what it holds of it), and drop those that are too old.
 
-    val_loss: see ``finish``. check_owner: raises where the run folder is not this run's any more (rank 0).
+    score: see ``finish``. check_owner: raises where the run folder is not this run's any more (rank 0).
     Errors: on all ranks, exit 74 where any of them could not write; what was saved before is untouched.
     """
     step = progress.step
 
     def conclude(parts: list[PartFile]) -> None:
         check_owner()
-        finish(run_dir, progress, parts, options, val_loss)
+        finish(run_dir, progress, parts, options, score)
 
     try:
         group.on_main(lambda: begin(run_dir, step))
@@ -174,11 +176,11 @@ def finish(
     progress: Progress,
     parts: Sequence[PartFile],
     options: CheckpointOptions,
-    val_loss: float | None = None,
+    score: Score | None = None,
 ) -> None:
     """When all ``parts`` are on disk (rank 0): the manifest, the final name; then drop what is too old.
 
-    val_loss: of the validation of this very step, for ``keep_best``; None: not known.
+    score: of the validation of this very step, for ``keep_best``; None: not known.
     Errors: OutputError; up to the final name, nothing else was changed. What is too old and cannot be dropped stays.
     """
     partial, final = partial_of(run_dir, progress.step), folder_of(run_dir, progress.step)
@@ -198,8 +200,8 @@ def finish(
         _publish(partial, final)
     except OSError as error:
         raise _cannot_save(run_dir, progress.step, error) from error
-    if options.keep_best and is_better(val_loss, best_of(run_dir)):
-        mark_best(run_dir, progress.step, val_loss)
+    if options.keep_best and score is not None and is_better(score, best_of(run_dir, score.name)):
+        mark_best(run_dir, progress.step, score)
     keep = options.keep_last, options.keep_every, options.keep_best
     optional(lambda: drop_old(run_dir, *keep), "old checkpoints stay until the next is saved", None)
 

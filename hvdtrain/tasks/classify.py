@@ -1,7 +1,7 @@
 """Classification and sentiment: tell a text's label, or its labels, of one text or of two."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -112,6 +112,9 @@ class Classification(Task[Classifier, LabelBatch]):
     def answers(self, asked: Asked) -> "Labels":
         refuse_given(asked.given, self.name)
         return Labels(asked, self._options.threshold)
+
+    def directions(self) -> Mapping[str, int]:
+        return {"val_loss": -1, "accuracy": 1, "macro_f1": 1}
 
     def example(self, rows: int, positions: int) -> LabelBatch:
         tokens, labels = torch.zeros(rows, positions, dtype=torch.int64), torch.zeros(rows, dtype=torch.int64)

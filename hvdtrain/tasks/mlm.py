@@ -1,6 +1,7 @@
 """Masked-language-model pretraining: tell what is hidden in a text (Devlin et al. 2018, "BERT")."""
 
 import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Literal
 
@@ -134,6 +135,9 @@ class MaskedText(Task[MaskedLanguageModel, MaskedBatch]):
             "masked_accuracy": sums[2] / sums[1],
             "target_tokens": int(sums[1]),
         }
+
+    def directions(self) -> Mapping[str, int]:
+        return {"val_loss": -1, "masked_accuracy": 1}
 
     def example(self, rows: int, positions: int) -> MaskedBatch:
         count = rows * int(self._options.count(max(1, positions - _FRAME)))

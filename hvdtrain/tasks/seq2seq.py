@@ -26,7 +26,7 @@ from hvdtrain.tasks.rows import bucketed_training, check_one_folder, open_record
 from hvdtrain.tasks.search import Input, search
 from hvdtrain.tasks.search_options import SearchOptions
 from hvdtrain.tasks.task import Evaluation, LossSum, Task, Training
-from hvdtrain.tasks.text_scores import SCORES, TextScores, names_of
+from hvdtrain.tasks.text_scores import SCORES, TextScores, names_of, score_names
 
 
 class Seq2SeqOptions(Options):
@@ -116,6 +116,10 @@ class SequenceToSequence(Task[Seq2Seq, PairBatch]):
             "target_tokens": int(sums[1]),
             **({} if self._decoded is None else self._decoded.compare.scores(sums[3:])),
         }
+
+    def directions(self) -> Mapping[str, int]:
+        texts = dict.fromkeys(score_names(self._options.scores), 1)
+        return {"val_loss": -1, "token_accuracy": 1, **texts}
 
     def scored_by(self, scores: str, given: Mapping[str, Any]) -> "SequenceToSequence":
         own = self._options

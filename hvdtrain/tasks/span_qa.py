@@ -1,6 +1,6 @@
 """Extractive question answering: the first and the last token of an answer in its paragraph (Devlin et al. 2018)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Literal
 
@@ -115,6 +115,9 @@ class SpanAnswering(Task[SpanModel, SpanBatch]):
     def answers(self, asked: Asked) -> "SpanTexts":
         refuse_given(asked.given, self.name)
         return SpanTexts(asked, self, self._options)
+
+    def directions(self) -> Mapping[str, int]:
+        return {"val_loss": -1, "exact_match": 1, "f1": 1}
 
     def example(self, rows: int, positions: int) -> SpanBatch:
         tokens, spans = torch.zeros(rows, positions, dtype=torch.int64), torch.zeros(rows, 2, dtype=torch.int64)

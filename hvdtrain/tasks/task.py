@@ -121,6 +121,10 @@ class Task(Protocol[Model, Read]):
     def scores(self, sums: list[float]) -> dict[str, float]:
         """Scores of a whole split from its global sums; ``val_loss`` (nats per target) is always among them."""
 
+    def directions(self) -> Mapping[str, int]:
+        """The scores that tell a better model from a worse one: 1 where more is better, -1 where less is."""
+        return {"val_loss": -1}
+
     # What those ask who use a trained model:
 
     def scored_by(self, scores: str, given: Mapping[str, Any]) -> Self:

@@ -20,7 +20,7 @@ from tiny import tiny_decoder
 
 from hvdtrain.checkpoint import writer
 from hvdtrain.checkpoint.manifest import Progress
-from hvdtrain.checkpoint.retention import folder_of, steps_saved
+from hvdtrain.checkpoint.retention import Score, folder_of, steps_saved
 from hvdtrain.checkpoint.saver import Saver, interval_steps
 from hvdtrain.checkpoint.valid import newest_valid
 from hvdtrain.checkpoint.writer import CheckpointOptions
@@ -328,12 +328,16 @@ def test_due_as_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asynch
 def test_the_best_is_worth_a_checkpoint(tmp_path: Path):
     best = CheckpointOptions(asynchronous=True, keep_best=True, keep_last=1)
     run = Run(tmp_path, best)
-    assert run.saver.is_best(3.0)
-    assert not run.saver.is_best(math.nan)
+
+    def loss(value: float) -> Score:
+        return Score("val_loss", value, -1)
+
+    assert run.saver.is_best(loss(3.0))
+    assert not run.saver.is_best(loss(math.nan))
     for val_loss in (3.0, 2.0, 2.5, None, 9.0):
-        run.save(val_loss=val_loss)
+        run.save(score=None if val_loss is None else loss(val_loss))
     run.saver.drain()
     assert names(tmp_path) == {"step-00000002", "step-00000005", "best.json"}
     resumed = Run(tmp_path, best)
-    assert [resumed.saver.is_best(loss) for loss in (2.0, 1.9)] == [False, True]
-    assert not Run(tmp_path).saver.is_best(0.0)
+    assert [resumed.saver.is_best(loss(value)) for value in (2.0, 1.9)] == [False, True]
+    assert not Run(tmp_path).saver.is_best(loss(0.0))

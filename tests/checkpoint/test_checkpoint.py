@@ -17,7 +17,7 @@ from torch import nn
 from hvdtrain.checkpoint import writer
 from hvdtrain.checkpoint.manifest import _WHERE_SET, Progress, check_resumable
 from hvdtrain.checkpoint.reader import Checkpoint, load
-from hvdtrain.checkpoint.retention import best_of, folder_of, steps_saved
+from hvdtrain.checkpoint.retention import Score, best_of, folder_of, read_best, steps_saved
 from hvdtrain.checkpoint.valid import choose_valid, newest_valid, read_progress
 from hvdtrain.checkpoint.writer import CheckpointOptions
 from hvdtrain.comm.local_group import LocalGroup
@@ -245,7 +245,8 @@ def test_some_are_kept_for_ever(tmp_path: Path):
 
 def save_step(run_dir: Path, step: int, options: CheckpointOptions, val_loss: float | None = None) -> None:
     tensors = {"model.x": torch.full((1,), float(step))}
-    writer.save(run_dir, slices_of(tensors), Progress(step=step), GROUP, options, val_loss)
+    score = None if val_loss is None else Score(options.best, val_loss, 1 if options.best == "bleu" else -1)
+    writer.save(run_dir, slices_of(tensors), Progress(step=step), GROUP, options, score)
 
 
 def test_the_best_is_kept_beside_the_newest(tmp_path: Path):
@@ -261,6 +262,15 @@ def test_the_best_is_kept_beside_the_newest(tmp_path: Path):
     save_step(tmp_path, 10, CheckpointOptions(keep_last=1), 1.0)
     assert steps_saved(tmp_path) == [10]  # nobody asks for it any more
     assert json.loads(pointer.read_text())["step"] == 6
+
+
+def test_more_may_be_better_and_another_score_begins_anew(tmp_path: Path):
+    options = CheckpointOptions(keep_last=1, keep_best=True, best="bleu")
+    for step, bleu in enumerate((10.0, 30.0, math.nan, 20.0), start=1):
+        save_step(tmp_path, step, options, bleu)
+    assert (steps_saved(tmp_path), read_best(tmp_path), best_of(tmp_path, "val_loss")) == ([4, 2], (2, 30.0), None)
+    save_step(tmp_path, 5, CheckpointOptions(keep_last=1, keep_best=True), 4.0)
+    assert (steps_saved(tmp_path), best_of(tmp_path, "val_loss"), best_of(tmp_path, "bleu")) == ([5], 4.0, None)
 
 
 def test_one_may_be_asked_for(tmp_path: Path):
@@ -302,9 +312,9 @@ def test_a_pointer_that_leads_nowhere_is_none(tmp_path: Path, text: str):
     options = CheckpointOptions(keep_last=1, keep_best=True)
     save_step(tmp_path, 5, options, 3.0)
     (tmp_path / "checkpoints" / "best.json").write_text(text)
-    assert best_of(tmp_path) is None
+    assert best_of(tmp_path, "val_loss") is None
     save_step(tmp_path, 6, options, 4.0)
-    assert (steps_saved(tmp_path), best_of(tmp_path)) == ([6], 4.0)
+    assert (steps_saved(tmp_path), best_of(tmp_path, "val_loss")) == ([6], 4.0)
 
 
 def test_steps_are_numbers_not_names(tmp_path: Path):

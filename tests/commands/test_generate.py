@@ -33,7 +33,9 @@ def translator(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "task.seq2seq.search.max_tokens=24",
         "task.seq2seq.label_smoothing=0",
     )
-    return learn(tmp_path_factory.mktemp("pairs"), "pairs", *scores)
+    return learn(
+        tmp_path_factory.mktemp("pairs"), "pairs", *scores, "checkpoint.keep_best=true", "checkpoint.best=chrf"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -204,6 +206,18 @@ def test_evaluations_have_the_scores_of_decoded_texts_and_when(translator: Path)
     summary = json.loads((translator / "summary.json").read_text())
     assert (summary["rougeL"], summary["bleu"]) == (lines[1]["rougeL"], lines[1]["bleu"])
     assert summary["signatures"]["bleu"].startswith("nrefs:1|case:mixed|eff:no|tok:13a|")
+
+
+def test_the_best_may_be_chosen_by_a_score_of_texts(translator: Path, tmp_path: Path):
+    """Its direction is the task's: more chrF is better. A score that it does not tell is refused at once."""
+    best = json.loads((translator / "checkpoints" / "best.json").read_text())
+    assert best == {"step": 120, "chrf": read_log(translator / "metrics.jsonl")[-1]["chrf"]}
+    assert evaluate(translator, [], "val", World(), which="best")["step"] == 120
+    told = r"checkpoint\.best=bleu is no score of task\.name=lm as it is set; there are: val_loss"
+    with pytest.raises(HvdtrainError, match=told) as caught:
+        learn(tmp_path, "text", "checkpoint.best=bleu")
+    assert caught.value.exit_code == EXIT_USAGE
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_split_is_scored_as_in_training_on_any_ranks(translator: Path, monkeypatch):

@@ -13,7 +13,7 @@ from tiny import tiny_decoder
 from hvdtrain.checkpoint import writer
 from hvdtrain.checkpoint.manifest import Progress
 from hvdtrain.checkpoint.reader import load
-from hvdtrain.checkpoint.retention import folder_of
+from hvdtrain.checkpoint.retention import Score, folder_of
 from hvdtrain.checkpoint.saver import Saver
 from hvdtrain.checkpoint.valid import newest_valid
 from hvdtrain.checkpoint.writer import CheckpointOptions
@@ -170,10 +170,12 @@ def test_all_take_the_interval_and_the_best_of_rank_0(group: HorovodGroup, folde
         for step in range(1, 8):
             if run.saver.is_due(step):
                 run.step = step - 1
-                run.save(val_loss=1.0)
+                run.save(score=Score("val_loss", 1.0, -1))
                 due.append(step)
             time.sleep(0.02 * (1 + group.rank))
             run.boundary()
     group.agree(due, "when checkpoints were due")
     assert due[0] == 2
-    group.agree(Saver(folder, group, CheckpointOptions(keep_best=True)).is_best(0.5), "what is best")
+    group.agree(
+        Saver(folder, group, CheckpointOptions(keep_best=True)).is_best(Score("val_loss", 0.5, -1)), "what is best"
+    )
