@@ -17,7 +17,7 @@ KINDS = [
     {"positions": "rotary", "heads": 4, "kv_heads": 2},
     {"positions": "rotary", "window": 4},
     {"positions": "sinusoidal", "kv_heads": 1},
-    {"positions": "relative", "window": 9, "relative_buckets": 8, "relative_distance": 12},
+    {"positions": "relative", "window": 9, "heads": 4, "kv_heads": 2, "relative_buckets": 8, "relative_distance": 12},
 ]
 
 
