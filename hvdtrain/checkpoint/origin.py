@@ -148,11 +148,6 @@ def _check_shape(asked: Mapping[str, Any], origin: Origin) -> None:
             differing.append(f"model.{key}={shape[key]} (there {getattr(theirs, key)})")
     if differing:
         raise ConfigError(f"{', '.join(differing)}: model.from={origin.folder} has another shape; leave such keys out")
-    if theirs.positions == "learned" and ours.context > theirs.context:
-        raise ConfigError(
-            f"model.context={ours.context}: model.from={origin.folder} has learned {theirs.context} positions; "
-            f"set it to {theirs.context} or less"
-        )
 
 
 # --- what a folder holds -----------------------------------------------------------------------------------------
@@ -332,13 +327,14 @@ class Beginner:
 
 
 def take_over(origin: Origin, slices: Sequence[Slice], ours: Beginner) -> TakenOver:
-    """Copy into ``slices`` what ``origin`` has of them (local). A parameter that it has not stays as it is.
+    """Copy into ``slices`` what ``origin`` has of them (local). A parameter that it has not stays as it is, and so do
+    the positions that it never learned, of a longer context: BERT begins with rows of 128, and goes on with 512.
 
     Errors: ConfigError where shapes differ in another way than in rows of positions and of padding, or nothing fits.
     """
     taken: dict[str, str] = {}
     has_head, notes = _has_its_head(origin, ours)
-    new, wrong = [], []
+    new, wrong, longer = [], [], list[Slice]()
     for piece in slices:
         name = _name_there(piece.name, origin) if has_head or not _is_of_head(piece.name) else None
         whole = None if name is None else origin.tensors.whole(name)[0]
@@ -347,6 +343,9 @@ def take_over(origin: Origin, slices: Sequence[Slice], ours: Beginner) -> TakenO
             taken[piece.name] = name
             _copy(origin.tensors, name, piece, shared)
             notes += [] if shared.shape == tuple(whole) else [f"{name}: the first {shared.shape[0]} of {whole[0]} rows"]
+            if _is_of_positions(piece) and piece.whole[0] > whole[0]:
+                longer.append(piece)
+                notes.append(f"{piece.name}: rows from {whole[0]} to {piece.whole[0] - 1} are new")
             continue
         new.append(piece.name)
         if whole is not None:
@@ -354,7 +353,8 @@ def take_over(origin: Origin, slices: Sequence[Slice], ours: Beginner) -> TakenO
             (notes if _is_of_head(piece.name) else wrong).append(shapes)
     if wrong:
         raise ConfigError(f"model.from={origin.folder} does not fit: {'; '.join(wrong[:5])}")
-    still = [piece.name for piece in slices if piece.name in set(new) and not piece.tensor.requires_grad]
+    random = {*new, *(piece.name for piece in longer)}
+    still = [piece.name for piece in slices if piece.name in random and not piece.tensor.requires_grad]
     if still:
         raise ConfigError(
             f"{grouped(still)}: not in model.from={origin.folder}, and frozen, so it would stay as random as it began; "
@@ -408,11 +408,15 @@ def _shared(piece: Slice, there: torch.Size, vocab_size: int) -> Rect | None:
         return whole_rect(here)
     if here[1:] != there[1:] or not here or len(there) != len(here):
         return None
-    is_table = piece.name.endswith("position.weight") and there[0] >= here[0]  # a shorter context
     is_vocabulary = min(here[0], there[0]) >= vocab_size and (
         piece.name.endswith("embedding.weight") or _is_of_head(piece.name)
     )
-    return whole_rect((min(here[0], there[0]), *here[1:])) if is_table or is_vocabulary else None
+    return whole_rect((min(here[0], there[0]), *here[1:])) if _is_of_positions(piece) or is_vocabulary else None
+
+
+def _is_of_positions(piece: Slice) -> bool:
+    """A row for each of ``model.context`` positions."""
+    return piece.name.endswith("position.weight")
 
 
 @torch.no_grad()

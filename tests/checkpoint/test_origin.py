@@ -119,6 +119,19 @@ def test_fewer_positions_are_the_first_ones(tmp_path: Path):
     assert found.notes == ["position.weight: the first 5 of 8 rows"]
 
 
+def test_positions_beyond_theirs_begin_as_in_a_fresh_run(tmp_path: Path):
+    """The second phase of BERT: rows four times as long as in the first."""
+    theirs, ours, fresh = made(Decoder), made(Decoder, seed=2, context=11), made(Decoder, seed=2, context=11)
+    origin = open_origin(write_run(tmp_path, theirs))
+    found = taken(origin, ours)
+    assert torch.equal(ours.position.weight, torch.cat([theirs.position.weight, fresh.position.weight[8:]]))
+    assert found.notes == ["position.weight: rows from 8 to 10 are new"]
+    assert model_under({"from": str(tmp_path), "context": 11})["context"] == 11
+    fresh.position.weight.requires_grad_(False)
+    with pytest.raises(ConfigError, match=r"position.*: not in model.from=.* would stay as random as it began"):
+        taken(origin, fresh)
+
+
 @pytest.mark.parametrize(("theirs_to", "ours_to"), [(16, 1), (1, 16)])
 def test_padding_of_the_vocabulary_may_differ(tmp_path: Path, theirs_to: int, ours_to: int):
     theirs = made(Decoder, vocab_multiple=theirs_to)
@@ -138,8 +151,8 @@ def test_a_head_of_other_labels_is_new_with_a_word(tmp_path: Path):
 
 def test_another_shape_is_refused_with_both(tmp_path: Path):
     origin = open_origin(write_run(tmp_path, made(Decoder)))
-    with pytest.raises(ConfigError, match=r"position.weight is \[9, 16\] here, and position.weight \[8, 16\] there"):
-        taken(origin, made(Decoder, context=9))
+    with pytest.raises(ConfigError, match=r"embedding.weight is \[20, 24\] here, and embedding.weight \[20, 16\] there"):
+        taken(origin, made(Decoder, width=24))
 
 
 def test_what_is_new_must_not_be_frozen(tmp_path: Path):
@@ -273,7 +286,6 @@ def test_the_shape_comes_from_the_folder_under_the_users_own_keys(tmp_path: Path
         ),
         ({"ff_ratio": 4.0}, r"model.ff_ratio=4.0 \(there 2.0\)"),
         ({"norm": "rmsnorm"}, r"model.norm=rmsnorm \(there layernorm\)"),
-        ({"context": 9}, r"model.context=9: model.from=.* has learned 8 positions; set it to 8 or less"),
     ],
 )
 def test_keys_that_contradict_the_shape_are_refused_with_both(tmp_path: Path, asked: dict, message: str):
