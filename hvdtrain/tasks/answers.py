@@ -96,8 +96,10 @@ def flags(given: Mapping[str, Any]) -> str:
 
 
 def open_tokenizer(path: Path) -> Tokenizer:
-    """Errors: DataError."""
+    """As in data_prep, "[SEP]" in a text is text, never the special token. Errors: DataError."""
     try:
-        return Tokenizer.from_str(read_text(path))
+        tokenizer = Tokenizer.from_str(read_text(path))
+        tokenizer.encode_special_tokens = True
+        return tokenizer
     except Exception as error:  # the library raises plain Exception
         raise DataError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
