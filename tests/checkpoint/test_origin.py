@@ -151,9 +151,7 @@ def test_a_head_of_other_labels_is_new_with_a_word(tmp_path: Path):
 
 def test_another_shape_is_refused_with_both(tmp_path: Path):
     origin = open_origin(write_run(tmp_path, made(Decoder)))
-    with pytest.raises(
-        ConfigError, match=r"embedding.weight is \[20, 24\] here, and embedding.weight \[20, 16\] there"
-    ):
+    with pytest.raises(ConfigError, match=r"embedding.weight is \[20, 24\] here, and embedding.* \[20, 16\] there"):
         taken(origin, made(Decoder, width=24))
 
 
