@@ -18,9 +18,16 @@ import table
 STEPS, LETTERS, LONGEST = int(os.environ.get("STEPS", "1500")), "abcdefgh", 8
 PUZZLES = {"copy": lambda text: text, "reverse": lambda text: text[::-1], "sort": lambda text: "".join(sorted(text))}
 SPLITS = {"train": 20_000, "val": 500, "test": 1_000}
-RECIPE = "translation"
+RECIPE = "summarise"
 MODEL = ("model.layers=2", "model.width=64", "model.heads=4", "model.context=16", "model.dropout=0.0")
-TRAIN = ("train.global_tokens=2048", "optim.lr=3e-3", "schedule.warmup_steps=100", "eval.every=0", "checkpoint.every=0")
+TRAIN = (
+    "train.global_tokens=2048",
+    "optim.lr=3e-3",
+    "schedule.name=cosine",
+    "schedule.warmup_steps=100",
+    "eval.every=0",
+    "checkpoint.every=0",
+)
 
 
 def write(folder: Path) -> list[tuple[str, str]]:
