@@ -91,12 +91,10 @@ class Masking:
         return drawn & free
 
     def _words(self, tokens: np.ndarray, free: np.ndarray, places: np.ndarray) -> np.ndarray:
-        """The place where each token's word begins: int64 [rows, T]. A row's first token begins one."""
+        """The place where each token's word begins: int64 [rows, T]. A special token, or the row's edge, parts words."""
         if self._continues is None:
             return places
         goes_on = free & self._continues[tokens]
-        goes_on[:, 0] = False
-        goes_on[:, 1:] &= free[:, :-1]
         return np.maximum.accumulate(np.where(goes_on, 0, places), axis=1)
 
 
