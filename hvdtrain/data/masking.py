@@ -91,7 +91,7 @@ class Masking:
         return drawn & free
 
     def _words(self, tokens: np.ndarray, free: np.ndarray, places: np.ndarray) -> np.ndarray:
-        """The place where each token's word begins: int64 [rows, T]. A special token, or the row's edge, parts words."""
+        """The place where each token's word begins: int64 [rows, T]. Special tokens and the row's edge part words."""
         if self._continues is None:
             return places
         goes_on = free & self._continues[tokens]

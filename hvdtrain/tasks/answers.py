@@ -3,15 +3,17 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import ValidationError
-from tokenizers import Tokenizer
 
 from hvdtrain.data.shards import Manifest
 from hvdtrain.errors import ConfigError, DataError
 from hvdtrain.files import read_text
 from hvdtrain.options import Options
+
+if TYPE_CHECKING:  # training needs no tokenizer
+    from tokenizers import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Asked:
     """
 
     manifest: Manifest
-    tokenizer: Tokenizer
+    tokenizer: "Tokenizer"
     context: int
     given: Mapping[str, Any]
 
@@ -95,8 +97,10 @@ def flags(given: Mapping[str, Any]) -> str:
     return ", ".join(f"--{word.replace('_', '-')}" for word in given)
 
 
-def open_tokenizer(path: Path) -> Tokenizer:
+def open_tokenizer(path: Path) -> "Tokenizer":
     """As in data_prep, "[SEP]" in a text is text, never the special token. Errors: DataError."""
+    from tokenizers import Tokenizer
+
     try:
         tokenizer = Tokenizer.from_str(read_text(path))
         tokenizer.encode_special_tokens = True

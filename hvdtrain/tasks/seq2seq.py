@@ -69,7 +69,7 @@ class SequenceToSequence(Task[Seq2Seq, PairBatch]):
 
     def check(self, corpora: Corpora, feed: Feed) -> None:
         check_one_folder(corpora, self)
-        begin_of(corpora.manifest)
+        begin_of(corpora.manifest, corpora.names)
 
     def open_training(self, corpora: Corpora, feed: Feed) -> Training:
         records, make_batch = self._open(corpora, "train", feed)
@@ -189,10 +189,10 @@ class Targets:
         return answers[0].text
 
 
-def begin_of(manifest: Manifest) -> int:
+def begin_of(manifest: Manifest, where: str = "the run's data") -> int:
     """The token that begins each target: of a text, or else the one that ends them. Errors: DataError."""
     special = manifest.special_tokens
     begin = special.get("bos", special.get("eos"))
     if begin is None:
-        raise DataError("the data do not say which token begins or ends a text; prepare them with data_prep pairs")
+        raise DataError(f"{where}: nothing says which token begins or ends a text; prepare them with data_prep pairs")
     return begin

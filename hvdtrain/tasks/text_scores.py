@@ -15,8 +15,6 @@ from functools import partial
 from typing import Any, Protocol
 from unicodedata import normalize
 
-import regex
-
 from hvdtrain.errors import ConfigError
 
 References = Sequence[Sequence[str]]  # of each text: one or several
@@ -147,12 +145,16 @@ class WordTokenizer:
     On ASCII as rouge-score's own, which drops all else. Han and kana, written without spaces, are words one by one.
     """
 
+    def __init__(self) -> None:
+        import regex  # of Unicode's classes
+
+        alone = r"\p{Han}\p{Hiragana}\p{Katakana}"
+        self._words = regex.compile(rf"(?V1)[{alone}]\p{{M}}*|[[\p{{L}}\p{{M}}\p{{N}}]--[{alone}]]+")
+
     def tokenize(self, text: str) -> list[str]:
-        return _WORDS.findall(normalize("NFC", text).lower())
+        return self._words.findall(normalize("NFC", text).lower())
 
 
-_ALONE = r"\p{Han}\p{Hiragana}\p{Katakana}"
-_WORDS = regex.compile(rf"(?V1)[{_ALONE}]\p{{M}}*|[[\p{{L}}\p{{M}}\p{{N}}]--[{_ALONE}]]+")
 _HALF = float(1 << 26)  # two of them hold the 53 bits of a double
 
 

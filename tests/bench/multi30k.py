@@ -22,7 +22,7 @@ from shakespeare import run
 SOURCE = Path(os.environ.get("MULTI30K", Path(__file__).parents[3] / "shared/data/multi30k-en-fr"))
 MINUTES = float(os.environ.get("MINUTES", "20"))
 MEAN_OF = 5  # checkpoints, the newest
-VOCABULARY = 8000
+VOCABULARY = 4000
 PYTHON = [sys.executable, "-m"]
 RANKS = ["mpirun", "-np", "2", "--bind-to", "none"]
 

@@ -162,7 +162,7 @@ def test_a_model_that_transformers_has_not(trained: Path, tmp_path: Path):
 
 
 def test_averaged_weights_that_are_not_there(trained: Path, tmp_path: Path):
-    with pytest.raises(HvdtrainError, match=r"has no averaged weights \(ema\.decay was 0\); take raw"):
+    with pytest.raises(HvdtrainError, match=r"has no averaged weights \(ema\.decay was 0\); take --weights raw"):
         export(trained, tmp_path / "out", ALONE, "ema")
 
 

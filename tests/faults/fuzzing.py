@@ -45,6 +45,7 @@ from hvdtrain.data.loader import Feed, TrainLoader
 from hvdtrain.data.shards import expected_datasets, map_shard
 from hvdtrain.errors import HvdtrainError
 from hvdtrain.files import fields_sha256, file_sha256
+from hvdtrain.models.presets import PRESETS
 from hvdtrain.optim.ema import Ema, EmaOptions
 from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
 from hvdtrain.slices import Rect, Slice, whole_slices
@@ -272,6 +273,8 @@ def judge_config(folder: Path, overrides: list[str]) -> str:
     for override in overrides:
         key, _, text = override.partition("=")
         _put(plain, key.split("."), yaml.safe_load(text))
+    if (preset := plain.get("model", {}).get("preset")) in PRESETS:
+        expected |= {f"model.{key}": value for key, value in PRESETS[preset].items()}
     expected |= {key: value for key, value in flatten(plain).items() if value != {} or key in expected}
     if expected.get("data.mixture") == {} and any(key.startswith("data.mixture.") for key in found):
         del expected["data.mixture"]

@@ -5,7 +5,6 @@ peak of whole runs.
 import json
 import sys
 import typing
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -232,9 +231,6 @@ def test_without_numbers_as_with_real_tensors(name: str, attention: str, task: s
     config = settings(task={"name": task}, **tree)
     for training in (True, False):
         real, counted = (dry_run(config, FACTS, 3, 24, attention, training, shapes) for shapes in (False, True))
-        if (task, training) == ("mlm", True) and name in ("bf16", "fp16"):
-            # torch: without numbers both statistics of the head's norm have 2 bytes; of 3 x 3 masked tokens they have 4
-            counted = replace(counted, kept=counted.kept + 9 * 2 * 2)
         assert counted == real
 
 

@@ -90,7 +90,7 @@ def test_no_token_is_guessed_to_begin_a_target(go: Train, tmp_path: Path):
     write_corpus(tmp_path / "new", {split: [ONE_ROW["pairs"]] for split in ("train", "val")}, kind="pairs")
     damage(tmp_path / "new")
     told = fail(lambda: go("run", f"data.dir={tmp_path / 'new'}", kind="pairs"), EXIT_BAD_DATA)
-    assert f"{tmp_path / 'new'} does not say which token begins or ends a text" in told
+    assert f"{tmp_path / 'new'}: nothing says which token begins or ends a text" in told
 
 
 # --- too little --------------------------------------------------------------------------------------------------

@@ -197,7 +197,9 @@ def test_evaluations_are_lines_of_their_own(tmp_path: Path, capsys: pytest.Captu
     metrics = metrics_of(tmp_path)
     metrics.add_evaluation(5, {"val_loss": 2.5, "perplexity": 12.2})
     metrics.close()
-    assert lines_of(tmp_path) == [{"kind": "eval", "step": 5, "val_loss": 2.5, "perplexity": 12.2}]
+    (line,) = lines_of(tmp_path)
+    assert line.pop("wall_s") >= 0
+    assert line == {"kind": "eval", "step": 5, "val_loss": 2.5, "perplexity": 12.2}
     assert "val_loss 2.5000" in capsys.readouterr().out
 
 
@@ -305,7 +307,7 @@ def test_tensorboard_reads_what_was_written(tmp_path: Path):
     board.Reload()
     numbers = {f"train/{key}" for key in KEYS if key not in ("kind", "step")}
     numbers |= {"train/model_tflops_per_s", "train/mfu"}
-    assert set(board.Tags()["scalars"]) == numbers | {"eval/val_loss"}
+    assert set(board.Tags()["scalars"]) == numbers | {"eval/val_loss", "eval/wall_s"}
     loss = [(event.step, event.value) for event in board.Scalars("train/loss")]
     assert loss == [(step, pytest.approx(1 / step)) for step in (1, 5, 10, 15, 20)]
     assert [event.value for event in board.Scalars("train/mfu")] == [0.5] * 5
