@@ -7,6 +7,7 @@ Scripted(rank=1, size=4)       rank 1 of four of which no other exists
 """
 
 import pickle
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -52,6 +53,10 @@ def on_ranks(size: int, work: Callable[["ThreadGroup"], T]) -> list[T]:
         thread.start()
     for thread in threads:
         thread.join()
+    # Whether torch compiles is a switch of the process. Ranks turn it off for a while (cut/compiling.py), one after the
+    # other, and turn it on again in the same order; but what the second one found was off.
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.set_stance("default")
     if failures:
         raise failures[0]
     return [results[rank] for rank in range(size)]

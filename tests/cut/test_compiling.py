@@ -1,12 +1,14 @@
 """torch.compile: the same numbers as eager, gradients that leave block by block, a clear word without a compiler."""
 
+import threading
+
 import pytest
 import torch
 from in_halves import InHalves
-from threads import LateGroup
+from threads import LateGroup, on_ranks
 from tiny import random_tokens, tiny_decoder
 
-from hvdtrain.cut.compiling import CompileClock, check_compiler
+from hvdtrain.cut.compiling import CompileClock, check_compiler, uncompiled
 from hvdtrain.data.batch import Batch
 from hvdtrain.errors import ConfigError
 from hvdtrain.sync import SyncOptions
@@ -44,7 +46,6 @@ def one_step(how: str) -> tuple[float, torch.Tensor, list[str]]:
 def test_compiled_is_eager():
     """Loss and gradient within 1e-5: the same sums in another order."""
     loss, gradient, sent = one_step("none")
-    torch.compiler.reset()  # of what other tests had compiled, nothing would be compiled again
     clock = CompileClock()
     try:
         for how in ("blocks", "model"):
@@ -55,6 +56,28 @@ def test_compiled_is_eager():
             assert clock.seconds > 0
     finally:
         clock.close()
+
+
+def test_ranks_that_are_threads_leave_the_compiler_on():
+    """The second goes into ``uncompiled`` while the first is within: it finds the compiler off, and leaves it so."""
+    from torch._dynamo import eval_frame  # loads the compiler, without which nothing is switched
+
+    first_in, second_in, first_out = (threading.Event() for _ in range(3))
+
+    def first() -> None:
+        with uncompiled():
+            first_in.set()
+            assert second_in.wait(10)
+        first_out.set()
+
+    def second() -> None:
+        assert first_in.wait(10)
+        with uncompiled():
+            second_in.set()
+            assert first_out.wait(10)
+
+    on_ranks(2, lambda group: (first, second)[group.rank]())
+    assert eval_frame._stance.stance == "default"
 
 
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch):
