@@ -5,6 +5,7 @@ Source: Devlin et al. 2018, "BERT".
 Shape letters:  B rows, T positions, D model width, C classes, V vocabulary (padded)
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -68,14 +69,24 @@ class OnEncoder(nn.Module):
 
 
 class Classifier(OnEncoder):
-    """``forward(tokens, lengths) -> logits``, from the first position's state; data prep puts a token there for it."""
+    """``forward(tokens, lengths) -> logits``, from the first position's state; data prep puts a token there for it.
 
-    def __init__(self, options: TransformerOptions, vocab_size: int, classes: int):
+    several: a row may have several of the classes, each yes or no. Then each begins at the probability 1 / classes, by
+    its bias (Lin et al. 2017, "Focal Loss", 3.3): from 1 / 2 the way to the rare ones' no is the shortest through the
+    pooler, which then says the same of all texts, and stays so.
+    """
+
+    def __init__(self, options: TransformerOptions, vocab_size: int, classes: int, several: bool = False):
         super().__init__(options, vocab_size)
-        self.classes = classes
+        self.classes, self._several = classes, several
         self.pooler = nn.Linear(options.width, options.width, bias=options.bias)
         self.dropout = nn.Dropout(options.dropout)
         self.head = nn.Linear(options.width, classes, bias=options.bias)
+
+    def initialise(self, seed: int) -> None:
+        super().initialise(seed)
+        if self._several and self.head.bias is not None and self.classes > 1:
+            nn.init.constant_(self.head.bias, -math.log(self.classes - 1))
 
     def forward(
         self, tokens_BT: torch.Tensor, lengths_B: torch.Tensor, types_BT: torch.Tensor | None = None

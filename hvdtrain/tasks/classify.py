@@ -64,7 +64,7 @@ class Classification(Task[Classifier, LabelBatch]):
         self._options = options
 
     def make_model(self, options: TransformerOptions, manifest: Manifest) -> Classifier:
-        return Classifier(options, manifest.vocab_size, len(manifest.label_names))
+        return Classifier(options, manifest.vocab_size, len(manifest.label_names), manifest.has_several_labels)
 
     def check(self, corpora: Corpora, feed: Feed) -> None:
         check_one_folder(corpora, self)

@@ -186,3 +186,11 @@ def test_what_goes_into_the_first_block_of_bert():
     norm = encoder.embedding_norm
     expected = F.layer_norm(total, (16,), norm.weight, norm.bias, 1e-12)
     torch.testing.assert_close(encoder.embed(tokens, types_BT=types)[0], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_each_of_several_classes_begins_rare():
+    """From 1 / 2 a classifier of 28 labels, most of them rare, ended at the same answer for every text."""
+    for several, probability in ((True, 1 / 28), (False, 0.5)):
+        model = Classifier(TransformerOptions(layers=1, heads=2, width=8, context=4), 10, 28, several)
+        model.initialise(1)
+        assert model.head.bias.sigmoid().tolist() == pytest.approx([probability] * 28)
