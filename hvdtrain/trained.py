@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from hvdtrain.checkpoint.manifest import Progress
+from hvdtrain.checkpoint.parameters import which_weights
 from hvdtrain.checkpoint.reader import Checkpoint, Weights, load
 from hvdtrain.checkpoint.valid import choose_valid
 from hvdtrain.comm.group import Group
@@ -113,10 +114,7 @@ def open_model(run: Run, corpora: Corpora, world: World, group: Group, weights: 
     """
 
     def prepare() -> TrainedModel:
-        has_ema = Checkpoint(run.checkpoint).has_ema
-        if weights == "ema" and not has_ema:
-            raise ConfigError(f"{run.checkpoint} has no averaged weights (ema.decay was 0); take --weights raw")
-        kind: Weights = weights or ("ema" if has_ema else "raw")
+        kind = which_weights(Checkpoint(run.checkpoint), weights)
         device, _ = pick_device(run.config.device, world, group)
         model = make_task(run.config.task).make_model(run.config.model, corpora.manifest)
         adapt(model, run.config.model, run.config.model.lora)

@@ -20,16 +20,10 @@ class Named(Tensors, Protocol):
 
 
 class Parameters:
-    """``Tensors`` of a checkpoint (local). ``weights``: which of them; None asks for the average where there is one.
-
-    Errors: ConfigError where an average is asked for that is not there.
-    """
+    """``Tensors`` of a checkpoint (local). ``weights``, and errors: see ``which_weights``."""
 
     def __init__(self, saved: Checkpoint, weights: Weights | None):
-        self._saved = saved
-        if weights == "ema" and not saved.has_ema:
-            raise ConfigError(f"{saved.folder} has no averaged weights (ema.decay was 0); take --weights raw")
-        self.weights: Weights = weights or ("ema" if saved.has_ema else "raw")
+        self._saved, self.weights = saved, which_weights(saved, weights)
         self.names = [name.removeprefix("model.") for name in saved if name.startswith("model.")]
 
     def whole(self, name: str) -> tuple[torch.Size, torch.dtype]:
@@ -42,6 +36,13 @@ class Parameters:
         """A parameter without an average was not trained."""
         averaged = f"ema.{name}"
         return averaged if self.weights == "ema" and averaged in self._saved else f"model.{name}"
+
+
+def which_weights(saved: Checkpoint, asked: Weights | None) -> Weights:
+    """None: the average where there is one. Errors: ConfigError where one is asked for that is not there."""
+    if asked == "ema" and not saved.has_ema:
+        raise ConfigError(f"{saved.folder} has no averaged weights (ema.decay was 0); take --weights raw")
+    return asked or ("ema" if saved.has_ema else "raw")
 
 
 def without_adapters(parameters: Parameters, shape: TransformerOptions, lora: LoraOptions | None) -> Named:

@@ -1,7 +1,7 @@
 """Texts answered by a trained run, shared by however many ranks there are: what ``generate`` and ``evaluate`` do alike.
 
     open_answering    the run, its model, how its task answers
-    ask               the texts as rows; those that are empty, or too long, counted
+    Answering.rows    the texts as rows; those that are empty, or too long, counted
     Answering.share   this rank's rows, and their answers
 
 Rows of about one length are answered together. These groups are the same on any number of ranks, and so are the

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import nn
 
 from hvdtrain.checkpoint.parameters import Parameters, without_adapters
 from hvdtrain.checkpoint.reader import Checkpoint, Weights
@@ -79,11 +80,10 @@ def _write_adapter(run: Run, parameters: Parameters) -> tuple[Callable[[Path], N
     lora = run.config.model.lora
     if lora is None:
         raise ConfigError(f"--adapter: {run.dir} has no adapters (model.lora); without it all is written")
-    task, manifest = make_task(run.config.task), run.learned_from().corpora.manifest
+    model = _model(run)
     with torch.device("meta"):
-        model = task.make_model(run.config.model, manifest)
         adapt(model, run.config.model, lora)
-    freeze(model, run.config.optim.freeze, lora, task.predicts_tokens)
+    freeze(model, run.config.optim.freeze, lora, make_task(run.config.task).predicts_tokens)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     exported, base = _exported(run), run.config.model.from_
     return lambda folder: write_adapter(folder, exported, parameters, trained, lora, base), "fp32) for peft"
@@ -91,16 +91,20 @@ def _write_adapter(run: Run, parameters: Parameters) -> tuple[Callable[[Path], N
 
 def _exported(run: Run) -> Exported:
     manifest = run.learned_from().corpora.manifest
-    with torch.device("meta"):
-        model = make_task(run.config.task).make_model(run.config.model, manifest)
     return Exported(
-        model=type(model).__name__,
+        model=type(_model(run)).__name__,
         options=run.config.model.shape,
         vocab_size=manifest.vocab_size,
         special_tokens=manifest.special_tokens,
         label_names=manifest.label_names,
         several_labels=manifest.has_several_labels,
     )
+
+
+def _model(run: Run) -> nn.Module:
+    """Without numbers, and without adapters."""
+    with torch.device("meta"):
+        return make_task(run.config.task).make_model(run.config.model, run.learned_from().corpora.manifest)
 
 
 def _check_free(out: Path) -> None:

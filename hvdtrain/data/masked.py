@@ -10,7 +10,6 @@ between two special tokens, as in NVIDIA's BERT scripts, without their second se
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -19,11 +18,12 @@ import torch
 from hvdtrain.data.batch import IGNORE, MaskedBatch
 from hvdtrain.data.loader import Feed, Step
 from hvdtrain.data.masking import Masking
+from hvdtrain.data.packed import TextSource
 from hvdtrain.data.packing import PackSampler
 from hvdtrain.data.sampler import Share, derive_each, even_parts, mix
 from hvdtrain.data.shards import frame_tokens
 from hvdtrain.data.stream import TokenStream
-from hvdtrain.data.windows import Fingerprints, RowSampler
+from hvdtrain.data.windows import RowSampler
 
 _OF_TRAINING, _OF_EVALUATION = 7, 8  # rows of both have keys of their own
 
@@ -92,27 +92,12 @@ class FramedDocuments:
         return self._frame.around(text, lengths)
 
 
-class MaskedSource:
+class MaskedSource(TextSource[MaskedBatch]):
     """Steps of masked rows; their fingerprints hold what is hidden and what stands there instead."""
 
-    steps_per_block = 1
-
     def __init__(self, stream: TokenStream, rows: TextRows, masking: Masking, feed: Feed):
-        self._stream, self._rows, self._masking, self._feed = stream, rows, masking, feed
-        self.rows_per_step = feed.global_batch
-        self.rows_per_epoch = rows.rows_per_epoch
-        self._fingerprints = Fingerprints(feed.context)
-
-    @property
-    def read_through(self) -> list[Path]:
-        return self._stream.read_through
-
-    def block(self, first_row: int, steps: int, number: int) -> list[Step]:
-        rows_per_step, share, steps = self._feed.run_at(first_row, steps)
-        return [self._step(first_row + step * rows_per_step, share, rows_per_step) for step in range(steps)]
-
-    def batches(self, content: list[MaskedBatch], device: torch.device) -> list[MaskedBatch]:
-        return [batch.to(device) for batch in content]
+        super().__init__(stream, rows.rows_per_epoch, feed)
+        self._rows, self._masking = rows, masking
 
     def _step(self, first_row: int, share: Share, rows: int) -> Step:
         first = first_row + share.first
@@ -124,8 +109,7 @@ class MaskedSource:
         batches = []
         for cut in range(0, share.count, share.microbatch):
             part = slice(cut, cut + share.microbatch)
-            batch = masked_batch(tokens[part], targets[part], lengths[part])
-            batches.append(batch.pinned() if self._feed.pin else batch)
+            batches.append(self._pinned(masked_batch(tokens[part], targets[part], lengths[part])))
         return Step(batches, int(total), rows)
 
 

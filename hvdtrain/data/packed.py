@@ -8,11 +8,12 @@ row       # a b c d | # e f | . .            tokens: what stood before each targ
 """
 
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 
-from hvdtrain.data.batch import IGNORE, Batch
+from hvdtrain.data.batch import IGNORE, AnyBatch, Batch
 from hvdtrain.data.corpora import Corpora
 from hvdtrain.data.loader import Feed, Step
 from hvdtrain.data.packing import PackSampler
@@ -20,6 +21,8 @@ from hvdtrain.data.sampler import Share, mix
 from hvdtrain.data.shards import map_shard
 from hvdtrain.data.stream import TokenStream
 from hvdtrain.data.windows import Fingerprints
+
+Made = TypeVar("Made", bound=AnyBatch)
 
 
 def document_lengths(corpora: Corpora) -> np.ndarray:
@@ -33,16 +36,15 @@ def document_lengths(corpora: Corpora) -> np.ndarray:
     )
 
 
-class PackedSource:
-    """Steps of packed rows. end_of_text: what stands before the very first document."""
+class TextSource(Generic[Made]):
+    """Base of those that make rows of text out of a stream, one step at a time."""
 
     steps_per_block = 1
 
-    def __init__(self, stream: TokenStream, sampler: PackSampler, feed: Feed, end_of_text: int):
-        self._stream, self._sampler, self._feed = stream, sampler, feed
-        self._end_of_text = end_of_text
+    def __init__(self, stream: TokenStream, rows_per_epoch: int, feed: Feed):
+        self._stream, self._feed = stream, feed
         self.rows_per_step = feed.global_batch
-        self.rows_per_epoch = sampler.rows_per_epoch
+        self.rows_per_epoch = rows_per_epoch
         self._fingerprints = Fingerprints(feed.context)
 
     @property
@@ -53,8 +55,23 @@ class PackedSource:
         rows_per_step, share, steps = self._feed.run_at(first_row, steps)
         return [self._step(first_row + step * rows_per_step, share, rows_per_step) for step in range(steps)]
 
-    def batches(self, content: list[Batch], device: torch.device) -> list[Batch]:
+    def batches(self, content: list[Made], device: torch.device) -> list[Made]:
         return [batch.to(device) for batch in content]
+
+    def _step(self, first_row: int, share: Share, rows: int) -> Step:
+        """This rank's share of a step of ``rows`` rows, which begins with ``first_row`` since the run began."""
+        raise NotImplementedError
+
+    def _pinned(self, batch: Made) -> Made:
+        return batch.pinned() if self._feed.pin else batch
+
+
+class PackedSource(TextSource[Batch]):
+    """Steps of packed rows. end_of_text: what stands before the very first document."""
+
+    def __init__(self, stream: TokenStream, sampler: PackSampler, feed: Feed, end_of_text: int):
+        super().__init__(stream, sampler.rows_per_epoch, feed)
+        self._sampler, self._end_of_text = sampler, end_of_text
 
     def _step(self, first_row: int, share: Share, rows: int) -> Step:
         context = self._feed.context
@@ -87,6 +104,5 @@ class PackedSource:
         batches = []
         for cut in range(0, share.count, share.microbatch):
             x, y, p, s = (values[cut : cut + share.microbatch] for values in whole)
-            batch = Batch(x, y, int((y != IGNORE).sum()), p, s)
-            batches.append(batch.pinned() if self._feed.pin else batch)
+            batches.append(self._pinned(Batch(x, y, int((y != IGNORE).sum()), p, s)))
         return Step(batches, int(total), rows)

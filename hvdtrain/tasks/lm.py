@@ -1,6 +1,5 @@
 """Language-model pretraining: predict the next token."""
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Literal
@@ -16,16 +15,16 @@ from hvdtrain.data.sampler import share_of
 from hvdtrain.data.shards import Manifest, token_dtype
 from hvdtrain.data.stream import TokenStream
 from hvdtrain.data.windows import WindowSource, eval_windows, steps_per_block
-from hvdtrain.errors import ConfigError, DataError
+from hvdtrain.errors import DataError
 from hvdtrain.models.decoder import Decoder
 from hvdtrain.models.losses import LossTerms, linear_cross_entropy
 from hvdtrain.models.options import TransformerOptions
 from hvdtrain.options import Options, option
 from hvdtrain.tasks.answers import Answer, Asked, Row, given_over
-from hvdtrain.tasks.rows import drawn_windows, step_in_words
+from hvdtrain.tasks.rows import check_text, drawn_windows, perplexity_of, step_in_words
 from hvdtrain.tasks.search import Input, search
 from hvdtrain.tasks.search_options import SearchOptions
-from hvdtrain.tasks.task import Evaluation, LossSum, Task, Training, check_kind, check_val
+from hvdtrain.tasks.task import Evaluation, LossSum, Task, Training, check_val
 
 
 class LanguageModelOptions(Options):
@@ -54,10 +53,7 @@ class LanguageModel(Task[Decoder, Batch]):
         return Decoder(options, manifest.vocab_size)
 
     def check(self, corpora: Corpora, feed: Feed) -> None:
-        check_kind(corpora, self)
-        check_val(corpora, "val")
-        if self.rows_are_packed and len(corpora.entries) > 1:
-            raise ConfigError("task.lm.rows=packed takes one folder (data.dir), not data.mixture")
+        check_text(corpora, self)
         share_of(feed.global_batch, feed.microbatch, feed.rank, feed.size)
 
     def open_training(self, corpora: Corpora, feed: Feed) -> Training:
@@ -102,7 +98,7 @@ class LanguageModel(Task[Decoder, Batch]):
 
     def scores(self, sums: list[float]) -> dict[str, float]:
         loss = sums[0] / sums[1]
-        return {"val_loss": loss, "perplexity": math.exp(min(loss, 700.0)), "target_tokens": int(sums[1])}
+        return {"val_loss": loss, "perplexity": perplexity_of(loss), "target_tokens": int(sums[1])}
 
     def answers(self, asked: Asked) -> "Continuations":
         return Continuations(asked)

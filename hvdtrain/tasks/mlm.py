@@ -1,6 +1,5 @@
 """Masked-language-model pretraining: tell what is hidden in a text (Devlin et al. 2018, "BERT")."""
 
-import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Literal
@@ -24,8 +23,8 @@ from hvdtrain.models.encoder import MaskedLanguageModel
 from hvdtrain.models.losses import LossTerms, chunk_rows, linear_cross_entropy
 from hvdtrain.models.options import TransformerOptions
 from hvdtrain.options import option
-from hvdtrain.tasks.rows import drawn_windows, step_in_words
-from hvdtrain.tasks.task import Evaluation, LossSum, Task, Training, check_kind, check_val
+from hvdtrain.tasks.rows import check_text, drawn_windows, perplexity_of, step_in_words
+from hvdtrain.tasks.task import Evaluation, LossSum, Task, Training, check_val
 
 _FRAME = 2  # tokens around the text of a row
 
@@ -54,10 +53,7 @@ class MaskedText(Task[MaskedLanguageModel, MaskedBatch]):
         return MaskedLanguageModel(options, manifest.vocab_size)
 
     def check(self, corpora: Corpora, feed: Feed) -> None:
-        check_kind(corpora, self)
-        check_val(corpora, "val")
-        if self.rows_are_packed and len(corpora.entries) > 1:
-            raise ConfigError("task.mlm.rows=packed takes one folder (data.dir), not data.mixture")
+        check_text(corpora, self)
         if feed.context <= _FRAME:
             raise ConfigError(f"model.context={feed.context} leaves no room for text: [CLS] and [SEP] are of each row")
         share_of(feed.global_batch, feed.microbatch, feed.rank, feed.size)
@@ -131,7 +127,7 @@ class MaskedText(Task[MaskedLanguageModel, MaskedBatch]):
         loss = sums[0] / sums[1]
         return {
             "val_loss": loss,
-            "perplexity": math.exp(min(loss, 700.0)),
+            "perplexity": perplexity_of(loss),
             "masked_accuracy": sums[2] / sums[1],
             "target_tokens": int(sums[1]),
         }

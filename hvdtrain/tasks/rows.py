@@ -1,5 +1,6 @@
 """What tasks share: those on text, and those whose rows have lengths of their own (pairs, labelled texts)."""
 
+import math
 from typing import Any
 
 from hvdtrain.data.bucketed import BucketSource, MakeBatch
@@ -12,6 +13,14 @@ from hvdtrain.data.stream import TokenStream
 from hvdtrain.data.windows import MixedWindows, RowSampler
 from hvdtrain.errors import ConfigError, DataError
 from hvdtrain.tasks.task import Task, Training, check_kind, check_val
+
+
+def check_text(corpora: Corpora, task: Task[Any, Any]) -> None:
+    """Errors: DataError for shards of another kind or without validation; ConfigError for a mixture of packed rows."""
+    check_kind(corpora, task)
+    check_val(corpora, "val")
+    if task.rows_are_packed and len(corpora.entries) > 1:
+        raise ConfigError(f"task.{task.name}.rows=packed takes one folder (data.dir), not data.mixture")
 
 
 def step_in_words(feed: Feed) -> str:
@@ -39,6 +48,11 @@ def drawn_windows(corpora: Corpora, stream: TokenStream, context: int, seed: int
     windows = MixedWindows(samplers, stream.bases, corpora.weights, seed)
     named = zip(corpora.entries, windows.mixture.share, strict=True)
     return windows, ", of " + ", ".join(f"{folder} {share:.1%}" for (folder, _), share in named)
+
+
+def perplexity_of(loss: float) -> float:
+    """Of a loss in nats per token; finite for any."""
+    return math.exp(min(loss, 700.0))
 
 
 def check_one_folder(corpora: Corpora, task: Task[Any, Any]) -> None:

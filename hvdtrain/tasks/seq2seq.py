@@ -1,6 +1,5 @@
 """Translation and summarisation: predict the target from the source (Vaswani et al. 2017)."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -22,7 +21,7 @@ from hvdtrain.models.options import TransformerOptions
 from hvdtrain.models.seq2seq import Seq2Seq
 from hvdtrain.options import Options, option
 from hvdtrain.tasks.answers import Answer, Asked, Row, flags, given_over, open_tokenizer
-from hvdtrain.tasks.rows import bucketed_training, check_one_folder, open_records
+from hvdtrain.tasks.rows import bucketed_training, check_one_folder, open_records, perplexity_of
 from hvdtrain.tasks.search import Input, search
 from hvdtrain.tasks.search_options import SearchOptions
 from hvdtrain.tasks.task import Evaluation, LossSum, Task, Training
@@ -111,7 +110,7 @@ class SequenceToSequence(Task[Seq2Seq, PairBatch]):
         loss = sums[0] / sums[1]
         return {
             "val_loss": loss,
-            "perplexity": math.exp(min(loss, 700.0)),
+            "perplexity": perplexity_of(loss),
             "token_accuracy": sums[2] / sums[1],
             "target_tokens": int(sums[1]),
             **({} if self._decoded is None else self._decoded.compare.scores(sums[3:])),
