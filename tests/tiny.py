@@ -166,6 +166,7 @@ class Held:
 
     def __init__(self, model: nn.Module):
         self._tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        self.names = list(self._tensors)
 
     def whole(self, name: str) -> tuple[torch.Size, torch.dtype]:
         return self._tensors[name].shape, self._tensors[name].dtype

@@ -16,11 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import table
-from shakespeare import run
+from running import PYTHON, RANKS, run
 
 DATA = Path(os.environ.get("DATA", Path(__file__).parents[3] / "shared/data"))
-PYTHON = [sys.executable, "-m"]
-RANKS = ["mpirun", "-np", "2", "--bind-to", "none"]
 COMMON = ("precision=bf16", "optim.layer_decay=0.9", "optim.beta2=0.999", "schedule.name=linear", "eval.every=0")
 
 

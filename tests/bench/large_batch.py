@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import table
-from shakespeare import SOURCE, run
+from running import run
+from shakespeare import SOURCE
 
 BASE = 12
 BATCHES = (48, 96, 192)

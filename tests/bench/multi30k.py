@@ -17,7 +17,7 @@ from typing import Any
 
 import matplotlib
 import table
-from shakespeare import run
+from running import PYTHON, RANKS, run
 
 SOURCE = Path(os.environ.get("MULTI30K", Path(__file__).parents[3] / "shared/data/multi30k-en-fr"))
 MINUTES = float(os.environ.get("MINUTES", "20"))
@@ -28,8 +28,6 @@ SCHEDULE = (
     *("precision=bf16", "train.steps=7000", "train.global_tokens=2048", "model.dropout=0.2", "optim.clip_norm=1.0"),
     *("optim.lr=3e-3", "schedule.name=cosine", "schedule.warmup_steps=1000", "eval.every=500", "checkpoint.every=250"),
 )
-PYTHON = [sys.executable, "-m"]
-RANKS = ["mpirun", "-np", "2", "--bind-to", "none"]
 
 
 def main() -> None:

@@ -6,14 +6,12 @@ make bench BENCH=puzzles        (STEPS=1500)
 import json
 import os
 import random
-import subprocess
-import sys
 import tempfile
-import time
 from collections import Counter
 from pathlib import Path
 
 import table
+from running import PYTHON, RANKS, run
 
 STEPS, LETTERS, LONGEST = int(os.environ.get("STEPS", "1500")), "abcdefgh", 8
 PUZZLES = {"copy": lambda text: text, "reverse": lambda text: text[::-1], "sort": lambda text: "".join(sorted(text))}
@@ -48,29 +46,23 @@ def write(folder: Path) -> list[tuple[str, str]]:
 
 
 def main() -> None:
-    hvdtrain, data_prep = ([sys.executable, "-m", name] for name in ("hvdtrain", "data_prep"))
-    two = ["mpirun", "-np", "2", "--bind-to", "none"]
-
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-
-        def run(*words: object) -> float:
-            began_s = time.perf_counter()
-            done = subprocess.run([*map(str, words)], cwd=folder, text=True, capture_output=True, timeout=1800)
-            if done.returncode:
-                sys.exit(f"{words} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-            return time.perf_counter() - began_s
-
         tests = write(folder)
-        words = ("--kind", "char", "--special", "bos", "pad", "--out", "t.json")
-        run(*data_prep, "tokenizer", "--input", "train.in", "train.out", *words)
-        files = ("--source", "train.in", "--target", "train.out", "--val-source", "val.in", "--val-target", "val.out")
-        run(*data_prep, "pairs", *files, "--tokenizer", "t.json", "--out", "data")
-        recipe = (RECIPE, "data.dir=data", f"train.steps={STEPS}", *MODEL, *TRAIN)
-        train_s = run(*two, *hvdtrain, "train", *recipe, "--run-dir", "run")
-        answer_s = run(
-            *two, *hvdtrain, "generate", "run", "--input", "test.in", "--output", "answers", "--temperature", 0
-        )
+
+        def at(*names: str) -> list[str]:
+            return [str(folder / name) for name in names]
+
+        words = ["--kind", "char", "--special", "bos", "pad", "--out", *at("t.json")]
+        run([*PYTHON, "data_prep", "tokenizer", "--input", *at("train.in", "train.out"), *words])
+        sides = {"--source": "train.in", "--target": "train.out", "--val-source": "val.in", "--val-target": "val.out"}
+        files = [word for flag, file in sides.items() for word in (flag, *at(file))]
+        run([*PYTHON, "data_prep", "pairs", *files, "--tokenizer", *at("t.json"), "--out", *at("data")])
+        hvdtrain = [*RANKS, *PYTHON, "hvdtrain"]
+        recipe = [RECIPE, f"data.dir={folder}/data", f"train.steps={STEPS}", *MODEL, *TRAIN]
+        train_s, _ = run([*hvdtrain, "train", *recipe, "--run-dir", *at("run")])
+        asked = ["--input", *at("test.in"), "--output", *at("answers"), "--temperature", "0"]
+        answer_s, _ = run([*hvdtrain, "generate", *at("run"), *asked])
         found = (folder / "answers").read_text().splitlines()
         loss = json.loads((folder / "run" / "summary.json").read_text())["val_loss"]
     asked, right = Counter(puzzle for puzzle, _ in tests), Counter()

@@ -7,45 +7,32 @@ import json
 import os
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import table
+from running import PYTHON, RANKS, run
 
 STEPS = 2000
 SOURCE = Path(os.environ.get("SHAKESPEARE", Path(__file__).parents[3] / "shared/data/tinyshakespeare.txt"))
 
 
-def run(command: list[str], threads: int | None = None) -> tuple[float, str]:
-    """Wall seconds and output of one command; stops the benchmark where it fails."""
-    env = dict(os.environ) | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
-    started = time.perf_counter()
-    done = subprocess.run(command, env=env, text=True, capture_output=True, timeout=1800)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    return time.perf_counter() - started, done.stdout
-
-
 def main() -> None:
     if not SOURCE.exists():
         sys.exit(f"needs tinyshakespeare.txt; set SHAKESPEARE=path (not at {SOURCE})")
-    python, module = [sys.executable], [sys.executable, "-m"]
     with tempfile.TemporaryDirectory() as folder:
         tokenizer, data = f"{folder}/tokenizer.json", f"{folder}/data"
         source = ["--input", str(SOURCE)]
-        run([*module, "data_prep", "tokenizer", *source, "--kind", "char", "--out", tokenizer])
+        run([*PYTHON, "data_prep", "tokenizer", *source, "--kind", "char", "--out", tokenizer])
         split = ["--val-split", "tail", "--val-fraction", "0.1"]
-        run([*module, "data_prep", "text", *source, "--tokenizer", tokenizer, *split, "--out", data])
-        train = [*module, "hvdtrain", "train", "shakespeare-char", f"data.dir={data}", f"train.steps={STEPS}"]
-        mpirun = ["mpirun", "-np", "2", "--bind-to", "none"]
-        plain = [*python, str(Path(__file__).parent / "ways/plain_gpt.py"), str(SOURCE), str(STEPS)]
+        run([*PYTHON, "data_prep", "text", *source, "--tokenizer", tokenizer, *split, "--out", data])
+        train = [*PYTHON, "hvdtrain", "train", "shakespeare-char", f"data.dir={data}", f"train.steps={STEPS}"]
+        plain = [sys.executable, str(Path(__file__).parent / "ways/plain_gpt.py"), str(SOURCE), str(STEPS)]
         seconds: dict[str, list[float]] = {}
         losses: dict[str, float] = {}
         for number in range(int(os.environ.get("ROUNDS", "2"))):
-            for name, launcher in {"1 rank x 2 threads": [], "2 ranks x 1 thread": mpirun}.items():
+            for name, launcher in {"1 rank x 2 threads": [], "2 ranks x 1 thread": RANKS}.items():
                 wall_s, output = run(plain, threads=2)
                 seconds.setdefault("plain PyTorch, 2 threads", []).append(wall_s)
                 losses["plain PyTorch, 2 threads"] = float(re.findall(r"val_loss (\S+)", output)[-1])

@@ -14,14 +14,12 @@ import tempfile
 from pathlib import Path
 
 import table
-from shakespeare import run
+from running import PYTHON, RANKS, run
 
 from hvdtrain.tasks.text_scores import TextScores
 
 SOURCE = Path(os.environ.get("SCITLDR", Path(__file__).parents[3] / "shared/data/scitldr"))
 MODEL = os.environ.get("MODEL", "")
-PYTHON = [sys.executable, "-m"]
-RANKS = ["mpirun", "-np", "2", "--bind-to", "none"]
 NAMES = ("rouge1", "rouge2", "rougeL")
 
 

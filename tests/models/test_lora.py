@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from tiny import tiny_decoder
+from tiny import Held, tiny_decoder
 from torch import nn
 
 from hvdtrain.errors import ConfigError
@@ -17,19 +17,12 @@ TOKENS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
 GATED = {"activation": "swiglu", "norm": "rmsnorm", "positions": "rotary", "kv_heads": 1, "bias": False}
 
 
-class Held:
-    """``Tensors`` of a model."""
-
-    def __init__(self, model: nn.Module):
-        self.tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
-        self.names = list(self.tensors)
-
-    def whole(self, name: str) -> tuple[torch.Size, torch.dtype]:
-        return self.tensors[name].shape, self.tensors[name].dtype
+class HeldWhole(Held):
+    """Of which nobody asks for a part: an adapter is added to a whole weight."""
 
     def read(self, name: str, places: Sequence[Rect] | None = None) -> torch.Tensor:
         assert places is None
-        return self.tensors[name]
+        return super().read(name)
 
 
 def adapted(options: LoraOptions, seed: int = 3, random: bool = True, **shape) -> nn.Module:
@@ -85,7 +78,7 @@ def test_dropout_is_of_what_goes_into_the_adapters_alone():
 def test_merged_weights_compute_what_the_adapters_did(shape: dict, targets: str):
     options = LoraOptions(rank=3, targets=targets)
     model = adapted(options, **shape)
-    merged = Merged(held := Held(model), held.names, model.options, options)
+    merged = Merged(held := HeldWhole(model), held.names, model.options, options)
     plain = tiny_decoder(seed=9, **shape)
     assert merged.names == [name for name, _ in plain.named_parameters()]
     with torch.no_grad():
@@ -98,7 +91,7 @@ def test_merged_weights_compute_what_the_adapters_did(shape: dict, targets: str)
 def test_pieces_of_merged_weights_are_those_of_the_whole():
     options = LoraOptions()
     model = adapted(options)
-    merged = Merged(held := Held(model), held.names, model.options, options)
+    merged = Merged(held := HeldWhole(model), held.names, model.options, options)
     whole = merged.read("blocks.0.attention.qkv.weight")
     pieces = merged.read("blocks.0.attention.qkv.weight", [Rect((2, 0), (3, 16)), Rect((40, 0), (1, 16))])
     assert torch.equal(pieces, torch.cat([whole[2:5], whole[40:41]]))

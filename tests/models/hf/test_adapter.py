@@ -1,13 +1,12 @@
 """Adapters that peft loads: on transformers' model of the same base they give our logits."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
-from torch import nn
+from tiny import Held
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from hvdtrain.models.decoder import Decoder
@@ -17,7 +16,6 @@ from hvdtrain.models.hf.adapter import write_adapter
 from hvdtrain.models.hf.writing import Exported, Writer
 from hvdtrain.models.lora import LoraOptions, adapt, initialise_adapters
 from hvdtrain.models.options import TransformerOptions
-from hvdtrain.slices import Rect, whole_rect
 
 # peft asks transformers for what its next major version calls otherwise
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -27,22 +25,6 @@ GPT2 = TransformerOptions(preset="gpt2", **SMALL)
 LLAMA = TransformerOptions(preset="llama", kv_heads=2, **SMALL)
 BERT = TransformerOptions(preset="bert", **SMALL)
 TOKENS = torch.randint(0, VOCABULARY, (3, 9), generator=torch.Generator().manual_seed(1))
-
-
-class Held:
-    """``Tensors`` of a model."""
-
-    def __init__(self, model: nn.Module):
-        self.tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
-        self.names = list(self.tensors)
-
-    def whole(self, name: str) -> tuple[torch.Size, torch.dtype]:
-        return self.tensors[name].shape, self.tensors[name].dtype
-
-    def read(self, name: str, places: Sequence[Rect] | None = None) -> torch.Tensor:
-        found = self.tensors[name]
-        places = places or [whole_rect(found.shape)]
-        return torch.cat([found[place.index_in(whole_rect(found.shape))] for place in places])
 
 
 def written(tmp_path: Path, model: Any, options: TransformerOptions, lora: LoraOptions, labels: tuple[str, ...]) -> Any:
