@@ -20,6 +20,8 @@ from pydantic_core import PydanticUndefined
 
 from hvdtrain.checkpoint.origin import ModelOptions, model_under
 from hvdtrain.checkpoint.writer import CheckpointOptions
+from hvdtrain.comm.mesh import MeshOptions
+from hvdtrain.cut.options import CutOptions
 from hvdtrain.data.corpora import DataOptions
 from hvdtrain.errors import ConfigError
 from hvdtrain.files import read_text
@@ -78,6 +80,8 @@ class RunConfig(Options):
     scaling: ScalingOptions = ScalingOptions()
     guard: GuardOptions = GuardOptions()
     ema: EmaOptions = EmaOptions()
+    mesh: MeshOptions = MeshOptions()
+    cut: CutOptions = CutOptions()
     sync: SyncOptions = SyncOptions()
     stop: StopOptions = StopOptions()
     watchdog: WatchdogOptions = WatchdogOptions()
@@ -88,7 +92,7 @@ class RunConfig(Options):
         """
         whole = flatten(self.model_dump())
         may_change = re.compile(
-            r"device|tf32|compile|model\.(from|from_weights)|task\.\w+\.(scores|search\..*)|train\.(steps|tokens|epochs|microbatch)|(data|eval|checkpoint|metrics|sync|recompute|ema|stop|watchdog)\..*"
+            r"device|tf32|compile|model\.(from|from_weights)|task\.\w+\.(scores|search\..*)|train\.(steps|tokens|epochs|microbatch)|(data|eval|checkpoint|metrics|mesh|cut|sync|recompute|ema|stop|watchdog)\..*"
         )
         return {key: value for key, value in whole.items() if not may_change.fullmatch(key)}
 

@@ -22,7 +22,7 @@ from hvdtrain.checkpoint.reader import load
 from hvdtrain.checkpoint.retention import Score, steps_saved
 from hvdtrain.checkpoint.start import find_start, moved_rate
 from hvdtrain.comm.group import Group
-from hvdtrain.comm.mesh import Mesh, sum_over_replica, whole_replicas
+from hvdtrain.comm.mesh import Mesh, make_mesh, sum_over_replica
 from hvdtrain.comm.world import World
 from hvdtrain.config import RunConfig, dump_yaml
 from hvdtrain.cut import make_replica
@@ -157,7 +157,7 @@ class OpenRun:
 def open_run(asked: Asked, world: World, group: Group, claim: Claim, signals: StopSignals | None) -> OpenRun:
     """Everything that can be wrong with the input is found here, on all ranks, before the first step (collective)."""
     recipe, run_dir = asked.recipe, asked.run_dir
-    mesh, is_main = whole_replicas(group), group.rank == 0
+    mesh, is_main = make_mesh(group, recipe.mesh), group.rank == 0
     config = group.together(lambda: sizing.sized(recipe, group.size))
     stopping = group.together(lambda: Stopping(run_dir, config.stop, is_main, signals))
     cores = take_cores(group)

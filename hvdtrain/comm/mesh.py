@@ -1,11 +1,17 @@
 """The grid in which the ranks of a run stand: who shares a replica, and who holds the same of it.
 
-              replica 0   replica 1   replica 2
-    place 0   rank 0      rank 2      rank 4      <- replica: the same place in every replica; gradients add up here
-    place 1   rank 1      rank 3      rank 5
-              own of 0..1                          one replica: where a model that is cut talks to itself
+    mesh.pipeline=2 mesh.tensor=2, 8 ranks
+                        replica 0   replica 1
+    stage 0, part 0     rank 0      rank 4      <- replica: the same place in every replica; gradients add up here
+             part 1     rank 1      rank 5
+    stage 1, part 0     rank 2      rank 6
+             part 1     rank 3      rank 7
+                        own of 0..3             one replica: where a model that is cut talks to itself
 
-Each axis is a ``Group``, seen from this rank. A replica that is whole on its rank has one place.
+    tensor   ranks 0, 1: each has its part of every layer of stage 0     neighbours, so that they share a node
+    pipe     ranks 0, 2: each has its stage of part 0
+
+A replica that is whole on its rank has one place.
 """
 
 from collections.abc import Callable
@@ -13,21 +19,34 @@ from dataclasses import dataclass
 
 import torch
 
+from hvdtrain.comm.axis import Axis, LocalAxis
 from hvdtrain.comm.group import Group
-from hvdtrain.comm.local_group import LocalGroup
+from hvdtrain.errors import ConfigError
+from hvdtrain.options import Options, option
+
+
+class MeshOptions(Options):
+    tensor: int = option(1, "ranks over which each layer of a replica is spread, by heads and columns", ge=1)
+    pipeline: int = option(1, "ranks that hold a replica's layers, one stage after another", ge=1)
+
+    @property
+    def ranks(self) -> int:
+        """Of one replica."""
+        return self.tensor * self.pipeline
 
 
 @dataclass(frozen=True)
 class Mesh:
     """world: all ranks. replica: the same place in every replica. own: this rank's replica, whose axes are ``tensor``
-    (ranks that share each layer) and ``pipe`` (ranks that follow one another).
+    (ranks that share each layer) and ``pipe`` (ranks that follow one another); a rank of ``own`` is
+    ``pipe.rank * tensor.size + tensor.rank``.
     """
 
     world: Group
     replica: Group
-    own: Group
-    tensor: Group
-    pipe: Group
+    own: Axis
+    tensor: Axis
+    pipe: Axis
 
     @property
     def number(self) -> int:
@@ -39,15 +58,35 @@ class Mesh:
         """How many share the data."""
         return self.replica.size
 
+    @property
+    def speaks(self) -> bool:
+        """Is this the rank that says what all ranks of its replica know alike?"""
+        return self.own.rank == 0
+
+    def holders(self, stages: frozenset[int], all_parts: bool = False) -> Group:
+        """The ranks whose gradients of a tensor add up, where more than ``replica`` hold it: those of ``stages`` that
+        are on this rank's part of the tensor axis, or on all parts; in every replica.
+
+        Collective over the world where it is asked for a set for the first time, in the same order on all ranks.
+        """
+        if stages == {self.pipe.rank} and (not all_parts or self.tensor.size == 1):
+            return self.replica
+        raise NotImplementedError
+
 
 def whole_replicas(world: Group) -> Mesh:
     """The mesh in which every rank holds a replica of its own (local)."""
-    alone = LocalGroup()
+    alone = LocalAxis()
     return Mesh(world, replica=world, own=alone, tensor=alone, pipe=alone)
+
+
+def make_mesh(world: Group, options: MeshOptions) -> Mesh:
+    """The mesh that ``options`` ask for (collective). Errors: ConfigError where it does not divide the ranks."""
+    if options.ranks == 1:
+        return whole_replicas(world)
+    raise ConfigError(f"mesh.tensor={options.tensor}, mesh.pipeline={options.pipeline}: nobody cuts a model yet")
 
 
 def sum_over_replica(mesh: Mesh) -> Callable[[torch.Tensor], torch.Tensor] | None:
     """Sums a number over the ranks of this rank's replica, in place; None where the replica is whole (local)."""
-    if mesh.own.size == 1:
-        return None
-    return lambda number: mesh.own.all_reduce_sum(number, "hvdtrain.replica")
+    return None if mesh.own.size == 1 else mesh.own.sum
