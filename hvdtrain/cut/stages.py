@@ -1,0 +1,60 @@
+"""Which pieces of a model each stage of a pipeline has, so that the slowest stage is as fast as it can be.
+
+    pieces   embed  attention  feed_forward  attention  feed_forward  end       costs  0 1 2 1 2 3
+    stages   [------------ 0 ------------]   [---- 1 ----]  -> 3, 6             balance of 2 stages  4.5 / 5 = .9
+
+A model's pieces follow one another, and may be parted between attention and feed-forward too.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+from hvdtrain.errors import ConfigError
+
+
+def divide(costs: Sequence[float], stages: int) -> list[range]:
+    """The pieces of each stage, in order: the cost of the dearest stage is the least that there is. Every stage has a
+    piece that costs something.
+
+    Of the ways that are as good it takes the one with the lightest first stages, which keep most activations.
+
+    Errors: ConfigError where there are more stages than pieces that cost something.
+    """
+    most = sum(cost > 0 for cost in costs)
+    if stages > most:
+        raise ConfigError(
+            f"mesh.pipeline times cut.stages_per_rank makes {stages} stages, but the model can be cut into {most} "
+            f"at most (between attention and feed-forward parts); choose at most {most}"
+        )
+    limits = sorted({total for end in range(1, len(costs) + 1) for total in accumulate(reversed(costs[:end]))})
+    low, high = 0, len(limits) - 1
+    while low < high:
+        middle = (low + high) // 2
+        if len(_from_the_end(costs, limits[middle], stages)) <= stages:
+            high = middle
+        else:
+            low = middle + 1
+    return _from_the_end(costs, limits[low], stages)
+
+
+def balance(costs: Sequence[float], stages: Sequence[range]) -> float:
+    """Mean cost of a stage over that of the dearest: 1 where all are alike."""
+    sums = [sum(costs[piece] for piece in stage) for stage in stages]
+    return sum(sums) / len(sums) / max(sums)
+
+
+def _from_the_end(costs: Sequence[float], limit: float, stages: int) -> list[range]:
+    """Stages of at most ``limit``, where it can be, each as long as it can be: the last is filled first. Where that
+    would be fewer than ``stages``, the first ones have one costly piece each.
+    """
+    costly_until = list(accumulate(cost > 0 for cost in costs))
+    found: list[range] = []
+    end, total = len(costs), 0.0
+    for piece in reversed(range(len(costs))):
+        is_full = total + costs[piece] > limit
+        is_needed = 0 < costly_until[piece] < stages - len(found)  # a stage for each of those that are left
+        if costs[piece] > 0 and total > 0 and (is_full or is_needed):
+            found.append(range(piece + 1, end))
+            end, total = piece + 1, 0.0
+        total = costs[piece] + total
+    return [range(end), *reversed(found)]

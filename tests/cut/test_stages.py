@@ -1,0 +1,57 @@
+"""Pieces over stages: the slowest stage is as fast as it can be."""
+
+from itertools import combinations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hvdtrain.cut.stages import balance, divide
+from hvdtrain.errors import ConfigError
+
+
+def slowest(costs: list[int], stages: list[range]) -> int:
+    return max(sum(costs[piece] for piece in stage) for stage in stages)
+
+
+def best_of_all(costs: list[int], stages: int) -> int:
+    """By trying every way."""
+    ways = combinations(range(1, len(costs)), stages - 1)
+    return min(
+        slowest(costs, [range(a, b) for a, b in zip((0, *cuts), (*cuts, len(costs)), strict=True)]) for cuts in ways
+    )
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=9), st.integers(1, 5))
+def test_no_other_division_has_a_faster_slowest_stage(costs, stages):
+    if stages > sum(cost > 0 for cost in costs):
+        return
+    found = divide(costs, stages)
+    assert slowest(costs, found) == best_of_all(costs, stages)
+    assert [piece for stage in found for piece in stage] == list(range(len(costs))), "each piece once, in order"
+    assert len(found) == stages
+    assert all(any(costs[piece] for piece in stage) for stage in found), "a stage has nothing to do"
+
+
+@given(st.lists(st.floats(0.001, 1), min_size=6, max_size=40))
+def test_measured_costs_are_divided_like_counted_ones(costs):
+    assert len(divide(costs, 6)) == 6
+    assert slowest(costs, divide(costs, 6)) <= slowest(costs, divide(costs, 5))
+
+
+def test_stages_are_parted_between_attention_and_feed_forward():
+    # Six blocks of attention 1 and feed-forward 2, and a head of two thirds of a block.
+    costs = [0, *[1, 2] * 6, 2]
+    assert balance(costs, divide(costs, 2)) == 1.0
+    assert divide(costs, 2) == [range(8), range(8, 14)], "the cut is between the parts of the fourth block"
+    whole_blocks = [range(7), range(7, 14)]
+    assert balance(costs, whole_blocks) == 10 / 11
+
+
+def test_the_first_stages_are_the_lightest_of_equal_ways():
+    assert divide([1, 1, 1, 1, 1], 2) == [range(2), range(2, 5)]
+
+
+def test_more_stages_than_pieces_are_refused_with_the_most_that_works():
+    with pytest.raises(ConfigError, match="makes 6 stages, but the model can be cut into 5 at most"):
+        divide([0, 1, 2, 1, 2, 3], 6)
