@@ -86,16 +86,17 @@ def _train(parser: argparse.ArgumentParser) -> Run:
 
             if not elastic_rank.in_round():
                 return elastic.supervise(words.run_dir or Path("runs") / Path(words.recipe).stem, words.resume)
+        asked = words.recipe, words.overrides, words.run_dir
         launcher = None if words.elastic else Launcher(world)  # elastic ranks end with their worker
         if launcher is not None:
             launcher.outlast()
         with StopSignals(launcher) as signals:
             from hvdtrain.train import train  # which loads torch, for seconds
 
-            if words.elastic and (place := elastic_rank.enter(words.recipe, words.overrides, world)) is None:
+            if words.elastic and (place := elastic_rank.enter(*asked, words.resume, world)) is None:
                 return EXIT_OK  # one rank too many
             world = place if words.elastic else world
-            result = train(words.recipe, words.overrides, words.run_dir, words.resume, world, words.timeline, signals)
+            result = train(*asked, words.resume, world, words.timeline, signals)
             if words.elastic and result["status"] == "stopped":
                 elastic_rank.tell_stopped(result["reason"], signals.got(signal.SIGTERM))
             # The launcher ends the others as soon as the first has left; let each leave with its own exit code.
@@ -227,7 +228,8 @@ def _plan(parser: argparse.ArgumentParser) -> Run:
     def run(words: argparse.Namespace, world: World) -> int:
         from hvdtrain.planner.estimate import plan
 
-        print(plan(words.recipe, words.overrides, words.ranks, words.ranks_per_node, words.vocab_size, words.json))
+        ranks = words.ranks, words.ranks_per_node
+        print(plan(words.recipe, words.overrides, *ranks, words.vocab_size, words.json, words.run_dir))
         return EXIT_OK
 
     return run
@@ -247,6 +249,7 @@ def _sweep(parser: argparse.ArgumentParser) -> Run:
 
     def run(words: argparse.Namespace, world: World) -> int:
         from hvdtrain.jobs.sweep import sweep
+    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="of a run that goes on (default: runs/RECIPE)")
 
         return sweep(words.recipe, words.overrides, words.vary, words.out, words.launcher, words.point, world)
 
@@ -346,10 +349,11 @@ def _preflight(words: argparse.Namespace, world: World) -> int:
 
     data, stage = words.data, words.stage
     if words.recipe:
-        from hvdtrain.config import load_config
+        from hvdtrain.config import load_config, run_folders
         from hvdtrain.data.corpora import folders_of
 
-        options = load_config(words.recipe[0], words.recipe[1:]).data
+        recipe, *overrides = words.recipe
+        options = load_config(recipe, overrides, run_folders(recipe, words.run_dir)).data
         data = data or folders_of(options)
         stage = stage or (Path(options.stage) if options.stage else None)
     inspection = Inspection(

@@ -122,10 +122,16 @@ def recipe_text(recipe: str) -> str:
     return (resources.files("hvdtrain") / "recipes" / f"{recipe}.yaml").read_text(encoding="utf-8")
 
 
+def run_folders(recipe: str, run_dir: Path | None = None, resume: str = "auto") -> list[Path]:
+    """Where a run of the recipe is kept (default: ``runs/RECIPE``), and the other run that ``resume`` may name."""
+    kept = run_dir or Path("runs") / Path(recipe).stem
+    return [kept] if resume in ("auto", "never") else [kept, Path(resume)]
+
+
 def load_config(recipe: str, overrides: Sequence[str] = (), run_dirs: Sequence[Path] = ()) -> RunConfig:
     """A recipe's settings with ``key=value`` overrides on top, and under both the shape that ``model.from`` brings.
 
-    run_dirs: of a run that may go on; see ``model_under``.
+    run_dirs: of a run that may go on (see ``run_folders``): it knows what ``model.from`` brought.
     Errors: ConfigError, one message for all that is wrong; CheckpointError for a ``model.from`` that cannot be read.
     """
     tree = parse_yaml(recipe_text(recipe), f"recipe {recipe}")

@@ -9,7 +9,7 @@ from hvdtrain.checkpoint.saver import Saver
 from hvdtrain.comm.session import open_group
 from hvdtrain.comm.silence import other_hosts
 from hvdtrain.comm.world import World
-from hvdtrain.config import flatten, load_config
+from hvdtrain.config import flatten, load_config, run_folders
 from hvdtrain.data.loader import TrainLoader
 from hvdtrain.engine import Engine
 from hvdtrain.errors import EXIT_STOPPED_EARLY
@@ -40,9 +40,8 @@ def train(
     timeline: file for a record of every collective; None: no record.
     """
     with open_group(world, timeline is not None) as group:
-        run_dir = run_dir or Path("runs") / Path(recipe).stem
-        folders = [run_dir] if resume in ("auto", "never") else [run_dir, Path(resume)]
-        config = group.together(lambda: load_config(recipe, overrides, folders))
+        folders = run_folders(recipe, run_dir, resume)
+        run_dir, config = folders[0], group.together(lambda: load_config(recipe, overrides, folders))
         group.agree(flatten(config.model_dump()), "the configuration")
         asked = Asked([recipe, *overrides], config, run_dir, resume, timeline)
         with (

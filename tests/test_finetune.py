@@ -12,6 +12,7 @@ from checkpoints import assert_equal, tensors_in
 from launch import Done, Prepared, launch_rows, succeed, summary
 
 from hvdtrain.checkpoint.origin import open_origin
+from hvdtrain.jobs.elastic_rank import main as nodes_that_share
 
 LAYERS = {"layers": 2, "heads": 2, "width": 32, "context": 16}  # of the run that is begun from
 KINDS = {
@@ -72,6 +73,25 @@ def test_a_run_that_goes_on_is_the_unbroken_run_and_needs_its_folder_no_more(run
     whole, half = summary(runs / kind), summary(runs / f"{kind}-half")
     assert half["val_loss"] == whole["val_loss"]
     assert half["from"] == whole["from"]
+
+
+def test_what_looks_at_a_run_before_it_goes_on_needs_its_folder_no_more(
+    runs: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Its config.yaml knows the shape. In a folder of its own nothing does, and the run would not begin."""
+    asked = [recipe, f"model.from={runs / 'base'}", *KINDS["lora"]]
+    shutil.copytree(runs / "lora", runs / "swept" / "steps-12")
+    sweep = ["sweep", *asked, "--vary", "train.steps=12", "--out"]
+    rows = [["plan", *asked, "--ranks", "1"], ["submit", *asked, "--nodes", "1", "--dry-run"]]
+    words = [[*row, "--run-dir", runs / name] for name in ("lora-half", "none") for row in rows]
+    found = launch_rows([*words, [*sweep, runs / "none"]])
+    assert [done.exit_code for done in found] == [0, 0, 65, 65, 65], found
+    assert all("base is not there" in done.messages[0] for done in found[2:]), found
+    assert "is finished (12 steps)" in succeed(*sweep, runs / "swept").stdout
+    words = [str(recipe), *map(str, asked[1:])]
+    assert nodes_that_share(["1", "2", str(runs / "lora-half"), *words]) == 0
+    assert nodes_that_share(["1", "2", str(runs / "none"), *words]) == 65
+    assert "base is not there" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,11 +10,12 @@ import os
 import signal
 import sys
 from collections.abc import MutableMapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hvdtrain.comm.ancestors import signal_at_parents_end
 from hvdtrain.comm.world import World
-from hvdtrain.errors import EXIT_CRASH, EXIT_OK, ConfigError, describe, say
+from hvdtrain.errors import EXIT_CRASH, EXIT_OK, CheckpointError, ConfigError, describe, say
 
 if TYPE_CHECKING:
     from hvdtrain.config import RunConfig
@@ -28,19 +29,20 @@ def in_round() -> bool:
     return MARK in os.environ
 
 
-def enter(recipe: str, overrides: Sequence[str], world: World) -> World | None:
+def enter(recipe: str, overrides: Sequence[str], run_dir: Path | None, resume: str, world: World) -> World | None:
     """Begin a round in a training process. Returns its place among the ranks that take part; None: it is one too many,
     and shall end now.
 
-    From here on the process ends when its worker does. Horovod's variables are set for the ranks that take part.
+    recipe ... resume: as ``train`` takes them. From here on the process ends when its worker does. Horovod's variables
+    are set for the ranks that take part.
     Errors: ConfigError where the recipe is wrong, or makes the batch follow the number of ranks (scaling.per_rank).
     """
-    from hvdtrain.config import load_config
+    from hvdtrain.config import load_config, run_folders
 
     mark = json.loads(os.environ[MARK])
     os.set_inheritable(mark["tell"], False)
     _end_with(mark["worker"])
-    count = ranks_that_share(load_config(recipe, overrides), world.size)
+    count = ranks_that_share(load_config(recipe, overrides, run_folders(recipe, run_dir, resume)), world.size)
     if world.rank >= count:
         say(f"elastic: rank {world.rank} waits: of {world.size} ranks {count} can share the batch evenly")
         tell(IDLE)
@@ -111,16 +113,18 @@ def _end_with(worker: int) -> None:
 
 
 def main(words: list[str]) -> int:
-    """``python -m hvdtrain.jobs.elastic_rank RANKS_PER_NODE NODES RECIPE [key=value ...]``, for slurm/elastic.sbatch.
+    """``python -m hvdtrain.jobs.elastic_rank RANKS_PER_NODE NODES RUN_DIR RECIPE [key=value ...]``
 
-    Prints how many of the nodes can share the batch evenly. Returns the exit code.
+    For slurm/elastic.sbatch: prints how many of the nodes can share the batch evenly. Returns the exit code.
     """
     from hvdtrain.config import load_config
 
     try:
         per_node, nodes = int(words[0]), int(words[1])
-        print(ranks_that_share(load_config(words[2], words[3:]), per_node * nodes, per_node) // per_node)
-    except ConfigError as error:
+        print(
+            ranks_that_share(load_config(words[3], words[4:], [Path(words[2])]), per_node * nodes, per_node) // per_node
+        )
+    except (ConfigError, CheckpointError) as error:
         say(describe(error))
         return error.exit_code
     return EXIT_OK

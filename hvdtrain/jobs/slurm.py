@@ -198,7 +198,7 @@ def check(job: Job, template: str) -> list[str]:
             raise ConfigError(f"{name} {word!r} is no name that Slurm takes")
     _check_options(job.options)
     _check_site(job)
-    config, ranks = load_config(job.recipe, job.overrides), ranks_of(job, template)
+    config, ranks = load_config(job.recipe, job.overrides, [job.folder / job.run_dir]), ranks_of(job, template)
     sizing.check_shareable(sizing.sized(config, ranks), ranks)
     if not (config.train.epochs or config.schedule.warmup_epochs):  # those need the data, which may come later
         sizing.scaled(config, ranks, 0)

@@ -56,7 +56,7 @@ def sweep(
     if only is not None and not 0 <= only < len(points):
         raise ConfigError(f"--point {only}: there are {len(points)} points, 0 to {len(points) - 1}")
     for point in points:
-        load_config(recipe, [*overrides, *point.settings])
+        load_config(recipe, [*overrides, *point.settings], [out / point.name])
     codes = []
     for number, point in enumerate(points):
         if only in (None, number):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from hvdtrain import sizing
-from hvdtrain.config import RunConfig, load_config
+from hvdtrain.config import RunConfig, load_config, run_folders
 from hvdtrain.data.corpora import CorpusFacts, open_corpora
 from hvdtrain.data.shards import has_labels
 from hvdtrain.errors import ConfigError, plural
@@ -39,15 +39,17 @@ def plan(
     ranks_per_node: int = 0,
     vocab_size: int = 0,
     as_json: bool = False,
+    run_dir: Path | None = None,
 ) -> str:
     """What ``hvdtrain plan`` prints: a table, or JSON. One process; nothing is trained, no model allocated.
 
-    ranks_per_node: 0: all on one node. vocab_size: of data that are not there yet; 0: the data say it.
+    ranks_per_node: 0: all on one node. vocab_size: of data that are not there yet; 0: the data say it. run_dir: of a
+    run that goes on; None: runs/RECIPE, as in ``train``.
 
     Errors: ConfigError for settings that cannot be, or a vocabulary that nobody has told; DataError for data that are
     damaged or that the task does not read.
     """
-    found = estimate(load_config(recipe, overrides), ranks, ranks_per_node, vocab_size)
+    found = estimate(load_config(recipe, overrides, run_folders(recipe, run_dir)), ranks, ranks_per_node, vocab_size)
     return as_text(recipe, found) if not as_json else json.dumps(as_tree(recipe, found), indent=1)
 
 

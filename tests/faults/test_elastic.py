@@ -358,9 +358,9 @@ def test_ranks_that_can_share_a_batch(prepared: Prepared, settings: list[str], c
 def test_nodes_that_can_share_a_batch(prepared: Prepared, capsys: pytest.CaptureFixture[str]):
     """The batch script asks."""
     for words, nodes in ((["2", "5"], "3"), (["3", "3"], "2"), (["5", "3"], "1"), (["2", "3", "seed=1"], "3")):
-        assert main([*words[:2], str(prepared.recipe), *words[2:]]) == 0
+        assert main([*words[:2], "runs/none", str(prepared.recipe), *words[2:]]) == 0
         assert capsys.readouterr().out == f"{nodes}\n"
-    assert main(["2", "3", str(prepared.recipe), "scaling.per_rank=true"]) == 2
+    assert main(["2", "3", "runs/none", str(prepared.recipe), "scaling.per_rank=true"]) == 2
     assert "ConfigError: scaling.per_rank=true makes the batch" in capsys.readouterr().err
 
 

@@ -42,7 +42,7 @@ def test_all_nodes_are_there(elastic: Job):
     assert elastic.run("demo", "optim.lr=1", "--run-dir", "x", "seed=2", script="elastic") == 0, elastic.log
     assert starts(elastic) == ["--ntasks=4 --ntasks-per-node=2"]
     assert elastic.called("python -m hvdtrain.jobs.elastic_rank") == [
-        "python -m hvdtrain.jobs.elastic_rank 2 2 demo optim.lr=1 seed=2"
+        "python -m hvdtrain.jobs.elastic_rank 2 2 x demo optim.lr=1 seed=2"
     ]
     assert elastic.called("ranks=")[0].startswith("ranks=4 ")
 
