@@ -109,10 +109,7 @@ def _train(parser: argparse.ArgumentParser) -> Run:
 
 def _evaluate(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    parser.add_argument(
-        "--data", type=Path, action="append", default=[], metavar="DIR",
-        help="shards to take instead of the run's own, or where these are now; again for each folder of a mixture",
-    )  # fmt: skip
+    _add_data(parser)
     parser.add_argument("--split", choices=["train", "val", "test"], help="default: val")
     parser.add_argument("--input", type=Path, metavar="FILE", help="instead of a split: texts to answer, one a line")
     parser.add_argument(
@@ -159,6 +156,16 @@ def _generate(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument("--input", type=Path, metavar="FILE", help="texts to answer, one a line")
     parser.add_argument("--output", type=Path, metavar="FILE", help="with --input: an answer a line, in its order")
     parser.add_argument(
+        "--split", choices=["train", "val", "test"],
+        help="instead of --input: questions with ids; --output gets {id: answer}, as SQuAD's official script reads it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--na-probs", type=Path, metavar="FILE",
+        help="with --split: {id: probability that there is no answer} (SQuAD 2.0: --na-prob-thresh 0.5); --output then "
+        "has the best text of each",
+    )  # fmt: skip
+    _add_data(parser)
+    parser.add_argument(
         "--json", action="store_true", help='a JSON object a line: {"answers": [{"text": ..., "score": ...}, ...]}'
     )
     _add_texts(parser)
@@ -167,8 +174,14 @@ def _generate(parser: argparse.ArgumentParser) -> Run:
     def run(words: argparse.Namespace, world: World) -> int:
         from hvdtrain.commands.generate import Lines, generate, generate_file
 
+        if words.split:
+            return _predict(words, world)
         if (words.prompt is None) == (words.input is None) or bool(words.input) != bool(words.output):
-            raise ConfigError("generate takes --prompt TEXT, or --input FILE and --output FILE")
+            raise ConfigError(
+                "generate takes --prompt TEXT, or --input FILE and --output FILE, or --split and --output"
+            )
+        if words.na_probs or words.data:
+            raise ConfigError("--na-probs and --data go with --split")
         choice = _given(words), world, words.weights, words.checkpoint
         if words.input:
             how = words.field, words.json, words.too_long, words.invalid_utf8
@@ -182,6 +195,18 @@ def _generate(parser: argparse.ArgumentParser) -> Run:
         return EXIT_OK
 
     return run
+
+
+def _predict(words: argparse.Namespace, world: World) -> int:
+    from hvdtrain.commands.predictions import Split, predict_split
+
+    if not words.output or words.input or words.prompt is not None:
+        raise ConfigError("--split and --output FILE go together, without --input and --prompt")
+    if words.json or _given(words):
+        raise ConfigError("--split gives the best answer to each question: --json and a search are for --input")
+    split = Split(words.split, words.output, words.na_probs, words.data)
+    predict_split(words.run_dir, split, world, words.weights, words.checkpoint)
+    return EXIT_OK
 
 
 def _average(parser: argparse.ArgumentParser) -> Run:
@@ -223,6 +248,7 @@ def _plan(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument("--ranks", type=int, required=True, metavar="N")
     parser.add_argument("--ranks-per-node", type=int, default=0, metavar="M", help="default: all on one node")
     parser.add_argument("--vocab-size", type=int, default=0, metavar="V", help="of data that are not there yet")
+    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="of a run that goes on (default: runs/RECIPE)")
     parser.add_argument("--json", action="store_true", help="for programs")
 
     def run(words: argparse.Namespace, world: World) -> int:
@@ -249,7 +275,6 @@ def _sweep(parser: argparse.ArgumentParser) -> Run:
 
     def run(words: argparse.Namespace, world: World) -> int:
         from hvdtrain.jobs.sweep import sweep
-    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="of a run that goes on (default: runs/RECIPE)")
 
         return sweep(words.recipe, words.overrides, words.vary, words.out, words.launcher, words.point, world)
 
@@ -437,6 +462,13 @@ class _TrainHelp(argparse.Action):
 def _add_recipe(parser: argparse.ArgumentParser, settings: str) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="name of a built-in recipe, or path of a .yaml file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=settings)
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data", type=Path, action="append", default=[], metavar="DIR",
+        help="shards to take instead of the run's own, or where these are now; again for each folder of a mixture",
+    )  # fmt: skip
 
 
 def _add_choice(parser: argparse.ArgumentParser) -> None:

@@ -103,9 +103,13 @@ def gathered(mine: Mapping[int, Sequence[Answer]], group: Group) -> dict[int, Se
 
 def _check(lines: Lines, given: Mapping[str, Any]) -> None:
     """Before hours of work: may it be written?"""
-    path = lines.output
     if given.get("n_best", 1) > 1 and not lines.json:
         raise ConfigError(f"--n-best {given['n_best']}: a line of text holds one answer; take --json")
+    check_output(lines.output)
+
+
+def check_output(path: Path) -> None:
+    """Errors: ConfigError where there is such a file already; OutputError where its folder cannot be made."""
     if os.path.lexists(path):
         raise ConfigError(f"{path} is there already; remove it, or give another --output FILE")
     try:

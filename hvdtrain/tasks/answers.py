@@ -1,9 +1,9 @@
 """How a trained model answers texts: from a text to tokens, from tokens to what a line of output says."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from pydantic import ValidationError
 
@@ -50,6 +50,33 @@ class Asked:
             return self.tokenizer.encode(text, add_special_tokens=False).ids
         except Exception as error:  # the library raises plain Exception
             raise DataError(f"the run's tokenizer cannot encode {text[:80]!r}: {error}") from None
+
+
+class Prediction(NamedTuple):
+    """What a model answers a question of a split. number: in the split. none: how probable it is that the paragraph has
+    no answer, half at the run's threshold; 0 where all questions have one. text: the best answer all the same.
+    """
+
+    number: int
+    id: str
+    text: str
+    none: float
+
+    @property
+    def decided(self) -> str:
+        """Empty where there is none."""
+        return "" if self.none > 0.5 else self.text
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """This rank's share of a split's questions: ``count`` batches, and what ``answer`` finds in one (local; without
+    autograd).
+    """
+
+    count: int
+    batches: Callable[[], Iterable[Any]]
+    answer: Callable[[Any, Any], Iterable[Prediction]]  # model, batch
 
 
 class Answers(Protocol):

@@ -1,5 +1,6 @@
 """Extractive question answering: the first and the last token of an answer in its paragraph (Devlin et al. 2018)."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Literal
@@ -21,7 +22,7 @@ from hvdtrain.errors import ConfigError, DataError
 from hvdtrain.models.encoder import SpanModel
 from hvdtrain.models.options import TransformerOptions
 from hvdtrain.options import Options, option
-from hvdtrain.tasks.answers import Answer, Asked, Row, refuse_given
+from hvdtrain.tasks.answers import Answer, Asked, Prediction, Predictions, Row, refuse_given
 from hvdtrain.tasks.rows import bucketed_training, check_one_folder, open_records
 from hvdtrain.tasks.span_answers import Answered, answers_of
 from hvdtrain.tasks.squad_scores import Scored, score, squad_scores
@@ -112,6 +113,18 @@ class SpanAnswering(Task[SpanModel, SpanBatch]):
         logits = _logits(model, batch, batch.asked.rows)
         return answers_of(logits, batch, self._options.max_answer_tokens, count)
 
+    def predictions(self, corpora: Corpora, split: str, feed: Feed, rows: int) -> Predictions:
+        batches = self.open_questions(corpora, split, feed, rows)
+        first, count = even_parts(len(batches), feed.size)[feed.rank]
+        some_have_none = batches.some_have_none if batches.told else _may_have_none(corpora.manifest)
+
+        def answer(model: SpanModel, batch: SpanBatch) -> Iterator[Prediction]:
+            for one in self.extract(model, batch, 1):
+                none = _probability(one.null - self._options.null_threshold) if some_have_none else 0.0
+                yield Prediction(one.number, one.question.id, one.text, none)
+
+        return Predictions(count, partial(batches.of, first, count), answer)
+
     def answers(self, asked: Asked) -> "SpanTexts":
         refuse_given(asked.given, self.name)
         return SpanTexts(asked, self, self._options)
@@ -163,7 +176,7 @@ class SpanTexts:
 
     def _told(self, answered: Answered) -> list[Answer]:
         found = [Answer(one.text, one.score) for one in answered.answers]
-        if not found or self._made.get("questions_without_answer"):
+        if not found or _may_have_none(self._asked.manifest):
             none = Answer("", (found[0].score if found else 0.0) + (answered.null if found else 0.0))
             found.insert(0 if not found or answered.null > self._options.null_threshold else len(found), none)
         return found
@@ -192,6 +205,16 @@ class SpanTexts:
     def line(self, answers: Sequence[Answer]) -> str:
         """The best answer; empty where that is none."""
         return answers[0].text
+
+
+def _may_have_none(manifest: Manifest) -> bool:
+    """Had some of the questions that the shards were made of no answer?"""
+    return bool(manifest.source.get("questions_without_answer"))
+
+
+def _probability(null: float) -> float:
+    """Half at 0."""
+    return 1 / (1 + math.exp(-null)) if null > -700 else 0.0
 
 
 def _check_questions(corpora: Corpora) -> None:

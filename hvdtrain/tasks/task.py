@@ -17,7 +17,7 @@ from hvdtrain.data.shards import Manifest
 from hvdtrain.errors import ConfigError, DataError
 from hvdtrain.models.options import TransformerOptions
 from hvdtrain.options import Options
-from hvdtrain.tasks.answers import Answers, Asked
+from hvdtrain.tasks.answers import Answers, Asked, Predictions
 
 Model = TypeVar("Model", bound=nn.Module)
 Read = TypeVar("Read", bound=AnyBatch)
@@ -138,6 +138,10 @@ class Task(Protocol[Model, Read]):
     def answers(self, asked: Asked) -> Answers:
         """How its model answers texts. Errors: ConfigError where it answers none, or not so."""
         raise ConfigError(f"task.name={self.name} answers no texts; `evaluate` scores it on a split")
+
+    def predictions(self, corpora: Corpora, split: str, feed: Feed, rows: int) -> Predictions:
+        """How its model answers the questions of a split, ``rows`` windows a batch. Errors: DataError, ConfigError."""
+        raise ConfigError(f"task.name={self.name}: its splits hold no questions to answer; give --input FILE")
 
     # What the planner asks, which has no data:
 
