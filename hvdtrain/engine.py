@@ -45,8 +45,8 @@ class Engine:
     ):  # fmt: skip
         self.replica, self.sync, self.update, self.mesh, self.ema = replica, sync, update, mesh, ema
         self._seed, self._start = seed, progress or Progress()
-        for number, piece in enumerate(replica.slices):
-            piece.holders.broadcast(piece.tensor.data, 0, f"hvdtrain.start.{number}")
+        for piece in replica.slices:
+            piece.holders.broadcast(piece.tensor.data, 0, f"hvdtrain.start.{piece.name}")
         replica.publish()
         self.noise = NoiseScale(replica.device)
         self.tokens: Any = self._start.tokens  # target tokens since step 0, of all replicas; on the device
@@ -89,7 +89,7 @@ class Engine:
             self.ema.update(step)
         if agreed is not None:
             self.tokens = self.tokens + agreed.weight
-            self.noise.update(agreed.part_square, agreed.part_inverse, agreed.grad_norm**2, agreed.weight)
+            self.noise.update(agreed.part_square, agreed.part_inverse, agreed.whole_square, agreed.weight)
         return agreed
 
     def evaluate(self, batches: Iterable[AnyBatch], task: Task) -> dict[str, float]:

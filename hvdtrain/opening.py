@@ -22,7 +22,7 @@ from hvdtrain.checkpoint.reader import load
 from hvdtrain.checkpoint.retention import Score, steps_saved
 from hvdtrain.checkpoint.start import find_start, moved_rate
 from hvdtrain.comm.group import Group
-from hvdtrain.comm.mesh import Mesh, make_mesh, sum_over_replica
+from hvdtrain.comm.mesh import Mesh, make_mesh
 from hvdtrain.comm.world import World
 from hvdtrain.config import RunConfig, dump_yaml
 from hvdtrain.cut import make_replica
@@ -327,9 +327,7 @@ def open_engine(run: OpenRun) -> Engine:
         if ema is not None and not saved.has_ema:
             run.notes.append(f"{folder} has no averaged weights: the average begins there")
     loss_scale = LossScale(run.device) if precision.scaled else None
-    update = Update(
-        optimizer, config.optim.clip_norm, Guard(config.guard, run.device), loss_scale, sum_over_replica(mesh)
-    )
+    update = Update(optimizer, config.optim.clip_norm, Guard(config.guard, run.device), loss_scale)
     engine = Engine(replica, sync, update, mesh, config.seed, ema, start.progress)
     if ema is not None and start.origin is not None:
         ema.restart(0)  # with what the engine has handed out

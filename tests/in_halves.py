@@ -23,7 +23,7 @@ from hvdtrain.tasks.task import Task
 
 def allreduce(model: nn.Module, group: Group, options: AllReduceOptions) -> AllReduceSync:
     """The sync alone, of a model that computes by itself."""
-    return AllReduceSync(whole_slices(model, group), list(model.parameters()), group, options)
+    return AllReduceSync(whole_slices(model, group), list(model.parameters()), whole_replicas(group), options)
 
 
 def update_of(optimizer: torch.optim.Optimizer, max_norm: float = 0.0) -> Update:

@@ -57,37 +57,41 @@ class NoiseScale:
 class PartNorms:
     """Squares of the gradients of parts of a step's batch: of each replica's share, or where there is one replica, of
     the first of its microbatches. It watches the gradients on their way; see sync/buckets.py.
+
+    speaks: of a replica that is cut over ranks, each adds the squares of what it holds, and one of them the rest.
     """
 
-    def __init__(self, replicas: int, device: torch.device):
-        self._has_peers = replicas > 1
+    def __init__(self, replicas: int, device: torch.device, speaks: bool = True):
+        self._has_peers, self._speaks = replicas > 1, speaks
         self._square = torch.zeros((), dtype=torch.float64, device=device)
 
     def begin(self) -> None:
         """A step begins."""
         self._square.zero_()
 
-    def after_first_pass(self, flat: torch.Tensor) -> None:
-        """A bucket as the first of several microbatches has left it."""
+    def after_first_pass(self, flat: torch.Tensor, copies: int = 1) -> None:
+        """A bucket as the first of several microbatches has left it. copies: ranks of the replica that hold it."""
         if not self._has_peers:
-            self._square += torch.dot(flat, flat)
+            self._square += torch.dot(flat, flat) / copies
 
-    def as_it_leaves(self, flat: torch.Tensor) -> None:
+    def as_it_leaves(self, flat: torch.Tensor, copies: int = 1) -> None:
         """A bucket as this replica's whole share has filled it."""
         if self._has_peers:
-            self._square += torch.dot(flat, flat)
+            self._square += torch.dot(flat, flat) / copies
 
     def tell(self, sums: torch.Tensor, weights: Sequence[int], is_complete: bool) -> None:
-        """Put what this replica adds into ``sums`` [3]: |gradient|^2 of its part's mean, 1 / its targets, 1 part.
+        """Put what this rank adds into ``sums`` [3]: of its replica's part |mean gradient|^2, 1 / its targets, 1.
 
         weights: targets of its microbatches. is_complete: each of them gave every parameter a gradient; else nobody
         knows which the first was of, and it is left out.
         """
-        is_part = is_complete and len(weights) > 1
-        weight = sum(weights) if self._has_peers else weights[0] if is_part else 0
-        if weight:
+        weight = sum(weights) if self._has_peers else weights[0] if len(weights) > 1 else 0
+        if not self._has_peers and not is_complete:
+            sums[0] = torch.nan  # the other ranks of the replica may know no better
+        elif weight:
             sums[0] = self._square / weight**2
-            sums[1], sums[2] = 1 / weight, 1
+            if self._speaks:
+                sums[1], sums[2] = 1 / weight, 1
 
 
 def advice(noise: float, batch: float, ranks: int) -> str:

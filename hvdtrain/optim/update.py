@@ -16,30 +16,36 @@ import torch
 from hvdtrain.optim.guard import Guard
 from hvdtrain.optim.loss_scale import LossScale
 
-# Sums a scalar over the ranks of one replica, in place (collective among them).
-SumOverReplica = Callable[[torch.Tensor], torch.Tensor]
+# Sums fp64 numbers over ranks, in place: the same bits on all (collective among them).
+SumOverRanks = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Gradient:
     """A flat piece of the summed gradient: fp32, what the optimizer's ``grad`` are views of.
 
-    copies: ranks of the replica that hold this very piece, as in ``Slice``.
+    copies: how many of the ranks that share the gradient hold this very piece.
+    in_parts: are there squares of it in ``Summed.parts``?
     """
 
     flat: torch.Tensor
     copies: int = 1
+    in_parts: bool = True
 
 
 @dataclass(frozen=True)
 class Summed:
-    """Sums over all replicas: gradients, and scalars in fp64. parts: see ``noise_scale.PartNorms``."""
+    """Sums over all replicas: gradients, and scalars in fp64. parts: see ``noise_scale.PartNorms``.
+
+    over_ranks: over those that have the other pieces of the gradient; None: all of it is here.
+    """
 
     gradients: Sequence[Gradient]
     loss: torch.Tensor
     weight: torch.Tensor
     flags: torch.Tensor
     parts: torch.Tensor
+    over_ranks: SumOverRanks | None = None
 
 
 @dataclass(frozen=True)
@@ -50,9 +56,10 @@ class Agreed:
     weight: torch.Tensor  # number of targets in the global batch
     grad_norm: torch.Tensor  # of the global mean gradient, before clipping
     # Of the gradients of parts of the batch (each a mean): means over the parts of |gradient|^2 and of 1 / targets. nan
-    # where there is one part. See optim/noise_scale.py.
+    # where there is one part. whole_square: |gradient|^2 of the whole batch, of the same tensors. See noise_scale.py.
     part_square: torch.Tensor
     part_inverse: torch.Tensor
+    whole_square: torch.Tensor
     flags: torch.Tensor  # the sum of what the ranks had to tell one another, see watch/stopping.py
     loss_scale: torch.Tensor | None = None  # what the loss was multiplied by; an overflow is then no divergence
 
@@ -60,8 +67,7 @@ class Agreed:
 class Update:
     """Moves the weights by a summed gradient: ``divide(summed)``, then ``apply(lr)``. All replicas do the same.
 
-    clip_norm: largest norm of the gradient; 0: any. sum_over_replica: of a replica that is cut over ranks; None: it is
-    whole on this one.
+    clip_norm: largest norm of the gradient; 0: any.
     """
 
     def __init__(
@@ -70,17 +76,16 @@ class Update:
         clip_norm: float,
         guard: Guard,
         loss_scale: LossScale | None = None,
-        sum_over_replica: SumOverReplica | None = None,
     ):
         self.optimizer, self.clip_norm, self.guard, self.loss_scale = optimizer, clip_norm, guard, loss_scale
-        self._sum_over_replica = sum_over_replica
         self._overflowed: torch.Tensor | None = None
 
     def divide(self, summed: Summed) -> Agreed:
         """Leave the global mean gradient, clipped, where the sums were; and judge it."""
         scale = None if self.loss_scale is None else self.loss_scale.scale.clone()
         divisor = summed.weight if scale is None else summed.weight * scale
-        grad_norm = self._norm(summed.gradients) / divisor
+        norm, norm_in_parts = _norms(summed)
+        grad_norm, norm_in_parts = norm / divisor, norm_in_parts / divisor
         factor = 1.0 / divisor
         if self.clip_norm > 0:
             factor = factor * torch.clamp(self.clip_norm / (grad_norm + 1e-6), max=1.0)
@@ -93,7 +98,7 @@ class Update:
         self.guard.judge(loss, grad_norm, self._overflowed)
         square, inverse, parts = summed.parts.unbind()
         square = square / parts if scale is None else square / parts / scale.double() ** 2
-        return Agreed(loss, summed.weight, grad_norm, square, inverse / parts, summed.flags, scale)
+        return Agreed(loss, summed.weight, grad_norm, square, inverse / parts, norm_in_parts**2, summed.flags, scale)
 
     def apply(self, lr: float) -> None:
         """Step, where the gradient has not overflowed and the guard lets it pass (local: alike on all).
@@ -108,10 +113,15 @@ class Update:
             group["lr"] = rate * group.get("lr_share", 1.0)
         self.optimizer.step()
 
-    def _norm(self, gradients: Sequence[Gradient]) -> torch.Tensor:
-        """Of the whole summed gradient, fp64."""
-        norms = torch.stack(torch._foreach_norm([gradient.flat for gradient in gradients])).double()
-        if self._sum_over_replica is None:
-            return torch.linalg.vector_norm(norms)
-        copies = norms.new_tensor([gradient.copies for gradient in gradients])
-        return self._sum_over_replica((norms.square() / copies).sum()).sqrt()
+
+def _norms(summed: Summed) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the whole summed gradient, and of those of its tensors that have squares in ``parts``; fp64."""
+    gradients = summed.gradients
+    norms = torch.stack(torch._foreach_norm([gradient.flat for gradient in gradients])).double()
+    if summed.over_ranks is None:
+        norm = torch.linalg.vector_norm(norms)
+        return norm, norm
+    squares = norms.square() / norms.new_tensor([gradient.copies for gradient in gradients])
+    in_parts = norms.new_tensor([gradient.in_parts for gradient in gradients])
+    norm, norm_in_parts = summed.over_ranks(torch.stack([squares.sum(), squares @ in_parts])).sqrt()
+    return norm, norm_in_parts

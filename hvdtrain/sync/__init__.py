@@ -21,6 +21,14 @@ class SyncOptions(Options):
     allreduce: AllReduceOptions = AllReduceOptions()
 
 
-def make_sync(options: SyncOptions, slices: Sequence[Slice], computing: Sequence[torch.Tensor], mesh: Mesh) -> Sync:
-    """The sync of a replica's slices (local). computing: for each slice what backward gives a gradient, see Replica."""
-    return SYNCS[options.name](slices, computing, mesh.replica, getattr(options, options.name))
+def make_sync(
+    options: SyncOptions,
+    slices: Sequence[Slice],
+    computing: Sequence[torch.Tensor],
+    mesh: Mesh,
+    uses: Sequence[int] | None = None,
+) -> Sync:
+    """The sync of a replica's slices. computing, uses: for each slice what backward gives a gradient, and how many in a
+    microbatch (None: one), see ``Replica``.
+    """
+    return SYNCS[options.name](slices, computing, mesh, getattr(options, options.name), uses)

@@ -9,6 +9,9 @@ gradients are all there starts its ring all-reduce at once:
     step                                                                  [divide, clip, optimizer]
 
 Under accumulation the buckets gather the microbatches' sums, and only the last microbatch sends them.
+
+Of a replica that is cut over ranks each piece is summed over the ranks that hold it (see ``Slice``), and on GPUs the
+buckets wait until the last backward is over.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,12 +20,13 @@ from typing import Literal
 
 import torch
 
-from hvdtrain.comm.group import Group
+from hvdtrain.comm.mesh import Mesh, sum_over_replica
 from hvdtrain.optim.noise_scale import PartNorms
 from hvdtrain.optim.update import Agreed, Gradient, Summed, Update
 from hvdtrain.options import Options, option
 from hvdtrain.slices import Slice
 from hvdtrain.sync.buckets import Bucket, Buckets
+from hvdtrain.sync.sums import Sums
 from hvdtrain.sync.sync import EXACT, Drift, Told
 from hvdtrain.sync.wire import make_wire
 
@@ -34,31 +38,40 @@ class AllReduceOptions(Options):
     )
 
 
-_OF_PARTS = slice(3, 6)  # of the sums: see PartNorms
-_OTHERS = 6  # loss, targets, flags, and those of parts
-
-
 class AllReduceSync:
     """Replicas are equal after every step: each applies the same global gradient. See ``Sync``.
 
-    slices: of the model, those that are not trained among them; computing: see ``Buckets``; group: the same place in
-    every replica.
+    slices: of the model, those that are not trained among them; computing, uses: see ``Buckets``.
 
     A parameter that no rank used in the step ends with ``grad = None``, so that the optimizer leaves it alone; one that
     some ranks used gets the sum of theirs.
     """
 
     def __init__(
-        self, slices: Sequence[Slice], computing: Sequence[torch.Tensor], group: Group, options: AllReduceOptions
+        self,
+        slices: Sequence[Slice],
+        computing: Sequence[torch.Tensor],
+        mesh: Mesh,
+        options: AllReduceOptions,
+        uses: Sequence[int] | None = None,
     ):
-        self.moves: Sequence[Slice] = [piece for piece in slices if piece.tensor.requires_grad]
-        trained = [parameter for parameter in computing if parameter.requires_grad]
+        trained = [number for number, piece in enumerate(slices) if piece.tensor.requires_grad]
+        self.moves: Sequence[Slice] = [slices[number] for number in trained]
         self.drift = EXACT if options.wire == "fp32" else Drift(False, f"two roundings to {options.wire} a step")
-        self._group, self._wire = group, make_wire(options.wire, group)
-        self._device = self.moves[0].tensor.device
-        self._parts = PartNorms(group.size, self._device)
-        bucket_bytes = int(options.bucket_mib * (1 << 20))
-        self._buckets = Buckets(self.moves, trained, bucket_bytes, self._send, self._parts.after_first_pass)
+        self._mesh, device = mesh, self.moves[0].tensor.device
+        holders = dict.fromkeys(piece.holders for piece in self.moves)
+        self._wires = {group: make_wire(options.wire, group) for group in holders}
+        self._sums = Sums(mesh, self.moves)
+        self._parts = PartNorms(mesh.replicas, device, mesh.speaks)
+        self._buckets = Buckets(
+            self.moves,
+            [computing[number] for number in trained],
+            int(options.bucket_mib * (1 << 20)),
+            self._send,
+            self._after_first_pass,
+            uses and [uses[number] for number in trained],
+            holds=mesh.own.size > 1 and device.type == "cuda",
+        )
         self._summed: Summed | None = None
 
     def begin(self, passes: int) -> None:
@@ -67,17 +80,13 @@ class AllReduceSync:
 
     def finish(self, told: Told) -> None:
         self._buckets.send_rest()
-        used = self._buckets.used
-        sums = torch.zeros(_OTHERS + len(used), dtype=torch.float64, device=self._device)
-        sums[0], sums[1], sums[2] = told.loss.double(), sum(told.weights), told.flags
-        self._parts.tell(sums[_OF_PARTS], told.weights, self._buckets.is_complete)
-        sums[_OTHERS:] = used
-        self._group.all_reduce_sum(sums, "hvdtrain.sums")
+        totals = self._sums.over_ranks(told, self._parts, self._buckets.used, self._buckets.is_complete)
         for bucket in self._buckets.all:
             bucket.wait()
-        self._buckets.drop_unused(sums[_OTHERS:])
-        gradients = [Gradient(bucket.flat, bucket.copies) for bucket in self._buckets.all]
-        self._summed = Summed(gradients, sums[0], sums[1], sums[2], sums[_OF_PARTS])
+        self._buckets.drop_unused(totals.users)
+        gradients = [Gradient(bucket.flat, bucket.copies, self._is_one_piece(bucket)) for bucket in self._buckets.all]
+        over_ranks = sum_over_replica(self._mesh)
+        self._summed = Summed(gradients, totals.loss, totals.weight, totals.flags, totals.parts, over_ranks)
 
     def step(self, update: Update, lr: float) -> Agreed:
         assert self._summed is not None, "finish comes first"
@@ -101,5 +110,16 @@ class AllReduceSync:
         self._buckets.close()
 
     def _send(self, bucket: Bucket) -> None:
-        self._parts.as_it_leaves(bucket.flat)
-        bucket.pending = self._wire.start(bucket.flat, bucket.name)
+        if self._is_one_piece(bucket):
+            self._parts.as_it_leaves(bucket.flat, bucket.copies)
+        bucket.pending = self._wires[bucket.holders].start(bucket.flat, bucket.name)
+
+    def _after_first_pass(self, bucket: Bucket) -> None:
+        if self._is_one_piece(bucket):
+            self._parts.after_first_pass(bucket.flat, bucket.copies)
+
+    def _is_one_piece(self, bucket: Bucket) -> bool:
+        """Does one rank of a replica have all of its gradient? Where several have a share, as of a tied embedding, only
+        their sum has a norm that says anything: it stays out of the noise scale.
+        """
+        return bucket.holders.size == self._mesh.replicas

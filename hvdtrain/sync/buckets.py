@@ -2,22 +2,27 @@
 
 backward    [layer 4][layer 3][layer 2][layer 1]        the last of a step's passes
 buckets     [bucket 0       ][bucket 1         ]        each leaves when all of its gradients are there
+
+Of a replica that is cut over ranks, tensors may be held by several of them: a tied embedding by the first and the last
+stage of a pipeline. A bucket is of tensors that the same ranks hold, and only these sum it up.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from hvdtrain.comm.group import Pending
+from hvdtrain.comm.group import Group, Pending
 from hvdtrain.slices import Slice
 
 
 class Bucket:
-    """Some parameters' gradients side by side. members: (number of the parameter, parameter)."""
+    """Some parameters' gradients side by side. members: (number of the parameter, parameter).
 
-    def __init__(self, number: int, members: list[tuple[int, torch.Tensor]], copies: int = 1):
-        self.name = f"hvdtrain.gradients.{number}"
-        self.members, self.copies = members, copies
+    name: the same on all ``holders``. copies: see ``Slice``.
+    """
+
+    def __init__(self, name: str, members: list[tuple[int, torch.Tensor]], holders: Group, copies: int):
+        self.name, self.members, self.holders, self.copies = name, members, holders, copies
         first = members[0][1]
         sizes = [parameter.numel() for _, parameter in members]
         self.flat = torch.zeros(sum(sizes), dtype=first.dtype, device=first.device)
@@ -36,8 +41,12 @@ class Buckets:
     """The gradients of ``slices``, whose tensors get views of the buckets as their ``grad``.
 
     computing: for each slice the parameter that backward gives a gradient: its own tensor, or one of fewer bits.
-    send: called with each bucket when the last of its gradients is there; observe: with its flat gradient when the
-    first pass of several has filled it. One step: ``begin(passes)``, a backward for each pass, ``send_rest()``.
+    send: called with each bucket when the last of its gradients is there; observe: when the first pass of several has
+    filled it. uses: how many gradients a pass gives each slice (None: one). One step: ``begin(passes)``, a backward for
+    each pass, ``send_rest()``.
+
+    holds: buckets leave in ``send_rest`` alone. A cut of NCCL's needs that: its collectives and the buckets' must not
+    be under way together, because the ranks may start them in different orders.
     """
 
     def __init__(
@@ -46,14 +55,18 @@ class Buckets:
         computing: Sequence[torch.Tensor],
         bucket_bytes: int,
         send: Callable[[Bucket], None],
-        observe: Callable[[torch.Tensor], None],
+        observe: Callable[[Bucket], None],
+        uses: Sequence[int] | None = None,
+        holds: bool = False,
     ):
-        self._send, self._observe = send, observe
+        self._send, self._observe, self._holds = send, observe, holds
+        self._uses = uses or [1] * len(slices)
         self._parameters = [piece.tensor for piece in slices]
         self._is_copy = computing[0] is not self._parameters[0]
         self.all = fill_buckets(slices, bucket_bytes)
         places = {number: (bucket, view) for bucket in self.all for (number, _), view in _pairs(bucket)}
         self._passes = 0
+        self._is_mixed = False
         self._seen = [0] * len(slices)
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(self._hook(number, *places[number]))
@@ -64,10 +77,11 @@ class Buckets:
         """Empty the gradients for a step of ``passes`` backwards (local)."""
         for bucket in self.all:
             bucket.flat.zero_()
-            bucket.missing, bucket.after_first, bucket.pending = len(bucket.members) * passes, len(bucket.members), None
+            bucket.after_first = sum(self._uses[number] for number, _ in bucket.members)
+            bucket.missing, bucket.pending = bucket.after_first * passes, None
             for (_, parameter), view in _pairs(bucket):
                 parameter.grad = view
-        self._passes = passes
+        self._passes, self._is_mixed = passes, False
         self._seen = [0] * len(self._seen)
 
     def send_rest(self) -> None:
@@ -83,8 +97,9 @@ class Buckets:
 
     @property
     def is_complete(self) -> bool:
-        """Has every pass given every parameter a gradient?"""
-        return all(seen == self._passes for seen in self._seen)
+        """Has every pass given every parameter a gradient, and was what ``observe`` saw the first one's alone?"""
+        due = all(seen == self._passes * uses for seen, uses in zip(self._seen, self._uses, strict=True))
+        return due and not self._is_mixed
 
     def drop_unused(self, users: torch.Tensor) -> None:
         """``grad = None`` where nobody had a gradient. users: ranks that used each parameter; on any device."""
@@ -103,17 +118,20 @@ class Buckets:
                 view.add_(parameter.grad)
                 parameter.grad = None
             self._seen[number] += 1
-            if self._seen[number] > self._passes:  # what comes now would be lost: the sum may be under way
+            seen, uses = self._seen[number], self._uses[number]
+            if seen > self._passes * uses:  # what comes now would be lost: the sum may be under way
                 raise RuntimeError(
                     "a gradient arrived twice in one backward (reentrant checkpointing of a shared layer?); "
                     "checkpoint with use_reentrant=False"
                 )
-            if self._seen[number] == 1:
+            if seen <= uses:
                 bucket.after_first -= 1
                 if bucket.after_first == 0 and self._passes > 1:
-                    self._observe(bucket.flat)
+                    self._observe(bucket)
+            elif bucket.after_first:  # a pipeline's stages on this rank are not all as far
+                self._is_mixed = True
             bucket.missing -= 1
-            if bucket.missing == 0:
+            if bucket.missing == 0 and not self._holds:
                 self._leave(bucket)
 
         return gradient_is_there
@@ -129,27 +147,28 @@ class Buckets:
 def fill_buckets(slices: Sequence[Slice], bucket_bytes: int) -> list[Bucket]:
     """Cut the slices, last first, into runs of at most ``bucket_bytes`` (a larger one has its own).
 
-    A run is of one type, and of slices that as many ranks of a replica hold.
+    A run is of one type, and of slices that the same ranks hold; it may leave out others between them. Runs are
+    numbered among those of the same ranks, who hold them all: so their names agree.
     """
     runs: list[list[int]] = []
-    size = 0
+    open_runs: dict[tuple[torch.dtype, int, Group], tuple[list[int], int]] = {}
     for number in reversed(range(len(slices))):
-        tensor = slices[number].tensor
-        alike = runs and _kind(slices[runs[-1][0]]) == _kind(slices[number])
-        if alike and size + tensor.nbytes <= bucket_bytes:
-            runs[-1].append(number)
-            size += tensor.nbytes
-        else:
-            runs.append([number])
-            size = tensor.nbytes
-    return [
-        Bucket(number, [(member, slices[member].tensor) for member in run], slices[run[0]].copies)
-        for number, run in enumerate(runs)
-    ]
-
-
-def _kind(piece: Slice) -> tuple[torch.dtype, int]:
-    return piece.tensor.dtype, piece.copies
+        piece = slices[number]
+        kind = piece.tensor.dtype, piece.copies, piece.holders
+        run, size = open_runs.get(kind, ([], 0))
+        if not run or size + piece.tensor.nbytes > bucket_bytes:
+            run, size = [], 0
+            runs.append(run)
+        run.append(number)
+        open_runs[kind] = run, size + piece.tensor.nbytes
+    numbers: dict[Group, int] = {}
+    buckets = []
+    for run in runs:
+        first = slices[run[0]]
+        number = numbers[first.holders] = numbers.get(first.holders, -1) + 1
+        members = [(member, slices[member].tensor) for member in run]
+        buckets.append(Bucket(f"hvdtrain.gradients.{number}", members, first.holders, first.copies))
+    return buckets
 
 
 def _pairs(bucket: Bucket) -> Iterable[tuple[tuple[int, torch.Tensor], torch.Tensor]]:

@@ -1,5 +1,7 @@
 """What becomes of a summed gradient: divided once, clipped by the norm of whole tensors, kept from the weights."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from in_halves import update_of
@@ -40,10 +42,10 @@ def test_the_norm_is_that_of_whole_tensors(copies: int):
             optimizer_of(torch.zeros(1)),
             clip_norm=1.0,
             guard=Guard(GuardOptions(), torch.device("cpu")),
-            sum_over_replica=lambda total: group.all_reduce_sum(total, "norm"),
         )
         matrix, bias = halves[group.rank].clone(), biases[group.rank].clone()
-        agreed = update.divide(summed(Gradient(matrix), Gradient(bias, copies)))
+        whole = summed(Gradient(matrix), Gradient(bias, copies))
+        agreed = update.divide(replace(whole, over_ranks=lambda total: group.all_reduce_sum(total, "norm")))
         return agreed.grad_norm.item(), [*matrix.tolist(), *bias.tolist()]
 
     norm = (everything / 4).norm().item()

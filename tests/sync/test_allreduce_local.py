@@ -48,7 +48,8 @@ def plain(model: nn.Module, batches: list[Batch]) -> tuple[nn.Module, torch.Tens
 
 
 def slices_of(parameters: list[nn.Parameter]) -> list[Slice]:
-    return [whole_slice(str(number), parameter, LateGroup()) for number, parameter in enumerate(parameters)]
+    group = LateGroup()
+    return [whole_slice(str(number), parameter, group) for number, parameter in enumerate(parameters)]
 
 
 def one_step(sync: AllReduceSync, losses: list[Callable[[], torch.Tensor]], weight: int, max_norm: float) -> Agreed:

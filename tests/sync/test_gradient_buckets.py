@@ -20,8 +20,8 @@ class Watched:
         bucket.pending = LateGroup().all_reduce_sum_async(torch.zeros(1), bucket.name)
         self.events.append(f"leaves {bucket.flat.sum().item():g}")
 
-    def _observe(self, flat: torch.Tensor) -> None:
-        self.events.append(f"seen {flat.sum().item():g}")
+    def _observe(self, bucket: Bucket) -> None:
+        self.events.append(f"seen {bucket.flat.sum().item():g}")
 
 
 def two_layers() -> nn.ModuleDict:

@@ -29,7 +29,7 @@ KEYS = [
 
 
 def sums(loss: float, weight: int = 60, grad_norm: float = 1.5) -> Agreed:
-    numbers = (loss, weight, grad_norm, math.nan, math.nan, 0)
+    numbers = (loss, weight, grad_norm, math.nan, math.nan, math.nan, 0)
     return Agreed(*(torch.tensor(value, dtype=torch.float64) for value in numbers))
 
 
