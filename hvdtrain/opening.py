@@ -24,8 +24,9 @@ from hvdtrain.checkpoint.start import find_start, moved_rate
 from hvdtrain.comm.group import Group
 from hvdtrain.comm.mesh import Mesh, make_mesh
 from hvdtrain.comm.world import World
-from hvdtrain.config import RunConfig, dump_yaml
+from hvdtrain.config import RunConfig, dump_yaml, flatten
 from hvdtrain.cut import make_replica
+from hvdtrain.cut.combinations import check_combination
 from hvdtrain.cut.compiling import CompileClock, check_compiler
 from hvdtrain.cut.cut import Replica
 from hvdtrain.cut.precision import PRECISIONS
@@ -157,8 +158,10 @@ class OpenRun:
 def open_run(asked: Asked, world: World, group: Group, claim: Claim, signals: StopSignals | None) -> OpenRun:
     """Everything that can be wrong with the input is found here, on all ranks, before the first step (collective)."""
     recipe, run_dir = asked.recipe, asked.run_dir
+    group.together(lambda: check_combination(flatten(recipe.model_dump())))
+    group.together(lambda: recipe.mesh.replicas_of(group.size))
     mesh, is_main = make_mesh(group, recipe.mesh), group.rank == 0
-    config = group.together(lambda: sizing.sized(recipe, group.size))
+    config = group.together(lambda: sizing.sized(recipe, mesh.replicas))
     stopping = group.together(lambda: Stopping(run_dir, config.stop, is_main, signals))
     cores = take_cores(group)
     torch.set_num_threads(cores.threads)
@@ -169,7 +172,7 @@ def open_run(asked: Asked, world: World, group: Group, claim: Claim, signals: St
     data = _open_data(config, task, mesh, world, pin=device.type == "cuda")
     notes += group.together(lambda: read_through_note(data.train.source.read_through))
     scaled = group.together(
-        lambda: sizing.scaled(recipe, group.size, sizing.epoch_tokens_of(config, data.train.source))
+        lambda: sizing.scaled(recipe, mesh.replicas, sizing.epoch_tokens_of(config, data.train.source))
     )
     notes += scaled.notes
     config = sizing.resolved(recipe, scaled)

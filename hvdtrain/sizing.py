@@ -1,7 +1,9 @@
-"""The sizes of a run: what a recipe says of batch, rates and lengths, on a number of ranks.
+"""The sizes of a run: what a recipe says of batch, rates and lengths, on a number of replicas.
 
-recipe     as it was given; its batch may be that of one rank, its length in tokens or epochs
-sized      with the batch of all ranks; enough to lay out batches, before the data are open
+A replica is a rank, or several that share one model (mesh.*): they see the same rows.
+
+recipe     as it was given; its batch may be that of one replica, its length in tokens or epochs
+sized      with the batch of all replicas; enough to lay out batches, before the data are open
 resolved   with rates and lengths for that batch, in steps, once an epoch's tokens are known
 """
 
@@ -14,19 +16,19 @@ from hvdtrain.optim.schedules import Length
 from hvdtrain.tasks import TASKS
 
 
-def sized(recipe: RunConfig, ranks: int) -> RunConfig:
-    """With the batch of ``ranks`` ranks (scaling.per_rank). Errors: ConfigError where that is no whole number."""
-    rows, tokens = update_size(recipe.scaling, recipe.train.global_batch, recipe.train.global_tokens, ranks)
+def sized(recipe: RunConfig, replicas: int) -> RunConfig:
+    """With the batch of so many replicas (scaling.per_rank). Errors: ConfigError where that is no whole number."""
+    rows, tokens = update_size(recipe.scaling, recipe.train.global_batch, recipe.train.global_tokens, replicas)
     train = recipe.train.model_copy(update={"global_batch": rows, "global_tokens": tokens})
     return recipe.model_copy(update={"train": train})
 
 
-def scaled(recipe: RunConfig, ranks: int, epoch_tokens: int) -> Scaled:
-    """Batch, rates and lengths that ``ranks`` ranks use, of a recipe as it was given; see optim/scaling.py.
+def scaled(recipe: RunConfig, replicas: int, epoch_tokens: int) -> Scaled:
+    """Batch, rates and lengths that so many replicas use, of a recipe as it was given; see optim/scaling.py.
 
     epoch_tokens: of the corpus; 0: not known.
     """
-    train, ramp = recipe.train, ramp_of(sized(recipe, ranks))
+    train, ramp = recipe.train, ramp_of(sized(recipe, replicas))
     given = Unscaled(
         recipe.scaling,
         recipe.optim,
@@ -37,7 +39,7 @@ def scaled(recipe: RunConfig, ranks: int, epoch_tokens: int) -> Scaled:
         train.global_tokens,
     )
     lengthened = None if ramp is None else lambda steps: ramp.steps_to(steps * ramp.full)
-    return scale(given, ranks, epoch_tokens, lengthened)
+    return scale(given, replicas, epoch_tokens, lengthened)
 
 
 def epoch_tokens_of(config: RunConfig, source: Source) -> int:
@@ -72,8 +74,8 @@ def ramp_of(config: RunConfig) -> Ramp | None:
     return Ramp(train.ramp_start, train.ramp_increment, train.ramp_tokens // context, full)
 
 
-def feed_of(config: RunConfig, rank: int, size: int, pin: bool = False) -> Feed:
-    """How rank ``rank`` of ``size`` wants its batches. config: ``sized``.
+def feed_of(config: RunConfig, number: int, replicas: int, pin: bool = False) -> Feed:
+    """How replica ``number`` of so many wants its batches. config: ``sized``.
 
     Errors: ConfigError where the tokens of an update are not whole rows, for a task whose rows are alike.
     """
@@ -85,13 +87,15 @@ def feed_of(config: RunConfig, rank: int, size: int, pin: bool = False) -> Feed:
                 f"set it to {max(1, tokens // context) * context}"
             )
         rows = tokens // context
-    feed = Feed(context, config.seed, rows, config.train.microbatch, rank, size, tokens, pin, ramp_of(config))
+    sharer = "rank" if config.mesh.ranks == 1 else "replica"
+    sizes = config.train.microbatch, number, replicas, tokens, pin
+    feed = Feed(context, config.seed, rows, *sizes, ramp_of(config), sharer)
     feed.check_ramp()
     return feed
 
 
-def check_shareable(config: RunConfig, ranks: int) -> None:
-    """Errors: ConfigError where ``ranks`` ranks cannot share every batch of ``config`` (``sized``) evenly."""
-    feed = feed_of(config, 0, ranks)
+def check_shareable(config: RunConfig, replicas: int) -> None:
+    """Errors: ConfigError where so many replicas cannot share every batch of ``config`` (``sized``) evenly."""
+    feed = feed_of(config, 0, replicas)
     if TASKS[config.task.name].rows_are_alike:  # the batches of other tasks are shared as evenly as can be
         _ = feed.share  # which raises it

@@ -106,6 +106,7 @@ def _summary(run: OpenRun, engine: Engine, log: Log, progress: Progress, scores:
         "wall_s": round(metrics.wall_s, 3),
         "startup_s": log.startup_s and round(log.startup_s, 3),
         "world_size": group.size,
+        "replicas": run.mesh.replicas,
         "threads_per_rank": torch.get_num_threads(),
         "launcher": run.world.launcher,
         "backend": group.backend,

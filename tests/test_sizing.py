@@ -2,6 +2,7 @@
 
 import pytest
 
+from hvdtrain.comm.mesh import MeshOptions
 from hvdtrain.config import RunConfig, make_config
 from hvdtrain.errors import ConfigError
 from hvdtrain.sizing import check_shareable, feed_of, resolved, scaled, sized
@@ -24,6 +25,15 @@ def test_ranks_share_rows_that_are_alike_evenly_and_others_as_can_be():
     with pytest.raises(ConfigError, match="cannot be shared evenly by 4 ranks"):
         check_shareable(recipe(global_batch=6), 4)
     check_shareable(recipe("classify", global_batch=6), 4)
+
+
+def test_ranks_that_share_a_model_share_its_rows():
+    """Six rows by four ranks: as two replicas of a model over two ranks each."""
+    mesh = MeshOptions(tensor=2)
+    cut = recipe(global_batch=6).model_copy(update={"mesh": mesh})
+    check_shareable(cut, mesh.replicas_of(4))
+    with pytest.raises(ConfigError, match=r"evenly by 4 replicas; set train.global_batch=4 or 8, or start 3 replicas"):
+        check_shareable(cut, mesh.replicas_of(8))
 
 
 def test_a_batch_that_grows_with_the_ranks_is_resolved_once():

@@ -34,6 +34,17 @@ class MeshOptions(Options):
         """Of one replica."""
         return self.tensor * self.pipeline
 
+    def replicas_of(self, ranks: int) -> int:
+        """How many replicas so many ranks are (local). Errors: ConfigError where they are not whole ones."""
+        if ranks % self.ranks:
+            below = ranks - ranks % self.ranks
+            counts = f"{below} or {below + self.ranks}" if below else f"{self.ranks}"
+            raise ConfigError(
+                f"mesh.tensor={self.tensor} x mesh.pipeline={self.pipeline} takes {self.ranks} ranks a replica, and "
+                f"{ranks} are not a multiple of it; start {counts} ranks, or change mesh.*"
+            )
+        return ranks // self.ranks
+
 
 @dataclass(frozen=True)
 class Mesh:

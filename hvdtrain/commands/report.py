@@ -89,7 +89,7 @@ def _advice(run: dict[str, Any]) -> list[str]:
     """What the noise of a run's gradients says of its batch."""
     train, summary = run["train"], run["summary"]
     noise = next((p["noise_scale_tokens"] for p in reversed(train) if "noise_scale_tokens" in p), None)
-    batch, ranks = _tokens_per_update(run), summary.get("world_size")
+    batch, ranks = _tokens_per_update(run), summary.get("replicas", summary.get("world_size"))
     if noise is None or batch is None or not isinstance(ranks, int):
         return []
     return [f"batch        {run['name']}: {advice(noise, batch, ranks)}"]

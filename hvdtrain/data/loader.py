@@ -22,7 +22,7 @@ _MASK = (1 << 64) - 1
 
 @dataclass(frozen=True)
 class Feed:
-    """How a run wants its batches: the sizes of a step, and which rank of how many asks.
+    """How a run wants its batches: the sizes of a step, and which rank of how many asks (a ``sharer``, in messages).
 
     ``global_tokens``: padded tokens of a step, for rows of different lengths; 0: ``global_batch * context``.
     ``ramp``: of the batch's size, up to ``global_batch``.
@@ -38,10 +38,11 @@ class Feed:
     global_tokens: int = 0
     pin: bool = False
     ramp: Ramp | None = None
+    sharer: str = "rank"
 
     @property
     def share(self) -> Share:
-        return share_of(self.global_batch, self.microbatch, self.rank, self.size)
+        return self._share_of(self.global_batch)
 
     def check_ramp(self) -> None:
         """Errors: ConfigError where the ranks cannot share one of the ramp's batches evenly."""
@@ -49,11 +50,11 @@ class Feed:
             return
         for rows in range(self.ramp.start, self.ramp.full, self.ramp.increment):
             try:
-                share_of(rows, self.microbatch, self.rank, self.size)
+                self._share_of(rows)
             except ConfigError:
                 raise ConfigError(
                     f"a batch of {rows} sequences on the way from train.ramp_start={self.ramp.start} to "
-                    f"{self.ramp.full} cannot be shared by {self.size} ranks in microbatches of "
+                    f"{self.ramp.full} cannot be shared by {self.size} {self.sharer}s in microbatches of "
                     f"train.microbatch={self.microbatch}; make train.ramp_start and train.ramp_increment multiples of "
                     f"{self.size * max(1, self.microbatch)}"
                 ) from None
@@ -65,7 +66,10 @@ class Feed:
         if self.ramp is None:
             return self.global_batch, self.share, steps
         rows = self.ramp.size_at(row)
-        return rows, share_of(rows, self.microbatch, self.rank, self.size), self.ramp.steps_alike(row, steps)
+        return rows, self._share_of(rows), self.ramp.steps_alike(row, steps)
+
+    def _share_of(self, rows: int) -> Share:
+        return share_of(rows, self.microbatch, self.rank, self.size, self.sharer)
 
 
 @dataclass(frozen=True)

@@ -203,8 +203,9 @@ class Share:
     microbatch: int
 
 
-def share_of(global_batch: int, microbatch: int, rank: int, size: int) -> Share:
+def share_of(global_batch: int, microbatch: int, rank: int, size: int, sharer: str = "rank") -> Share:
     """How ``size`` ranks share a global batch; ``microbatch`` 0 or above a rank's rows: all of them in one pass.
+    sharer: what messages call each of them.
 
     Errors: ConfigError where they cannot share it evenly.
     """
@@ -213,15 +214,15 @@ def share_of(global_batch: int, microbatch: int, rank: int, size: int) -> Share:
         near = f"{below} or {below + size}" if below else f"{size}"
         fewer = next(n for n in range(min(size, global_batch), 0, -1) if global_batch % n == 0)
         raise ConfigError(
-            f"train.global_batch={global_batch} sequences cannot be shared evenly by {size} ranks; "
-            f"set train.global_batch={near}, or start {fewer} ranks"
+            f"train.global_batch={global_batch} sequences cannot be shared evenly by {size} {sharer}s; "
+            f"set train.global_batch={near}, or start {fewer} {sharer}s"
         )
     count = global_batch // size
     microbatch = min(microbatch or count, count)
     if count % microbatch:
         raise ConfigError(
-            f"train.microbatch={microbatch} does not divide the {count} sequences of each rank "
-            f"(train.global_batch={global_batch} over {size} ranks)"
+            f"train.microbatch={microbatch} does not divide the {count} sequences of each {sharer} "
+            f"(train.global_batch={global_batch} over {size} {sharer}s)"
         )
     return Share(rank * count, count, microbatch)
 

@@ -6,6 +6,7 @@ worker (elastic.py), and tells it why it stopped.
 """
 
 import json
+import math
 import os
 import signal
 import sys
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from hvdtrain.comm.ancestors import signal_at_parents_end
 from hvdtrain.comm.world import World
-from hvdtrain.errors import EXIT_CRASH, EXIT_OK, CheckpointError, ConfigError, describe, say
+from hvdtrain.errors import EXIT_CRASH, EXIT_OK, CheckpointError, ConfigError, describe, plural, say
 
 if TYPE_CHECKING:
     from hvdtrain.config import RunConfig
@@ -51,10 +52,10 @@ def enter(recipe: str, overrides: Sequence[str], run_dir: Path | None, resume: s
 
 
 def ranks_that_share(config: "RunConfig", most: int, unit: int = 1) -> int:
-    """The largest number of ranks, up to ``most`` and a multiple of ``unit``, that can share every batch of the run
-    evenly; ``unit``, where there is none.
+    """The largest number of ranks, up to ``most``, a multiple of ``unit`` and in whole replicas, that can share every
+    batch of the run evenly; the least, where there is none.
 
-    Errors: ConfigError where the batch follows the number of ranks.
+    Errors: ConfigError where the batch follows the number of ranks, or they are too few for a replica.
     """
     from hvdtrain.sizing import check_shareable
 
@@ -63,13 +64,16 @@ def ranks_that_share(config: "RunConfig", most: int, unit: int = 1) -> int:
             "scaling.per_rank=true makes the batch of the ranks that there are, which here would change within the "
             "run; set scaling.per_rank=false and train.global_batch"
         )
-    for count in range(most, unit, -unit):
+    least = math.lcm(unit, config.mesh.ranks)
+    if most < least:
+        raise ConfigError(f"{plural(most, 'rank')} left, and mesh.* needs {least}; the run goes on with more")
+    for count in range(most // least * least, least, -least):
         try:
-            check_shareable(config, count)
+            check_shareable(config, config.mesh.replicas_of(count))
             return count
         except ConfigError:
             continue
-    return unit
+    return least
 
 
 def take_place(hosts: Sequence[str], rank: int, env: MutableMapping[str, str]) -> World:

@@ -186,7 +186,8 @@ def check(job: Job, template: str) -> list[str]:
     Errors: ConfigError for settings that cannot be, among them a batch that the ranks cannot share.
     """
     from hvdtrain import sizing
-    from hvdtrain.config import load_config  # and torch with it, which asking the queue does not need
+    from hvdtrain.config import flatten, load_config  # and torch with it, which asking the queue does not need
+    from hvdtrain.cut.combinations import check_combination, note_on_nodes
 
     for name, number in (("--nodes", job.nodes), ("--ranks-per-node", job.ranks_per_node)):
         if number is not None and number < 1:
@@ -199,13 +200,16 @@ def check(job: Job, template: str) -> list[str]:
     _check_options(job.options)
     _check_site(job)
     config, ranks = load_config(job.recipe, job.overrides, [job.folder / job.run_dir]), ranks_of(job, template)
-    sizing.check_shareable(sizing.sized(config, ranks), ranks)
+    check_combination(flatten(config.model_dump()))
+    replicas = config.mesh.replicas_of(ranks)
+    sizing.check_shareable(sizing.sized(config, replicas), replicas)
     if not (config.train.epochs or config.schedule.warmup_epochs):  # those need the data, which may come later
-        sizing.scaled(config, ranks, 0)
+        sizing.scaled(config, replicas, 0)
     _check_run_dir(job)
     names = list(config.data.mixture) or [config.data.dir]
     missing = [name for name in names if not seen(job.folder / name / "manifest.json")]
-    return [f"note: no shards in {name} yet; the job needs them when it starts" for name in missing]
+    notes = [f"no shards in {name} yet; the job needs them when it starts" for name in missing]
+    return [f"note: {note}" for note in [*notes, *note_on_nodes(config.mesh.tensor, ranks // job.nodes, job.nodes)]]
 
 
 def _check_options(options: Sequence[str]) -> None:

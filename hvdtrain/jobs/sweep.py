@@ -21,7 +21,8 @@ from types import FrameType
 
 from hvdtrain.comm.ancestors import signal_at_parents_end
 from hvdtrain.comm.world import World
-from hvdtrain.config import load_config
+from hvdtrain.config import flatten, load_config
+from hvdtrain.cut.combinations import check_combination
 from hvdtrain.errors import EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED_EARLY, ConfigError, LaunchError, say
 
 
@@ -56,7 +57,8 @@ def sweep(
     if only is not None and not 0 <= only < len(points):
         raise ConfigError(f"--point {only}: there are {len(points)} points, 0 to {len(points) - 1}")
     for point in points:
-        load_config(recipe, [*overrides, *point.settings], [out / point.name])
+        config = load_config(recipe, [*overrides, *point.settings], [out / point.name])
+        check_combination(flatten(config.model_dump()))
     codes = []
     for number, point in enumerate(points):
         if only in (None, number):

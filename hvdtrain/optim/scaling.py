@@ -41,9 +41,11 @@ class ScalingOptions(Options):
     betas: bool = option(False, "with sqrt for adamw and lamb: scale betas, eps and weight decay too")
     max_lr: float = option(0.0, "no scaled learning rate above this; 0: no limit", ge=0)
     per_rank: bool = option(
-        False, "the recipe's batch is that of base_ranks ranks and grows with their number; else it is fixed"
+        False, "the recipe's batch is that of base_ranks replicas and grows with their number; else it is fixed"
     )
-    base_ranks: int = option(1, "per_rank: ranks that the batch of the recipe is for", ge=1)
+    base_ranks: int = option(
+        1, "per_rank: replicas that the batch of the recipe is for; without mesh.* a replica is a rank", ge=1
+    )
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ _LARGEST_ADAM_RATE, _LARGEST_RATE = 10.0, 1000.0  # an update of Adam moves a we
 def update_size(options: ScalingOptions, global_batch: int, global_tokens: int = 0, ranks: int = 1) -> tuple[int, int]:
     """(sequences, tokens) of an update on ``ranks`` ranks, from the recipe's; the tokens 0 where sequences count.
 
+    ranks: that share the data, each with a replica of its own.
     Needs no data, so that batches can be laid out before the corpus is open.
     Errors: ConfigError where growing with the ranks gives no whole number.
     """

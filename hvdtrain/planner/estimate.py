@@ -56,9 +56,10 @@ def plan(
 def estimate(config: RunConfig, ranks: int, ranks_per_node: int = 0, vocab_size: int = 0) -> Estimate:
     """``plan`` of settings, as numbers. On a CPU it sets this process's matrix library as a run would (local)."""
     check_ranks(ranks, ranks_per_node)
-    recipe, config = config, sizing.sized(config, ranks)
-    facts, epoch_tokens, notes = read_facts(config, ranks, vocab_size)
-    scaled = sizing.scaled(recipe, ranks, epoch_tokens)
+    replicas = config.mesh.replicas_of(ranks)
+    recipe, config = config, sizing.sized(config, replicas)
+    facts, epoch_tokens, notes = read_facts(config, replicas, vocab_size)
+    scaled = sizing.scaled(recipe, replicas, epoch_tokens)
     config = sizing.resolved(recipe, scaled)
     notes += [scaled.about, *scaled.notes] if scaled.factor != 1 else scaled.notes
     device = config.device
@@ -75,10 +76,10 @@ def estimate(config: RunConfig, ranks: int, ranks_per_node: int = 0, vocab_size:
     return Estimate(config, load, found, notes)
 
 
-def read_facts(config: RunConfig, ranks: int, vocab_size: int = 0) -> tuple[CorpusFacts, int, list[str]]:
+def read_facts(config: RunConfig, replicas: int, vocab_size: int = 0) -> tuple[CorpusFacts, int, list[str]]:
     """What the run's data say, how many tokens an epoch has (0: not known), and notes. Errors: see ``plan``.
 
-    config: with the batch of these ranks.
+    config: with the batch of these replicas.
     """
     names = list(config.data.mixture) or [config.data.dir]
     task = make_task(config.task)
@@ -92,7 +93,7 @@ def read_facts(config: RunConfig, ranks: int, vocab_size: int = 0) -> tuple[Corp
         note = f"no shards in {missing[0]}: planned for a vocabulary of {vocab_size:,}{classes}, without its files"
         return CorpusFacts(vocab_size), 0, [note]
     corpora = open_corpora(config.data)
-    feed = sizing.feed_of(config, 0, ranks)
+    feed = sizing.feed_of(config, 0, replicas)
     task.check(corpora, feed)
     manifest = corpora.manifest
     if vocab_size and vocab_size != manifest.vocab_size:

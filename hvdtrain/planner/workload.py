@@ -8,7 +8,6 @@ from torch import nn
 
 from hvdtrain.config import RunConfig
 from hvdtrain.data.corpora import CorpusFacts
-from hvdtrain.data.sampler import share_of
 from hvdtrain.data.shards import Manifest, token_dtype
 from hvdtrain.errors import ConfigError
 from hvdtrain.models.frozen import freeze
@@ -33,7 +32,8 @@ class Workload:
     ranks_per_node: int  # on the fullest node
     global_batch: int  # sequences
     global_tokens: int
-    rows_of_rank: int  # sequences
+    replicas: int
+    rows_of_rank: int  # sequences, of its replica
     microbatch: int  # sequences of a forward pass
     microbatches: int  # forward passes of a step
     positions: int  # tokens of a row
@@ -55,17 +55,18 @@ def workload(config: RunConfig, facts: CorpusFacts, ranks: int, ranks_per_node: 
     Errors: ConfigError where the ranks cannot share the batch, or numbers of ranks are not above 0.
     """
     check_ranks(ranks, ranks_per_node)
-    feed, task = feed_of(config, 0, ranks), make_task(config.task)
+    replicas = config.mesh.replicas_of(ranks)
+    feed, task = feed_of(config, 0, replicas), make_task(config.task)
     if task.rows_are_alike:
         positions = feed.context
-        share = share_of(feed.global_batch, feed.microbatch, 0, ranks)
+        share = feed.share
         rows, mine, microbatch = feed.global_batch, share.count, share.microbatch
         global_tokens = rows * positions
     else:
         positions = min(facts.longest or feed.context, feed.context)
         global_tokens = feed.global_tokens or feed.global_batch * feed.context
         rows = max(1, global_tokens // positions)
-        mine = -(-rows // ranks)
+        mine = -(-rows // replicas)
         microbatch = min(feed.microbatch or mine, mine)
     microbatches = -(-mine // microbatch)
     with torch.device("meta"):
@@ -79,6 +80,7 @@ def workload(config: RunConfig, facts: CorpusFacts, ranks: int, ranks_per_node: 
         ranks_per_node=min(ranks, ranks_per_node or ranks),
         global_batch=rows,
         global_tokens=global_tokens,
+        replicas=replicas,
         rows_of_rank=mine,
         microbatch=microbatch,
         microbatches=microbatches,
@@ -92,7 +94,7 @@ def workload(config: RunConfig, facts: CorpusFacts, ranks: int, ranks_per_node: 
         parameters=parameters,
         trained=trained,
         flops_of_step=microbatches * task.training_flops(model, batch),
-        sent_bytes=sent_bytes(trained, ranks, config.sync.allreduce),
+        sent_bytes=sent_bytes(trained, replicas, config.sync.allreduce),
     )
 
 

@@ -355,6 +355,14 @@ def test_ranks_that_can_share_a_batch(prepared: Prepared, settings: list[str], c
     assert [ranks_that_share(config, most) for most in range(1, 9)] == counts
 
 
+def test_a_replica_is_whole(prepared: Prepared):
+    config = load_config(str(prepared.recipe), ["mesh.tensor=2", "train.global_batch=3"])
+    assert [ranks_that_share(config, most) for most in range(2, 9)] == [2, 2, 2, 2, 6, 6, 6]
+    assert ranks_that_share(config, 15, unit=3) == 6
+    with pytest.raises(ConfigError, match=r"1 rank left, and mesh\.\* needs 2"):
+        ranks_that_share(config, 1)
+
+
 def test_nodes_that_can_share_a_batch(prepared: Prepared, capsys: pytest.CaptureFixture[str]):
     """The batch script asks."""
     for words, nodes in ((["2", "5"], "3"), (["3", "3"], "2"), (["5", "3"], "1"), (["2", "3", "seed=1"], "3")):

@@ -1,0 +1,194 @@
+"""What may be combined with what, and why not: one table, which ``train``, ``plan`` and docs/cuts.md read.
+
+A row is a thing that a recipe may ask for; a column is a cut of the model, or of the optimizer's state. What no line of
+``REFUSED`` forbids fits, and a test trains it.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from hvdtrain.cut.checker import Costs, check
+from hvdtrain.cut.schedules import SCHEDULES, with_transfers
+from hvdtrain.errors import ConfigError
+
+Settings = Mapping[str, Any]  # dotted key of the recipe -> value
+
+
+class Feature(NamedTuple):
+    """``name``: in the table. ``asked``: do these settings ask for it? ``key``: whose value says so."""
+
+    name: str
+    asked: Callable[[Settings], bool]
+    key: str
+
+    def said(self, settings: Settings) -> str:
+        return f"{self.key}={settings[self.key]}"
+
+
+class Refused(NamedTuple):
+    """``row`` and ``column`` do not go together: ``why``, and the way out."""
+
+    row: Feature
+    column: Feature
+    why: str
+    cure: str
+
+
+def _is(key: str, value: Any, only_with: Feature | None = None) -> Feature:
+    name = f"{key}={str(value).lower() if isinstance(value, bool) else value}"
+    return Feature(name, lambda s: s.get(key) == value and (only_with is None or only_with.asked(s)), key)
+
+
+def _above(key: str, least: float, only_with: Feature | None = None) -> Feature:
+    name = f"{key} above {least:g}"
+    return Feature(name, lambda s: s[key] > least and (only_with is None or only_with.asked(s)), key)
+
+
+# --- what there is -----------------------------------------------------------------------------------------------
+
+TENSOR = _above("mesh.tensor", 1)
+PIPELINE = _above("mesh.pipeline", 1)
+SEQUENCE = _is("cut.sequence", True, only_with=TENSOR)
+ONE_STAGE = _is("cut.stages_per_rank", 1, only_with=PIPELINE)
+SEVERAL_STAGES = _above("cut.stages_per_rank", 1, only_with=PIPELINE)
+OF_SCHEDULES = {name: _is("cut.schedule", name, only_with=PIPELINE) for name in SCHEDULES}
+ZERO = _is("sync.name", "zero")
+ZERO_1, ZERO_2 = (_is("sync.zero.stage", stage, only_with=ZERO) for stage in (1, 2))
+COMPILE_MODEL = _is("compile", "model")
+
+COLUMNS = {"tensor": TENSOR, "sequence": SEQUENCE, **OF_SCHEDULES, "zero 1": ZERO_1, "zero 2": ZERO_2}
+ROWS = (
+    TENSOR,
+    SEQUENCE,
+    PIPELINE,
+    ONE_STAGE,
+    SEVERAL_STAGES,
+    ZERO_1,
+    ZERO_2,
+    *(_is("precision", name) for name in ("fp32", "bf16", "bf16-weights", "fp16")),
+    _is("compile", "blocks"),
+    COMPILE_MODEL,
+    *(_is("recompute.name", name) for name in ("full", "selective")),
+    *(_is("optim.name", name) for name in ("adamw", "lamb", "lars", "sgd")),
+    _above("optim.clip_norm", 0),
+    _above("ema.decay", 0),
+    *(_is("sync.allreduce.wire", name) for name in ("bf16", "fp16")),
+    Feature("model.lora", lambda s: any(key.startswith("model.lora.") for key in s), "model.lora"),
+    Feature("optim.freeze", lambda s: s["optim.freeze"] != "", "optim.freeze"),
+    _above("train.ramp_start", 0),
+)
+
+# --- what does not fit -------------------------------------------------------------------------------------------
+
+REFUSED = (
+    Refused(
+        ZERO_2,
+        PIPELINE,
+        "ZeRO 2 reduces gradients at every microbatch, and a pipeline has several microbatches under way at once",
+        "set sync.zero.stage=1",
+    ),
+    Refused(
+        COMPILE_MODEL,
+        PIPELINE,
+        "a model over several stages is no single graph",
+        "set compile=blocks",
+    ),
+    *(
+        Refused(SEVERAL_STAGES, schedule, "it has one stage a rank", "set cut.schedule=interleaved")
+        for name, schedule in OF_SCHEDULES.items()
+        if name != "interleaved"
+    ),
+    Refused(
+        ONE_STAGE, OF_SCHEDULES["interleaved"], "there is nothing to interleave", "set cut.stages_per_rank=2 or more"
+    ),
+)
+
+
+# --- asking ------------------------------------------------------------------------------------------------------
+
+
+def check_combination(settings: Settings) -> None:
+    """Errors: ConfigError, one message for all that does not fit (local; the same on every rank)."""
+    problems = [
+        f"{one.row.said(settings)} does not go with {one.column.said(settings)}: {one.why}; {one.cure}"
+        for one in REFUSED
+        if one.row.asked(settings) and one.column.asked(settings)
+    ]
+    problems += _heads(settings)
+    if problems:
+        raise ConfigError("; ".join(problems))
+
+
+def _heads(settings: Settings) -> Iterator[str]:
+    """Each rank of the tensor axis has as many heads as the others, and the key heads that these read."""
+    tensor, heads = settings["mesh.tensor"], settings["model.heads"]
+    key_heads = settings["model.kv_heads"] or heads
+    key, number = ("model.heads", heads) if heads % tensor else ("model.kv_heads", key_heads)
+    if number % tensor:
+        fit = [n for n in range(1, key_heads + 1) if math.gcd(heads, key_heads) % n == 0]
+        up = -(-number // tensor) * tensor
+        yield (
+            f"mesh.tensor={tensor} does not divide {key}={number}; set mesh.tensor={_either(fit)}, "
+            f"or {key}={up} for another model"
+        )
+
+
+def bubble(settings: Settings, microbatches: int) -> float:
+    """Share of a step in which the ranks of a pipeline wait for one another, where all stages cost alike."""
+    ranks, stages_per_rank = settings["mesh.pipeline"], settings["cut.stages_per_rank"]
+    if ranks == 1:
+        return 0.0
+    passes = SCHEDULES[settings["cut.schedule"]](ranks, microbatches, stages_per_rank)
+    return check(with_transfers(passes), Costs.alike(ranks * stages_per_rank)).bubble
+
+
+def notes_on(settings: Settings, microbatches: int) -> list[str]:
+    """What a user should know of a combination that fits. microbatches: of a step."""
+    stages = settings["mesh.pipeline"]
+    if microbatches >= stages:
+        return []
+    return [
+        f"mesh.pipeline={stages} has more stages than a step has microbatches ({microbatches}): a rank waits for "
+        f"others in {bubble(settings, microbatches):.0%} of a step; lower train.microbatch"
+    ]
+
+
+def note_on_nodes(tensor: int, ranks_per_node: int, nodes: int) -> list[str]:
+    """What a user should know where ranks that share each layer are on several nodes."""
+    if nodes == 1 or ranks_per_node % tensor == 0:
+        return []
+    return [
+        f"mesh.tensor={tensor} does not divide the {ranks_per_node} ranks of a node: ranks that share a layer are on "
+        "several nodes, and wait for the network in every layer; `hvdtrain doctor --job` measures how long"
+    ]
+
+
+def _either(numbers: Sequence[int]) -> str:
+    *most, last = map(str, numbers)
+    return f"{', '.join(most)} or {last}" if most else last
+
+
+# --- telling -----------------------------------------------------------------------------------------------------
+
+
+def table() -> str:
+    """Rows by columns in text: ``yes`` fits, a letter stands for why not."""
+    letters: dict[str, str] = {}
+    lines = [f"{'':<28}" + "".join(f"{name:<13}" for name in COLUMNS)]
+    for row in ROWS:
+        cells = []
+        for column in COLUMNS.values():
+            found = _refusal(row, column)
+            reason = "" if found is None else f"{found.why}; {found.cure}"
+            cells.append(letters.setdefault(reason, chr(ord("a") + len(letters))) if reason else "yes")
+        lines.append(f"{row.name:<28}" + "".join(f"{cell:<13}" for cell in cells))
+    lines += ["", *(f"{letter}  {reason}" for reason, letter in letters.items())]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _refusal(row: Feature, column: Feature) -> Refused | None:
+    """What is refused of a pipeline is refused of each of its schedules."""
+    columns = (column, PIPELINE) if column in OF_SCHEDULES.values() else (column,)
+    pairs = [pair for one in columns for pair in ((row, one), (one, row))]
+    return next((one for one in REFUSED if (one.row, one.column) in pairs), None)
