@@ -9,15 +9,24 @@ import contextlib
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from hvdtrain import sizing
 from hvdtrain.checkpoint.manifest import Progress
-from hvdtrain.checkpoint.origin import Beginner, Origin, TakenOver, check_tokens, digest_of, open_origin, take_over
+from hvdtrain.checkpoint.origin import (
+    Beginner,
+    Origin,
+    TakenOver,
+    check_tokens,
+    digest_of,
+    merged,
+    open_origin,
+    take_over,
+)
 from hvdtrain.checkpoint.reader import load
 from hvdtrain.checkpoint.retention import Score, steps_saved
 from hvdtrain.checkpoint.start import find_start, moved_rate
@@ -25,7 +34,8 @@ from hvdtrain.comm.group import Group
 from hvdtrain.comm.mesh import Mesh, make_mesh
 from hvdtrain.comm.world import World
 from hvdtrain.config import RunConfig, dump_yaml, flatten
-from hvdtrain.cut import make_replica
+from hvdtrain.cut import Making, make_replica
+from hvdtrain.cut.blueprint import Blueprint, fill_slices
 from hvdtrain.cut.combinations import check_combination
 from hvdtrain.cut.compiling import CompileClock, check_compiler
 from hvdtrain.cut.cut import Replica
@@ -46,7 +56,8 @@ from hvdtrain.machine.matmul import use_fast_matmul, use_tf32
 from hvdtrain.machine.peaks import Peak, find_peak
 from hvdtrain.models.depth import rate_shares
 from hvdtrain.models.frozen import freeze
-from hvdtrain.models.lora import adapt, initialise_adapters
+from hvdtrain.models.lora import adapt
+from hvdtrain.models.pieces import Staged
 from hvdtrain.models.recompute import use_recompute
 from hvdtrain.optim.ema import make_ema
 from hvdtrain.optim.guard import Guard
@@ -316,15 +327,17 @@ def recorded(run: OpenRun) -> Iterator[None]:
 def open_engine(run: OpenRun) -> Engine:
     """The model, all that moves it, and a checkpoint's numbers in them (collective)."""
     config, mesh, start = run.config, run.mesh, run.start
-    model = mesh.world.together(lambda: _make_model(run))
+    blueprint = mesh.world.together(lambda: Blueprint(partial(_make_model, run)))
     precision = PRECISIONS[config.precision]
-    replica = make_replica(model, mesh, precision, config.compile)
-    _take_over(run, replica)
+    replica = make_replica(blueprint, Making(mesh, precision, run.device, config.cut, config.compile))
+    if start.checkpoint is None:
+        fill_slices(replica.slices, blueprint.initial(config.seed))
+    _take_over(run, replica, type(blueprint.model).__name__)
     sync = make_sync(config.sync, replica.slices, replica.computing, mesh)
-    shares = rate_shares([name for name, _ in model.named_parameters()], config.optim.layer_decay)
+    shares = rate_shares(list(blueprint.wholes), config.optim.layer_decay)
     moved = [piece.tensor for piece in sync.moves]
     optimizer = make_optimizer(moved, config.optim, shares=[shares[piece.name] for piece in sync.moves])
-    ema = make_ema(model, config.ema)
+    ema = make_ema(replica.slices, config.ema)
     if (folder := start.checkpoint) is not None:
         saved = mesh.world.together(lambda: load(folder, replica.slices, optimizer, ema))
         if ema is not None and not saved.has_ema:
@@ -337,21 +350,19 @@ def open_engine(run: OpenRun) -> Engine:
     return engine
 
 
-def _make_model(run: OpenRun) -> nn.Module:
-    """Whole, as it is at step 0 without ``model.from``. Errors: ConfigError for options that do not fit it."""
+def _make_model(run: OpenRun) -> Staged:
+    """Whole, without weights. Errors: ConfigError for options that do not fit it."""
     config, task = run.config, run.task
-    model = task.make_model(config.model, run.data.corpora.manifest)
-    model.initialise(config.seed)
+    model: Staged = task.make_model(config.model, run.data.corpora.manifest)
     adapt(model, config.model, config.model.lora)
-    initialise_adapters(model, config.seed)
     freeze(model, config.optim.freeze, config.model.lora, task.predicts_tokens)
     use_recompute(model, config.recompute)
-    return model.to(run.device).train()
+    return model
 
 
-def _take_over(run: OpenRun, replica: Replica) -> None:
+def _take_over(run: OpenRun, replica: Replica, model: str) -> None:
     """Weights from ``model.from`` (collective). One replica reads them: the engine hands its weights on to the others,
-    so that ranks do not all read the same files.
+    so that ranks do not all read the same files. model: the name of its class.
     """
     origin, mesh, manifest = run.start.origin, run.mesh, run.data.corpora.manifest
     if origin is None:
@@ -360,13 +371,21 @@ def _take_over(run: OpenRun, replica: Replica) -> None:
     def take() -> TakenOver | None:
         if mesh.number:
             return None
-        ours = Beginner(run.task.name, type(replica.model).__name__, manifest.vocab_size, manifest.label_names)
-        found = take_over(origin, replica.slices, ours)
-        if run.is_main:
-            write_json(run.run_dir / "from.json", found.fields(origin))
-        return found
+        ours = Beginner(run.task.name, model, manifest.vocab_size, manifest.label_names)
+        return take_over(origin, replica.slices, ours)
 
-    run.taken_over = mesh.world.together(take)
+    found = mesh.own.all_gather_object(mesh.world.together(take))
+
+    def merge() -> TakenOver | None:
+        return None if mesh.number else merged(found, origin)
+
+    run.taken_over = taken_over = mesh.world.together(merge)
+
+    def record() -> None:
+        if taken_over is not None:
+            write_json(run.run_dir / "from.json", taken_over.fields(origin))
+
+    mesh.world.on_main(record)
 
 
 def open_log(run: OpenRun, engine: Engine, watchdog: Watchdog) -> tuple[Log, Peak]:

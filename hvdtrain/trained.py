@@ -12,22 +12,26 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from hvdtrain.checkpoint.manifest import Progress
 from hvdtrain.checkpoint.parameters import which_weights
 from hvdtrain.checkpoint.reader import Checkpoint, Weights, load
 from hvdtrain.checkpoint.valid import choose_valid
 from hvdtrain.comm.group import Group
+from hvdtrain.comm.mesh import Mesh
 from hvdtrain.comm.world import World
 from hvdtrain.config import RunConfig, make_config
+from hvdtrain.cut import Making, make_replica
+from hvdtrain.cut.blueprint import Blueprint
+from hvdtrain.cut.cut import Replica
+from hvdtrain.cut.precision import PRECISIONS
 from hvdtrain.data.carried import Carried, read_carried
 from hvdtrain.data.corpora import Corpora, folders_of, open_corpora, open_folders
 from hvdtrain.errors import CheckpointError, ConfigError, DataError
 from hvdtrain.files import exists, read_text
 from hvdtrain.machine.device import pick_device
 from hvdtrain.models.lora import adapt
-from hvdtrain.slices import whole_slices
+from hvdtrain.models.pieces import Staged
 from hvdtrain.strict_yaml import parse_yaml
 from hvdtrain.tasks import make_task
 from hvdtrain.tasks.task import check_kind
@@ -60,11 +64,14 @@ class Run:
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model with its trained parameters, in evaluation mode on ``device``. ``weights``: which of the checkpoint's."""
+    """A replica with its trained parameters. ``weights``: which of the checkpoint's."""
 
-    model: nn.Module
-    device: torch.device
+    replica: Replica
     weights: Weights
+
+    @property
+    def device(self) -> torch.device:
+        return self.replica.device
 
 
 def read_config(run_dir: Path) -> RunConfig:
@@ -105,24 +112,36 @@ def find_run(run_dir: Path, group: Group, which: str = "newest") -> Run:
     return group.together(look)
 
 
-def open_model(run: Run, corpora: Corpora, world: World, group: Group, weights: Weights | None = None) -> TrainedModel:
-    """The model of that checkpoint (collective).
+def open_model(
+    run: Run, corpora: Corpora, world: World, mesh: Mesh, weights: Weights | None = None, precision: str = "fp32"
+) -> TrainedModel:
+    """The model of that checkpoint, as the mesh cuts it (collective).
 
     corpora: whose manifest says how large vocabulary and labels are: the run's or, made alike, those to be read.
     weights: those of the last step (``raw``) or their average (``ema``); None: the average where there is one.
     Errors: on all ranks; ConfigError where an average is asked for that is not there.
     """
+    group, config = mesh.world, run.config
 
-    def prepare() -> TrainedModel:
+    def make() -> Staged:
+        model: Staged = make_task(config.task).make_model(config.model, corpora.manifest)
+        adapt(model, config.model, config.model.lora)
+        return model
+
+    def prepare() -> tuple[Weights, Blueprint, torch.device]:
         kind = which_weights(Checkpoint(run.checkpoint), weights)
-        device, _ = pick_device(run.config.device, world, group)
-        model = make_task(run.config.task).make_model(run.config.model, corpora.manifest)
-        adapt(model, run.config.model, run.config.model.lora)
-        model.to(device)
-        load(run.checkpoint, whole_slices(model, group), weights=kind)
-        return TrainedModel(model.eval(), device, kind)
+        return kind, Blueprint(make), pick_device(config.device, world, group)[0]
 
-    return group.together(prepare)
+    kind, blueprint, device = group.together(prepare)
+    replica = make_replica(blueprint, Making(mesh, PRECISIONS[precision], device, config.cut))
+
+    def read() -> None:
+        load(run.checkpoint, replica.slices, weights=kind)
+        replica.publish()
+        replica.answering.eval()
+
+    group.together(read)
+    return TrainedModel(replica, kind)
 
 
 # --- data --------------------------------------------------------------------------------------------------------

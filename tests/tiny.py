@@ -19,6 +19,7 @@ from hvdtrain.files import file_blocks, file_sha256
 from hvdtrain.models.decoder import Decoder
 from hvdtrain.models.options import TransformerOptions
 from hvdtrain.slices import Rect, whole_rect
+from hvdtrain.tasks.task import run
 
 torch.set_num_threads(1)  # a second one would only wait for the first: minutes, where the cores are busy
 
@@ -175,3 +176,13 @@ class Held:
         tensor = self._tensors[name]
         whole = whole_rect(tensor.shape)
         return torch.cat([tensor[place.index_in(whole)] for place in places or [whole]])
+
+
+def loss_of(task: Any, model: Callable[..., torch.Tensor], batch: Any) -> Any:
+    """A task's loss of a batch, as a replica takes it."""
+    return task.loss(model, model(*task.inputs(batch)), batch)
+
+
+def measure_of(task: Any, model: Callable[..., torch.Tensor], batch: Any) -> torch.Tensor:
+    """A task's sums over a batch of evaluation, without what is decoded."""
+    return task.measure(model, run(model, task.inputs(batch), batch.rows_at_once), batch)

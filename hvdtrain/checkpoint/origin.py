@@ -330,7 +330,7 @@ def take_over(origin: Origin, slices: Sequence[Slice], ours: Beginner) -> TakenO
     """Copy into ``slices`` what ``origin`` has of them (local). A parameter that it has not stays as it is, and so do
     the positions that it never learned, of a longer context: BERT begins with rows of 128, and goes on with 512.
 
-    Errors: ConfigError where shapes differ in another way than in rows of positions and of padding, or nothing fits.
+    Errors: ConfigError where shapes differ in another way than in rows of positions and of padding.
     """
     taken: dict[str, str] = {}
     has_head, notes = _has_its_head(origin, ours)
@@ -361,12 +361,23 @@ def take_over(origin: Origin, slices: Sequence[Slice], ours: Beginner) -> TakenO
             "let it be trained (optim.freeze without it, model.lora.also with it)"
         )
     left_over = [*sorted(set(origin.tensors.names) - set(taken.values())), *origin.unread]
+    return TakenOver(list(taken), new, left_over, notes)
+
+
+def merged(found: Sequence[TakenOver | None], origin: Origin) -> TakenOver:
+    """What the ranks of a replica have taken together (local). Errors: ConfigError where nothing fits."""
+    parts = [one for one in found if one is not None]
+    taken, new, notes = (
+        list(dict.fromkeys(name for one in parts for name in names(one)))
+        for names in (lambda one: one.taken, lambda one: one.new, lambda one: one.notes)
+    )
+    left_over = [name for name in parts[0].left_over if all(name in one.left_over for one in parts)]
     if not taken:
         raise ConfigError(
             f"model.from={origin.folder} has nothing of this model, made of {grouped(new)}; "
             f"it holds {grouped(left_over)}"
         )
-    return TakenOver(list(taken), new, left_over, notes)
+    return TakenOver(taken, new, left_over, notes)
 
 
 def _has_its_head(origin: Origin, ours: Beginner) -> tuple[bool, list[str]]:

@@ -17,6 +17,7 @@ import torch
 
 from hvdtrain.checkpoint.reader import Weights
 from hvdtrain.comm.group import Group
+from hvdtrain.comm.mesh import whole_replicas
 from hvdtrain.comm.world import World
 from hvdtrain.errors import DataError
 from hvdtrain.machine.cores import threads_of_rank
@@ -79,7 +80,7 @@ class Answering:
         def work() -> dict[int, list[Answer]]:
             found: dict[int, list[Answer]] = {}
             for members in evaluating(groups, len(groups), self.group.rank == 0, "answering"):
-                answers = self.answers.answer(self.trained.model, members)
+                answers = self.answers.answer(self.trained.replica.answering, members)
                 found |= {row.number: of_row for row, of_row in zip(members, answers, strict=True)}
             return found
 
@@ -102,7 +103,7 @@ def open_answering(
 
     answers, corpora = group.together(prepare)
     torch.set_num_threads(threads_of_rank(group))
-    trained = open_model(run, corpora, world, group, weights)
+    trained = open_model(run, corpora, world, whole_replicas(group), weights)
     if trained.device.type == "cpu":
         use_fast_matmul("fp32")
     return Answering(run, trained, answers, group)

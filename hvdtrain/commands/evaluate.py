@@ -14,8 +14,6 @@ from hvdtrain.comm.mesh import whole_replicas
 from hvdtrain.comm.session import open_group
 from hvdtrain.comm.world import World
 from hvdtrain.commands.answering import TooLong, open_answering
-from hvdtrain.cut import make_replica
-from hvdtrain.cut.precision import PRECISIONS
 from hvdtrain.data.lines import LineReader
 from hvdtrain.engine import scores_of
 from hvdtrain.errors import ConfigError, DataError
@@ -75,7 +73,7 @@ def evaluate(
         config = run.config
         task = group.together(lambda: make_task(config.task).scored_by(texts.scores, texts.given))
         corpora = open_data(run, data_dirs, group)
-        trained = open_model(run, corpora, world, group, weights)
+        trained = open_model(run, corpora, world, mesh, weights, config.precision)
         if trained.device.type == "cpu":
             use_fast_matmul(config.precision)
 
@@ -85,7 +83,6 @@ def evaluate(
             return task.open_evaluation(corpora, split, feed_of(config, mesh.number, mesh.replicas), config.eval.rows)
 
         batches = group.together(open_split)
-        replica = make_replica(trained.model, mesh, PRECISIONS[config.precision])
         data = {
             "folders": [str(folder.absolute()) for folder, _ in corpora.entries],
             "data_digest": corpora.data_digest,
@@ -94,7 +91,7 @@ def evaluate(
         step, kind = run.progress.step, trained.weights
         about = {"run": str(run_dir), "step": step, "split": split, "weights": kind, "data": data}
         shown = evaluating(batches(), batches.count, world.is_main)
-        scores = scores_of(replica, mesh.replica, shown, task)
+        scores = scores_of(trained.replica, mesh.replica, shown, task)
         signed = {"signatures": dict(batches.signatures)} if batches.signatures else {}
         return {**about, **scores, **signed, "wall_s": round(time.monotonic() - began_s, 3)}
 

@@ -1,14 +1,11 @@
-"""The contract of a cut: how one replica of the model is spread over ranks, and what a replica can do."""
+"""The contract of a replica: what can be done with it, however it is spread over ranks."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import nn
 
-from hvdtrain.comm.mesh import Mesh
-from hvdtrain.cut.precision import Precision
 from hvdtrain.data.batch import AnyBatch
 from hvdtrain.slices import Slice
 from hvdtrain.tasks.task import Task
@@ -18,8 +15,8 @@ from hvdtrain.tasks.task import Task
 class Passed:
     """What forward and backward over a step's microbatches have given.
 
-    loss: scalar fp64, the SUM over targets, not scaled; weights: targets of each microbatch; flops: model FLOPs of this
-    rank (see models/flops.py).
+    loss: scalar fp64, the SUM over targets, not scaled, on all ranks of the replica; weights: targets of each
+    microbatch; flops: model FLOPs of this rank (see models/flops.py).
     """
 
     loss: torch.Tensor
@@ -30,14 +27,17 @@ class Passed:
 class Replica(Protocol):
     """One replica of the model, or this rank's piece of it.
 
-    model: the fp32 weights, which optimizer and checkpoints know. slices: these, by name. computing: for each slice the
-    parameter that backward gives a gradient: its own tensor, or a copy in fewer bits. device: where they lie.
+    slices: the fp32 weights, which optimizer and checkpoints know, by name. computing: for each slice the parameter
+    that backward gives a gradient: its own tensor, or a copy in fewer bits. uses: for each slice how many such
+    gradients a microbatch gives; more than 1 where a rank's stages share it. device: where they lie.
+    answering: what a task asks for texts, see ``Answers``; under a cut all ranks of the replica ask it together.
     """
 
-    model: nn.Module
     slices: Sequence[Slice]
     computing: Sequence[torch.Tensor]
+    uses: Sequence[int]
     device: torch.device
+    answering: Any
 
     def forward_backward(
         self, microbatches: Sequence[AnyBatch], task: Task, seed: int, loss_scale: torch.Tensor | None
@@ -48,13 +48,9 @@ class Replica(Protocol):
         """
 
     def measure(self, batches: Iterable[AnyBatch], task: Task) -> torch.Tensor | None:
-        """The task's sums over batches in evaluation, fp64 [k]; None where there was no batch."""
+        """The task's sums over batches in evaluation, fp64 [k], on all ranks of the replica; None where there was no
+        batch.
+        """
 
     def publish(self) -> None:
         """Hand the weights on to the copy that computes; after every change of them (local)."""
-
-
-class Cut(Protocol):
-    """Makes a run's replica out of its model, which is on its device and whole: once."""
-
-    def __call__(self, model: nn.Module, mesh: Mesh, precision: Precision, compile: str) -> Replica: ...

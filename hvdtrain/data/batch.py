@@ -18,6 +18,11 @@ class AnyBatch:
 
     _on_host: ClassVar[tuple[str, ...]] = ()  # tensors that no device needs
 
+    @property
+    def rows_at_once(self) -> int:
+        """In evaluation, how many of its rows a model takes at once; 0: all."""
+        return 0
+
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor], but: tuple[str, ...] = ()) -> Self:
         values = ((field.name not in but, getattr(self, field.name)) for field in fields(self))
         return type(self)(*(change(v) if mine and isinstance(v, torch.Tensor) else v for mine, v in values))

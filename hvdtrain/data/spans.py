@@ -52,6 +52,11 @@ class SpanBatch(DocumentBatch):
     target_tokens: int
     asked: AskedQuestions | None = None
 
+    @property
+    def rows_at_once(self) -> int:
+        """A question may have more windows than fit."""
+        return 0 if self.asked is None else self.asked.rows
+
     def fingerprints(self, of_tokens: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         spans = mix(self.spans[:, 0].numpy(), 5) + mix(self.spans[:, 1].numpy(), 6)
         return of_tokens(from_1(self.tokens, self.lengths)) + spans

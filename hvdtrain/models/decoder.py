@@ -15,6 +15,7 @@ from hvdtrain.models.heads import OutputHead
 from hvdtrain.models.layers import Block, make_last_norm
 from hvdtrain.models.masks import packed_mask, window_mask
 from hvdtrain.models.options import TransformerOptions
+from hvdtrain.models.pieces import Flow, Piece, block_pieces, is_here
 from hvdtrain.models.positions import make_relative_bias
 from hvdtrain.models.transformer import Transformer, refuse
 
@@ -29,6 +30,14 @@ class Decoder(Transformer):
         self.blocks = nn.ModuleList(Block(options) for _ in range(options.layers))
         self.norm = make_last_norm(options)
         self.head = OutputHead(options, self.embedding)
+        self.number_blocks()
+
+    def pieces(self) -> list[Piece]:
+        return [
+            Piece("embed", ("embedding", "position", "embedding_norm")),
+            *block_pieces("blocks", self.options.layers, ("attention", "feed_forward"), also="relative"),
+            Piece("end", ("norm", "head")),
+        ]
 
     def forward(
         self,
@@ -42,30 +51,46 @@ class Decoder(Transformer):
         segments_BT: each token's document, numbered within the row, -1 on padding; no document sees another.
             It may stay on the host: a GPU then need not be waited for.
         """
-        x_BTD, rotary = self.embed(tokens_BT, positions_BT=positions_BT)
-        mask = self._sight(tokens_BT, segments_BT)
+        return self.stage((), tokens_BT, positions_BT, segments_BT)[-1]
+
+    def stage(
+        self,
+        flow: Flow,
+        tokens_BT: torch.Tensor,
+        positions_BT: torch.Tensor | None = None,
+        segments_BT: torch.Tensor | None = None,
+    ) -> Flow:
+        """Flow: hidden states [B, T, D]."""
+        x_BTD = flow[0] if flow else self.embed(tokens_BT, positions_BT)
+        rotary, mask = self.turns(tokens_BT.shape[1], positions_BT), self._sight(tokens_BT, segments_BT)
         for block in self.blocks:
-            x_BTD = block(x_BTD, rotary, mask=mask)
-        return self.norm(x_BTD)
+            if self.enters(block):
+                x_BTD = block(x_BTD, rotary, mask=mask)
+        return (self.out_of_blocks(self.norm(x_BTD)),) if self.has("end") else (x_BTD,)
 
     def decode(self, tokens_BT: torch.Tensor, cache: Cache) -> torch.Tensor:
         """Hidden states [B, T, D] of prompts, padded at their end; from the second call on of one more token of each
         of T branches. The last of a prompt of n tokens is at n - 1. See models/cache.py.
         """
+        return self.decode_stage((), tokens_BT, cache)[-1]
+
+    def decode_stage(self, flow: Flow, tokens_BT: torch.Tensor, cache: Cache) -> Flow:
+        """``decode`` of what is here; each stage has a cache of its own."""
         positions_BT, mask = cache.place(*tokens_BT.shape)
-        if self.relative is not None:
+        if is_here(self.relative):
             mask = self.relative.of_cache(cache, positions_BT, mask)
-        x_BTD, rotary = self.embed(tokens_BT, positions_BT=positions_BT)
+        x_BTD = flow[0] if flow else self.embed(tokens_BT, positions_BT)
+        rotary = self.turns(tokens_BT.shape[1], positions_BT)
         for number, block in enumerate(self.blocks):
             x_BTD = block(x_BTD, rotary, LayerCache(cache, number), mask)
-        return self.norm(x_BTD)
+        return (self.norm(x_BTD),)
 
     def _sight(self, tokens_BT: torch.Tensor, segments_BT: torch.Tensor | None) -> torch.Tensor | Runs | None:
         """Who sees whom, for all layers; None: as the blocks were made, causal and with their window."""
         o, device, positions = self.options, tokens_BT.device, tokens_BT.shape[1]
-        if self.relative is not None:
+        if is_here(self.relative):
             return self.relative(positions, None if segments_BT is None else packed_mask(segments_BT.to(device)))
-        dtype = product_dtype(self.embedding.weight)
+        dtype = product_dtype(self.any_weight)
         fit = runs_fit(device, dtype, o.width_of_head, o.dropout if self.training else 0.0)
         if segments_BT is None:  # flash attention knows windows by itself
             windowed = 0 < o.window < positions

@@ -6,18 +6,21 @@ Shape letters:  B rows, T positions, D model width, C classes, V vocabulary (pad
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
 
 import torch
 from torch import nn
 
 from hvdtrain.errors import ConfigError
+from hvdtrain.models.draws import END
 from hvdtrain.models.flops import classifier_flops, encoder_flops, masked_flops, span_flops
 from hvdtrain.models.heads import MaskedHead, SpanHead
-from hvdtrain.models.initial import initialise
+from hvdtrain.models.initial import fill, initial
 from hvdtrain.models.layers import Block, make_last_norm
 from hvdtrain.models.masks import padding_mask
 from hvdtrain.models.options import TransformerOptions
+from hvdtrain.models.pieces import Flow, Piece, Staged, block_pieces, is_here
 from hvdtrain.models.positions import make_relative_bias
 from hvdtrain.models.transformer import Transformer, refuse
 
@@ -33,6 +36,14 @@ class Encoder(Transformer):
         self.relative = make_relative_bias(options, causal=False)
         self.blocks = nn.ModuleList(Block(options, causal=False) for _ in range(options.layers))
         self.norm = make_last_norm(options)
+        self.number_blocks()
+
+    def pieces(self) -> list[Piece]:
+        return [
+            Piece("embed", ("embedding", "position", "token_type", "embedding_norm")),
+            *block_pieces("blocks", self.options.layers, ("attention", "feed_forward"), also="relative"),
+            Piece("end", ("norm",)),
+        ]
 
     def forward(
         self, tokens_BT: torch.Tensor, lengths_B: torch.Tensor, types_BT: torch.Tensor | None = None
@@ -41,13 +52,20 @@ class Encoder(Transformer):
 
         types_BT: the kind of each token, below ``token_types``; None: all 0.
         """
-        x_BTD, rotary = self.embed(tokens_BT, types_BT=types_BT)
-        mask = padding_mask(lengths_B, tokens_BT.shape[1])
-        if self.relative is not None:
+        return self.stage((), tokens_BT, lengths_B, types_BT)[-1]
+
+    def stage(
+        self, flow: Flow, tokens_BT: torch.Tensor, lengths_B: torch.Tensor, types_BT: torch.Tensor | None = None
+    ) -> Flow:
+        """Flow: hidden states [B, T, D]."""
+        x_BTD = flow[0] if flow else self.embed(tokens_BT, types_BT=types_BT)
+        rotary, mask = self.turns(tokens_BT.shape[1]), padding_mask(lengths_B, tokens_BT.shape[1])
+        if is_here(self.relative):
             mask = self.relative(tokens_BT.shape[1], mask)
         for block in self.blocks:
-            x_BTD = block(x_BTD, rotary, mask=mask)
-        return self.norm(x_BTD)
+            if self.enters(block):
+                x_BTD = block(x_BTD, rotary, mask=mask)
+        return (self.out_of_blocks(self.norm(x_BTD)),) if self.has("end") else (x_BTD,)
 
     def training_flops(self, shape: Sequence[int]) -> int:
         """Model FLOPs of forward and backward over tokens of ``shape`` (B, T); see models/flops.py."""
@@ -55,17 +73,50 @@ class Encoder(Transformer):
         return encoder_flops(self.options, rows, positions)
 
 
-class OnEncoder(nn.Module):
-    """Base of what is made of an encoder: ``encoder``, and a ``head`` of each one's own."""
+class OnEncoder(Staged):
+    """Base of what is made of an encoder: ``encoder``, and a ``head`` of each one's own.
+
+    own: the modules behind the encoder, by name; ``finish`` runs them.
+    """
+
+    own: ClassVar[tuple[str, ...]] = ("head",)
 
     def __init__(self, options: TransformerOptions, vocab_size: int):
         super().__init__()
         self.options, self.vocab_size = options, vocab_size
         self.encoder = Encoder(options, vocab_size)
+        self.draws = self.encoder.draws
+
+    def initial(self, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """See models/initial.py."""
+        return initial(self, self.options, seed)
 
     def initialise(self, seed: int) -> None:
-        """See models/initial.py."""
-        initialise(self, self.options, seed)
+        """Fill the model with ``initial``'s."""
+        fill(self, self.initial(seed))
+
+    def pieces(self) -> list[Piece]:
+        *before, end = (
+            piece._replace(needs=tuple(f"encoder.{name}" for name in piece.needs)) for piece in self.encoder.pieces()
+        )
+        return [*before, end._replace(needs=(*end.needs, *self.own))]
+
+    def forward(
+        self, tokens_BT: torch.Tensor, lengths_B: torch.Tensor, types_BT: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """What ``finish`` says of it. Inputs as of ``Encoder``."""
+        return self.stage((), tokens_BT, lengths_B, types_BT)[-1]
+
+    def stage(
+        self, flow: Flow, tokens_BT: torch.Tensor, lengths_B: torch.Tensor, types_BT: torch.Tensor | None = None
+    ) -> Flow:
+        """Flow: the encoder's hidden states [B, T, D]."""
+        (hidden_BTD,) = self.encoder.stage(flow, tokens_BT, lengths_B, types_BT)
+        return (self.finish(hidden_BTD),) if self.has("end") else (hidden_BTD,)
+
+    def finish(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        """What the model returns, of the encoder's hidden states."""
+        raise NotImplementedError
 
 
 class Classifier(OnEncoder):
@@ -76,6 +127,8 @@ class Classifier(OnEncoder):
     pooler, which then says the same of all texts, and stays so.
     """
 
+    own = ("pooler", "head")
+
     def __init__(self, options: TransformerOptions, vocab_size: int, classes: int, several: bool = False):
         super().__init__(options, vocab_size)
         self.classes, self._several = classes, several
@@ -83,17 +136,15 @@ class Classifier(OnEncoder):
         self.dropout = nn.Dropout(options.dropout)
         self.head = nn.Linear(options.width, classes, bias=options.bias)
 
-    def initialise(self, seed: int) -> None:
-        super().initialise(seed)
-        if self._several and self.head.bias is not None and self.classes > 1:
-            nn.init.constant_(self.head.bias, -math.log(self.classes - 1))
+    def initial(self, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in super().initial(seed):
+            is_rare = name == "head.bias" and self._several and self.classes > 1
+            yield name, tensor.fill_(-math.log(self.classes - 1)) if is_rare else tensor
 
-    def forward(
-        self, tokens_BT: torch.Tensor, lengths_B: torch.Tensor, types_BT: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """[B, C] fp32 or autocast's type. Inputs as of ``Encoder``."""
-        first_BD = self.encoder(tokens_BT, lengths_B, types_BT)[:, 0]
-        return self.head(self.dropout(torch.tanh(self.pooler(first_BD))))
+    def finish(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        """[B, C] fp32 or autocast's type."""
+        self.draws.at(END)
+        return self.head(self.dropout(torch.tanh(self.pooler(hidden_BTD[:, 0]))))
 
     def training_flops(self, shape: Sequence[int]) -> int:
         """Model FLOPs of forward and backward over tokens of ``shape`` (B, T); see models/flops.py."""
@@ -108,11 +159,9 @@ class MaskedLanguageModel(OnEncoder):
         super().__init__(options, vocab_size)
         self.head = MaskedHead(options, self.encoder.embedding)
 
-    def forward(
-        self, tokens_BT: torch.Tensor, lengths_B: torch.Tensor, types_BT: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """As of ``Encoder``."""
-        return self.encoder(tokens_BT, lengths_B, types_BT)
+    def finish(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        """[B, T, D], as it is."""
+        return hidden_BTD
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., D] -> [..., V] fp32 or autocast's type."""
@@ -131,11 +180,9 @@ class SpanModel(OnEncoder):
         super().__init__(options, vocab_size)
         self.head = SpanHead(options)
 
-    def forward(
-        self, tokens_BT: torch.Tensor, lengths_B: torch.Tensor, types_BT: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """[B, T, 2] fp32 or autocast's type; on padding without meaning. Inputs as of ``Encoder``."""
-        return self.head(self.encoder(tokens_BT, lengths_B, types_BT))
+    def finish(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        """[B, T, 2] fp32 or autocast's type; on padding without meaning."""
+        return self.head(hidden_BTD)
 
     def training_flops(self, shape: Sequence[int]) -> int:
         """Model FLOPs of forward and backward over tokens of ``shape`` (B, T); see models/flops.py."""

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hvdtrain.models.layers import ACTIVATIONS, make_norm
+from hvdtrain.models.losses import LossTerms, chunk_rows, linear_cross_entropy
 from hvdtrain.models.options import TransformerOptions
 
 
@@ -34,6 +35,15 @@ class OutputHead(nn.Linear):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits: [..., D] -> [..., V]."""
         return F.linear(self.features(hidden), self.weight, self.bias)
+
+    def cross_entropy(self, features_ND: torch.Tensor, targets_N: torch.Tensor, terms: LossTerms) -> torch.Tensor:
+        """See ``linear_cross_entropy``: fp32 scalar, the SUM over the targets."""
+        return linear_cross_entropy(features_ND, self.weight, targets_N, terms, bias=self.bias)
+
+    def best(self, features_ND: torch.Tensor) -> torch.Tensor:
+        """The token of the highest score, int64 [N]; the logits of a few rows at a time."""
+        rows = chunk_rows(features_ND.device.type, len(self.weight))
+        return torch.cat([F.linear(part, self.weight, self.bias).argmax(-1) for part in features_ND.split(rows)])
 
 
 class MaskedHead(OutputHead):

@@ -14,6 +14,7 @@ Shape letters:  D model width, K width of a head
 
 import math
 from collections import Counter
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -25,16 +26,19 @@ _QKV = ("attention.qkv.weight", "attention.q.weight", "attention.kv.weight")
 _PROJECTIONS = ("attention.out.weight", "feed_forward.out.weight")  # which add to the residual stream
 
 
-@torch.no_grad()
-def initialise(model: nn.Module, options: TransformerOptions, seed: int) -> None:
-    """Drawn on the CPU from ``seed`` alone: the same on every rank and device."""
+def initial(model: nn.Module, options: TransformerOptions, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights of a whole ``model``, of which names and shapes are read: name and tensor, one after another, a tied
+    one once, without adapters. Drawn on the CPU from ``seed`` alone: the same on every rank and device.
+    """
     generator = torch.Generator().manual_seed(seed)
     added = Counter(stream for name, _ in model.named_parameters() if (stream := _stream(name)))
     for name, parameter in model.named_parameters():
-        if parameter.dim() < 2:
-            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+        if ".lora." in name:
             continue
-        drawn = torch.empty(parameter.shape)
+        if parameter.dim() < 2:
+            yield name, torch.full(parameter.shape, 0.0 if name.endswith("bias") else 1.0, device="cpu")
+            continue
+        drawn = torch.empty(parameter.shape, device="cpu")
         if options.init == "xavier" and not name.endswith((*_VECTORS, "relative.weight", "head.weight")):
             inputs, outputs = drawn.shape[1], 3 * drawn.shape[1] if name.endswith(_QKV) else drawn.shape[0]
             bound = math.sqrt(6 / (inputs + outputs))
@@ -43,7 +47,15 @@ def initialise(model: nn.Module, options: TransformerOptions, seed: int) -> None
             drawn.normal_(0.0, _deviation(name, drawn, options, added[_stream(name)]), generator=generator)
         if not options.attention_scale and name.endswith(_QKV[:2]):
             drawn[: options.heads * options.width_of_head] /= math.sqrt(options.width_of_head)
-        parameter.copy_(drawn)
+        yield name, drawn
+
+
+@torch.no_grad()
+def fill(model: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Copy ``tensors`` into the parameters of a whole model."""
+    parameters = dict(model.named_parameters())
+    for name, tensor in tensors:
+        parameters[name].copy_(tensor)
 
 
 def _deviation(name: str, drawn: torch.Tensor, options: TransformerOptions, added: int) -> float:

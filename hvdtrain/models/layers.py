@@ -16,6 +16,7 @@ from torch import nn
 from hvdtrain.models.attention import Runs, attend
 from hvdtrain.models.cache import LayerCache
 from hvdtrain.models.options import TransformerOptions
+from hvdtrain.models.pieces import is_here
 from hvdtrain.models.positions import rotate
 from hvdtrain.models.recompute import AnyBlock
 
@@ -61,8 +62,13 @@ class Block(ResidualBlock):
         cache: LayerCache | None,
         mask: torch.Tensor | Runs | None,
     ) -> torch.Tensor:
-        x_BTD = self.add(x_BTD, self.attention_norm, lambda x: self.attention(x, rotary, cache, mask))
-        return self.add(x_BTD, self.feed_forward_norm, self.feed_forward)
+        if is_here(self.attention):
+            self.begins(0)
+            x_BTD = self.add(x_BTD, self.attention_norm, lambda x: self.attention(x, rotary, cache, mask))
+        if is_here(self.feed_forward):
+            self.begins(1)
+            x_BTD = self.add(x_BTD, self.feed_forward_norm, self.feed_forward)
+        return x_BTD
 
 
 class CrossBlock(ResidualBlock):
@@ -98,15 +104,22 @@ class CrossBlock(ResidualBlock):
         memory_BSD: torch.Tensor | None,
         memory_mask: torch.Tensor,
     ) -> torch.Tensor:
-        x_BTD = self.add(x_BTD, self.attention_norm, lambda x: self.attention(x, rotary, cache, mask))
-        if memory_BSD is not None:
-            keys_values = self.cross_attention.keys_values(memory_BSD)
-        else:
-            assert cache is not None, "neither a memory nor a cache that has read one"
-            keys_values = cache.memory
-        look = partial(self.cross_attention, keys_values=keys_values, memory_mask=memory_mask)
-        x_BTD = self.add(x_BTD, self.cross_attention_norm, look)
-        return self.add(x_BTD, self.feed_forward_norm, self.feed_forward)
+        if is_here(self.attention):
+            self.begins(0)
+            x_BTD = self.add(x_BTD, self.attention_norm, lambda x: self.attention(x, rotary, cache, mask))
+        if is_here(self.cross_attention):
+            self.begins(1)
+            if memory_BSD is not None:
+                keys_values = self.cross_attention.keys_values(memory_BSD)
+            else:
+                assert cache is not None, "neither a memory nor a cache that has read one"
+                keys_values = cache.memory
+            look = partial(self.cross_attention, keys_values=keys_values, memory_mask=memory_mask)
+            x_BTD = self.add(x_BTD, self.cross_attention_norm, look)
+        if is_here(self.feed_forward):
+            self.begins(2)
+            x_BTD = self.add(x_BTD, self.feed_forward_norm, self.feed_forward)
+        return x_BTD
 
 
 class AnyAttention(nn.Module):
@@ -148,10 +161,10 @@ class Attention(AnyAttention):
         mask: torch.Tensor | Runs | None = None,
     ) -> torch.Tensor:
         assert cache is None or self.causal, "a cache is for causal attention alone"
-        rows, positions, _ = x_BTD.shape
         heads = (self.heads, self.kv_heads, self.kv_heads)
-        qkv = self.qkv(x_BTD).view(rows, positions, sum(heads), -1).transpose(1, 2)
-        q, k, v = qkv.split(heads, dim=1)  # B H T K, B G T K, B G T K
+        qkv = self.qkv(x_BTD)
+        rows, positions, _ = qkv.shape  # where a cut spreads positions over ranks, x_BTD has some of them
+        q, k, v = qkv.view(rows, positions, sum(heads), -1).transpose(1, 2).split(heads, dim=1)  # BHTK, BGTK, BGTK
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
         if cache is not None:
@@ -178,15 +191,16 @@ class CrossAttention(AnyAttention):
 
     def keys_values(self, memory_BSD: torch.Tensor) -> torch.Tensor:
         """[2, B, G, S, K]: the same at every step of decoding."""
-        rows, positions, _ = memory_BSD.shape
-        return self.kv(memory_BSD).view(rows, positions, 2, self.kv_heads, -1).permute(2, 0, 3, 1, 4)
+        kv = self.kv(memory_BSD)
+        return kv.view(*kv.shape[:2], 2, self.kv_heads, -1).permute(2, 0, 3, 1, 4)
 
     def forward(
         self, x_BTD: torch.Tensor, keys_values: torch.Tensor, memory_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         """``memory_mask``: bool [B, 1, 1, S], True on tokens, False on padding."""
-        rows, positions, _ = x_BTD.shape
-        q_BHTK = self.q(x_BTD).view(rows, positions, self.heads, -1).transpose(1, 2)
+        q = self.q(x_BTD)
+        rows, positions, _ = q.shape
+        q_BHTK = q.view(rows, positions, self.heads, -1).transpose(1, 2)
         k_BGSK, v_BGSK = keys_values
         dropout = self.dropout if self.training else 0.0
         out_BHTK = attend(self.scaled(q_BHTK), k_BGSK, v_BGSK, memory_mask, dropout=dropout)

@@ -90,7 +90,7 @@ class AdaptedLinear(nn.Module):
 
 
 def adapt(model: nn.Module, shape: TransformerOptions, options: LoraOptions | None) -> None:
-    """Put adapters on the layers of ``model``; their numbers are not set yet, see ``initialise_adapters``.
+    """Put adapters on the layers of ``model``; their numbers are not set yet, see ``initial_adapters``.
 
     shape: what the model was made of. options: None: it has no adapters.
     Errors: ConfigError for a target that it has not.
@@ -106,16 +106,18 @@ def adapt(model: nn.Module, shape: TransformerOptions, options: LoraOptions | No
             setattr(model.get_submodule(parent), own, AdaptedLinear(linear, parts, adapted, options))
 
 
-@torch.no_grad()
-def initialise_adapters(model: nn.Module, seed: int) -> None:
-    """``a`` uniform within 1 / sqrt(D), as peft draws it; ``b`` zeros. From ``seed`` and the adapter's name alone."""
+def initial_adapters(model: nn.Module, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and tensor of each: ``a`` uniform within 1 / sqrt(D), as peft draws it; ``b`` zeros. From ``seed`` and the
+    adapter's name alone; of ``model`` names and shapes are read.
+    """
     for name, module in model.named_modules():
         if isinstance(module, Adapter):
             digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
             bound = 1 / math.sqrt(module.a.shape[1])
-            module.a.copy_(torch.empty(module.a.shape).uniform_(-bound, bound, generator=generator))
-            module.b.zero_()
+            drawn = torch.empty(module.a.shape, device="cpu")
+            yield f"{name}.a", drawn.uniform_(-bound, bound, generator=generator)
+            yield f"{name}.b", torch.zeros(module.b.shape, device="cpu")
 
 
 def is_adapter(name: str) -> bool:

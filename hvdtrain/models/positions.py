@@ -29,7 +29,12 @@ class Sinusoids(nn.Module):
 
     def __init__(self, positions: int, width: int, halves: bool):
         super().__init__()
-        self.register_buffer("weight", sinusoids(positions, width, halves), persistent=False)
+        self._sizes = positions, width, halves
+        self.make_tables()
+
+    def make_tables(self) -> None:
+        """Put the table on torch's present device."""
+        self.register_buffer("weight", sinusoids(*self._sizes), persistent=False)
 
     def forward(self, positions: torch.Tensor) -> torch.Tensor:
         return self.weight[positions]

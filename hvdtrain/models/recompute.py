@@ -12,6 +12,7 @@ Gradients are those of ``none``, bit for bit in eager mode; dropout draws the sa
 Source: Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost"; selective: Korthikanti et al. 2022.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from hvdtrain.models.draws import Draws
 from hvdtrain.options import Options, option
 
 
@@ -34,9 +36,18 @@ class AnyBlock(nn.Module):
 
     ``run`` is ``compute``, and may do it twice. It is called inside of ``forward``, so that torch.compile sees it: a
     compiled block recomputes in its own backward.
+
+    draws, number: whose random numbers its dropout draws, and its place there (see draws.py).
     """
 
     recompute: str = "none"
+    draws: Draws | None = None
+    number: int = 0
+
+    def begins(self, part: int) -> None:
+        """The random numbers that follow are those of this part."""
+        if self.draws is not None:
+            self.draws.at(self.number, part)
 
     def compute(self, x_BTD: torch.Tensor, *inputs: Any) -> torch.Tensor:
         raise NotImplementedError
@@ -46,10 +57,22 @@ class AnyBlock(nn.Module):
             return self.compute(x_BTD, *inputs)
         how: dict[str, Any] = {} if self.recompute == "full" else {"context_fn": _KEEP_PRODUCTS}
 
-        def again(x_BTD: torch.Tensor) -> torch.Tensor:
-            return self.compute(x_BTD, *inputs)
+        return checkpoint(self._again(*inputs), x_BTD, use_reentrant=False, **how)
 
-        return checkpoint(again, x_BTD, use_reentrant=False, **how)
+    def _again(self, *inputs: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+        """``compute`` with the random numbers of the present microbatch, whichever is the present one by then."""
+        if self.draws is None or torch.compiler.is_compiling():
+            return lambda x_BTD: self.compute(x_BTD, *inputs)
+        draws, seed = self.draws, self.draws.seed
+
+        def again(x_BTD: torch.Tensor) -> torch.Tensor:
+            present, draws.seed = draws.seed, seed
+            try:
+                return self.compute(x_BTD, *inputs)
+            finally:
+                draws.seed = present
+
+        return again
 
 
 def use_recompute(model: nn.Module, options: RecomputeOptions) -> None:

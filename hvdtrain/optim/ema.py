@@ -4,16 +4,16 @@ step        1      2      3      4      5      6          every = 2
 weights     w1     w2     w3     w4     w5     w6
 average            a2 ----------> a4 ----------> a6        a4 = d a2 + (1 - d) w4
 
-The average is of the fp32 weights, and every rank keeps all of it: it follows from the weights, which are equal on all.
+The average is of the fp32 weights that a rank holds, and follows from them: it needs no other rank.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import nn
 
 from hvdtrain.options import Options, option
+from hvdtrain.slices import Slice
 
 
 class EmaOptions(Options):
@@ -37,16 +37,16 @@ def decay_at(options: EmaOptions, step: int) -> float:
 
 
 class Ema:
-    """Averages of all trainable parameters of ``model``, which are fp32; a tied one has one. All is local to a rank.
+    """Averages of all ``slices`` of a model that are trained, which are fp32. All is local to a rank.
 
     ``began``: the step whose weights the average began with; warm-up counts from there. Memory: 4 bytes a parameter,
     and in ``swapped`` once more the largest of them.
     """
 
-    def __init__(self, model: nn.Module, options: EmaOptions):
+    def __init__(self, slices: Sequence[Slice], options: EmaOptions):
         assert options.decay > 0, "an average that keeps nothing is off: see make_ema"
         self.options, self.began = options, 0
-        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        trainable = {piece.name: piece.tensor for piece in slices if piece.tensor.requires_grad}
         assert all(p.dtype == torch.float32 for p in trainable.values()), "the fp32 weights are averaged, not copies"
         self._names, self._weights = list(trainable), list(trainable.values())
         self._averages = [p.detach().clone() for p in self._weights]
@@ -96,6 +96,6 @@ class Ema:
         self._is_swapped = not self._is_swapped
 
 
-def make_ema(model: nn.Module, options: EmaOptions) -> Ema | None:
+def make_ema(slices: Sequence[Slice], options: EmaOptions) -> Ema | None:
     """The average that a recipe asks for, of the weights as they are now; None where ``decay`` is 0."""
-    return Ema(model, options) if options.decay > 0 else None
+    return Ema(slices, options) if options.decay > 0 else None

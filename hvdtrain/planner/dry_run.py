@@ -88,13 +88,13 @@ def dry_run(
         with live, _noting(model, live) as notes:
             if training:
                 with autocast:
-                    loss = task.loss(model, batch)
+                    loss = task.loss(model, model(*task.inputs(batch)), batch)
                 kept = live.now
                 loss.total.backward()
             else:
                 kept = 0
                 with autocast, torch.no_grad():
-                    task.measure(model, batch)
+                    task.measure(model, model(*task.inputs(batch)), batch)
         of_layer = round(sum(notes.of_layers) / len(notes.of_layers))
         return Footprint(notes.before_loss, kept, of_layer, live.peak)
 

@@ -85,16 +85,19 @@ class Classification(Task[Classifier, LabelBatch]):
         batches = partial(eval_rows, records, rows, feed.rank, feed.size, make_batch)
         return Evaluation.of(batches, len(records.lengths), rows, feed)
 
-    def loss(self, model: Classifier, batch: LabelBatch) -> LossSum:
-        losses = cross_entropy(_logits(model, batch), batch.labels, self._options.label_smoothing)
+    def inputs(self, batch: LabelBatch) -> tuple[torch.Tensor | None, ...]:
+        return batch.tokens, batch.lengths, batch.types
+
+    def loss(self, model: Classifier, output: torch.Tensor, batch: LabelBatch) -> LossSum:
+        losses = cross_entropy(output.float(), batch.labels, self._options.label_smoothing)
         total = losses.sum() if batch.weights is None else (losses * batch.weights).sum()
         return LossSum(total, batch.target_tokens)
 
     def training_flops(self, model: Classifier, batch: LabelBatch) -> int:
         return model.training_flops(batch.tokens.shape)
 
-    def measure(self, model: Classifier, batch: LabelBatch) -> torch.Tensor:
-        logits = _logits(model, batch)
+    def measure(self, model: Classifier, output: torch.Tensor, batch: LabelBatch) -> torch.Tensor:
+        logits = output.float()
         loss = cross_entropy(logits, batch.labels, 0.0).sum()
         counted = batch.labels != IGNORE
         classes = torch.arange(logits.shape[-1], device=logits.device)
@@ -129,12 +132,6 @@ def _texts(manifest: Manifest, feed: Feed, weights: np.ndarray | None = None) ->
     special = manifest.special_tokens
     last = frame_tokens(special)[1] if special else -1  # nobody's: then each text is one
     return LabelledTexts(feed.context, last, len(manifest.label_names) * manifest.has_several_labels, weights)
-
-
-def _logits(model: Classifier, batch: LabelBatch) -> torch.Tensor:
-    """fp32 [B, C]. A model that knows one type of tokens takes a second text for the same."""
-    types = batch.types if model.options.token_types > 1 else None
-    return model(batch.tokens, batch.lengths, types).float()
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, smoothing: float) -> torch.Tensor:
@@ -188,8 +185,7 @@ class Labels:
         tokens = pad_sequence([torch.tensor(row.tokens) for row in rows], batch_first=True)
         lengths = torch.tensor([len(row.tokens) for row in rows])
         types = torch.from_numpy(types_of(tokens.numpy(), lengths.numpy(), self._last))
-        batch = LabelBatch(tokens, lengths, types, torch.zeros_like(lengths), len(rows))
-        logits = _logits(model, batch.to(device)).cpu()
+        logits = model(tokens.to(device), lengths.to(device), types.to(device)).float().cpu()
         found = []
         for of_row in logits.sigmoid() if several else logits.softmax(-1):
             order = of_row.argsort(descending=True, stable=True).tolist()

@@ -17,7 +17,7 @@ from hvdtrain.data.stream import TokenStream
 from hvdtrain.data.windows import WindowSource, eval_windows, steps_per_block
 from hvdtrain.errors import DataError
 from hvdtrain.models.decoder import Decoder
-from hvdtrain.models.losses import LossTerms, linear_cross_entropy
+from hvdtrain.models.losses import LossTerms
 from hvdtrain.models.options import TransformerOptions
 from hvdtrain.options import Options, option
 from hvdtrain.tasks.answers import Answer, Asked, Row, given_over
@@ -80,21 +80,23 @@ class LanguageModel(Task[Decoder, Batch]):
         batches = partial(eval_windows, stream, feed.context, rows, feed.rank, feed.size)
         return Evaluation.of(batches, -(-(len(stream) - 1) // feed.context), rows, feed)
 
-    def loss(self, model: Decoder, batch: Batch) -> LossSum:
+    def inputs(self, batch: Batch) -> tuple[torch.Tensor | None, ...]:
+        return batch.tokens, batch.positions, batch.segments
+
+    def loss(self, model: Decoder, output: torch.Tensor, batch: Batch) -> LossSum:
         terms = LossTerms(self._options.label_smoothing, self._options.z_loss, IGNORE)
-        return LossSum(self._cross_entropy(model, batch, terms), batch.target_tokens)
+        return LossSum(self._cross_entropy(model, output, batch, terms), batch.target_tokens)
 
     def training_flops(self, model: Decoder, batch: Batch) -> int:
         return model.training_flops(batch.tokens.shape, batch.segments)
 
-    def measure(self, model: Decoder, batch: Batch) -> torch.Tensor:
-        total = self._cross_entropy(model, batch, LossTerms(ignore=IGNORE))
+    def measure(self, model: Decoder, output: torch.Tensor, batch: Batch) -> torch.Tensor:
+        total = self._cross_entropy(model, output, batch, LossTerms(ignore=IGNORE))
         return torch.stack([total.double(), total.new_tensor(batch.target_tokens, dtype=torch.float64)])
 
-    def _cross_entropy(self, model: Decoder, batch: Batch, terms: LossTerms) -> torch.Tensor:
-        hidden = model(batch.tokens, positions_BT=batch.positions, segments_BT=batch.segments)
-        head, features = model.head, model.head.features(hidden).flatten(0, 1)
-        return linear_cross_entropy(features, head.weight, batch.targets.flatten(), terms, bias=head.bias)
+    def _cross_entropy(self, model: Decoder, hidden_BTD: torch.Tensor, batch: Batch, terms: LossTerms) -> torch.Tensor:
+        features = model.head.features(hidden_BTD).flatten(0, 1)
+        return model.head.cross_entropy(features, batch.targets.flatten(), terms)
 
     def scores(self, sums: list[float]) -> dict[str, float]:
         loss = sums[0] / sums[1]

@@ -5,7 +5,6 @@ from functools import partial
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 
 from hvdtrain.data.batch import IGNORE, MaskedBatch
 from hvdtrain.data.corpora import Corpora, CorpusFacts
@@ -20,13 +19,14 @@ from hvdtrain.data.stream import TokenStream
 from hvdtrain.data.words import continues_word
 from hvdtrain.errors import ConfigError, DataError
 from hvdtrain.models.encoder import MaskedLanguageModel
-from hvdtrain.models.losses import LossTerms, chunk_rows, linear_cross_entropy
+from hvdtrain.models.losses import LossTerms
 from hvdtrain.models.options import TransformerOptions
 from hvdtrain.options import option
 from hvdtrain.tasks.rows import check_text, drawn_windows, perplexity_of, step_in_words
 from hvdtrain.tasks.task import Evaluation, LossSum, Task, Training, check_val
 
 _FRAME = 2  # tokens around the text of a row
+_TERMS = LossTerms(ignore=IGNORE)
 
 
 class MaskedTextOptions(MaskOptions):
@@ -99,29 +99,25 @@ class MaskedText(Task[MaskedLanguageModel, MaskedBatch]):
         words = continues_word(tokenizer, manifest.vocab_size) if self._options.whole_words else None
         return Masking(self._options, manifest.special_tokens["mask"], special, words)
 
-    def loss(self, model: MaskedLanguageModel, batch: MaskedBatch) -> LossSum:
-        return LossSum(self._cross_entropy(model, batch, self._features(model, batch)), batch.target_tokens)
+    def inputs(self, batch: MaskedBatch) -> tuple[torch.Tensor | None, ...]:
+        return batch.tokens, batch.lengths
+
+    def loss(self, model: MaskedLanguageModel, output: torch.Tensor, batch: MaskedBatch) -> LossSum:
+        features = self._features(model, output, batch)
+        return LossSum(model.head.cross_entropy(features, batch.targets, _TERMS), batch.target_tokens)
 
     def training_flops(self, model: MaskedLanguageModel, batch: MaskedBatch) -> int:
         return model.training_flops(batch.tokens.shape, batch.target_tokens)
 
-    def measure(self, model: MaskedLanguageModel, batch: MaskedBatch) -> torch.Tensor:
-        head, features = model.head, self._features(model, batch)
-        total = self._cross_entropy(model, batch, features)
-        right = torch.zeros_like(total, dtype=torch.float64)
-        rows = chunk_rows(features.device.type, len(head.weight))
-        for part, targets in zip(features.split(rows), batch.targets.split(rows), strict=True):
-            right += (F.linear(part, head.weight, head.bias).argmax(-1) == targets).sum()  # IGNORE is nobody's guess
-        return torch.stack([total.double(), total.new_tensor(batch.target_tokens, dtype=torch.float64), right])
+    def measure(self, model: MaskedLanguageModel, output: torch.Tensor, batch: MaskedBatch) -> torch.Tensor:
+        features = self._features(model, output, batch)
+        total = model.head.cross_entropy(features, batch.targets, _TERMS)
+        right = (model.head.best(features) == batch.targets).sum()  # IGNORE is nobody's guess
+        return torch.stack([total.double(), total.new_tensor(batch.target_tokens, dtype=torch.float64), right.double()])
 
-    def _features(self, model: MaskedLanguageModel, batch: MaskedBatch) -> torch.Tensor:
+    def _features(self, model: MaskedLanguageModel, hidden: torch.Tensor, batch: MaskedBatch) -> torch.Tensor:
         """What the head multiplies, of the tokens alone that are to be told: [M, D]."""
-        hidden = model(batch.tokens, batch.lengths).flatten(0, 1)
-        return model.head.features(hidden.index_select(0, batch.places))
-
-    def _cross_entropy(self, model: MaskedLanguageModel, batch: MaskedBatch, features: torch.Tensor) -> torch.Tensor:
-        head, terms = model.head, LossTerms(ignore=IGNORE)
-        return linear_cross_entropy(features, head.weight, batch.targets, terms, bias=head.bias)
+        return model.head.features(hidden.flatten(0, 1).index_select(0, batch.places))
 
     def scores(self, sums: list[float]) -> dict[str, float]:
         loss = sums[0] / sums[1]

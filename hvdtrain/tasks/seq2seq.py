@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from pydantic import model_validator
 
 from hvdtrain.data.batch import IGNORE, PairBatch
@@ -16,7 +15,7 @@ from hvdtrain.data.loader import BUFFERS, Feed
 from hvdtrain.data.records import Records
 from hvdtrain.data.shards import Manifest
 from hvdtrain.errors import ConfigError, DataError
-from hvdtrain.models.losses import LossTerms, linear_cross_entropy
+from hvdtrain.models.losses import LossTerms
 from hvdtrain.models.options import TransformerOptions
 from hvdtrain.models.seq2seq import Seq2Seq
 from hvdtrain.options import Options, option
@@ -88,23 +87,25 @@ class SequenceToSequence(Task[Seq2Seq, PairBatch]):
         begin = begin_of(corpora.manifest)
         return records, lambda records, rows: pair_batch(records, rows, begin, feed.context)
 
-    def loss(self, model: Seq2Seq, batch: PairBatch) -> LossSum:
-        hidden, head = model(batch.source, batch.source_lengths, batch.tokens), model.head
+    def inputs(self, batch: PairBatch) -> tuple[torch.Tensor | None, ...]:
+        return batch.source, batch.source_lengths, batch.tokens
+
+    def loss(self, model: Seq2Seq, output: torch.Tensor, batch: PairBatch) -> LossSum:
         terms = LossTerms(self._options.label_smoothing, self._options.z_loss, IGNORE)
-        features = head.features(hidden).flatten(0, 1)
-        total = linear_cross_entropy(features, head.weight, batch.targets.flatten(), terms, bias=head.bias)
-        return LossSum(total, batch.target_tokens)
+        features = model.head.features(output).flatten(0, 1)
+        return LossSum(model.head.cross_entropy(features, batch.targets.flatten(), terms), batch.target_tokens)
 
     def training_flops(self, model: Seq2Seq, batch: PairBatch) -> int:
         return model.training_flops(batch.source.shape, batch.tokens.shape)
 
-    def measure(self, model: Seq2Seq, batch: PairBatch) -> torch.Tensor:
-        logits = model.logits(model(batch.source, batch.source_lengths, batch.tokens)).float()
-        loss = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE, reduction="sum")
-        counted = (batch.targets != IGNORE).sum()
-        correct = (logits.argmax(-1) == batch.targets).sum()  # IGNORE is nobody's guess
-        sums = torch.stack([loss.double(), counted.double(), correct.double()])
-        return sums if self._decoded is None else torch.cat([sums, self._decoded.sums(model, batch).to(sums.device)])
+    def measure(self, model: Seq2Seq, output: torch.Tensor, batch: PairBatch) -> torch.Tensor:
+        features, targets = model.head.features(output).flatten(0, 1), batch.targets.flatten()
+        loss = model.head.cross_entropy(features, targets, LossTerms(ignore=IGNORE))
+        correct = (model.head.best(features) == targets).sum()  # IGNORE is nobody's guess
+        return torch.stack([loss.double(), (targets != IGNORE).sum().double(), correct.double()])
+
+    def measure_decoded(self, model: Seq2Seq, batch: PairBatch) -> torch.Tensor | None:
+        return None if self._decoded is None else self._decoded.sums(model, batch)
 
     def scores(self, sums: list[float]) -> dict[str, float]:
         loss = sums[0] / sums[1]

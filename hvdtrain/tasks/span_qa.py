@@ -26,7 +26,7 @@ from hvdtrain.tasks.answers import Answer, Asked, Prediction, Predictions, Row, 
 from hvdtrain.tasks.rows import bucketed_training, check_one_folder, open_records
 from hvdtrain.tasks.span_answers import Answered, answers_of
 from hvdtrain.tasks.squad_scores import Scored, score, squad_scores
-from hvdtrain.tasks.task import Evaluation, LossSum, Task, Training
+from hvdtrain.tasks.task import Evaluation, LossSum, Task, Training, run
 
 
 class SpanOptions(Options):
@@ -79,19 +79,21 @@ class SpanAnswering(Task[SpanModel, SpanBatch]):
         _check_questions(corpora)
         return QuestionBatches(_open(corpora, split, feed), rows)
 
-    def loss(self, model: SpanModel, batch: SpanBatch) -> LossSum:
-        return LossSum(_cross_entropy(_logits(model, batch), batch), batch.target_tokens)
+    def inputs(self, batch: SpanBatch) -> tuple[torch.Tensor | None, ...]:
+        return batch.tokens, batch.lengths, batch.types
+
+    def loss(self, model: SpanModel, output: torch.Tensor, batch: SpanBatch) -> LossSum:
+        return LossSum(_cross_entropy(output, batch), batch.target_tokens)
 
     def training_flops(self, model: SpanModel, batch: SpanBatch) -> int:
         return model.training_flops(batch.tokens.shape)
 
-    def measure(self, model: SpanModel, batch: SpanBatch) -> torch.Tensor:
+    def measure(self, model: SpanModel, output: torch.Tensor, batch: SpanBatch) -> torch.Tensor:
         assert batch.asked is not None, "a batch of evaluation has whole questions"
-        logits = _logits(model, batch, batch.asked.rows)
         questions = torch.zeros(batch.asked.total, len(Scored._fields), dtype=torch.float64)
-        for answered in answers_of(logits, batch, self._options.max_answer_tokens, 1):
+        for answered in answers_of(output, batch, self._options.max_answer_tokens, 1):
             questions[answered.number] = torch.tensor(self._scored(answered, batch.asked.some_have_none))
-        loss = _cross_entropy(logits, batch).double()
+        loss = _cross_entropy(output, batch).double()
         sums = torch.stack([loss, loss.new_tensor(batch.target_tokens)])
         return torch.cat([sums, questions.flatten().to(sums.device)])
 
@@ -110,7 +112,7 @@ class SpanAnswering(Task[SpanModel, SpanBatch]):
     def extract(self, model: SpanModel, batch: SpanBatch, count: int) -> Iterator[Answered]:
         """The ``count`` best answers to each question of a batch of ``open_questions``; without autograd."""
         assert batch.asked is not None, "only batches of whole questions are answered"
-        logits = _logits(model, batch, batch.asked.rows)
+        logits = run(model, self.inputs(batch), batch.rows_at_once)
         return answers_of(logits, batch, self._options.max_answer_tokens, count)
 
     def predictions(self, corpora: Corpora, split: str, feed: Feed, rows: int) -> Predictions:
@@ -234,16 +236,6 @@ def _open(corpora: Corpora, split: str, feed: Feed) -> Records:
             f"fewer; set it to {longest}, or prepare with data_prep labels --max-tokens {feed.context}"
         )
     return records
-
-
-def _logits(model: SpanModel, batch: SpanBatch, rows: int = 0) -> torch.Tensor:
-    """[B, T, 2]; rows: so many at once, where a question may have more windows than fit."""
-    types = batch.types if model.options.token_types > 1 else None
-    step = rows or len(batch.tokens)
-    cuts = [slice(first, first + step) for first in range(0, len(batch.tokens), step)]
-    return torch.cat(
-        [model(batch.tokens[cut], batch.lengths[cut], None if types is None else types[cut]) for cut in cuts]
-    )
 
 
 def _cross_entropy(logits_BT2: torch.Tensor, batch: SpanBatch) -> torch.Tensor:

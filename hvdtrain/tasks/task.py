@@ -2,7 +2,7 @@
 sums become scores.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, Self, TypeVar
 
@@ -106,8 +106,11 @@ class Task(Protocol[Model, Read]):
     def open_evaluation(self, corpora: Corpora, split: str, feed: Feed, rows: int) -> Evaluation:
         """A split of the task's kind, ``rows`` rows a batch. Errors: DataError where there is nothing to score."""
 
-    def loss(self, model: Model, batch: Read) -> LossSum:
-        """Loss of one microbatch; called under autograd."""
+    def inputs(self, batch: Read) -> tuple[torch.Tensor | None, ...]:
+        """What the model's ``forward`` takes of a batch, in its order."""
+
+    def loss(self, model: Model, output: torch.Tensor, batch: Read) -> LossSum:
+        """Loss of one microbatch; called under autograd. output: the model's, of ``inputs(batch)``."""
 
     def training_flops(self, model: Model, batch: Read) -> int:
         """Model FLOPs of forward and backward over one microbatch (local; waits for no device); see models/flops.py.
@@ -115,8 +118,12 @@ class Task(Protocol[Model, Read]):
         """
         return 0
 
-    def measure(self, model: Model, batch: Read) -> torch.Tensor:
+    def measure(self, model: Model, output: torch.Tensor, batch: Read) -> torch.Tensor:
         """Sums over one batch in evaluation: fp64 [k], the same k for every batch; called without autograd."""
+
+    def measure_decoded(self, model: Model, batch: Read) -> torch.Tensor | None:
+        """More such sums, of what the model answers token by token; None: the task asks for none."""
+        return None
 
     def scores(self, sums: list[float]) -> dict[str, float]:
         """Scores of a whole split from its global sums; ``val_loss`` (nats per target) is always among them."""
@@ -153,6 +160,15 @@ class Task(Protocol[Model, Read]):
 
         steps_per_epoch: None: not known.
         """
+
+
+def run(model: nn.Module, inputs: Sequence[torch.Tensor | None], rows_at_once: int) -> torch.Tensor:
+    """The model's output, of so many rows at once; 0: all."""
+    if not rows_at_once:
+        return model(*inputs)
+    first = next(tensor for tensor in inputs if tensor is not None)
+    cuts = [slice(begin, begin + rows_at_once) for begin in range(0, len(first), rows_at_once)]
+    return torch.cat([model(*(None if tensor is None else tensor[cut] for tensor in inputs)) for cut in cuts])
 
 
 COMMAND_OF = {"qa": "labels"}  # of data_prep, which makes shards of a kind; else of the kind's own name

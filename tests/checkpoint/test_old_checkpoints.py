@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import state_of, tensors_in
-from tiny import tiny_decoder
+from tiny import loss_of, tiny_decoder
 from torch import nn
 
 from hvdtrain.checkpoint.manifest import Progress
@@ -46,7 +46,7 @@ def batch(step: int) -> Batch:
 
 @torch.no_grad()
 def mean_loss(model: nn.Module) -> float:
-    loss = LanguageModel().loss(model.eval(), batch(9))
+    loss = loss_of(LanguageModel(), model.eval(), batch(9))
     return float(loss.total) / loss.weight
 
 
@@ -86,7 +86,7 @@ def test_training_goes_on_from_it():
     optimizer, ema = make_optimizer(model.parameters(), OptimOptions(lr=0.01)), Ema(model, EmaOptions(decay=0.9))
     load(OLD, whole_slices(model, GROUP), optimizer, ema)
     assert digest({piece.name: piece.tensor for piece in state_of(model, optimizer, ema)}) == DIGEST
-    loss = LanguageModel().loss(model, batch(4))
+    loss = loss_of(LanguageModel(), model, batch(4))
     (loss.total / loss.weight).backward()
     optimizer.step()
     ema.update(4)

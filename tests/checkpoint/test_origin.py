@@ -14,7 +14,16 @@ from tiny import write_tokenizer
 from torch import nn
 
 from hvdtrain.checkpoint.manifest import Progress
-from hvdtrain.checkpoint.origin import Beginner, Origin, check_tokens, digest_of, model_under, open_origin, take_over
+from hvdtrain.checkpoint.origin import (
+    Beginner,
+    Origin,
+    check_tokens,
+    digest_of,
+    merged,
+    model_under,
+    open_origin,
+    take_over,
+)
 from hvdtrain.checkpoint.state import run_state
 from hvdtrain.checkpoint.writer import CheckpointOptions, save
 from hvdtrain.comm.local_group import LocalGroup
@@ -25,7 +34,8 @@ from hvdtrain.files import file_sha256
 from hvdtrain.models.decoder import Decoder
 from hvdtrain.models.encoder import Classifier
 from hvdtrain.models.hf.writing import Exported, Writer
-from hvdtrain.models.lora import LoraOptions, adapt, initialise_adapters
+from hvdtrain.models.initial import fill
+from hvdtrain.models.lora import LoraOptions, adapt, initial_adapters
 from hvdtrain.models.options import TransformerOptions
 from hvdtrain.models.seq2seq import Seq2Seq
 from hvdtrain.opening import _take_over
@@ -56,7 +66,8 @@ def write_run(
 
 
 def taken(origin: Origin, model: nn.Module, task: str = "lm", labels: tuple[str, ...] = ()) -> Any:
-    return take_over(origin, whole_slices(model, GROUP), Beginner(task, type(model).__name__, VOCABULARY, labels))
+    ours = Beginner(task, type(model).__name__, VOCABULARY, labels)
+    return merged([take_over(origin, whole_slices(model, GROUP), ours)], origin)
 
 
 def parameters(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -188,7 +199,7 @@ def test_a_hugging_face_folder_is_taken_like_the_run_it_was_made_of(tmp_path: Pa
 
 def test_the_newest_checkpoint_and_the_average_where_there_is_one(tmp_path: Path):
     old, new = made(Decoder, seed=1), made(Decoder, seed=2)
-    ema = Ema(new, EmaOptions(decay=0.5))
+    ema = Ema(whole_slices(new, GROUP), EmaOptions(decay=0.5))
     with torch.no_grad():
         new.norm.weight.add_(1.0)
     write_run(tmp_path, old, step=3)
@@ -206,7 +217,7 @@ def test_the_newest_checkpoint_and_the_average_where_there_is_one(tmp_path: Path
 def test_adapters_of_a_run_are_merged_into_what_is_taken(tmp_path: Path):
     options, theirs = LoraOptions(targets="all"), made(Decoder, seed=1)
     adapt(theirs, theirs.options, options)
-    initialise_adapters(theirs, 1)
+    fill(theirs, initial_adapters(theirs, 1))
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
             parameter += 0.1 if name.endswith(".b") else 0.0
@@ -258,7 +269,7 @@ def test_one_replica_reads_and_the_others_are_given(tmp_path: Path):
             start=SimpleNamespace(origin=mine), mesh=mesh, is_main=group.rank == 0, run_dir=tmp_path,
             task=SimpleNamespace(name="lm"), data=SimpleNamespace(corpora=SimpleNamespace(manifest=manifest)),
         )  # fmt: skip
-        _take_over(run, replica)
+        _take_over(run, replica, "Decoder")
 
     on_ranks(3, work)
     assert set(read) == {0}

@@ -15,6 +15,7 @@ from tiny import pairs, write_corpus
 from tokenizers import Tokenizer
 
 from hvdtrain.comm.local_group import LocalGroup
+from hvdtrain.comm.mesh import whole_replicas
 from hvdtrain.comm.world import World
 from hvdtrain.commands.export import export
 from hvdtrain.errors import EXIT_IO, EXIT_USAGE, HvdtrainError
@@ -36,7 +37,8 @@ def fail(*words, exit_code: int) -> str:
 def our_model(run_dir: Path, which: str = "newest", weights: str | None = None) -> torch.nn.Module:
     group = LocalGroup()
     run = find_run(run_dir, group, which)
-    return open_model(run, run.learned_from().corpora, ALONE, group, weights).model
+    corpora = run.learned_from().corpora
+    return open_model(run, corpora, ALONE, whole_replicas(group), weights).replica.answering
 
 
 @pytest.fixture(scope="module")

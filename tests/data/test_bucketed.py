@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import CPU, labelled, pairs, random_tokens, several, write_corpus
+from tiny import CPU, labelled, loss_of, measure_of, pairs, random_tokens, several, write_corpus
 
 from hvdtrain.data.batch import IGNORE, AnyBatch, PairBatch
 from hvdtrain.data.bucketed import BucketSource, LabelledTexts, eval_rows, pair_batch, types_of
@@ -154,7 +154,7 @@ def louder(model: torch.nn.Module) -> None:
 def gradients(task, model, batches: list[AnyBatch]) -> tuple[float, int, torch.Tensor]:
     """Loss, weight and gradient, summed over the batches."""
     model.zero_grad()
-    losses = [task.loss(model, batch) for batch in batches]
+    losses = [loss_of(task, model, batch) for batch in batches]
     for loss in losses:
         loss.total.backward()
     flat = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
@@ -189,7 +189,7 @@ def test_the_batch_of_a_rank_without_a_row_counts_nothing(tmp_path: Path, kind: 
     assert (loss, weight, batch.target_tokens) == (0.0, 0, 0)
     assert not gradient.any()
     with torch.no_grad():
-        assert not task.measure(model, batch).any()
+        assert not measure_of(task, model, batch).any()
 
 
 # --- steps -------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import CPU, documents, rewrite, seal, tiny_decoder, write_corpus
+from tiny import CPU, documents, loss_of, rewrite, seal, tiny_decoder, write_corpus
 
 from hvdtrain.data.batch import IGNORE, Batch
 from hvdtrain.data.corpora import Corpora
@@ -187,7 +187,7 @@ def test_the_loss_is_that_of_the_documents_one_by_one(model: Decoder, tmp_path: 
     texts = [[*random.integers(1, 50, length).tolist(), 0] for length in (3, 11, 6, 1, 1, 4, 17, 0, 8)]
     batch = epoch_of(corpora_of(tmp_path, texts[:5], texts[5:], vocab_size=50), 12, end=0)
     assert (batch.segments.amax(dim=1) > 0).any()
-    loss = LanguageModel(None).loss(model, batch)
+    loss = loss_of(LanguageModel(None), model, batch)
 
     total, weight = 0.0, 0
     for text in texts:
@@ -199,5 +199,5 @@ def test_the_loss_is_that_of_the_documents_one_by_one(model: Decoder, tmp_path: 
     assert loss.weight == weight
     # fp32: attention over 12 keys with a mask and over a few without one add in another order
     torch.testing.assert_close(loss.total.double(), total, rtol=1e-5, atol=0)
-    plain = LanguageModel(None).loss(model, Batch(batch.tokens, batch.targets, weight))
+    plain = loss_of(LanguageModel(None), model, Batch(batch.tokens, batch.targets, weight))
     assert abs(plain.total - loss.total) > 1e-4 * loss.total  # ten times that: positions and segments matter

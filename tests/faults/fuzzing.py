@@ -431,7 +431,7 @@ def _use(options: DataOptions) -> None:
 def _parts() -> tuple[torch.nn.Module, torch.optim.Optimizer, Ema]:
     model = tiny_decoder(seed=1)
     optimizer = make_optimizer(model.parameters(), OptimOptions())
-    return model, optimizer, Ema(model, EmaOptions(decay=0.9))
+    return model, optimizer, Ema(whole_slices(model, LocalGroup()), EmaOptions(decay=0.9))
 
 
 def write_sound_run(folder: Path) -> None:

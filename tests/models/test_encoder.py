@@ -185,7 +185,7 @@ def test_what_goes_into_the_first_block_of_bert():
     total = encoder.embedding.weight[tokens] * 4 + encoder.token_type.weight[types] + encoder.position.weight[:6]
     norm = encoder.embedding_norm
     expected = F.layer_norm(total, (16,), norm.weight, norm.bias, 1e-12)
-    torch.testing.assert_close(encoder.embed(tokens, types_BT=types)[0], expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(encoder.embed(tokens, types_BT=types), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_each_of_several_classes_begins_rare():
@@ -194,3 +194,12 @@ def test_each_of_several_classes_begins_rare():
         model = Classifier(TransformerOptions(layers=1, heads=2, width=8, context=4), 10, 28, several)
         model.initialise(1)
         assert model.head.bias.sigmoid().tolist() == pytest.approx([probability] * 28)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kinds", [0, 1])
+def test_a_model_that_knows_one_kind_of_tokens_takes_a_second_text_for_the_same(kinds: int):
+    encoder = Encoder(TransformerOptions(layers=1, width=16, heads=2, token_types=kinds), 50).eval()
+    encoder.initialise(1)
+    tokens, lengths = tokens_of(3, 6), torch.tensor([6, 4, 2])
+    assert torch.equal(encoder(tokens, lengths, torch.ones_like(tokens)), encoder(tokens, lengths))

@@ -8,7 +8,8 @@ from tiny import Held, tiny_decoder
 from torch import nn
 
 from hvdtrain.errors import ConfigError
-from hvdtrain.models.lora import AdaptedLinear, LoraOptions, Merged, adapt, initialise_adapters, is_adapter, parts_of
+from hvdtrain.models.initial import fill
+from hvdtrain.models.lora import AdaptedLinear, LoraOptions, Merged, adapt, initial_adapters, is_adapter, parts_of
 from hvdtrain.models.options import TransformerOptions
 from hvdtrain.models.seq2seq import Seq2Seq
 from hvdtrain.slices import Rect
@@ -29,7 +30,7 @@ def adapted(options: LoraOptions, seed: int = 3, random: bool = True, **shape) -
     """A decoder with adapters; random: as if they had learned something."""
     model = tiny_decoder(seed=1, **shape)
     adapt(model, model.options, options)
-    initialise_adapters(model, seed)
+    fill(model, initial_adapters(model, seed))
     if random:
         torch.manual_seed(seed)
         for name, parameter in model.named_parameters():

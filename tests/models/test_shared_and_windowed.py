@@ -91,7 +91,7 @@ def test_as_many_key_heads_as_heads_is_the_default(kind: type):
 @pytest.mark.parametrize("window", [1, 3, 7, 19, 20, 50])
 def test_a_window_is_a_mask(window: int):
     model, full = build(Decoder, window=window).eval(), build(Decoder).eval()
-    x, _ = full.embed(tokens_of())
+    x = full.embed(tokens_of())
     for block in full.blocks:
         x = block(x, mask=window_mask(20, window, x.device))
     torch.testing.assert_close(model(tokens_of()), full.norm(x), **CLOSE)

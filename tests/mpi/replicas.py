@@ -6,7 +6,7 @@ from copy import deepcopy
 import numpy as np
 import torch
 from in_halves import InHalves
-from tiny import tiny_decoder
+from tiny import loss_of, tiny_decoder
 from torch import nn
 
 from hvdtrain.comm.group import Group
@@ -50,7 +50,7 @@ def share(batch: Batch, group: Group, passes: int) -> list[Batch]:
 def one_process(model: Decoder, batch: Batch) -> tuple[float, dict[str, torch.Tensor]]:
     """Mean loss and gradient of the whole batch by plain torch: the truth."""
     model = deepcopy(model)
-    loss = LanguageModel().loss(model, batch)
+    loss = loss_of(LanguageModel(), model, batch)
     (loss.total / loss.weight).backward()
     return loss.total.item() / loss.weight, {name: p.grad for name, p in model.named_parameters()}
 

@@ -23,8 +23,8 @@ class _Poisoned(LanguageModel):
         super().__init__()
         self._last, self.step = group.rank == group.size - 1, 0
 
-    def loss(self, model: torch.nn.Module, batch) -> LossSum:
-        loss = super().loss(model, batch)
+    def loss(self, model: torch.nn.Module, output: torch.Tensor, batch) -> LossSum:
+        loss = super().loss(model, output, batch)
         return LossSum(loss.total * math.nan, loss.weight) if self._last and self.step == 2 else loss
 
 

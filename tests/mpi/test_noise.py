@@ -4,7 +4,7 @@ import pytest
 import torch
 from in_halves import InHalves
 from replicas import global_batch, share, sync_options
-from tiny import tiny_decoder
+from tiny import loss_of, tiny_decoder
 
 from hvdtrain.comm.horovod_group import HorovodGroup
 from hvdtrain.tasks.lm import LanguageModel
@@ -23,7 +23,7 @@ def test_parts_of_a_step(group: HorovodGroup, precision: str):
 
     alone = tiny_decoder(seed=0).train()
     mine = parts if group.size > 1 else parts[:1]
-    loss = [TASK.loss(alone, part) for part in mine]
+    loss = [loss_of(TASK, alone, part) for part in mine]
     sum(one.total for one in loss).backward()
     weight = sum(one.weight for one in loss)
     square = sum(p.grad.double().square().sum() for p in alone.parameters()) / weight**2

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from replicas import TINY_BUCKETS, global_batch, make_plan, share
+from tiny import loss_of
 
 from hvdtrain.comm.group import Pending
 from hvdtrain.comm.horovod_group import HorovodGroup
@@ -27,7 +28,7 @@ class _Diary(Task):
 
     def loss(self, model: torch.nn.Module, batch: Batch) -> LossSum:
         self.events.append("forward")
-        return LanguageModel().loss(model, batch)
+        return loss_of(LanguageModel(), model, batch)
 
 
 @pytest.mark.parametrize("passes", [1, 3])

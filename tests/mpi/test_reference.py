@@ -8,7 +8,7 @@ must not reduce again. It is wrapped before the first step, and every parameter 
 import pytest
 import torch
 from replicas import ONE_BUCKET, TINY_BUCKETS, make_plan
-from tiny import tiny_decoder
+from tiny import loss_of, tiny_decoder
 
 from hvdtrain.comm.horovod_group import HorovodGroup
 from hvdtrain.data.batch import Batch
@@ -39,7 +39,7 @@ def _reference(rank: int, clip_norm: float) -> list[torch.Tensor]:
         group["lr"] = LR
     for step in range(1, STEPS + 1):
         optimizer.zero_grad()
-        loss = task.loss(model, _batch(rank, step))
+        loss = loss_of(task, model, _batch(rank, step))
         (loss.total / loss.weight).backward()
         optimizer.synchronize()
         if clip_norm:

@@ -8,7 +8,9 @@ from pydantic import ValidationError
 from tiny import tiny_decoder
 from torch import nn
 
+from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.optim.ema import Ema, EmaOptions, decay_at, make_ema
+from hvdtrain.slices import whole_slices
 
 
 def one_weight(value: float = 0.0) -> nn.Module:
@@ -24,7 +26,7 @@ def average_of(ema: Ema) -> float:
 def walk(weights: list[float], began: int = 0, **options) -> list[float]:
     """The average after each step of a model of one weight, which starts at 0."""
     model = one_weight()
-    ema = Ema(model, EmaOptions(**options))
+    ema = Ema(whole_slices(model, LocalGroup()), EmaOptions(**options))
     ema.restart(began)
     found = []
     for step, weight in enumerate(weights, began + 1):
@@ -36,8 +38,8 @@ def walk(weights: list[float], began: int = 0, **options) -> list[float]:
 
 def test_it_is_off_unless_asked_for():
     assert EmaOptions().decay == 0
-    assert make_ema(one_weight(), EmaOptions()) is None
-    assert make_ema(one_weight(), EmaOptions(decay=0.5)) is not None
+    assert make_ema(whole_slices(one_weight(), LocalGroup()), EmaOptions()) is None
+    assert make_ema(whole_slices(one_weight(), LocalGroup()), EmaOptions(decay=0.5)) is not None
 
 
 @pytest.mark.parametrize("wrong", [{"decay": 1.0}, {"decay": -0.1}, {"decay": float("nan")}, {"every": 0}])
@@ -74,7 +76,7 @@ def test_against_fp64(decay: float, every: int, warmup: bool, seed: int):
     """40 steps against a plain loop in fp64. Each fp32 update rounds by 2^-24 of numbers below 4: within 1e-5."""
     generator = torch.Generator().manual_seed(seed)
     model = nn.ModuleList([nn.Linear(3, 2), nn.Linear(2, 5, bias=False)])
-    ema = Ema(model, EmaOptions(decay=decay, every=every, warmup=warmup))
+    ema = Ema(whole_slices(model, LocalGroup()), EmaOptions(decay=decay, every=every, warmup=warmup))
     truth = {name: p.detach().double() for name, p in model.named_parameters()}
     for step in range(1, 41):
         for name, p in model.named_parameters():
@@ -91,7 +93,7 @@ def test_against_fp64(decay: float, every: int, warmup: bool, seed: int):
 
 def test_it_may_begin_anew():
     model = one_weight(1.0)
-    ema = Ema(model, EmaOptions(decay=0.5, warmup=False))
+    ema = Ema(whole_slices(model, LocalGroup()), EmaOptions(decay=0.5, warmup=False))
     nn.init.constant_(model.weight, 7.0)
     ema.restart(30)
     assert (ema.began, average_of(ema)) == (30, 7.0)
@@ -101,13 +103,13 @@ def test_trainable_parameters_once():
     model = tiny_decoder(tied=True)
     model.position.weight.requires_grad_(False)
     names = {name for name, _ in model.named_parameters()} - {"position.weight"}
-    assert Ema(model, EmaOptions(decay=0.9)).named_averages().keys() == names
+    assert Ema(whole_slices(model, LocalGroup()), EmaOptions(decay=0.9)).named_averages().keys() == names
     assert "head.weight" not in names
 
 
 def test_a_model_of_other_types_is_our_own_mistake():
     with pytest.raises(AssertionError, match="fp32 weights"):
-        Ema(tiny_decoder().bfloat16(), EmaOptions(decay=0.9))
+        Ema(whole_slices(tiny_decoder().bfloat16(), LocalGroup()), EmaOptions(decay=0.9))
 
 
 # --- in the model's place ----------------------------------------------------------------------------------------
@@ -130,7 +132,7 @@ def same_bits(some: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) ->
 def pair() -> tuple[nn.Module, Ema]:
     """A model that has moved on from its average, with what a careless round trip would lose in it."""
     model = tiny_decoder()
-    ema = Ema(model, EmaOptions(decay=0.9, warmup=False))
+    ema = Ema(whole_slices(model, LocalGroup()), EmaOptions(decay=0.9, warmup=False))
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
@@ -160,7 +162,7 @@ def test_there_and_back_bit_for_bit(pair: tuple[nn.Module, Ema], fails: bool):
 
 def test_the_model_computes_with_the_average():
     model = tiny_decoder()
-    ema = Ema(model, EmaOptions(decay=0.9))
+    ema = Ema(whole_slices(model, LocalGroup()), EmaOptions(decay=0.9))
     tokens, first = torch.tensor([[1, 2, 3]]), model(torch.tensor([[1, 2, 3]]))
     nn.init.normal_(model.norm.weight)
     moved = model(tokens)
@@ -173,7 +175,7 @@ def test_the_model_computes_with_the_average():
 def test_frozen_parameters_stay_in_place():
     model = tiny_decoder()
     model.position.weight.requires_grad_(False)
-    ema = Ema(model, EmaOptions(decay=0.9))
+    ema = Ema(whole_slices(model, LocalGroup()), EmaOptions(decay=0.9))
     nn.init.normal_(model.position.weight)
     kept = model.position.weight.clone()
     with ema.swapped():
@@ -196,7 +198,7 @@ def test_gradients_and_the_optimizer_know_nothing_of_it():
     def trained(look: bool) -> dict[str, torch.Tensor]:
         model = tiny_decoder()
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
-        ema = Ema(model, EmaOptions(decay=0.9))
+        ema = Ema(whole_slices(model, LocalGroup()), EmaOptions(decay=0.9))
         for step in (1, 2, 3):
             model(torch.tensor([[step, 2, 3]])).square().sum().backward()
             optimizer.step()
@@ -215,5 +217,5 @@ def test_one_foreach_operation(monkeypatch: pytest.MonkeyPatch):
     calls, lerp = [], torch._foreach_lerp_
     monkeypatch.setattr(torch, "_foreach_lerp_", lambda *args: (calls.append(len(args[0])), lerp(*args)))
     model = tiny_decoder()
-    Ema(model, EmaOptions(decay=0.9)).update(1)
+    Ema(whole_slices(model, LocalGroup()), EmaOptions(decay=0.9)).update(1)
     assert calls == [len(list(model.parameters()))]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from in_halves import allreduce, update_of
 from threads import LateGroup, ThreadGroup, on_ranks
-from tiny import random_tokens, tiny_decoder
+from tiny import loss_of, random_tokens, tiny_decoder
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -65,7 +65,7 @@ def one_step(sync: AllReduceSync, losses: list[Callable[[], torch.Tensor]], weig
 
 def train_step(sync: AllReduceSync, model: nn.Module, batches: list[Batch], max_norm: float = 0.0) -> Agreed:
     task = LanguageModel()
-    losses = [lambda batch=batch: task.loss(model, batch).total for batch in batches]
+    losses = [lambda batch=batch: loss_of(task, model, batch).total for batch in batches]
     return one_step(sync, losses, sum(batch.target_tokens for batch in batches), max_norm)
 
 

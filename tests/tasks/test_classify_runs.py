@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from kinds import LABELS, Train, texts
-from tiny import CPU, labelled, several, write_corpus
+from tiny import CPU, labelled, loss_of, measure_of, several, write_corpus
 
 from data_prep.__main__ import main
 from hvdtrain.comm.world import World
@@ -56,7 +56,7 @@ def test_two_texts_of_a_file_reach_the_model_with_their_types(tmp_path: Path):
         options = TransformerOptions(layers=1, width=16, heads=2, context=24, token_types=kinds)
         model = task.make_model(options, corpora.manifest)
         model.initialise(1)
-        task.loss(model, read[0]).total.backward()
+        loss_of(task, model, read[0]).total.backward()
         rows_moved = None if not kinds else model.encoder.token_type.weight.grad.abs().sum(1) > 0
         assert (rows_moved if moved is None else rows_moved.tolist()) == moved
 
@@ -98,12 +98,12 @@ def test_the_threshold_decides_what_is_told():
 
     for threshold, found in ((0.5, (0, 1 / 6)), (0.3, (0.5, 4 / 9)), (0.1, (0, 2 / 3))):
         task = Classification(ClassifyOptions(threshold=threshold))
-        scores = task.scores(task.measure(Says(), batch).tolist())
+        scores = task.scores(measure_of(task, Says(), batch).tolist())
         f1 = {0.5: [2 / 3, 0, 0], 0.3: [2 / 3, 2 / 3, 0], 0.1: [2 / 3, 2 / 3, 2 / 3]}[threshold]
         assert (scores["accuracy"], scores["macro_f1"]) == (found[0], pytest.approx(sum(f1) / 3))
         loss = -sum(map(math.log, (0.6, 0.4, 0.8, 0.4, 0.6, 0.2)))
         assert scores["val_loss"] == pytest.approx(loss / 6, rel=1e-6)
-    smooth = Classification(ClassifyOptions(label_smoothing=0.2)).loss(Says(), batch)
+    smooth = loss_of(Classification(ClassifyOptions(label_smoothing=0.2)), Says(), batch)
     # yes is 0.9, no is 0.1
     chances = [(0.6, 0.9), (0.4, 0.9), (0.2, 0.1), (0.6, 0.1), (0.4, 0.1), (0.2, 0.9)]
     expected = -sum(y * math.log(p) + (1 - y) * math.log(1 - p) for p, y in chances)
@@ -141,11 +141,11 @@ def test_a_weight_multiplies_the_loss_of_its_label(tmp_path: Path):
     model = plain.make_model(TransformerOptions(layers=1, width=16, heads=2, context=24), corpora.manifest)
     model.initialise(1)
     (batch,) = batches(corpora, ClassifyOptions(class_weights=weights))
-    each = [plain.loss(model, part).total.item() for part in one_by_one(batch)]
+    each = [loss_of(plain, model, part).total.item() for part in one_by_one(batch)]
     expected = sum(weights[label] * loss for label, loss in zip(batch.labels.tolist(), each, strict=True))
-    loss = weighted.loss(model, batch)
+    loss = loss_of(weighted, model, batch)
     assert (loss.total.item(), loss.weight) == (pytest.approx(expected, rel=1e-5), 9)
-    assert weighted.measure(model, batch)[0].item() == pytest.approx(sum(each), rel=1e-5)  # scores know no weights
+    assert measure_of(weighted, model, batch)[0].item() == pytest.approx(sum(each), rel=1e-5)  # scores know no weights
 
 
 def one_by_one(batch: LabelBatch) -> list[LabelBatch]:

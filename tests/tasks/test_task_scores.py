@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny import loss_of, measure_of
 from torch import nn
 
 from hvdtrain.data.batch import IGNORE, Batch, LabelBatch, MaskedBatch, PairBatch
@@ -14,6 +15,7 @@ from hvdtrain.data.spans import AskedQuestions, SpanBatch
 from hvdtrain.models import flops
 from hvdtrain.models.decoder import Decoder
 from hvdtrain.models.encoder import Classifier, MaskedLanguageModel, SpanModel
+from hvdtrain.models.heads import OutputHead
 from hvdtrain.models.options import TransformerOptions
 from hvdtrain.models.seq2seq import Seq2Seq
 from hvdtrain.tasks import TASKS, TaskOptions, make_task
@@ -33,6 +35,8 @@ LOSS = -math.log(0.7) - math.log(0.4) - math.log(0.2) - math.log(0.25)  # of the
 
 
 class Head(nn.Linear):
+    cross_entropy, best = OutputHead.cross_entropy, OutputHead.best
+
     def features(self, hidden: torch.Tensor) -> torch.Tensor:
         return hidden
 
@@ -107,14 +111,14 @@ def test_a_task_that_does_not_count_is_worth_no_flops():
 
 
 def test_a_language_models_loss_is_the_sum_over_the_targets_that_count():
-    loss = LanguageModel().loss(Says(SPOKEN), Batch(TOKENS, TARGETS, 4))
+    loss = loss_of(LanguageModel(), Says(SPOKEN), Batch(TOKENS, TARGETS, 4))
     assert (loss.total.item(), loss.weight) == (pytest.approx(LOSS, rel=1e-6), 4)
     assert loss.total.shape == ()
 
 
 def test_a_language_models_scores():
     task = LanguageModel()
-    sums = task.measure(Says(SPOKEN), Batch(TOKENS, TARGETS, 4))
+    sums = measure_of(task, Says(SPOKEN), Batch(TOKENS, TARGETS, 4))
     assert sums.dtype == torch.float64
     scores = task.scores((2 * sums).tolist())  # of two such batches
     assert scores == {
@@ -141,9 +145,9 @@ def masked_batch() -> MaskedBatch:
 def test_the_loss_and_the_scores_of_what_is_hidden():
     """As of pairs: right are 0 where SURE and 1 where LEANS."""
     task = MaskedText(MaskedTextOptions())
-    loss = task.loss(Says(SPOKEN), masked_batch())
+    loss = loss_of(task, Says(SPOKEN), masked_batch())
     assert (loss.total.item(), loss.weight) == (pytest.approx(LOSS, rel=1e-6), 4)
-    sums = task.measure(Says(SPOKEN), masked_batch())
+    sums = measure_of(task, Says(SPOKEN), masked_batch())
     assert sums.dtype == torch.float64
     assert task.scores((3 * sums).tolist()) == {
         "val_loss": pytest.approx(LOSS / 4, rel=1e-6),
@@ -162,7 +166,9 @@ def test_the_head_is_applied_to_what_is_hidden_alone():
     features = model.head.features
     model.head.features = lambda hidden: (seen.append(hidden.shape), features(hidden))[1]
     tokens, places = torch.arange(24).view(2, 12), torch.tensor([1, 7, 15])
-    loss = MaskedText(MaskedTextOptions()).loss(model, MaskedBatch(tokens, torch.tensor([12, 9]), places, places, 3))
+    loss = loss_of(
+        MaskedText(MaskedTextOptions()), model, MaskedBatch(tokens, torch.tensor([12, 9]), places, places, 3)
+    )
     assert seen == [(3, 16)]
     hidden = model(tokens, torch.tensor([12, 9])).flatten(0, 1)[places]
     logits = torch.nn.functional.linear(features(hidden), model.head.weight, model.head.bias)
@@ -175,7 +181,7 @@ def test_the_head_is_applied_to_what_is_hidden_alone():
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5])
 def test_label_smoothing_of_pairs(share: float):
-    loss = SequenceToSequence(Seq2SeqOptions(label_smoothing=share)).loss(Says(SPOKEN), pairs_batch())
+    loss = loss_of(SequenceToSequence(Seq2SeqOptions(label_smoothing=share)), Says(SPOKEN), pairs_batch())
     rows = [(SURE, 0), (LEANS, 1), (LEANS, 0), (EVEN, 3)]
     assert loss.total.item() == pytest.approx(sum(smoothed(*row, share) for row in rows), rel=1e-6)
     assert loss.weight == 4
@@ -184,7 +190,7 @@ def test_label_smoothing_of_pairs(share: float):
 def test_scores_of_pairs_know_no_smoothing():
     """0 is right where SURE, 1 is where LEANS; wrong are 0 where LEANS, and 3 where EVEN."""
     task = SequenceToSequence(Seq2SeqOptions(label_smoothing=0.5))
-    sums = task.measure(Says(SPOKEN), pairs_batch())
+    sums = measure_of(task, Says(SPOKEN), pairs_batch())
     assert sums.dtype == torch.float64
     assert task.scores((3 * sums).tolist()) == {
         "val_loss": pytest.approx(LOSS / 4, rel=1e-6),
@@ -205,7 +211,7 @@ def certain(labels: list[int], classes: int = 4) -> list[list[float]]:
 @pytest.mark.parametrize("share", [0.0, 0.2])
 def test_label_smoothing_of_labels(share: float):
     batch = labels_batch([0, 1, IGNORE])
-    loss = Classification(ClassifyOptions(label_smoothing=share)).loss(Says([SURE, SURE, LEANS]), batch)
+    loss = loss_of(Classification(ClassifyOptions(label_smoothing=share)), Says([SURE, SURE, LEANS]), batch)
     assert loss.total.item() == pytest.approx(smoothed(SURE, 0, share) + smoothed(SURE, 1, share), rel=1e-6)
     assert loss.weight == 2
 
@@ -221,8 +227,8 @@ def test_accuracy_and_f1():
     """
     task = Classification(ClassifyOptions(label_smoothing=0.5))
     truth, guess = [0, 0, 0, 1, 1, 2], [0, 0, 1, 1, 0, 0]
-    sums = [task.measure(Says(certain(guess[cut])), labels_batch(truth[cut])) for cut in (slice(0, 2), slice(2, 6))]
-    sums.append(task.measure(Says(certain([3])), labels_batch([IGNORE])))  # of a rank without a row
+    sums = [measure_of(task, Says(certain(guess[cut])), labels_batch(truth[cut])) for cut in (slice(0, 2), slice(2, 6))]
+    sums.append(measure_of(task, Says(certain([3])), labels_batch([IGNORE])))  # of a rank without a row
     assert {part.dtype for part in sums} == {torch.float64}
     assert task.scores(sum(sums).tolist()) == {
         "val_loss": pytest.approx((-3 * math.log(0.7) - 3 * math.log(0.1)) / 6, rel=1e-6),
@@ -235,7 +241,7 @@ def test_accuracy_and_f1():
 
 def test_a_label_that_is_guessed_but_never_true_lowers_f1():
     task = Classification(ClassifyOptions())
-    scores = task.scores(task.measure(Says(certain([0, 1, 3])), labels_batch([0, 1, 1])).tolist())
+    scores = task.scores(measure_of(task, Says(certain([0, 1, 3])), labels_batch([0, 1, 1])).tolist())
     assert (scores["accuracy"], scores["macro_f1"]) == (pytest.approx(2 / 3), pytest.approx((1 + 2 / 3 + 0) / 3))
 
 
@@ -270,7 +276,7 @@ def test_sums_are_exact_where_the_logits_are_bf16(name: str):
     exact = Says(probabilities)
     exact.answer = model.answer.double()
     exact.head.double()
-    loss, expected = (task.loss(m, BATCHES[name]).total for m in (model, exact))
+    loss, expected = (loss_of(task, m, BATCHES[name]).total for m in (model, exact))
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
-    assert task.measure(model, BATCHES[name])[0].item() == pytest.approx(loss.item(), rel=1e-6)
+    assert measure_of(task, model, BATCHES[name])[0].item() == pytest.approx(loss.item(), rel=1e-6)

@@ -14,7 +14,8 @@ from hvdtrain.models.encoder import Classifier
 from hvdtrain.models.frozen import freeze
 from hvdtrain.models.hf.adapter import write_adapter
 from hvdtrain.models.hf.writing import Exported, Writer
-from hvdtrain.models.lora import LoraOptions, adapt, initialise_adapters
+from hvdtrain.models.initial import fill
+from hvdtrain.models.lora import LoraOptions, adapt, initial_adapters
 from hvdtrain.models.options import TransformerOptions
 
 # peft asks transformers for what its next major version calls otherwise
@@ -35,7 +36,7 @@ def written(tmp_path: Path, model: Any, options: TransformerOptions, lora: LoraO
     (tmp_path / "adapter").mkdir()
     Writer(exported).write(tmp_path / "base", Held(model), torch.float32, None)
     adapt(model, options, lora)
-    initialise_adapters(model, 1)
+    fill(model, initial_adapters(model, 1))
     freeze(model, "", lora, scores_tokens=not labels)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     torch.manual_seed(2)
