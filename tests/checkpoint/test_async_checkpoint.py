@@ -28,6 +28,7 @@ from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.errors import EXIT_CRASH, EXIT_IO, DivergedError, RankError
 from hvdtrain.optim.ema import Ema, EmaOptions
 from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
+from hvdtrain.slices import whole_slices
 
 GROUP = LocalGroup()
 ASYNC = CheckpointOptions(asynchronous=True, keep_last=0)
@@ -41,7 +42,7 @@ class Run:
         self.run_dir, self.model = run_dir, tiny_decoder()
         self.optimizer, self.ema = (
             make_optimizer(self.model.parameters(), OptimOptions()),
-            Ema(self.model, EmaOptions(decay=0.9)),
+            Ema(whole_slices(self.model, LocalGroup()), EmaOptions(decay=0.9)),
         )
         self.saver, self.step = Saver(run_dir, GROUP, options), 0
 

@@ -340,7 +340,7 @@ class Averaging(Training):
 
     def __init__(self, stream: TokenStream, seed: int = 0, options: EmaOptions = EMA, **more):
         super().__init__(stream, seed, **more)
-        self.ema = Ema(self.model, options)
+        self.ema = Ema(whole_slices(self.model, LocalGroup()), options)
 
     def run(self, steps: int) -> "Averaging":
         for _ in range(steps):
@@ -414,10 +414,10 @@ def test_a_run_without_averaging_goes_on_from_one_with(tmp_path: Path, stream: T
 def test_a_parameter_that_was_frozen_has_its_own_value_as_average(tmp_path: Path):
     frozen, thawed = tiny_decoder(0), tiny_decoder(1)
     frozen.position.weight.requires_grad_(False)
-    optimizer, ema = make_optimizer(frozen.parameters(), OptimOptions()), Ema(frozen, EMA)
+    optimizer, ema = make_optimizer(frozen.parameters(), OptimOptions()), Ema(whole_slices(frozen, LocalGroup()), EMA)
     nn.init.normal_(frozen.norm.weight)
     folder = writer.save(tmp_path, state_of(frozen, optimizer, ema), Progress(step=1), GROUP, KEEP_ALL)
-    other = Ema(thawed, EMA)
+    other = Ema(whole_slices(thawed, LocalGroup()), EMA)
     load(folder, whole_slices(thawed, GROUP), ema=other)
     assert torch.equal(other.named_averages()["position.weight"], frozen.position.weight)
     assert torch.equal(other.named_averages()["norm.weight"], ema.named_averages()["norm.weight"])

@@ -160,7 +160,10 @@ class Cut(nn.Module):
         whole = torch.arange(24.0).reshape(6, 4)
         self.place = rows(whole, rank, size)
         self.cut, self.shared = nn.Parameter(taken(whole, self.place).clone()), nn.Parameter(torch.ones(3))
-        self.optimizer, self.ema = make_optimizer(self.parameters(), OptimOptions(lr=0.1)), Ema(self, EMA)
+        self.optimizer, self.ema = (
+            make_optimizer(self.parameters(), OptimOptions(lr=0.1)),
+            Ema(whole_slices(self, LocalGroup()), EMA),
+        )
 
     def slices(self) -> list[Slice]:
         cut = Slice("cut", self.cut, torch.Size((6, 4)), (self.place,), ALONE)

@@ -475,7 +475,10 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path: Path, what: str):
     """Before torch meets them in the middle of a step."""
     changes, message = BENT[what]
     model = tiny_decoder()
-    optimizer, ema = make_optimizer(model.parameters(), OptimOptions()), Ema(model, EmaOptions(decay=0.9))
+    optimizer, ema = (
+        make_optimizer(model.parameters(), OptimOptions()),
+        Ema(whole_slices(model, LocalGroup()), EmaOptions(decay=0.9)),
+    )
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()

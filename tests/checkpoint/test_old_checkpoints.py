@@ -83,7 +83,10 @@ def test_it_is_evaluated():
 
 def test_training_goes_on_from_it():
     model = decoder()
-    optimizer, ema = make_optimizer(model.parameters(), OptimOptions(lr=0.01)), Ema(model, EmaOptions(decay=0.9))
+    optimizer, ema = (
+        make_optimizer(model.parameters(), OptimOptions(lr=0.01)),
+        Ema(whole_slices(model, LocalGroup()), EmaOptions(decay=0.9)),
+    )
     load(OLD, whole_slices(model, GROUP), optimizer, ema)
     assert digest({piece.name: piece.tensor for piece in state_of(model, optimizer, ema)}) == DIGEST
     loss = loss_of(LanguageModel(), model, batch(4))

@@ -19,6 +19,7 @@ from hvdtrain.models.recompute import RecomputeOptions, use_recompute
 from hvdtrain.optim.ema import EmaOptions, make_ema
 from hvdtrain.optim.guard import GuardOptions
 from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
+from hvdtrain.slices import whole_slices
 from hvdtrain.sync import SyncOptions
 from hvdtrain.tasks.lm import LanguageModel, LanguageModelOptions
 
@@ -76,7 +77,7 @@ class Trained:
         kind = "fp32" if precision == "tf32" else precision
         plan = InHalves(self.model, LocalGroup(), SyncOptions(), kind, 1, compile, guard)
         optimizer = make_optimizer(self.model.parameters(), optim or OptimOptions())
-        self.ema = make_ema(self.model, EmaOptions(decay=ema))
+        self.ema = make_ema(whole_slices(self.model, LocalGroup()), EmaOptions(decay=ema))
         task = LanguageModel(task) if task else LanguageModel()
         for step in range(1, steps + 1):
             batches = [batch(2 * step).to(device), batch(2 * step + 1).to(device)]

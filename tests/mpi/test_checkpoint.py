@@ -187,7 +187,7 @@ class Averaging(Trained):
 
     def __init__(self, group: Group):
         super().__init__(group)
-        self.ema = Ema(self.model, EmaOptions(decay=0.9))
+        self.ema = Ema(whole_slices(self.model, LocalGroup()), EmaOptions(decay=0.9))
         with torch.no_grad():
             for number, parameter in enumerate(self.model.parameters()):
                 parameter.mul_(1.0 + number / 7)
@@ -215,7 +215,10 @@ def test_an_average_is_resumed_on_any_ranks(group: HorovodGroup, folder: Path):
         group.barrier()
         found, _, _ = newest_valid(run_dir, group)
         model = tiny_decoder(seed=99)
-        optimizer, ema = make_optimizer(model.parameters(), OptimOptions()), Ema(model, EmaOptions(decay=0.9))
+        optimizer, ema = (
+            make_optimizer(model.parameters(), OptimOptions()),
+            Ema(whole_slices(model, LocalGroup()), EmaOptions(decay=0.9)),
+        )
         load(found, whole_slices(model, LocalGroup()), optimizer, ema)
         _assert_equal(saved, model, optimizer)
         for one in (saved.ema, ema):
