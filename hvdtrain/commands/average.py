@@ -16,27 +16,29 @@ from pathlib import Path
 
 import torch
 
+from hvdtrain.checkpoint import writer
 from hvdtrain.checkpoint.manifest import Progress, check_resumable
 from hvdtrain.checkpoint.reader import Checkpoint
 from hvdtrain.checkpoint.retention import folder_of, steps_saved
 from hvdtrain.checkpoint.valid import read_progress
-from hvdtrain.checkpoint.writer import CheckpointOptions, save
+from hvdtrain.checkpoint.writer import CheckpointOptions
 from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.comm.world import World
 from hvdtrain.data.carried import carry_over
 from hvdtrain.errors import CheckpointError, ConfigError, OutputError, plural, say
 from hvdtrain.files import make_folder, move_folder, write
-from hvdtrain.slices import Rect, Slice, whole_slice
+from hvdtrain.slices import Rect, whole_slice
 from hvdtrain.trained import read_config
 from hvdtrain.version import versions
+
+PART_BYTES = 1_000_000_000
 
 
 def average(run_dir: Path, last: int, out: Path | None, world: World) -> str:
     """Average the ``last`` newest whole checkpoints into ``out``, and return what was done. One process.
 
     Only weights as they were after a step (``raw``) are averaged, never averages. A damaged checkpoint is named on
-    standard error and skipped. Memory: the average, and 12 bytes for each number of its
-    largest tensor.
+    standard error and skipped. Memory: a file of ``PART_BYTES``, and 12 bytes for each number of its largest tensor.
 
     Errors: ConfigError under several ranks, where ``out`` is there already, or where fewer than ``last`` are whole
     (as in fairseq: an average of 5 shall not be one of 2); CheckpointError where there is none or they differ in shape;
@@ -54,11 +56,10 @@ def average(run_dir: Path, last: int, out: Path | None, world: World) -> str:
     folders = [folder_of(run_dir, progress.step) for progress in whole]
     for folder, progress in zip(folders, whole, strict=True):
         check_resumable(folder, progress)  # a run's own, not made by this command
-    mean, group = Average(folders), LocalGroup()
-    state = [whole_slice(name, mean.read(name), group) for name in mean]
+    mean = Average(folders)
     steps = tuple(progress.step for progress in whole)
     progress = replace(whole[0], averaged_from=steps, best_val_loss=None, world_size=1, versions=versions())
-    _write_run(run_dir, out, state, progress)
+    _write_run(run_dir, out, mean, progress)
     return f"averaged the weights of steps {_list(steps)} into {out}"
 
 
@@ -84,6 +85,20 @@ class Average:
 
     def whole(self, name: str) -> tuple[torch.Size, torch.dtype]:
         return self._wholes[name]
+
+    def shared_out(self, part_bytes: int) -> list[list[str]]:
+        """Names, in parts of so many bytes at most, or of one tensor."""
+        parts: list[list[str]] = [[]]
+        size = 0
+        for name in self:
+            shape, dtype = self.whole(name)
+            length = shape.numel() * dtype.itemsize
+            if parts[-1] and size + length > part_bytes:
+                parts.append([])
+                size = 0
+            parts[-1].append(name)
+            size += length
+        return parts
 
     def read(self, name: str, places: Sequence[Rect] | None = None) -> torch.Tensor:
         """Summed in fp64, and rounded once to the type that it was saved in."""
@@ -119,7 +134,7 @@ def _newest_whole(run_dir: Path, last: int, keep_last: int) -> list[Progress]:
     raise ConfigError(f"{run_dir} has {count} (step {steps}), not --last {last}{why}; or give --last {len(whole)}")
 
 
-def _write_run(run_dir: Path, out: Path, state: Sequence[Slice], progress: Progress) -> None:
+def _write_run(run_dir: Path, out: Path, mean: Average, progress: Progress) -> None:
     """Everything beside its final name, renamed when it is whole."""
     partial = out.with_name(f".{out.name}.partial")
     try:
@@ -127,12 +142,23 @@ def _write_run(run_dir: Path, out: Path, state: Sequence[Slice], progress: Progr
         make_folder(partial)
         write(partial / "config.yaml", lambda temporary: shutil.copyfile(run_dir / "config.yaml", temporary))
         carry_over(run_dir, partial)
-        save(partial, state, progress, LocalGroup(), CheckpointOptions(keep_last=0))
+        _write_checkpoint(partial, mean, progress)
         move_folder(partial, out)
     except OSError as error:
         raise OutputError(f"cannot write {out}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_checkpoint(run_dir: Path, mean: Average, progress: Progress) -> None:
+    """A part of the checkpoint at a time is in memory."""
+    writer.begin(run_dir, progress.step)
+    shares, group = mean.shared_out(PART_BYTES), LocalGroup()
+    parts = []
+    for number, names in enumerate(shares):
+        pieces = [whole_slice(name, mean.read(name), group) for name in names]
+        parts.append(writer.write_part(run_dir, progress.step, pieces, number, len(shares)))
+    writer.finish(run_dir, progress, parts, CheckpointOptions(keep_last=0))
 
 
 def _list(steps) -> str:

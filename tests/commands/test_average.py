@@ -95,6 +95,20 @@ def test_the_newest_are_averaged(run_dir: Path):
     assert found["model.b.bias"].tolist() == [8.0, 8.0]
 
 
+def test_a_part_is_written_before_the_next_is_read(run_dir: Path, monkeypatch: pytest.MonkeyPatch):
+    """So the average of a model that is larger than the memory can be made."""
+    seen = []
+    read, write = Average.read, writer.write_part
+    monkeypatch.setattr(averaging, "PART_BYTES", 16)
+    monkeypatch.setattr(Average, "read", lambda self, name: seen.append(name) or read(self, name))
+    monkeypatch.setattr(writer, "write_part", lambda *words: seen.append("written") or write(*words))
+    average(run_dir, 2, None, ALONE)
+    assert seen == ["model.a", "written", "model.b.bias", "written"]
+    folder, _, _ = newest_valid(run_dir / "average-2", GROUP)
+    assert len(list(folder.glob("part-*-of-00002.safetensors"))) == 2
+    assert tensors_in(folder, "")["model.b.bias"].tolist() == [9.0, 9.0]
+
+
 def test_of_one_it_is_that_one(run_dir: Path, tmp_path: Path):
     average(run_dir, 1, tmp_path / "deep" / "one", ALONE)
     found = tensors_in(folder_of(tmp_path / "deep" / "one", 10), "")
