@@ -1,21 +1,26 @@
-"""What every kind of ``Ranks`` and ``Group`` must do, whoever carries it: one base class for all of them.
+"""What every kind of ``Ranks``, ``Group`` and ``Axis`` must do, whoever carries it: one base class for all of them.
 
-A subclass gives the fixture ``group``, which all ranks have at once; each test runs on every rank, in lockstep.
+A subclass gives the fixture ``group`` (``axis``), which all ranks have at once; each test runs on every rank, in
+lockstep.
 
-LocalGroup, threads   tests/comm/test_group.py
+LocalGroup, threads   tests/comm/test_group.py      LocalAxis, threads   tests/comm/test_axis.py
 MPI alone             tests/mpi/test_ranks.py, at 1, 2 and 4 ranks
-Horovod over MPI      tests/mpi/test_group.py, at 1, 2 and 4 ranks
+Horovod over MPI      tests/mpi/test_group.py, at 1, 2 and 4 ranks; all ranks, and each half of them
 Horovod over Gloo     the same file; tests/comm/test_group.py starts it
+MPI, shared memory    tests/mpi/test_axis.py, at 1, 2 and 4 ranks; Gloo as well
 """
 
 import random
 import time
+from collections.abc import Sequence
+from functools import reduce
 from itertools import permutations
 
 import numpy as np
 import pytest
 import torch
 
+from hvdtrain.comm.axis import Axis
 from hvdtrain.comm.group import Group
 from hvdtrain.comm.ranks import Ranks
 from hvdtrain.errors import (
@@ -32,6 +37,8 @@ from hvdtrain.errors import (
 )
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.int32, torch.int64]
+AXIS_DTYPES = [*DTYPES, torch.bfloat16]
+AXIS_SHAPES = [(0,), (1,), (), (3,), (2, 3), (1001,), (128, 257)]
 
 
 class RanksContract:
@@ -326,6 +333,176 @@ class GroupContract(RanksContract):
             group.broadcast(parameter.data, group.size - 1, name)
             assert (parameter == group.size - 1).all()
             assert (parameter.requires_grad, parameter.data_ptr()) == (True, place)
+
+
+class AxisContract(RanksContract):
+    """Sums and exchanges in the middle of a pass. Every rank can work out what each of them has sent (``sent_by``)."""
+
+    @pytest.fixture
+    def group(self, axis: Axis) -> Axis:
+        return axis
+
+    @pytest.mark.parametrize("dtype", AXIS_DTYPES)
+    def test_sums(self, axis: Axis, dtype: torch.dtype):
+        """To the bit: in the order of the ranks, and 16-bit floats in fp32, rounded once."""
+        for number, shape in enumerate(AXIS_SHAPES):
+            tensor = sent_by(axis.rank, shape, dtype, number)
+            place = tensor.data_ptr()
+            assert axis.sum(tensor) is tensor
+            assert tensor.data_ptr() == place
+            assert torch.equal(tensor, added(axis, shape, dtype, number)), shape
+
+    @pytest.mark.parametrize("dtype", AXIS_DTYPES)
+    def test_gathers_and_scattered_sums_along_every_dim(self, axis: Axis, dtype: torch.dtype):
+        for number, shape in enumerate([(5,), (3, 4), (2, 3, 4), (1, 7, 1), (3, 0, 2), (65, 33)]):
+            for dim in range(-1, len(shape)):
+                mine = sent_by(axis.rank, shape, dtype, number)
+                before, every = mine.clone(), [sent_by(rank, shape, dtype, number) for rank in range(axis.size)]
+                gathered = axis.gather(mine, dim)
+                assert torch.equal(gathered, torch.cat(every, dim)), (shape, dim)
+                whole = list(shape)
+                whole[dim] *= axis.size
+                mine, summed = sent_by(axis.rank, whole, dtype, number), added(axis, whole, dtype, number)
+                part = axis.scatter_sum(mine, dim)
+                assert torch.equal(part, summed.chunk(axis.size, dim)[axis.rank]), (shape, dim)
+                assert gathered.is_contiguous() and part.is_contiguous()
+                assert torch.equal(before, sent_by(axis.rank, shape, dtype, number))  # what was sent stays as it was
+                assert torch.equal(mine, sent_by(axis.rank, whole, dtype, number))
+
+    def test_large_ones(self, axis: Axis):
+        """Of several pieces, where tensors are sent in pieces, along each dim."""
+        for dtype in (torch.float32, torch.bfloat16):
+            for number, shape in enumerate([(70_001,), (4, 20_000), (20_000, 4), (120, 12, 10)]):
+                tensor = sent_by(axis.rank, shape, dtype, number)
+                assert torch.equal(axis.sum(tensor), added(axis, shape, dtype, number)), shape
+                for dim in range(len(shape)):
+                    every = [sent_by(rank, shape, dtype, number) for rank in range(axis.size)]
+                    assert torch.equal(axis.gather(every[axis.rank], dim), torch.cat(every, dim)), (shape, dim)
+                    if shape[dim] % axis.size == 0:
+                        part = added(axis, shape, dtype, number).chunk(axis.size, dim)[axis.rank]
+                        assert torch.equal(axis.scatter_sum(every[axis.rank], dim), part), (shape, dim)
+
+    def test_ranks_that_are_late_get_the_same(self, axis: Axis):
+        """One that is quick must not write into what another one still reads."""
+        for turn in range(60):
+            if turn % axis.size == axis.rank and turn < 12:
+                time.sleep(0.01)
+            value = float(turn)
+            assert (
+                axis.sum(torch.full((1000,), value + axis.rank)).tolist()
+                == [sum(value + rank for rank in range(axis.size))] * 1000
+            )
+            assert axis.gather(torch.full((3,), value + axis.rank), 0).tolist() == [
+                value + rank for rank in range(axis.size) for _ in range(3)
+            ]
+
+    def test_what_is_no_number_on_one_rank_is_none_on_all(self, axis: Axis):
+        tensor = torch.ones(3)
+        if axis.rank == axis.size - 1:
+            tensor[0], tensor[1] = torch.nan, torch.inf
+        axis.sum(tensor)
+        assert tensor[0].isnan()
+        assert tensor[1:].tolist() == [torch.inf, axis.size]
+
+    def test_no_gradient_goes_through(self, axis: Axis):
+        """Whoever wants one says what it is: an axis knows nothing of autograd."""
+        weight = torch.ones(4, requires_grad=True)
+        assert not axis.gather(weight.detach(), 0).requires_grad
+        axis.sum(weight.data)
+        assert weight.requires_grad and weight.tolist() == [axis.size] * 4
+
+    @pytest.mark.parametrize("dtype", [*AXIS_DTYPES, torch.uint8, torch.bool])
+    def test_broadcast_from_every_rank(self, axis: Axis, dtype: torch.dtype):
+        for root in range(axis.size):
+            for shape in [(), (3, 2), (0,), (1001,)]:
+                tensor = torch.full(shape, axis.rank % 2, dtype=dtype)
+                assert axis.broadcast(tensor, root) is tensor
+                assert torch.equal(tensor, torch.full_like(tensor, root % 2))
+
+    def test_strided_tensors_are_refused(self, axis: Axis):
+        """On every rank, before anything is sent: their elements are not where their memory is."""
+        if axis.size == 1:
+            return
+        strided = torch.zeros(4, 6).T
+        for call in (
+            lambda: axis.sum(strided),
+            lambda: axis.gather(strided, 0),
+            lambda: axis.scatter_sum(strided, 0),
+            lambda: axis.broadcast(strided, 0),
+            lambda: axis.send(strided, (axis.rank + 1) % axis.size),
+            lambda: axis.receive(strided, (axis.rank + 1) % axis.size),
+        ):
+            with pytest.raises(AssertionError):
+                call()
+        axis.barrier()
+
+    @pytest.mark.parametrize("dtype", [*AXIS_DTYPES, torch.bool])
+    def test_messages_come_in_their_order(self, axis: Axis, dtype: torch.dtype):
+        """Round a ring, of every size; receives posted ahead of the sends, waited for from the last to the first."""
+        if axis.size == 1:
+            return
+        after, before = (axis.rank + 1) % axis.size, (axis.rank - 1) % axis.size
+        shapes = [(1,), (), (7, 3), (0,), (70_000,), (2,)]
+        came = [torch.empty(shape, dtype=dtype) for shape in shapes]
+        receives = [axis.receive(tensor, before) for tensor in came]
+        sends = [axis.send(sent_by(axis.rank, shape, dtype, n), after) for n, shape in enumerate(shapes)]
+        for number in reversed(range(len(shapes))):
+            receives[number].wait()
+            assert receives[number].done()
+            assert torch.equal(came[number], sent_by(before, shapes[number], dtype, number))
+        for one in sends:
+            one.wait()
+            assert one.done()
+
+    def test_messages_both_ways_and_sums_between(self, axis: Axis):
+        """As in 1F1B: what a stage gets from before and from behind, while a sum goes over the axis."""
+        if axis.size == 1:
+            return
+        for turn in range(5):
+            pending, came = [], {}
+            for other in {(axis.rank - 1) % axis.size, (axis.rank + 1) % axis.size}:
+                came[other] = torch.empty(30_000)
+                pending.append(axis.send(torch.full((30_000,), float(turn * axis.size + axis.rank)), other))
+                pending.append(axis.receive(came[other], other))
+            assert axis.sum(torch.tensor([axis.rank])).item() == sum(range(axis.size))
+            for one in pending:
+                one.wait()
+            for other, tensor in came.items():
+                assert (tensor == turn * axis.size + other).all()
+
+    def test_a_receive_is_done_when_it_has_come(self, axis: Axis):
+        if axis.size == 1:
+            return
+        tensor = torch.zeros(3)
+        if axis.rank == 1:
+            pending = axis.receive(tensor, 0)
+            assert not pending.done()
+        axis.barrier()
+        if axis.rank == 0:
+            axis.send(torch.ones(3), 1).wait()
+        if axis.rank == 1:
+            until = time.monotonic() + 30
+            while not pending.done() and time.monotonic() < until:
+                time.sleep(0.001)
+            assert pending.done()
+            pending.wait()
+            assert tensor.tolist() == [1, 1, 1]
+
+
+def sent_by(rank: int, shape: Sequence[int], dtype: torch.dtype, number: int) -> torch.Tensor:
+    """What ``rank`` sends: numbers whose sum depends on the order in which they are added."""
+    draws = torch.Generator().manual_seed(1000 * number + rank)
+    if not dtype.is_floating_point:
+        return torch.randint(0, 100, tuple(shape), generator=draws).to(dtype)
+    return (torch.randn(tuple(shape), generator=draws, dtype=torch.float64) * 10.0 ** (rank % 3)).to(dtype)
+
+
+def added(axis: Axis, shape: Sequence[int], dtype: torch.dtype, number: int) -> torch.Tensor:
+    """The sum that all ranks must have, to the bit."""
+    parts = [sent_by(rank, shape, dtype, number) for rank in range(axis.size)]
+    if dtype.is_floating_point and dtype.itemsize == 2:
+        parts = [part.float() for part in parts]
+    return reduce(torch.add, parts).to(dtype)
 
 
 def traces(group: Ranks, capfd: pytest.CaptureFixture[str]) -> list[int]:

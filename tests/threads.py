@@ -1,4 +1,5 @@
-"""Ranks without a launcher: threads of this process that keep the whole contract of ``Group``; and one rank alone.
+"""Ranks without a launcher: threads of this process that keep the whole contract of ``Group`` and ``Axis``; and one
+rank alone.
 
 on_ranks(3, work)              ``work(group)`` on three ranks at once; what each returned
 in_process(2, patience_s=0)    the groups of two ranks, driven by one thread: who would have to wait fails at once
@@ -6,19 +7,23 @@ LateGroup()                    a group of one whose sums come late, as on a netw
 Scripted(rank=1, size=4)       rank 1 of four of which no other exists
 """
 
+import inspect
 import pickle
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import reduce, wraps
 from typing import Any, TypeVar
 
 import torch
 
-from hvdtrain.comm.group import Group, Pending
+from hvdtrain.comm.axis import Axis, LocalAxis
+from hvdtrain.comm.group import Group, Sets, set_of
 from hvdtrain.comm.local_group import LocalGroup
+from hvdtrain.comm.ranks import Pending
 from hvdtrain.errors import RankLostError
 
 torch.set_num_threads(1)  # a rank is a thread already
@@ -41,7 +46,8 @@ def on_ranks(size: int, work: Callable[["ThreadGroup"], T]) -> list[T]:
         why = "has returned"
         try:
             results[group.rank] = work(group)
-            assert not group.under_way, f"never waited for {', '.join(group.under_way)}"
+            left = group.left()
+            assert not left, f"never waited for {', '.join(left)}"
         except BaseException as error:
             error.add_note(f"on rank {group.rank} of {size}")
             failures.append(error)
@@ -66,6 +72,32 @@ def in_process(size: int, patience_s: float = PATIENCE_S) -> list["ThreadGroup"]
     """The groups of ``size`` ranks, seen from each of them, for whoever drives them."""
     meeting = _Meeting(size, patience_s)
     return [ThreadGroup(meeting, rank) for rank in range(size)]
+
+
+def on_every_rank(contract: type) -> type:
+    """Each test of a class of tests/contract.py runs on several threads at once: its fixture ``group`` or ``axis`` says
+    on how many; ``part_of``, where the class has it, makes of the group of all what is tested, or None on a rank that
+    has nothing to do.
+    """
+    part_of = getattr(contract, "part_of", lambda group: group)
+
+    def several(test: Callable) -> Callable:
+        name = next(name for name in ("group", "axis") if name in inspect.signature(test).parameters)
+
+        @wraps(test)
+        def run(self: Any, **given: Any) -> None:
+            def live(group: ThreadGroup) -> None:
+                if (part := part_of(group)) is not None:
+                    test(self, **{name: part}, **given)
+
+            on_ranks(given.pop(name), live)
+
+        return run
+
+    for name in dir(contract):
+        if name.startswith("test_"):
+            setattr(contract, name, several(getattr(contract, name)))
+    return contract
 
 
 class JobEnded(BaseException):
@@ -94,6 +126,7 @@ class ThreadGroup(Group):
         self.copied: list[str] = []
         self.under_way: dict[str, torch.Tensor] = {}
         self.meetings = 0
+        self._parts: list[ThreadGroup | ThreadAxis] = []
         self._turns: Counter[str] = Counter()
 
     def all_gather_object(self, value: Any) -> list[Any]:
@@ -125,8 +158,40 @@ class ThreadGroup(Group):
         self.copied.append(name)
         self._start(name, kind, tensor, tensor, lambda sent: sent[root]).wait()
 
+    def split(self, sets: Sets) -> Group:
+        meeting, rank = self._part("split", sets)
+        if meeting is self._meeting:
+            return self
+        if meeting.size == 1:
+            return LocalGroup()
+        group = ThreadGroup(meeting, rank)
+        self._parts.append(group)
+        return group
+
+    def axis(self, sets: Sets, device: torch.device) -> Axis:
+        meeting, rank = self._part("axis", sets)
+        if meeting.size == 1:
+            return LocalAxis()
+        axis = ThreadAxis(meeting, rank)
+        self._parts.append(axis)
+        return axis
+
+    def _part(self, what: str, sets: Sets) -> tuple["_Meeting", int]:
+        """Where the ranks of this rank's set meet, and its rank there."""
+        own = set_of(self.rank, sets)
+        turn = self._post(what, f"{what} of {[list(one) for one in sets]}", None)
+        self._meeting.collect(turn, self.rank)
+        if what == "split" and len(own) == self.size:
+            return self._meeting, self.rank
+        return self._meeting.part(turn, own), own.index(self.rank)
+
+    def left(self) -> list[str]:
+        """What was started and never waited for (local)."""
+        return [*self.under_way, *(name for part in self._parts for name in part.under_way)]
+
     def close(self) -> None:
-        assert not self.under_way, f"closed before {', '.join(self.under_way)} was waited for"
+        left = self.left()
+        assert not left, f"closed before {', '.join(left)} was waited for"
         self.barrier()
         self.leave("has closed its group")
 
@@ -157,6 +222,104 @@ class ThreadGroup(Group):
         turn = (name, self._turns[name])
         self._meeting.post(turn, self.rank, kind, value)
         return turn
+
+
+class ThreadAxis(Axis):
+    """The axis of some of the threads; stricter than a network: a send ends when its receive was posted, what will be
+    received is spoilt, and what was sent must not change.
+
+    calls: the collectives, in their order, as words. under_way: messages that were not waited for yet.
+    """
+
+    backend = "threads"
+
+    def __init__(self, meeting: "_Meeting", rank: int):
+        self.rank, self.size, self._meeting = rank, meeting.size, meeting
+        self.calls: list[str] = []
+        self.under_way: dict[str, torch.Tensor] = {}
+        self._messages: Counter[str] = Counter()
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        return [pickle.loads(one) for one in self._meet("exchange of objects", pickle.dumps(value))]
+
+    @torch.no_grad()
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.copy_(_sum(self._exchange(f"sum of {_shape(tensor)}", tensor)))
+
+    @torch.no_grad()
+    def gather(self, part: torch.Tensor, dim: int) -> torch.Tensor:
+        return torch.cat(self._exchange(f"gather of {_shape(part)} along {dim}", part), dim)
+
+    @torch.no_grad()
+    def scatter_sum(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        assert tensor.shape[dim] % self.size == 0, f"{_shape(tensor)} has no {self.size} equal parts along {dim}"
+        summed = _sum(self._exchange(f"scatter_sum of {_shape(tensor)} along {dim}", tensor))
+        return summed.chunk(self.size, dim)[self.rank].contiguous()
+
+    @torch.no_grad()
+    def broadcast(self, tensor: torch.Tensor, root: int) -> torch.Tensor:
+        return tensor.copy_(self._exchange(f"copy of {_shape(tensor)} from rank {root}", tensor)[root])
+
+    def send(self, tensor: torch.Tensor, to: int) -> Pending:
+        return self._message("send", self.rank, to, tensor)
+
+    def receive(self, tensor: torch.Tensor, source: int) -> Pending:
+        return self._message("receive", source, self.rank, tensor)
+
+    def close(self) -> None:
+        pass
+
+    def _message(self, what: str, source: int, to: int, tensor: torch.Tensor) -> Pending:
+        assert tensor.is_contiguous() and source != to
+        name = f"message from rank {source} to {to}"
+        self._messages[name] += 1
+        turn = (name, self._messages[name])
+        values = self.under_way[f"{what} {turn[1]}, {name}"] = tensor.detach().clone()
+        self._meeting.post(turn, self.rank, _shape(tensor), values if what == "send" else None, {source, to})
+        if what == "receive":
+            _spoil(tensor)
+        return _PendingMessage(self, what, turn, tensor)
+
+    def _exchange(self, call: str, tensor: torch.Tensor) -> list[torch.Tensor]:
+        assert tensor.is_contiguous()
+        return self._meet(call, tensor.detach().clone())
+
+    def _meet(self, call: str, value: Any) -> list[Any]:
+        self.calls.append(call)
+        turn = ("axis", len(self.calls))
+        self._meeting.post(turn, self.rank, call, value)
+        return self._meeting.collect(turn, self.rank)
+
+
+@dataclass
+class _PendingMessage:
+    axis: ThreadAxis
+    what: str
+    turn: tuple[str, int]
+    tensor: torch.Tensor
+    has_waited: bool = False
+
+    def done(self) -> bool:
+        return self.has_waited or self.axis._meeting.is_complete(self.turn)
+
+    @torch.no_grad()
+    def wait(self) -> None:
+        if self.has_waited:
+            return
+        values = self.axis._meeting.collect(self.turn, self.axis.rank)
+        mine = self.axis.under_way.pop(f"{self.what} {self.turn[1]}, {self.turn[0]}")
+        if self.what == "send":
+            assert torch.equal(self.tensor, mine), f"{self.turn[0]} was written to while it was under way"
+        else:
+            self.tensor.copy_(next(value for value in values if value is not None))
+        self.has_waited = True
+
+
+def _sum(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """In the order of the ranks; 16-bit floats in fp32, rounded once."""
+    if parts[0].is_floating_point() and parts[0].itemsize == 2:
+        return reduce(torch.add, [part.float() for part in parts]).to(parts[0].dtype)
+    return reduce(torch.add, parts)
 
 
 class LateGroup(ThreadGroup):
@@ -195,9 +358,13 @@ class _PendingTensor:
 class _Exchange:
     """What the ranks have sent of one collective, and who has not fetched it yet."""
 
+    ranks: frozenset[int]
     to_fetch: set[int]
     kinds: dict[int, str] = field(default_factory=dict)
     values: dict[int, Any] = field(default_factory=dict)
+
+    def absent(self) -> list[int]:
+        return sorted(self.ranks - set(self.values))
 
 
 class _Meeting:
@@ -209,18 +376,28 @@ class _Meeting:
         self._exchanges: dict[tuple[str, int], _Exchange] = {}
         self._gone: dict[int, str] = {}
         self._end: JobEnded | None = None
+        self._parts: dict[tuple[str, int, tuple[int, ...]], _Meeting] = {}
 
-    def post(self, turn: tuple[str, int], rank: int, kind: str, value: Any) -> None:
+    def part(self, turn: tuple[str, int], ranks: Sequence[int]) -> "_Meeting":
+        """Where ``ranks`` meet, which have all asked for it at the same turn."""
+        with self._changed:
+            return self._parts.setdefault((*turn, tuple(ranks)), _Meeting(len(ranks), self._patience_s))
+
+    def post(
+        self, turn: tuple[str, int], rank: int, kind: str, value: Any, ranks: Collection[int] | None = None
+    ) -> None:
+        """ranks: who takes part; None: all."""
         with self._changed:
             self._check_it_runs()
             assert rank not in self._gone, f"rank {rank} {self._gone[rank]}"
-            exchange = self._exchanges.setdefault(turn, _Exchange(set(range(self.size))))
+            everyone = frozenset(ranks or range(self.size))
+            exchange = self._exchanges.setdefault(turn, _Exchange(everyone, set(everyone)))
             exchange.kinds[rank], exchange.values[rank] = kind, value
             self._changed.notify_all()
 
     def is_complete(self, turn: tuple[str, int]) -> bool:
         with self._changed:
-            return len(self._exchanges[turn].values) == self.size
+            return not self._exchanges[turn].absent()
 
     def collect(self, turn: tuple[str, int], rank: int) -> list[Any]:
         """What each rank has sent, as soon as all have.
@@ -231,35 +408,43 @@ class _Meeting:
         with self._changed:
             exchange, (name, _) = self._exchanges[turn], turn
 
-            def absent() -> list[int]:
-                return [one for one in range(self.size) if one not in exchange.values]
-
             def is_decided() -> bool:
-                return self._end is not None or not absent() or any(one in self._gone for one in absent())
+                absent = exchange.absent()
+                return self._end is not None or not absent or any(one in self._gone for one in absent)
 
             self._changed.wait_for(is_decided, self._patience_s)
             self._check_it_runs()
-            if late := absent():
+            if late := exchange.absent():
                 first = next((one for one in late if one in self._gone), late[0])
                 why = self._gone.get(first, f"has not come within {self._patience_s:g} s")
                 raise RankLostError(f"rank {rank} waits for {name}, but rank {first} {why}")
             exchange.to_fetch.remove(rank)
             if not exchange.to_fetch:
                 del self._exchanges[turn]
+        first = min(exchange.ranks)
         for other, kind in exchange.kinds.items():
-            assert kind == exchange.kinds[0], f"{name}: rank 0 has a {exchange.kinds[0]}, rank {other} a {kind}"
-        return [exchange.values[one] for one in range(self.size)]
+            theirs = exchange.kinds[first]
+            assert kind == theirs, f"{name}: rank {first} has a {theirs}, rank {other} a {kind}"
+        return [exchange.values[one] for one in sorted(exchange.ranks)]
 
     def leave(self, rank: int, why: str) -> None:
         with self._changed:
             self._gone.setdefault(rank, why)
             self._changed.notify_all()
+            parts = dict(self._parts)
+        for (_, _, ranks), part in parts.items():
+            if rank in ranks:
+                part.leave(ranks.index(rank), why)
 
     def end(self, end: JobEnded) -> None:
         with self._changed:
             self._end = self._end or end
             self._changed.notify_all()
-            self._check_it_runs()
+            parts = list(self._parts.values())
+        for part in parts:
+            with suppress(JobEnded):
+                part.end(end)
+        self._check_it_runs()
 
     def _check_it_runs(self) -> None:
         if self._end is not None:
@@ -272,7 +457,10 @@ def _shape(tensor: torch.Tensor) -> str:
 
 @torch.no_grad()
 def _spoil(tensor: torch.Tensor) -> None:
-    tensor.fill_(torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).min)
+    if tensor.is_floating_point():
+        tensor.fill_(torch.nan)
+    else:
+        tensor.fill_(tensor.dtype == torch.bool or torch.iinfo(tensor.dtype).min)
 
 
 class Scripted(LocalGroup):

@@ -26,7 +26,8 @@ from hvdtrain.checkpoint import writer
 from hvdtrain.checkpoint.manifest import PartFile, Progress, key_of
 from hvdtrain.checkpoint.retention import Score, best_of, folder_of, is_better, partial_of, remove, remove_left_over
 from hvdtrain.checkpoint.writer import CheckpointOptions
-from hvdtrain.comm.group import Group, Pending
+from hvdtrain.comm.group import Group
+from hvdtrain.comm.ranks import Pending
 from hvdtrain.errors import EXIT_IO, HvdtrainError, RankError, say
 from hvdtrain.slices import Slice
 

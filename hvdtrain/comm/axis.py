@@ -14,8 +14,7 @@ from abc import abstractmethod
 
 import torch
 
-from hvdtrain.comm.group import Pending
-from hvdtrain.comm.ranks import OneRank, Ranks
+from hvdtrain.comm.ranks import OneRank, Pending, Ranks
 
 
 class Axis(Ranks):
@@ -49,14 +48,6 @@ class Axis(Ranks):
     @abstractmethod
     def receive(self, tensor: torch.Tensor, source: int) -> Pending:
         """Start to fill ``tensor`` with what ``source`` sends next (local): k-th receive, k-th send of the pair."""
-
-
-class _There:
-    def done(self) -> bool:
-        return True
-
-    def wait(self) -> None:
-        pass
 
 
 class LocalAxis(OneRank, Axis):

@@ -1,25 +1,18 @@
-"""The contract of ranks that train together: what ``Ranks`` can do, and tensors summed and copied.
+"""The contract of ranks that train together: what ``Ranks`` can do, tensors summed and copied, and ranks by sets.
 
 Every method that is not marked *local* is a collective: all ranks of the group call it, in the same order.
 """
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
-from hvdtrain.comm.ranks import Ranks
+from hvdtrain.comm.axis import Axis
+from hvdtrain.comm.ranks import Pending, Ranks
 
-
-class Pending(Protocol):
-    """A collective under way."""
-
-    def done(self) -> bool:
-        """Would ``wait`` return at once? (local)"""
-
-    def wait(self) -> None:
-        """Block until the tensor that was handed over holds the result."""
+Sets = Sequence[Sequence[int]]  # of ranks: each in ascending order, no rank in two of them; the same on all ranks
 
 
 class Group(Ranks):
@@ -49,6 +42,17 @@ class Group(Ranks):
     def broadcast(self, tensor: torch.Tensor, root: int, name: str) -> None:
         """Copy ``tensor`` (contiguous) from ``root`` to all ranks, in place."""
 
+    @abstractmethod
+    def split(self, sets: Sets) -> "Group":
+        """The group of this rank's set, or of this rank alone where it is in none; there ranks count from 0.
+
+        Only the group of all ranks can be split. What it was split into ends with it.
+        """
+
+    @abstractmethod
+    def axis(self, sets: Sets, device: torch.device) -> Axis:
+        """The same as an axis, for tensors on ``device``."""
+
     def all_reduce_sum(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
         """Sum ``tensor`` over all ranks, in place."""
         self.all_reduce_sum_async(tensor, name).wait()
@@ -63,3 +67,11 @@ class Group(Ranks):
 
     def stop_timeline(self) -> None:
         """Write what was recorded and close the file; without a timeline, nothing. ``close`` does it too."""
+
+
+def set_of(rank: int, sets: Sets) -> Sequence[int]:
+    """The one that ``rank`` is in; by itself where it is in none."""
+    everyone = [one for ranks in sets for one in ranks]
+    assert len(set(everyone)) == len(everyone), f"a rank is in two sets: {sets}"
+    assert all(list(ranks) == sorted(ranks) for ranks in sets), f"not in ascending order: {sets}"
+    return next((ranks for ranks in sets if rank in ranks), (rank,))

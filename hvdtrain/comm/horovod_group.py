@@ -1,19 +1,24 @@
-"""All ranks, over Horovod: ring all-reduce of gradients by NCCL, MPI or Gloo."""
+"""Ranks over Horovod: all of them, and by sets; ring all-reduce of gradients by NCCL, MPI or Gloo."""
 
 import os
+import pickle
 import time
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hvdtrain.comm.abort import end_all_ranks
+from hvdtrain.comm.axis import Axis, LocalAxis
 from hvdtrain.comm.gloo import check_own_address
-from hvdtrain.comm.group import Group, Pending
+from hvdtrain.comm.group import Group, Sets, set_of
+from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.comm.mpi import start_mpi
+from hvdtrain.comm.mpi_axis import MpiAxis
+from hvdtrain.comm.ranks import Pending
 from hvdtrain.comm.world import World, check_sizes, shares_gpus
-from hvdtrain.errors import LaunchError, OutputError, RankLostError
+from hvdtrain.errors import ConfigError, LaunchError, OutputError, RankLostError
 
 # Horovod's settings. It reads them once, when it starts: before a recipe is read, because the ranks need Horovod to
 # agree on the recipe. So they are variables of the environment, and what the user has set there wins.
@@ -34,7 +39,57 @@ KNOBS = {
 _POLL_S = 5e-5
 
 
-class HorovodGroup(Group):
+class _OverHorovod(Group):
+    """What a process set of Horovod's can do. world_ranks: its ranks as they are numbered in the world."""
+
+    def __init__(self, process_set: Any, world_ranks: Sequence[int], through_host: bool, backend: str):
+        import horovod.torch as hvd
+        from horovod.torch import mpi_ops
+
+        self._hvd, self._ops, self._set, self._world_ranks = hvd, mpi_ops, process_set, world_ranks
+        self.rank, self.size = world_ranks.index(hvd.rank()), len(world_ranks)
+        self._through_host, self.backend = through_host, backend
+
+    def all_reduce_sum_async(self, tensor: torch.Tensor, name: str) -> Pending:
+        if tensor.is_cuda and self._through_host:
+            on_host = tensor.cpu()
+            return _FromHost(self.all_reduce_sum_async(on_host, name), on_host, tensor)
+        handle = self._hvd.allreduce_async_(tensor, op=self._hvd.Sum, name=name, process_set=self._set)
+        return _PendingCollective(self._hvd, handle)
+
+    def all_to_all_async(self, rows: torch.Tensor, received: torch.Tensor, name: str) -> Pending:
+        if rows.is_cuda and self._through_host:
+            on_host = torch.empty_like(received, device="cpu")
+            return _FromHost(self.all_to_all_async(rows.cpu(), on_host, name), on_host, received)
+        # Horovod's public functions make a new tensor for each result. Those below them write into the one that they
+        # are given, if it has the right size.
+        even, counts = torch.empty(0, dtype=torch.int32), torch.empty(self.size, dtype=torch.int32)
+        return _PendingCollective(self._hvd, self._ops._alltoall_async(rows, even, received, counts, name, self._set))
+
+    def all_gather_async(self, row: torch.Tensor, rows: torch.Tensor, name: str) -> Pending:
+        if row.is_cuda and self._through_host:
+            on_host = torch.empty_like(rows, device="cpu")
+            return _FromHost(self.all_gather_async(row.cpu(), on_host, name), on_host, rows)
+        return _PendingCollective(self._hvd, self._ops._allgather_async(row, rows, name, self._set))
+
+    def broadcast(self, tensor: torch.Tensor, root: int, name: str) -> None:
+        if tensor.is_cuda and self._through_host:
+            on_host = tensor.cpu()
+            self.broadcast(on_host, root, name)
+            tensor.copy_(on_host)
+            return
+        with _ranks_lost():
+            self._hvd.broadcast_(tensor, self._world_ranks[root], name=name, process_set=self._set)
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        told = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        with _ranks_lost():
+            sizes = self._hvd.allgather(torch.tensor([len(told)]), "hvdtrain.objects.sizes", self._set).tolist()
+            everything = self._hvd.allgather(told, "hvdtrain.objects", self._set)
+        return [pickle.loads(one.numpy()) for one in everything.split(sizes)]
+
+
+class HorovodGroup(_OverHorovod):
     """The group of all ranks. Making one is a collective; there is one per process.
 
     timeline: whether ``start_timeline`` will be called. Without it Horovod does not start its writer, a thread that
@@ -45,6 +100,9 @@ class HorovodGroup(Group):
 
     def __init__(self, world: World, timeline: bool = False):
         set_knobs(os.environ)
+        # Whether a run will have process sets stands in its recipe, which nobody has read yet. Looking for new ones
+        # costs no time that could be measured.
+        os.environ["HOROVOD_DYNAMIC_PROCESS_SETS"] = "1"
         if timeline:
             os.environ["HOROVOD_TIMELINE"] = "DYNAMIC"  # start_timeline needs it
         self._timeline: Path | None = None
@@ -54,7 +112,6 @@ class HorovodGroup(Group):
         else:
             self._mpi = start_mpi(world)  # before hvd.init(): who starts MPI ends it, and Horovod ends before mpi4py
         import horovod.torch as hvd
-        from horovod.torch import mpi_ops
 
         if self._mpi is not None and not hvd.mpi_built():
             raise LaunchError(
@@ -63,47 +120,34 @@ class HorovodGroup(Group):
             )
         hvd.init()
         check_sizes(world, hvd.size(), "Horovod")
-        self._hvd, self._ops = hvd, mpi_ops
-        self.rank = hvd.rank()
-        self.size = hvd.size()
-        self._through_host = shares_gpus()
-        self.backend = _backend(hvd, gloo=self._mpi is None, nccl=not self._through_host)
+        backend = _backend(hvd, gloo=self._mpi is None, nccl=not shares_gpus())
+        super().__init__(hvd.global_process_set, range(hvd.size()), shares_gpus(), backend)
+        self._groups: dict[tuple[int, ...], Group] = {tuple(range(self.size)): self}
+        self._axes: list[Axis] = []
 
-    def all_reduce_sum_async(self, tensor: torch.Tensor, name: str) -> Pending:
-        if tensor.is_cuda and self._through_host:
-            on_host = tensor.cpu()
-            return _FromHost(self.all_reduce_sum_async(on_host, name), on_host, tensor)
-        return _PendingCollective(self._hvd, self._hvd.allreduce_async_(tensor, op=self._hvd.Sum, name=name))
+    def split(self, sets: Sets) -> Group:
+        own = tuple(set_of(self.rank, sets))
+        for ranks in map(tuple, sets):
+            if len(ranks) > 1 and ranks not in self._groups:  # Horovod refuses a set that it has
+                process_set = self._hvd.add_process_set(ranks)
+                group = _Part(self, process_set, ranks) if ranks == own else LocalGroup()
+                self._groups[ranks] = group
+        return self._groups[own] if own in self._groups else LocalGroup()
 
-    def all_to_all_async(self, rows: torch.Tensor, received: torch.Tensor, name: str) -> Pending:
-        if rows.is_cuda and self._through_host:
-            on_host = torch.empty_like(received, device="cpu")
-            return _FromHost(self.all_to_all_async(rows.cpu(), on_host, name), on_host, received)
-        # Horovod's public functions make a new tensor for each result. Those below them write into the one that they
-        # are given, if it has the right size.
-        even, counts = torch.empty(0, dtype=torch.int32), torch.empty(self.size, dtype=torch.int32)
-        ours = self._hvd.global_process_set
-        return _PendingCollective(self._hvd, self._ops._alltoall_async(rows, even, received, counts, name, ours))
+    def axis(self, sets: Sets, device: torch.device) -> Axis:
+        axis = self._make_axis(set_of(self.rank, sets), sets)
+        self._axes.append(axis)
+        return axis
 
-    def all_gather_async(self, row: torch.Tensor, rows: torch.Tensor, name: str) -> Pending:
-        if row.is_cuda and self._through_host:
-            on_host = torch.empty_like(rows, device="cpu")
-            return _FromHost(self.all_gather_async(row.cpu(), on_host, name), on_host, rows)
-        return _PendingCollective(self._hvd, self._ops._allgather_async(row, rows, name, self._hvd.global_process_set))
-
-    def broadcast(self, tensor: torch.Tensor, root: int, name: str) -> None:
-        if tensor.is_cuda and self._through_host:
-            on_host = tensor.cpu()
-            self.broadcast(on_host, root, name)
-            tensor.copy_(on_host)
-            return
-        with _ranks_lost():
-            self._hvd.broadcast_(tensor, root, name=name)
-
-    def all_gather_object(self, value: Any) -> list[Any]:
-        with _ranks_lost():
-            # Named, because Horovod's own name is the value's type: ranks with None and a tuple would wait for ever.
-            return self._hvd.allgather_object(value, name="hvdtrain.objects")
+    def _make_axis(self, own: Sequence[int], sets: Sets) -> Axis:
+        if self._mpi is None:
+            raise ConfigError("nobody cuts a model over Gloo yet; start with mpirun or srun --mpi=pmix")
+        color = next((number for number, ranks in enumerate(sets) if self.rank in ranks), len(sets) + self.rank)
+        part = self._mpi.COMM_WORLD.Split(color, self.rank)
+        if len(own) == 1:
+            part.Free()
+            return LocalAxis()
+        return MpiAxis(self._mpi, part)
 
     def start_timeline(self, path: Path) -> list[str]:
         self.on_main(lambda: _check_writable(path))
@@ -117,7 +161,10 @@ class HorovodGroup(Group):
             self._timeline = None
 
     def close(self) -> None:
+        for axis in self._axes:
+            axis.close()
         self.stop_timeline()
+        self.barrier()  # the first rank that leaves ends all process sets
         self._hvd.shutdown()
 
     def abort(self, exit_code: int) -> None:
@@ -127,6 +174,26 @@ class HorovodGroup(Group):
         if self._mpi is not None:
             end_all_ranks(self._mpi, exit_code)
         os._exit(exit_code)
+
+
+class _Part(_OverHorovod):
+    """Some of the ranks of ``whole``: a process set of Horovod's, which ends with it."""
+
+    def __init__(self, whole: HorovodGroup, process_set: Any, ranks: Sequence[int]):
+        super().__init__(process_set, ranks, whole._through_host, whole.backend)
+        self._whole = whole
+
+    def split(self, sets: Sets) -> Group:
+        raise AssertionError("Horovod makes process sets of all ranks only")
+
+    def axis(self, sets: Sets, device: torch.device) -> Axis:
+        raise AssertionError("axes are made of all ranks")
+
+    def close(self) -> None:
+        pass
+
+    def abort(self, exit_code: int) -> None:
+        self._whole.abort(exit_code)
 
 
 def set_knobs(environment: MutableMapping[str, str]) -> None:

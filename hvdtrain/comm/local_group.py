@@ -2,16 +2,9 @@
 
 import torch
 
-from hvdtrain.comm.group import Group, Pending
-from hvdtrain.comm.ranks import OneRank
-
-
-class _Done:
-    def done(self) -> bool:
-        return True
-
-    def wait(self) -> None:
-        pass
+from hvdtrain.comm.axis import Axis, LocalAxis
+from hvdtrain.comm.group import Group, Sets
+from hvdtrain.comm.ranks import Done, OneRank, Pending
 
 
 class LocalGroup(OneRank, Group):
@@ -20,15 +13,21 @@ class LocalGroup(OneRank, Group):
     backend = "none"
 
     def all_reduce_sum_async(self, tensor: torch.Tensor, name: str) -> Pending:
-        return _Done()
+        return Done()
 
     def all_to_all_async(self, rows: torch.Tensor, received: torch.Tensor, name: str) -> Pending:
         received.copy_(rows)
-        return _Done()
+        return Done()
 
     def all_gather_async(self, row: torch.Tensor, rows: torch.Tensor, name: str) -> Pending:
         rows.copy_(row)
-        return _Done()
+        return Done()
 
     def broadcast(self, tensor: torch.Tensor, root: int, name: str) -> None:
         pass
+
+    def split(self, sets: Sets) -> Group:
+        return self
+
+    def axis(self, sets: Sets, device: torch.device) -> Axis:
+        return LocalAxis()

@@ -15,7 +15,7 @@ A replica that is whole on its rank has one place.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -58,6 +58,7 @@ class Mesh:
     own: Axis
     tensor: Axis
     pipe: Axis
+    _holders: dict[tuple[frozenset[int], bool], Group] = field(default_factory=dict, repr=False)
 
     @property
     def number(self) -> int:
@@ -78,11 +79,24 @@ class Mesh:
         """The ranks whose gradients of a tensor add up, where more than ``replica`` hold it: those of ``stages`` that
         are on this rank's part of the tensor axis, or on all parts; in every replica.
 
-        Collective over the world where it is asked for a set for the first time, in the same order on all ranks.
+        Collective over the world where it is asked for the first time, in the same order on all ranks; of one stage,
+        each rank asks for its own. What a rank gets that is not among them is of no use.
         """
-        if stages == {self.pipe.rank} and (not all_parts or self.tensor.size == 1):
+        all_parts, one_stage = all_parts and self.tensor.size > 1, len(stages) == 1
+        if one_stage and not all_parts:
             return self.replica
-        raise NotImplementedError
+        asked = (frozenset() if one_stage else stages, all_parts)
+        if asked not in self._holders:
+            rows = grid(self.world.size, self.pipe.size, self.tensor.size)
+            together = [[stage] for stage in range(self.pipe.size)] if one_stage else [sorted(stages)]
+            parts = range(self.tensor.size)
+            sets = [
+                sorted(own[stage][part] for own in rows for stage in same for part in which)
+                for same in together
+                for which in ([parts] if all_parts else [[part] for part in parts])
+            ]
+            self._holders[asked] = self.world.split(sets)
+        return self._holders[asked]
 
 
 def whole_replicas(world: Group) -> Mesh:
@@ -91,11 +105,32 @@ def whole_replicas(world: Group) -> Mesh:
     return Mesh(world, replica=world, own=alone, tensor=alone, pipe=alone)
 
 
-def make_mesh(world: Group, options: MeshOptions) -> Mesh:
-    """The mesh that ``options`` ask for (collective). Errors: ConfigError where it does not divide the ranks."""
+def make_mesh(world: Group, options: MeshOptions, device: torch.device = torch.device("cpu")) -> Mesh:  # noqa: B008
+    """The mesh that ``options`` ask for, whose axes carry tensors on ``device`` (collective).
+
+    Errors: ConfigError where it does not divide the ranks.
+    """
+    world.together(lambda: options.replicas_of(world.size))
     if options.ranks == 1:
         return whole_replicas(world)
-    raise ConfigError(f"mesh.tensor={options.tensor}, mesh.pipeline={options.pipeline}: nobody cuts a model yet")
+    rows = grid(world.size, options.pipeline, options.tensor)
+    stages, parts = range(options.pipeline), range(options.tensor)
+    replica = world.split([[own[stage][part] for own in rows] for stage in stages for part in parts])
+    tensor = world.axis([own[stage] for own in rows for stage in stages], device)
+    pipe = world.axis([[own[stage][part] for stage in stages] for own in rows for part in parts], device)
+    if 1 in (options.tensor, options.pipeline):
+        own = pipe if options.tensor == 1 else tensor
+    else:
+        own = world.axis([[rank for stage in own for rank in stage] for own in rows], device)
+    return Mesh(world, replica, own, tensor, pipe)
+
+
+def grid(ranks: int, stages: int, parts: int) -> list[list[list[int]]]:
+    """[replica][stage][part] -> rank."""
+    return [
+        [list(range(first + stage * parts, first + (stage + 1) * parts)) for stage in range(stages)]
+        for first in range(0, ranks, stages * parts)
+    ]
 
 
 def sum_over_replica(mesh: Mesh) -> Callable[[torch.Tensor], torch.Tensor] | None:

@@ -8,11 +8,31 @@ import sys
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from hvdtrain.errors import EXIT_USAGE, HvdtrainError, RankError, crash_code, describe_crash, is_out_of_memory
 
 T = TypeVar("T")
+
+
+class Pending(Protocol):
+    """Something under way between ranks."""
+
+    def done(self) -> bool:
+        """Would ``wait`` return at once? (local)"""
+
+    def wait(self) -> None:
+        """Block until the tensor that was handed over holds the result, or may be written to again."""
+
+
+class Done:
+    """Something that needs nobody else."""
+
+    def done(self) -> bool:
+        return True
+
+    def wait(self) -> None:
+        pass
 
 
 class Ranks(ABC):

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from hvdtrain.comm.group import Group, Pending
+from hvdtrain.comm.group import Group
+from hvdtrain.comm.ranks import Pending
 from hvdtrain.slices import Slice
 
 

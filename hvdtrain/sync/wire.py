@@ -30,7 +30,8 @@ from typing import Protocol
 
 import torch
 
-from hvdtrain.comm.group import Group, Pending
+from hvdtrain.comm.group import Group
+from hvdtrain.comm.ranks import Pending
 
 # p ranks, c numbers of a part, w words (int32) of a part on the wire: c/2 of numbers, then 1 of the factor
 

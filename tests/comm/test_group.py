@@ -3,39 +3,21 @@
 import sys
 import threading
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
-from functools import wraps
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from contract import GroupContract, RanksContract
 from launch import succeed
-from threads import JobEnded, LateGroup, ThreadGroup, in_process, on_ranks
+from threads import JobEnded, LateGroup, ThreadGroup, in_process, on_every_rank, on_ranks
 
+from hvdtrain.comm.group import Group
 from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.comm.ranks import OneRank
 from hvdtrain.errors import DataError, RankError, RankLostError
 
 OVER_MPI = Path(__file__).parents[1] / "mpi"
-
-
-def on_every_rank(contract: type) -> type:
-    """Each test of the class runs on all of ``group`` threads at once: its fixture says how many."""
-
-    def several(test: Callable) -> Callable:
-        @wraps(test)
-        def run(self: Any, group: int, **others: Any) -> None:
-            on_ranks(group, lambda one: test(self, group=one, **others))
-
-        return run
-
-    for name in dir(contract):
-        if name.startswith("test_"):
-            setattr(contract, name, several(getattr(contract, name)))
-    return contract
 
 
 class TestOneRank(RanksContract):
@@ -55,6 +37,18 @@ class TestThreads(GroupContract):
     @pytest.fixture(params=[1, 2, 3, 4])
     def group(self, request: pytest.FixtureRequest) -> int:
         return request.param
+
+
+@on_every_rank
+class TestHalfOfThreads(GroupContract):
+    @pytest.fixture
+    def group(self) -> int:
+        return 4
+
+    @staticmethod
+    def part_of(group: ThreadGroup) -> Group | None:
+        part = group.split([[1, 3]])
+        return part if group.rank in (1, 3) else None
 
 
 def test_over_gloo():

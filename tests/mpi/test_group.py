@@ -4,8 +4,10 @@ import os
 import socket
 
 import pytest
+import torch
 from contract import GroupContract
 
+from hvdtrain.comm.group import Group
 from hvdtrain.comm.horovod_group import KNOBS, HorovodGroup
 from hvdtrain.machine import cores
 from hvdtrain.machine.cores import Topology, take_cores
@@ -13,6 +15,38 @@ from hvdtrain.machine.cores import Topology, take_cores
 
 class TestHorovod(GroupContract):
     """Also under ``horovodrun --gloo``: tests/comm/test_group.py."""
+
+
+class TestHalf(GroupContract):
+    """Of four ranks, each half by itself: process sets, whose ranks are not numbered as in the world."""
+
+    @pytest.fixture
+    def group(self, horovod: HorovodGroup) -> Group:
+        ranks = range(horovod.size)
+        return horovod.split([list(ranks[0::2]), list(ranks[1::2])])
+
+
+def test_sets_that_are_there_already_are_taken_again(horovod: HorovodGroup):
+    """Horovod refuses a set that it has: of all ranks, and one that was made before."""
+    assert horovod.split([range(horovod.size)]) is horovod
+    first, second = (horovod.split([range(min(2, horovod.size))]) for _ in range(2))
+    assert first is second or first.size == 1
+
+
+def test_a_rank_of_no_set_is_alone(horovod: HorovodGroup):
+    part = horovod.split([list(range(horovod.size - 1))])
+    assert (part.size, part.rank) == ((1, 0) if horovod.rank == horovod.size - 1 else (horovod.size - 1, horovod.rank))
+    total = part.all_reduce_sum(torch.tensor([1.0]), "of.some")
+    assert total.item() == part.size
+
+
+def test_roots_count_within_the_set(horovod: HorovodGroup):
+    """Horovod's own are ranks of the world."""
+    first, last = 1 if horovod.size > 2 else 0, horovod.size - 1
+    part = horovod.split([sorted({first, last})])
+    tensor = torch.tensor([horovod.rank])
+    part.broadcast(tensor, part.size - 1, "root")
+    assert tensor.item() == (last if horovod.rank in (first, last) else horovod.rank)
 
 
 def test_knobs_are_in_the_environment(group: HorovodGroup):

@@ -5,8 +5,8 @@ import torch
 from replicas import TINY_BUCKETS, global_batch, make_plan, share
 from tiny import loss_of
 
-from hvdtrain.comm.group import Pending
 from hvdtrain.comm.horovod_group import HorovodGroup
+from hvdtrain.comm.ranks import Pending
 from hvdtrain.data.batch import Batch
 from hvdtrain.tasks.lm import LanguageModel
 from hvdtrain.tasks.task import LossSum, Task
