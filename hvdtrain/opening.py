@@ -336,7 +336,7 @@ def open_engine(run: OpenRun) -> Engine:
     sync = make_sync(config.sync, replica.slices, replica.computing, mesh)
     shares = rate_shares(list(blueprint.wholes), config.optim.layer_decay)
     moved = [piece.tensor for piece in sync.moves]
-    optimizer = make_optimizer(moved, config.optim, shares=[shares[piece.name] for piece in sync.moves])
+    optimizer = make_optimizer(moved, config.optim, sync.norms, [shares[piece.name] for piece in sync.moves])
     ema = make_ema(replica.slices, config.ema)
     if (folder := start.checkpoint) is not None:
         saved = mesh.world.together(lambda: load(folder, replica.slices, optimizer, ema))

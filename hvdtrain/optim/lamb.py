@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvdtrain.optim.lars import Layerwise, Norms, trust_ratios, whole_norms
+from hvdtrain.optim.lars import Layerwise, Norms, Run, trust_ratios, whole_norms
 
 _LATE = 2.0**40  # a step at which bias correction has gone
 
@@ -56,21 +56,27 @@ class Lamb(Layerwise):
         super().__init__(groups, defaults, norms)
         self._late: dict[torch.device, Tensor] = {}
 
-    def _update(self, weights: list[Tensor], group: dict[str, Any]) -> None:
-        overflow = self._overflow(weights[0].device)
-        lr, decay = group["lr"], group["weight_decay"]
-        if not group["is_adapted"]:
-            self._adamw(weights, weights, group, lr, decay, overflow)
-            return
-        updates = self._room(weights)
-        torch._foreach_copy_(updates, weights)
-        # AdamW's w (1 - lr decay) - lr r is, at these two, decay w + r: one kernel in place of a dozen.
-        self._adamw(updates, weights, group, -1.0, decay - 1.0, overflow)
-        weight_norms, update_norms = self._norms([*weights, *updates]).chunk(2)
-        rates = trust_ratios(weight_norms, update_norms, group["trust_clip"]) * -lr
-        if overflow is not None:
-            rates = torch.where(overflow > 0, 0.0, rates)  # updates are the weights then: w + 0 w
-        torch._foreach_addcmul_(weights, updates, list(rates.unbind()))
+    def _others(self, part: list[Run]) -> list[Tensor]:
+        """What AdamW would go, without the rate."""
+        updates = self._room([weight for weights, _ in part for weight in weights])
+        rest = updates
+        for weights, group in part:
+            of_run, rest = rest[: len(weights)], rest[len(weights) :]
+            torch._foreach_copy_(of_run, weights)
+            # AdamW's w (1 - lr decay) - lr r is, at these two, decay w + r: one kernel in place of a dozen.
+            self._adamw(of_run, weights, group, -1.0, group["weight_decay"] - 1.0)
+        return updates
+
+    def _move_adapted(
+        self, weights: list[Tensor], others: list[Tensor], group: dict[str, Any], weight_norms: Tensor, norms: Tensor
+    ) -> None:
+        rates = trust_ratios(weight_norms, norms, group["trust_clip"]) * -group["lr"]
+        if (overflow := self._overflow(weights[0].device)) is not None:
+            rates = torch.where(overflow > 0, 0.0, rates)  # the others are the weights then: w + 0 w
+        torch._foreach_addcmul_(weights, others, list(rates.unbind()))
+
+    def _move(self, weights: list[Tensor], group: dict[str, Any]) -> None:
+        self._adamw(weights, weights, group, group["lr"], group["weight_decay"])
 
     def _adamw(
         self,
@@ -79,9 +85,9 @@ class Lamb(Layerwise):
         group: dict[str, Any],
         lr: float,
         decay: float,
-        overflow: Tensor | None,
     ) -> None:
         """One step of AdamW on ``moved``, with gradients and moments of ``weights``."""
+        overflow = self._overflow(weights[0].device)
         states = [self._state_of(weight) for weight in weights]
         steps = [state["step"] for state in states]
         torch._foreach_add_(steps, 1)

@@ -9,16 +9,18 @@ its size. Biases and norms keep ratio 1, as in MLPerf's references. As in the pa
 (in torch's SGD it is outside): what a step has added is not scaled again when the rate changes.
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# Takes tensors, returns their fp32 norms [tensors]. Where a tensor's parts lie on several ranks, it is to sum the
-# squares of all: it is asked once a step for each group of parameters, with the same tensors on all ranks.
-Norms = Callable[[list[Tensor]], Tensor]
+# Takes parameters and as many tensors of their shapes (gradients, updates); returns the fp32 norms of both [2,
+# parameters]. Where a parameter's parts lie on several ranks, it is to sum the squares of all: it is asked once a step,
+# by all ranks, of all that have trust ratios of their own.
+Norms = Callable[[list[Tensor], list[Tensor]], Tensor]
+Run = tuple[list[Tensor], dict[str, Any]]  # parameters that are updated together, and their group
 
 # Elements (4 bytes each) that are updated together. On a CPU: few, so that they are still in the cache when they are
 # needed again, or a step would read memory twice as often. On a GPU: many, for few kernels, but memory is not endless.
@@ -26,8 +28,13 @@ _RUN = {"cpu": 1 << 18}
 _GPU_RUN = 1 << 26
 
 
-def whole_norms(tensors: list[Tensor]) -> Tensor:
-    """Norms of tensors that are whole on every rank (local)."""
+def whole_norms(weights: list[Tensor], others: list[Tensor]) -> Tensor:
+    """Of tensors that are whole on every rank (local). See ``Norms``."""
+    return norms_of([*weights, *others]).view(2, -1)
+
+
+def norms_of(tensors: list[Tensor]) -> Tensor:
+    """fp32 [tensors]."""
     if tensors[0].device.type == "cpu":  # row by row first: there one long sum loses 1e-4 over 4 M elements
         tensors = [torch.linalg.vector_norm(tensor, dim=-1) for tensor in tensors]
     return torch.stack(torch._foreach_norm(tensors))
@@ -59,29 +66,52 @@ class Layerwise(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """Move every parameter that has a gradient (collective where ``norms`` is)."""
-        for group in self.param_groups:
-            for run in self._runs([p for p in group["params"] if p.grad is not None]):
-                self._update(run, group)
+        runs = [run for group in self.param_groups for run in self._runs(group)]
+        adapted = [run for run in runs if run[1]["is_adapted"]]
+        for part in [[run] for run in adapted] if self._norms is whole_norms else [adapted]:
+            others = self._others(part)
+            counts = [len(weights) for weights, _ in part]
+            norms = self._norms([w for weights, _ in part for w in weights], others).split(counts, dim=1)
+            for (weights, group), of_run, beside in zip(part, norms, _split(others, counts), strict=True):
+                self._move_adapted(weights, beside, group, *of_run)
+        for weights, group in runs:
+            if not group["is_adapted"]:
+                self._move(weights, group)
 
-    def _update(self, weights: list[Tensor], group: dict[str, Any]) -> None:
+    def _others(self, part: list[Run]) -> list[Tensor]:
+        """For each parameter of ``part`` the tensor whose norm is set against its own."""
         raise NotImplementedError
 
-    def _runs(self, weights: list[Tensor]) -> Iterator[list[Tensor]]:
-        """``weights`` in order, cut into runs on one device; not cut where others are asked for norms."""
-        run: list[Tensor] = []
+    def _move_adapted(
+        self, weights: list[Tensor], others: list[Tensor], group: dict[str, Any], weight_norms: Tensor, norms: Tensor
+    ) -> None:
+        """By the ratios of the norms; norms: of ``others``."""
+        raise NotImplementedError
+
+    def _move(self, weights: list[Tensor], group: dict[str, Any]) -> None:
+        """By ratio 1."""
+        raise NotImplementedError
+
+    def _runs(self, group: dict[str, Any]) -> Iterator[Run]:
+        """Those of its parameters that have gradients, in order, cut into runs on one device."""
+        weights: list[Tensor] = []
         size = 0
-        for weight in weights:
-            most = _RUN.get(weight.device.type, _GPU_RUN) if self._norms is whole_norms else math.inf
-            if run and (size + weight.numel() > most or weight.device != run[0].device):
-                yield run
-                run, size = [], 0
-            run.append(weight)
+        for weight in group["params"]:
+            if weight.grad is None:
+                continue
+            is_full = size + weight.numel() > _RUN.get(weight.device.type, _GPU_RUN)
+            if weights and (is_full or weight.device != weights[0].device):
+                yield weights, group
+                weights, size = [], 0
+            weights.append(weight)
             size += weight.numel()
-        if run:
-            yield run
+        if weights:
+            yield weights, group
 
     def _room(self, weights: list[Tensor]) -> list[Tensor]:
-        """A tensor of any values for each of ``weights``, until the next call."""
+        """A tensor of any values for each of ``weights``, which are on one device, until the next call."""
+        if not weights:
+            return []
         device = weights[0].device
         sizes = [weight.numel() for weight in weights]
         aligned = [-(-size // 32) * 32 for size in sizes]  # GPUs read four neighbours at once only where they may
@@ -122,20 +152,26 @@ class Lars(Layerwise):
         }
         super().__init__(groups, defaults, norms)
 
-    def _update(self, weights: list[Tensor], group: dict[str, Any]) -> None:
-        gradients = [weight.grad for weight in weights]
-        lr, momentum, decay = group["lr"], group["momentum"], group["weight_decay"]
+    def _others(self, part: list[Run]) -> list[Tensor]:
+        return [weight.grad for weights, _ in part for weight in weights]
+
+    def _move_adapted(
+        self, weights: list[Tensor], others: list[Tensor], group: dict[str, Any], weight_norms: Tensor, norms: Tensor
+    ) -> None:
+        above, below = weight_norms * group["trust_coefficient"], norms + weight_norms * group["weight_decay"]
+        rates = trust_ratios(above, below, group["trust_clip"]) * group["lr"]
+        self._by_rates(weights, group, list(rates.unbind()))
+
+    def _move(self, weights: list[Tensor], group: dict[str, Any]) -> None:
+        self._by_rates(weights, group, group["lr"])
+
+    def _by_rates(self, weights: list[Tensor], group: dict[str, Any], rates: list[Tensor] | Tensor | float) -> None:
+        momentum, decay = group["momentum"], group["weight_decay"]
         updates = self._room(weights)
-        torch._foreach_copy_(updates, gradients)
+        torch._foreach_copy_(updates, [weight.grad for weight in weights])
         if decay:
             torch._foreach_add_(updates, weights, alpha=decay)
-        if group["is_adapted"]:
-            weight_norms, gradient_norms = self._norms([*weights, *gradients]).chunk(2)
-            above, below = weight_norms * group["trust_coefficient"], gradient_norms + weight_norms * decay
-            rates = trust_ratios(above, below, group["trust_clip"]) * lr
-            torch._foreach_mul_(updates, list(rates.unbind()))
-        else:
-            torch._foreach_mul_(updates, lr)
+        torch._foreach_mul_(updates, rates)
         torch._fused_sgd_(
             weights,
             updates,
@@ -155,3 +191,8 @@ class Lars(Layerwise):
             if not self.state[weight]:
                 self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
         return [self.state[weight]["momentum_buffer"] for weight in weights]
+
+
+def _split(tensors: list[Tensor], counts: list[int]) -> list[list[Tensor]]:
+    ends = list(accumulate(counts))
+    return [tensors[end - count : end] for end, count in zip(ends, counts, strict=True)]

@@ -29,6 +29,6 @@ def make_sync(
     uses: Sequence[int] | None = None,
 ) -> Sync:
     """The sync of a replica's slices. computing, uses: for each slice what backward gives a gradient, and how many in a
-    microbatch (None: one), see ``Replica``.
+    microbatch (None: one), see ``Replica``. Collective.
     """
     return SYNCS[options.name](slices, computing, mesh, getattr(options, options.name), uses)

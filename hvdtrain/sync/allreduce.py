@@ -21,11 +21,13 @@ from typing import Literal
 import torch
 
 from hvdtrain.comm.mesh import Mesh, sum_over_replica
+from hvdtrain.optim.lars import Norms, whole_norms
 from hvdtrain.optim.noise_scale import PartNorms
 from hvdtrain.optim.update import Agreed, Gradient, Summed, Update
 from hvdtrain.options import Options, option
 from hvdtrain.slices import Slice
 from hvdtrain.sync.buckets import Bucket, Buckets
+from hvdtrain.sync.norms import SpreadNorms
 from hvdtrain.sync.sums import Sums
 from hvdtrain.sync.sync import EXACT, Drift, Told
 from hvdtrain.sync.wire import make_wire
@@ -61,6 +63,9 @@ class AllReduceSync:
         self._mesh, device = mesh, self.moves[0].tensor.device
         holders = dict.fromkeys(piece.holders for piece in self.moves)
         self._wires = {group: make_wire(options.wire, group) for group in holders}
+        self.norms: Norms = whole_norms
+        if mesh.tensor.size > 1:
+            self.norms = SpreadNorms(self.moves, mesh.own, mesh.own.sum)
         self._sums = Sums(mesh, self.moves)
         self._parts = PartNorms(mesh.replicas, device, mesh.speaks)
         self._buckets = Buckets(

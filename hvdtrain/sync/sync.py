@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 
+from hvdtrain.optim.lars import Norms
 from hvdtrain.optim.update import Agreed, Update
 from hvdtrain.slices import Slice
 
@@ -40,11 +41,13 @@ class Sync(Protocol):
 
     One step:  ``begin(passes)``, a backward for each pass, ``finish(told)``, ``step(update, lr)``.
 
-    drift: from one process. moves: what this rank's optimizer updates: all slices, or a shard of them.
+    drift: from one process. moves: what this rank's optimizer updates: all slices, or a shard of them. norms: of whole
+    tensors, for the optimizers that go by them.
     """
 
     drift: Drift
     moves: Sequence[Slice]
+    norms: Norms
 
     def begin(self, passes: int) -> None:
         """Empty the gradients. A bucket leaves after ``passes`` gradients of each of its members (local)."""

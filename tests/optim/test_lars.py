@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hvdtrain.optim import lars
 from hvdtrain.optim.lamb import Lamb
-from hvdtrain.optim.lars import Lars, Layerwise, trust_ratios, whole_norms
+from hvdtrain.optim.lars import Lars, Layerwise, norms_of, trust_ratios, whole_norms
 
 SHAPES = [(3, 5), (7,), (1, 1), (2, 3, 4), (600, 500)]  # the last alone is more than a run
 STEPS = 5
@@ -140,7 +140,7 @@ def test_norms_of_large_tensors_keep_their_digits():
     """torch's own norm adds up in one fp32 number for each lane on a CPU: 1e-4 too small for this one."""
     large = torch.randn(2048, 2048, generator=torch.Generator().manual_seed(1)) * 100
     small = torch.tensor([3.0, 4.0])
-    norms = whole_norms([large, small, torch.tensor(-2.0)])
+    norms = norms_of([large, small, torch.tensor(-2.0)])
     truth = torch.tensor([large.double().norm(), 5.0, 2.0], dtype=torch.float64)
     torch.testing.assert_close(norms.double(), truth, rtol=1e-6, atol=0)
 
@@ -200,11 +200,12 @@ def test_together_is_one_by_one(kind: type[Layerwise], run: int, monkeypatch: py
 
 def test_runs():
     optimizer = Lars(weights_of(), lr=0.1)
-    sizes = [[w.numel() for w in run] for run in optimizer._runs(optimizer.param_groups[0]["params"])]
+    (group,) = optimizer.param_groups
+    assert list(optimizer._runs(group)) == []
+    for weight in group["params"]:
+        weight.grad = torch.ones_like(weight)
+    sizes = [[w.numel() for w in run] for run, _ in optimizer._runs(group)]
     assert sizes == [[15, 7, 1, 24], [300_000]]
-    whole = Lars(weights_of(), lr=0.1, norms=lambda tensors: whole_norms(tensors))
-    assert [len(run) for run in whole._runs(whole.param_groups[0]["params"])] == [5]  # others are asked: once
-    assert list(optimizer._runs([])) == []
 
 
 @BOTH
@@ -289,10 +290,10 @@ class Pair:
         self.squares: list[Tensor | None] = [None, None]
         self.calls = [0, 0]
 
-    def norms_of(self, rank: int) -> Callable[[list[Tensor]], Tensor]:
-        def norms(tensors: list[Tensor]) -> Tensor:
+    def norms_of(self, rank: int) -> Callable[[list[Tensor], list[Tensor]], Tensor]:
+        def norms(weights: list[Tensor], others: list[Tensor]) -> Tensor:
             self.calls[rank] += 1
-            self.squares[rank] = whole_norms(tensors).square()
+            self.squares[rank] = whole_norms(weights, others).square()
             self.barrier.wait()
             found = (self.squares[0] + self.squares[1]).sqrt()
             self.barrier.wait()

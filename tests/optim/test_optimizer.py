@@ -132,16 +132,16 @@ def test_options_arrive_where_they_are_read():
 def test_norms_are_asked_of_whom_one_gives(name: str):
     asked = []
 
-    def norms(tensors: list[torch.Tensor]) -> torch.Tensor:
-        asked.append(len(tensors))
-        return whole_norms(tensors)
+    def norms(weights: list[torch.Tensor], others: list[torch.Tensor]) -> torch.Tensor:
+        asked.append((len(weights), len(others)))
+        return whole_norms(weights, others)
 
     model = tiny_decoder()
     optimizer = make_optimizer(model.parameters(), OptimOptions(name=name), norms)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    assert asked == [2 * sum(p.dim() >= 2 for p in model.parameters())]
+    assert asked == [(sum(p.dim() >= 2 for p in model.parameters()),) * 2]
 
 
 @pytest.mark.parametrize(
