@@ -103,7 +103,8 @@ class Engine:
 
     def check_replicas(self, step: int) -> None:
         """Are the replicas equal, bit by bit? Errors: ReplicaError."""
-        self._checks.check({piece.name: piece.tensor for piece in self.replica.slices}, step)
+        with self.sync.viewed():
+            self._checks.check({piece.name: piece.tensor for piece in self.replica.slices}, step)
 
     def check(self, step: int) -> None:
         """Before a save: make one model of the replicas. Are they equal then, and the weights numbers?
@@ -116,7 +117,8 @@ class Engine:
 
     def state(self) -> list[Slice]:
         """This rank's slices of what a checkpoint saves; the tensors themselves (local)."""
-        return [*run_state(self.replica.slices, self.update.optimizer, self.ema), *self.sync.state()]
+        learned = run_state(self.replica.slices, self.update.optimizer, self.ema, self.sync.moves)
+        return [*learned, *self.sync.state()]
 
     def progress(self, step: int, loader: TrainLoader, **settings: Any) -> Progress:
         """Where the run stands after ``step``, for a checkpoint. settings: fields that the run itself knows."""
@@ -142,9 +144,14 @@ class Engine:
 
     @contextlib.contextmanager
     def _viewed(self) -> Iterator[None]:
-        averaged = contextlib.nullcontext() if self.ema is None else self.ema.swapped(self.replica.publish)
+        averaged = contextlib.nullcontext() if self.ema is None else self.ema.swapped(self._hand_on)
         with self.sync.viewed(), averaged:
             yield
+
+    def _hand_on(self) -> None:
+        """Others than the sync have changed the weights."""
+        self.sync.hand_on()
+        self.replica.publish()
 
     def _take_up(self, progress: Progress) -> None:
         if self.update.loss_scale is not None and progress.loss_scale is not None:

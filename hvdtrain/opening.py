@@ -27,7 +27,7 @@ from hvdtrain.checkpoint.origin import (
     open_origin,
     take_over,
 )
-from hvdtrain.checkpoint.reader import load
+from hvdtrain.checkpoint.reader import load, load_kept
 from hvdtrain.checkpoint.retention import Score, steps_saved
 from hvdtrain.checkpoint.start import find_start, moved_rate
 from hvdtrain.comm.group import Group
@@ -333,13 +333,15 @@ def open_engine(run: OpenRun) -> Engine:
     if start.checkpoint is None:
         fill_slices(replica.slices, blueprint.initial(config.seed))
     _take_over(run, replica, type(blueprint.model).__name__)
-    sync = make_sync(config.sync, replica.slices, replica.computing, mesh)
+    sync = make_sync(config.sync, replica.slices, replica.computing, mesh, replica.uses)
     shares = rate_shares(list(blueprint.wholes), config.optim.layer_decay)
     moved = [piece.tensor for piece in sync.moves]
     optimizer = make_optimizer(moved, config.optim, sync.norms, [shares[piece.name] for piece in sync.moves])
-    ema = make_ema(replica.slices, config.ema)
+    ema = make_ema(sync.moves, config.ema)
     if (folder := start.checkpoint) is not None:
-        saved = mesh.world.together(lambda: load(folder, replica.slices, optimizer, ema))
+        saved = mesh.world.together(lambda: load(folder, replica.slices, optimizer, ema, moves=sync.moves))
+        if anew := mesh.world.together(lambda: load_kept(saved, sync.state())):
+            run.notes.append(f"{folder} is of another sync: {', '.join(anew)} begin anew")
         if ema is not None and not saved.has_ema:
             run.notes.append(f"{folder} has no averaged weights: the average begins there")
     loss_scale = LossScale(run.device) if precision.scaled else None

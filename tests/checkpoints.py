@@ -23,6 +23,11 @@ def state_of(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, e
     return run_state(whole_slices(model, LocalGroup()), optimizer, ema)
 
 
+def averages_of(ema: Ema) -> dict[str, torch.Tensor]:
+    """By the names of the parameters; the tensors themselves."""
+    return {average.name: average.tensor for average in ema.averages()}
+
+
 def slices_of(tensors: Mapping[str, torch.Tensor]) -> list[Slice]:
     """Whole tensors of one process, under these very names."""
     return [whole_slice(name, tensor, LocalGroup()) for name, tensor in tensors.items()]

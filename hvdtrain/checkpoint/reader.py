@@ -32,12 +32,14 @@ def load(
     optimizer: torch.optim.Optimizer | None = None,
     ema: Ema | None = None,
     weights: Weights = "raw",
+    moves: Sequence[Slice] | None = None,
 ) -> "Checkpoint":
     """Copy a checkpoint's tensors into ``slices`` of a model and, if given, what ``optimizer`` and ``ema`` keep of them
     (local; files were checked). Nothing else is read. Returns the checkpoint.
 
     ema: its average, warm-up and all; where the checkpoint has none, the average begins with the weights loaded here.
     weights: ``ema`` puts the averages into the model; a parameter without one was not trained, and is as it was.
+    moves: what the optimizer moves of ``slices``; None: these.
 
     Errors: CheckpointError where a parameter is missing or has another shape or type, a state is missing or has a shape
     that cannot be, or averages are asked for and missing; or where ``optimizer`` is to go on from ``hvdtrain average``.
@@ -52,10 +54,22 @@ def load(
             is_averaged = weights == "ema" and f"ema.{piece.name}" in saved
             _copy(saved, f"{'ema' if is_averaged else 'model'}.{piece.name}", piece, piece.tensor)
         if optimizer is not None:
-            _load_states(saved, slices, optimizer)
+            _load_states(saved, slices if moves is None else moves, optimizer)
         if ema is not None:
-            _load_ema(saved, slices, ema)
+            _load_ema(saved, ema)
     return saved
+
+
+def load_kept(saved: "Checkpoint", kept: Sequence[Slice]) -> list[str]:
+    """Copy into what a sync keeps from step to step what the checkpoint has of it (local). Returns the names of what it
+    has not, because another sync has saved it: that begins anew.
+
+    Errors: CheckpointError for another shape or type.
+    """
+    for piece in kept:
+        if piece.name in saved:
+            _copy(saved, piece.name, piece, piece.tensor)
+    return [piece.name for piece in kept if piece.name not in saved]
 
 
 class Checkpoint:
@@ -154,7 +168,7 @@ def _copy(saved: Checkpoint, name: str, piece: Slice, target: torch.Tensor) -> N
 def _load_states(saved: Checkpoint, slices: Sequence[Slice], optimizer: torch.optim.Optimizer) -> None:
     """An optimizer keeps the same things of every parameter that it has moved."""
     keys = _state_keys(saved)
-    every = set().union(*(keys[piece.name] for piece in slices))
+    every = set[str]().union(*(keys[piece.name] for piece in slices))
     for piece in slices:
         for key in keys[piece.name]:
             optimizer.state[piece.tensor][key] = _read_state(saved, f"optimizer.{key}.{piece.name}", piece)
@@ -182,12 +196,14 @@ def _read_state(saved: Checkpoint, name: str, piece: Slice) -> torch.Tensor:
         raise CheckpointError(
             f"{saved.folder}: {name} needs shape {tuple(piece.whole)} or one number, found {dtype} {tuple(shape)}"
         )
-    found = saved.read(name, piece.places if shape == piece.whole else None)
+    if shape != piece.whole:  # its own: several pieces of a parameter may be here, and each counts for itself
+        return saved.read(name).to(piece.tensor.device, copy=True)
+    found = saved.read(name, piece.places)
     # On a CPU these are the mapped pages, which the kernel copies when the optimizer writes to them.
     return found.to(piece.tensor.device).contiguous()
 
 
-def _load_ema(saved: Checkpoint, slices: Sequence[Slice], ema: Ema) -> None:
+def _load_ema(saved: Checkpoint, ema: Ema) -> None:
     ema.restart(step_of(saved.folder))
     if not saved.has_ema:
         return
@@ -195,7 +211,6 @@ def _load_ema(saved: Checkpoint, slices: Sequence[Slice], ema: Ema) -> None:
     if shape != () or dtype != torch.int64:
         raise CheckpointError(f"{saved.folder}: ema_began needs one int64, found {dtype} {tuple(shape)}")
     ema.began = int(saved.read("ema_began"))
-    averages = ema.named_averages()
-    for piece in slices:
-        if piece.name in averages and f"ema.{piece.name}" in saved:
-            _copy(saved, f"ema.{piece.name}", piece, averages[piece.name])
+    for average in ema.averages():
+        if f"ema.{average.name}" in saved:
+            _copy(saved, f"ema.{average.name}", average, average.tensor)

@@ -16,16 +16,20 @@ from hvdtrain.slices import Slice, whole_slice
 
 
 def run_state(
-    slices: Sequence[Slice], optimizer: torch.optim.Optimizer | None = None, ema: Ema | None = None
+    slices: Sequence[Slice],
+    optimizer: torch.optim.Optimizer | None = None,
+    ema: Ema | None = None,
+    moves: Sequence[Slice] | None = None,
 ) -> list[Slice]:
-    """The tensors themselves, not copies (local). slices: this rank's of the model."""
+    """The tensors themselves, not copies (local). slices: this rank's of the model; moves: what the optimizer moves of
+    them (None: these).
+    """
     state = [replace(piece, name=f"model.{piece.name}", tensor=piece.tensor.detach()) for piece in slices]
     if optimizer is not None:
-        state += optimizer_state(slices, optimizer)
+        state += optimizer_state(slices if moves is None else moves, optimizer)
     if ema is not None:
-        averages, holders = ema.named_averages(), slices[0].holders
-        state += [replace(p, name=f"ema.{p.name}", tensor=averages[p.name]) for p in slices if p.name in averages]
-        state.append(whole_slice("ema_began", torch.tensor(ema.began), holders))
+        state += [replace(average, name=f"ema.{average.name}") for average in ema.averages()]
+        state.append(whole_slice("ema_began", torch.tensor(ema.began), slices[0].holders))
     return state
 
 

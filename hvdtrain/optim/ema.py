@@ -7,8 +7,9 @@ average            a2 ----------> a4 ----------> a6        a4 = d a2 + (1 - d) w
 The average is of the fp32 weights that a rank holds, and follows from them: it needs no other rank.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
@@ -46,9 +47,9 @@ class Ema:
     def __init__(self, slices: Sequence[Slice], options: EmaOptions):
         assert options.decay > 0, "an average that keeps nothing is off: see make_ema"
         self.options, self.began = options, 0
-        trainable = {piece.name: piece.tensor for piece in slices if piece.tensor.requires_grad}
-        assert all(p.dtype == torch.float32 for p in trainable.values()), "the fp32 weights are averaged, not copies"
-        self._names, self._weights = list(trainable), list(trainable.values())
+        self._pieces = [piece for piece in slices if piece.tensor.requires_grad]
+        self._weights = [piece.tensor for piece in self._pieces]
+        assert all(p.dtype == torch.float32 for p in self._weights), "the fp32 weights are averaged, not copies"
         self._averages = [p.detach().clone() for p in self._weights]
         self._is_swapped = False
 
@@ -65,7 +66,7 @@ class Ema:
         """Within, the model has the averaged weights; afterwards its own again, bit for bit, also after an error.
 
         Values change places and tensors keep their addresses: compiled graphs and flat buffers stay right.
-        changed: called after each change of the weights, for whoever holds a copy of them (``Replica.publish``).
+        changed: called after each change of the weights, for whoever holds copies of them.
         """
         self._swap()
         try:
@@ -82,10 +83,11 @@ class Ema:
         torch._foreach_copy_(self._averages, self._weights)
         self.began = step
 
-    def named_averages(self) -> Mapping[str, torch.Tensor]:
-        """Parameter name -> its average, fp32 like it: the tensors themselves, to be saved or written into."""
+    def averages(self) -> Sequence[Slice]:
+        """Of each slice that is trained the average, fp32 like it: the tensor itself, to be saved or written into."""
         assert not self._is_swapped, "what lies here are the model's own weights"
-        return dict(zip(self._names, self._averages, strict=True))
+        pairs = zip(self._pieces, self._averages, strict=True)
+        return [replace(piece, tensor=average) for piece, average in pairs]
 
     @torch.no_grad()
     def _swap(self) -> None:

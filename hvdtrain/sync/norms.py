@@ -39,7 +39,7 @@ class SpreadNorms:
         return self._over_ranks(squares).sqrt().float()[:, places]
 
     def _places(self, weights: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of each its tensor's place among all, and copies. The device is told only where they are others than before."""
+        """Of each its tensor's place among all, and copies. The device is told when they are others than before."""
         keys = [id(weight) for weight in weights]
         if keys != self._known:
             self._known, of_each = keys, torch.tensor([self._of_piece[key] for key in keys])

@@ -64,8 +64,11 @@ class Sync(Protocol):
     def viewed(self) -> AbstractContextManager[None]:
         """Within: the one model, to be evaluated; afterwards training goes on as if nobody had looked."""
 
+    def hand_on(self) -> None:
+        """Give all slices the weights that ``moves`` has, after others than ``step`` have changed these."""
+
     def state(self) -> Sequence[Slice]:
-        """What it keeps from step to step, by names that say nothing of ranks (local)."""
+        """What it keeps from step to step, by names that say nothing of ranks and begin with ``sync.`` (local)."""
 
     def report(self) -> Mapping[str, float]:
         """What there is to say of it, for the run's record (local)."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import assert_equal, copies_of, slices_of, state_of, tensors_in
+from checkpoints import assert_equal, averages_of, copies_of, slices_of, state_of, tensors_in
 from in_halves import InHalves
 from safetensors import safe_open
 from threads import Scripted
@@ -359,7 +359,7 @@ class Averaging(Training):
         return self
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        averages = {f"ema.{name}": t.clone() for name, t in self.ema.named_averages().items()}
+        averages = {f"ema.{name}": t.clone() for name, t in averages_of(self.ema).items()}
         return {**super().tensors(), **averages}
 
 
@@ -370,7 +370,7 @@ def test_an_average_is_saved_beside_the_weights_and_only_then(tmp_path: Path, st
     assert found.keys() - plain.keys() == {"ema_began", *(f"ema.{name}" for name in names)}
     assert plain.keys() <= found.keys()
     assert_equal(plain, {name: found[name] for name in plain})  # an average changes nothing else
-    assert all(torch.equal(found[f"ema.{n}"], average) for n, average in training.ema.named_averages().items())
+    assert all(torch.equal(found[f"ema.{n}"], average) for n, average in averages_of(training.ema).items())
     assert not torch.equal(found["ema.embedding.weight"], found["model.embedding.weight"])
     manifests = [json.loads((folder_of(run, 3) / "manifest.json").read_text()) for run in (tmp_path, tmp_path / "ema")]
     before = {field.name for field in fields(Progress)} - _WHERE_SET | {"format", "parts", "manifest_sha256"}
@@ -390,7 +390,7 @@ def test_a_run_that_takes_up_averaging_begins_with_the_weights_it_loads(tmp_path
     folder = Training(stream).run(6).save(tmp_path / "plain")
     begun = Averaging(stream, seed=3).resume(folder)
     assert begun.ema.began == 6
-    assert_equal(dict(begun.model.named_parameters()), dict(begun.ema.named_averages()))
+    assert_equal(dict(begun.model.named_parameters()), dict(averages_of(begun.ema)))
     again = Averaging(stream, seed=4).resume(begun.run(1).save(tmp_path / "begun"))
     assert again.ema.began == 6
     begun.run(2)
@@ -400,7 +400,7 @@ def test_a_run_that_takes_up_averaging_begins_with_the_weights_it_loads(tmp_path
     for t in (1, 2, 3):
         by_hand.run(1)
         average.lerp_(by_hand.model.norm.weight.detach(), 1 - (1 + t) / (10 + t))
-    assert torch.equal(average, begun.ema.named_averages()["norm.weight"])
+    assert torch.equal(average, averages_of(begun.ema)["norm.weight"])
 
 
 def test_a_run_without_averaging_goes_on_from_one_with(tmp_path: Path, stream: TokenStream):
@@ -419,11 +419,11 @@ def test_a_parameter_that_was_frozen_has_its_own_value_as_average(tmp_path: Path
     folder = writer.save(tmp_path, state_of(frozen, optimizer, ema), Progress(step=1), GROUP, KEEP_ALL)
     other = Ema(whole_slices(thawed, LocalGroup()), EMA)
     load(folder, whole_slices(thawed, GROUP), ema=other)
-    assert torch.equal(other.named_averages()["position.weight"], frozen.position.weight)
-    assert torch.equal(other.named_averages()["norm.weight"], ema.named_averages()["norm.weight"])
+    assert torch.equal(averages_of(other)["position.weight"], frozen.position.weight)
+    assert torch.equal(averages_of(other)["norm.weight"], averages_of(ema)["norm.weight"])
     load(folder, whole_slices(thawed, GROUP), weights="ema")
     assert torch.equal(thawed.position.weight, frozen.position.weight)
-    assert torch.equal(thawed.norm.weight, ema.named_averages()["norm.weight"])
+    assert torch.equal(thawed.norm.weight, averages_of(ema)["norm.weight"])
     load(folder, whole_slices(thawed, GROUP))
     assert torch.equal(thawed.norm.weight, frozen.norm.weight)
 
@@ -434,7 +434,7 @@ def test_weights_to_look_at(tmp_path: Path, stream: TokenStream):
     assert [Checkpoint(folder).has_ema, Checkpoint(plain).has_ema] == [True, False]
     looked = tiny_decoder(9)
     load(folder, whole_slices(looked, GROUP), weights="ema")
-    assert_equal(dict(looked.named_parameters()), dict(with_ema.ema.named_averages()))
+    assert_equal(dict(looked.named_parameters()), dict(averages_of(with_ema.ema)))
     with pytest.raises(CheckpointError, match="step-00000003 has no averaged weights"):
         load(plain, whole_slices(looked, GROUP), weights="ema")
 

@@ -162,7 +162,7 @@ class Cut(nn.Module):
         self.cut, self.shared = nn.Parameter(taken(whole, self.place).clone()), nn.Parameter(torch.ones(3))
         self.optimizer, self.ema = (
             make_optimizer(self.parameters(), OptimOptions(lr=0.1)),
-            Ema(whole_slices(self, LocalGroup()), EMA),
+            Ema(self.slices(), EMA),
         )
 
     def slices(self) -> list[Slice]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import state_of, tensors_in
+from checkpoints import averages_of, state_of, tensors_in
 from tiny import loss_of, tiny_decoder
 from torch import nn
 
@@ -95,7 +95,7 @@ def test_training_goes_on_from_it():
     ema.update(4)
     assert mean_loss(model) == pytest.approx(3.8522567749023438, rel=NEAR)
     assert size_of(model.parameters()) == pytest.approx(49.38745714908282, rel=NEAR)
-    assert size_of(ema.named_averages().values()) == pytest.approx(47.817753127327194, rel=NEAR)
+    assert size_of(averages_of(ema).values()) == pytest.approx(47.817753127327194, rel=NEAR)
 
 
 def test_it_is_averaged():

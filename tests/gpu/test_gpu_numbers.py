@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from checkpoints import averages_of
 from in_halves import InHalves
 
 from hvdtrain.comm.local_group import LocalGroup
@@ -186,7 +187,7 @@ def test_optimizers(device: torch.device, record_property, optim: OptimOptions):
     way = off(found.moved, truth.moved)
     record_property("moved_off", f"{way:.1e}")
     assert way <= (2e-2 if optim.name in ("adamw", "lamb") else 1e-3)
-    averages = [torch.cat([t.cpu().flatten() for t in one.ema.named_averages().values()]) for one in (found, truth)]
+    averages = [torch.cat([t.cpu().flatten() for t in averages_of(one.ema).values()]) for one in (found, truth)]
     assert off(*averages) <= 1e-3
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import bytes_read, slices_of, state_of, tensors_in
+from checkpoints import averages_of, bytes_read, slices_of, state_of, tensors_in
 from replicas import global_batch, make_plan, share
 from tiny import tiny_decoder
 from torch import nn
@@ -224,8 +224,8 @@ def test_an_average_is_resumed_on_any_ranks(group: HorovodGroup, folder: Path):
         for one in (saved.ema, ema):
             one.update(201)
         assert ema.began == 0
-        for name, average in saved.ema.named_averages().items():
-            assert torch.equal(average, ema.named_averages()[name]), name
+        for name, average in averages_of(saved.ema).items():
+            assert torch.equal(average, averages_of(ema)[name]), name
         with ema.swapped():
             own = [average.detach().double().sum().item() for average in model.parameters()]
         if saver is group:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from checkpoints import averages_of
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -20,7 +21,7 @@ def one_weight(value: float = 0.0) -> nn.Module:
 
 
 def average_of(ema: Ema) -> float:
-    return ema.named_averages()["weight"].item()
+    return averages_of(ema)["weight"].item()
 
 
 def walk(weights: list[float], began: int = 0, **options) -> list[float]:
@@ -86,7 +87,7 @@ def test_against_fp64(decay: float, every: int, warmup: bool, seed: int):
                 keep = (min(decay, (1 + step) / (10 + step)) if warmup else decay) ** every
                 truth[name] = keep * truth[name] + (1 - keep) * p.detach().double()
         ema.update(step)
-    for name, average in ema.named_averages().items():
+    for name, average in averages_of(ema).items():
         assert average.dtype == torch.float32
         torch.testing.assert_close(average.double(), truth[name], rtol=0, atol=1e-5)
 
@@ -103,7 +104,7 @@ def test_trainable_parameters_once():
     model = tiny_decoder(tied=True)
     model.position.weight.requires_grad_(False)
     names = {name for name, _ in model.named_parameters()} - {"position.weight"}
-    assert Ema(whole_slices(model, LocalGroup()), EmaOptions(decay=0.9)).named_averages().keys() == names
+    assert averages_of(Ema(whole_slices(model, LocalGroup()), EmaOptions(decay=0.9))).keys() == names
     assert "head.weight" not in names
 
 
@@ -116,7 +117,7 @@ def test_a_model_of_other_types_is_our_own_mistake():
 
 
 def tensors_of(model: nn.Module, ema: Ema) -> dict[str, torch.Tensor]:
-    return {**dict(model.named_parameters()), **{f"ema {k}": v for k, v in ema.named_averages().items()}}
+    return {**dict(model.named_parameters()), **{f"ema {k}": v for k, v in averages_of(ema).items()}}
 
 
 def cloned(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -137,7 +138,7 @@ def pair() -> tuple[nn.Module, Ema]:
         for p in model.parameters():
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
         model.norm.bias[:4] = torch.tensor([-0.0, torch.nan, 1e-45, torch.inf])
-    ema.named_averages()["norm.bias"][:3] = torch.tensor([1e30, -0.0, torch.nan])
+    averages_of(ema)["norm.bias"][:3] = torch.tensor([1e30, -0.0, torch.nan])
     return model, ema
 
 
@@ -145,7 +146,7 @@ def pair() -> tuple[nn.Module, Ema]:
 def test_there_and_back_bit_for_bit(pair: tuple[nn.Module, Ema], fails: bool):
     model, ema = pair
     before, places = cloned(tensors_of(model, ema)), [p.data_ptr() for p in model.parameters()]
-    averages = cloned(dict(ema.named_averages()))
+    averages = cloned(dict(averages_of(ema)))
     seen = []
     try:
         with ema.swapped(lambda: seen.append(model.embedding.weight.detach().clone())):
@@ -186,7 +187,7 @@ def test_within_nothing_is_updated_or_saved(pair: tuple[nn.Module, Ema]):
     """What lies in the average's place there are the weights: to save them as the average would be silent damage."""
     _, ema = pair
     with ema.swapped():
-        for misuse in (lambda: ema.update(1), lambda: ema.restart(1), ema.named_averages):
+        for misuse in (lambda: ema.update(1), lambda: ema.restart(1), ema.averages):
             with pytest.raises(AssertionError):
                 misuse()
     ema.update(1)
