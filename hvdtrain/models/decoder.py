@@ -110,7 +110,7 @@ class Decoder(Transformer):
         pairs = None
         if segments_BT is not None and segments_BT.device.type == "cpu":
             pairs = packed_pairs(segments_BT, self.options.window)
-        return decoder_flops(self.options, self.vocab_size, rows, positions, pairs)
+        return decoder_flops(self.options, self.vocab_size, rows, positions, pairs, self.trained)
 
     def logits(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
         """[B, T, V padded] fp32 or autocast's type."""

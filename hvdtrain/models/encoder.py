@@ -70,7 +70,7 @@ class Encoder(Transformer):
     def training_flops(self, shape: Sequence[int]) -> int:
         """Model FLOPs of forward and backward over tokens of ``shape`` (B, T); see models/flops.py."""
         rows, positions = shape
-        return encoder_flops(self.options, rows, positions)
+        return encoder_flops(self.options, rows, positions, self.trained)
 
 
 class OnEncoder(Staged):
@@ -149,7 +149,7 @@ class Classifier(OnEncoder):
     def training_flops(self, shape: Sequence[int]) -> int:
         """Model FLOPs of forward and backward over tokens of ``shape`` (B, T); see models/flops.py."""
         rows, positions = shape
-        return classifier_flops(self.options, self.classes, rows, positions)
+        return classifier_flops(self.options, self.classes, rows, positions, self.trained)
 
 
 class MaskedLanguageModel(OnEncoder):
@@ -170,7 +170,7 @@ class MaskedLanguageModel(OnEncoder):
     def training_flops(self, shape: Sequence[int], masked: int) -> int:
         """Model FLOPs of forward and backward over tokens of ``shape`` (B, T), of which ``masked`` are scored."""
         rows, positions = shape
-        return masked_flops(self.options, self.vocab_size, rows, positions, masked)
+        return masked_flops(self.options, self.vocab_size, rows, positions, masked, self.trained)
 
 
 class SpanModel(OnEncoder):
@@ -187,4 +187,4 @@ class SpanModel(OnEncoder):
     def training_flops(self, shape: Sequence[int]) -> int:
         """Model FLOPs of forward and backward over tokens of ``shape`` (B, T); see models/flops.py."""
         rows, positions = shape
-        return span_flops(self.options, rows, positions)
+        return span_flops(self.options, rows, positions, self.trained)

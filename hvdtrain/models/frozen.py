@@ -4,6 +4,7 @@ from torch import nn
 
 from hvdtrain.errors import ConfigError
 from hvdtrain.models.depth import chosen, grouped
+from hvdtrain.models.flops import Trained
 from hvdtrain.models.lora import LoraOptions, is_adapter
 
 _HEADS = ("head", "pooler")  # what lies between the blocks' output and the loss
@@ -26,3 +27,4 @@ def freeze(model: nn.Module, which: int | str, lora: LoraOptions | None, scores_
         parameter.requires_grad_(name not in frozen)
     if len(frozen) == len(names):
         raise ConfigError(f"optim.freeze={which} leaves nothing to train; there is: {grouped(names)}")
+    model.trained = Trained(model)

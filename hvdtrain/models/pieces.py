@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from hvdtrain.models.draws import Draws
+from hvdtrain.models.flops import Trained
 
 Module = TypeVar("Module", bound=nn.Module)
 Flow = tuple[torch.Tensor, ...]
@@ -41,9 +42,14 @@ class Elsewhere(nn.Module):
 
 
 class Staged(nn.Module):
-    """Base of what can be cut into stages. ``kinds``: of the pieces that are here, see ``Piece``; None: all."""
+    """Base of what can be cut into stages.
+
+    kinds: of the pieces that are here, see ``Piece``; None: all. trained: which parameters of the whole model are, for
+    counting what is multiplied; None: all.
+    """
 
     kinds: frozenset[tuple[Kind, bool]] | None = None
+    trained: Trained | None = None
 
     draws: Draws
 

@@ -139,7 +139,7 @@ class Seq2Seq(Transformer):
         see models/flops.py.
         """
         rows, positions = shape
-        return seq2seq_flops(self.options, self.vocab_size, rows, source_shape[1], positions)
+        return seq2seq_flops(self.options, self.vocab_size, rows, source_shape[1], positions, self.trained)
 
     def logits(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
         """[B, T, V padded] fp32 or autocast's type."""

@@ -12,6 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from hvdtrain.models import flops
 from hvdtrain.models.decoder import Decoder
 from hvdtrain.models.encoder import Classifier, Encoder, MaskedLanguageModel, SpanModel
+from hvdtrain.models.frozen import freeze
+from hvdtrain.models.lora import LoraOptions, adapt
 from hvdtrain.models.masks import packed_mask
 from hvdtrain.models.options import TransformerOptions
 from hvdtrain.models.seq2seq import Seq2Seq
@@ -26,6 +28,7 @@ KINDS = [
     {"kv_heads": 1, "bias": False},
     {"head_width": 12, "ff_width": 40, "activation": "geglu_tanh", "kv_heads": 2, "norm_first": False},
 ]
+RELATIVE = {"positions": "relative", "attention_scale": False, "bias": False}
 ROWS, POSITIONS, SOURCE, VOCABULARY, CLASSES = 3, 17, 11, 50, 5
 
 
@@ -143,3 +146,47 @@ def test_a_compiled_model_is_looked_into():
     model = Decoder(options_of({}), VOCABULARY)
     compiled = torch.compile(model, backend="eager")  # which does nothing before the first call
     assert compiled.training_flops((2, 8)) == model.training_flops((2, 8))
+
+
+FROZEN = {
+    "nothing": {},
+    "the lowest layers": {"which": 1},
+    "the embedding, which is the head too": {"which": "*embedding.weight"},
+    "matrices, but no biases and norms": {"which": "*embedding.weight,*attention.*.weight,*feed_forward.*.weight"},
+    "weights between trained ones": {"which": "*feed_forward*,*qkv.weight"},
+    "adapters": {"lora": LoraOptions(rank=3, targets="q,v")},
+    "adapters behind trained norms": {"lora": LoraOptions(rank=2, targets="down", also="*norm*")},
+}
+
+
+@pytest.mark.parametrize("frozen", FROZEN)
+@pytest.mark.parametrize("kind", [KINDS[0], {**KINDS[6], **RELATIVE}], ids=str)
+@pytest.mark.usefixtures("all_pairs")
+def test_what_is_frozen_is_multiplied_less_often(kind: dict, frozen: str):
+    """Exactly by the products that autograd leaves out, in every kind of model."""
+    options, how = options_of({**kind, "layers": 3}), {"which": "", "lora": None, **FROZEN[frozen]}
+    tokens, lengths, source = ids(ROWS, POSITIONS), torch.tensor([17, 1, 9]), ids(ROWS, SOURCE)
+    runs = {
+        Decoder(options, VOCABULARY): ([tokens], []),
+        Classifier(options, VOCABULARY, CLASSES): ([tokens, lengths], []),
+        SpanModel(options, VOCABULARY): ([tokens, lengths], []),
+        MaskedLanguageModel(options, VOCABULARY): ([tokens, lengths], [ROWS * POSITIONS]),
+        Seq2Seq(options, VOCABULARY): ([source, torch.tensor([11, 2, 5]), tokens], []),
+    }
+    for model, (inputs, more) in runs.items():
+        adapt(model, options, how["lora"])
+        freeze(model, how["which"], how["lora"], scores_tokens=not isinstance(model, Classifier | SpanModel))
+        shapes = [one.shape for one in inputs if one.dim() == 2]
+        logits = getattr(model, "logits", lambda hidden: hidden)
+        expected = counted(lambda model=model, inputs=inputs, logits=logits: logits(model(*inputs)))
+        assert model.training_flops(*shapes, *more) == expected, type(model).__name__
+
+
+@pytest.mark.usefixtures("all_pairs")
+def test_a_frozen_encoder_gets_no_gradient_of_its_memory():
+    """Though the layers that read it are trained, one after another."""
+    model = Seq2Seq(options_of({"layers": 3}), VOCABULARY)
+    freeze(model, "encoder*,embedding,position", None, scores_tokens=True)
+    source, tokens = ids(ROWS, SOURCE), ids(ROWS, POSITIONS)
+    expected = counted(lambda: model.logits(model(source, torch.tensor([11, 2, 5]), tokens)))
+    assert model.training_flops(source.shape, tokens.shape) == expected
