@@ -127,22 +127,24 @@ def _evaluate(parser: argparse.ArgumentParser) -> Run:
     )  # fmt: skip
     _add_texts(parser)
     _add_choice(parser)
+    _add_mesh(parser)
 
     def run(words: argparse.Namespace, world: World) -> int:
         from hvdtrain.commands.evaluate import Files, TextOptions, evaluate, evaluate_files
+        from hvdtrain.trained import parse_mesh
 
         if bool(words.input) != bool(words.reference):
             raise ConfigError("--input and --reference go together: the texts, and what they are compared with")
         if words.input and (words.split or words.data):
             raise ConfigError("--input is instead of --split and --data")
         texts = TextOptions(words.scores, _given(words))
+        rest = world, words.weights, words.checkpoint, texts, parse_mesh(words.mesh)
         if words.input:
             names = words.field, words.reference_field, words.too_long, words.invalid_utf8
             files = Files(words.input, words.reference, *names)
-            scores = evaluate_files(words.run_dir, files, world, words.weights, words.checkpoint, texts)
+            scores = evaluate_files(words.run_dir, files, *rest)
         else:
-            choice = words.split or "val", world, words.weights, words.checkpoint
-            scores = evaluate(words.run_dir, words.data, *choice, texts)
+            scores = evaluate(words.run_dir, words.data, words.split or "val", *rest)
         if world.is_main:
             print(json.dumps(scores))
         return EXIT_OK
@@ -170,9 +172,11 @@ def _generate(parser: argparse.ArgumentParser) -> Run:
     )
     _add_texts(parser)
     _add_choice(parser)
+    _add_mesh(parser)
 
     def run(words: argparse.Namespace, world: World) -> int:
         from hvdtrain.commands.generate import Lines, generate, generate_file
+        from hvdtrain.trained import parse_mesh
 
         if words.split:
             return _predict(words, world)
@@ -182,14 +186,14 @@ def _generate(parser: argparse.ArgumentParser) -> Run:
             )
         if words.na_probs or words.data:
             raise ConfigError("--na-probs and --data go with --split")
-        choice = _given(words), world, words.weights, words.checkpoint
+        choice, mesh = (_given(words), world, words.weights, words.checkpoint), parse_mesh(words.mesh)
         if words.input:
             how = words.field, words.json, words.too_long, words.invalid_utf8
-            generate_file(words.run_dir, Lines(words.input, words.output, *how), *choice)
+            generate_file(words.run_dir, Lines(words.input, words.output, *how), *choice, mesh)
             return EXIT_OK
         if words.too_long == "drop":
             raise ConfigError("--too-long drop is for lines of a file; a prompt is truncated or refused")
-        line = generate(words.run_dir, words.prompt, *choice, words.json, words.too_long)
+        line = generate(words.run_dir, words.prompt, *choice, words.json, words.too_long, mesh)
         if world.is_main:
             print(line)
         return EXIT_OK
@@ -199,13 +203,14 @@ def _generate(parser: argparse.ArgumentParser) -> Run:
 
 def _predict(words: argparse.Namespace, world: World) -> int:
     from hvdtrain.commands.predictions import Split, predict_split
+    from hvdtrain.trained import parse_mesh
 
     if not words.output or words.input or words.prompt is not None:
         raise ConfigError("--split and --output FILE go together, without --input and --prompt")
     if words.json or _given(words):
         raise ConfigError("--split gives the best answer to each question: --json and a search are for --input")
     split = Split(words.split, words.output, words.na_probs, words.data)
-    predict_split(words.run_dir, split, world, words.weights, words.checkpoint)
+    predict_split(words.run_dir, split, world, words.weights, words.checkpoint, parse_mesh(words.mesh))
     return EXIT_OK
 
 
@@ -499,6 +504,13 @@ _SEARCH: dict[str, tuple[type, str, str]] = {
     "seed": (int, "N", "of what is drawn"),
     "batch_tokens": (int, "N", "of inputs and hypotheses at once"),
 }
+
+
+def _add_mesh(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--mesh", default="", metavar="tensor=N,pipeline=N",
+        help="ranks over which the model is spread; default: on one rank whole, on several as it was trained",
+    )  # fmt: skip
 
 
 def _add_texts(parser: argparse.ArgumentParser) -> None:

@@ -1,10 +1,11 @@
 """Opens what a run left behind: a checkpoint, its model, and the data that it learned from.
 
     find_run     configuration, a whole checkpoint, what the folder carries of its data
+    open_mesh    the ranks that are here, as replicas of its model
     open_model   the model of that checkpoint
     open_data    the run's own shards, or others that are given; told apart by digest
 
-The first two need no shards.
+Only the last needs shards.
 """
 
 from collections.abc import Sequence
@@ -18,16 +19,18 @@ from hvdtrain.checkpoint.parameters import which_weights
 from hvdtrain.checkpoint.reader import Checkpoint, Weights, load
 from hvdtrain.checkpoint.valid import choose_valid
 from hvdtrain.comm.group import Group
-from hvdtrain.comm.mesh import Mesh
+from hvdtrain.comm.mesh import Mesh, MeshOptions, make_mesh
 from hvdtrain.comm.world import World
-from hvdtrain.config import RunConfig, make_config
+from hvdtrain.config import RunConfig, flatten, make_config
 from hvdtrain.cut import Making, make_replica
 from hvdtrain.cut.blueprint import Blueprint
+from hvdtrain.cut.combinations import check_combination
 from hvdtrain.cut.cut import Replica
+from hvdtrain.cut.options import CutOptions
 from hvdtrain.cut.precision import PRECISIONS
 from hvdtrain.data.carried import Carried, read_carried
 from hvdtrain.data.corpora import Corpora, folders_of, open_corpora, open_folders
-from hvdtrain.errors import CheckpointError, ConfigError, DataError
+from hvdtrain.errors import CheckpointError, ConfigError, DataError, plural
 from hvdtrain.files import exists, read_text
 from hvdtrain.machine.device import pick_device
 from hvdtrain.models.lora import adapt
@@ -112,6 +115,41 @@ def find_run(run_dir: Path, group: Group, which: str = "newest") -> Run:
     return group.together(look)
 
 
+def parse_mesh(text: str) -> MeshOptions | None:
+    """``--mesh tensor=2,pipeline=2``; None of an empty text. Errors: ConfigError."""
+    if not text:
+        return None
+    axes = [word.partition("=") for word in text.split(",")]
+    names = [name for name, _, _ in axes]
+    is_known = set(names) <= MeshOptions.model_fields.keys() and len(set(names)) == len(names)
+    if not is_known or not all(size.isascii() and size.isdigit() and int(size) for _, _, size in axes):
+        raise ConfigError(f"--mesh {text}: expected tensor=N,pipeline=N with N of 1 or more, or one of the two")
+    return MeshOptions(**{name: int(size) for name, _, size in axes})
+
+
+def open_mesh(run: Run, asked: MeshOptions | None, group: Group) -> Mesh:
+    """The ranks as replicas of the run's model (collective): as ``asked``; else whole ones on one rank, or of a run
+    that had whole ones; else as the run's were.
+
+    Errors: on all ranks; ConfigError where they are not whole replicas, or the model cannot be cut so.
+    """
+
+    def choose() -> MeshOptions:
+        own = run.config.mesh
+        if asked is None and group.size > 1 and group.size % own.ranks:
+            fit = f"1 rank, where the model fits it, or {own.ranks} or a multiple of that"
+            raise ConfigError(
+                f"{run.dir} was trained with mesh.tensor={own.tensor} mesh.pipeline={own.pipeline}, which "
+                f"{plural(group.size, 'rank')} cannot be; start {fit}, or give --mesh tensor=N,pipeline=N"
+            )
+        chosen = asked or (own if group.size > 1 else MeshOptions())
+        check_combination(flatten(RunConfig(model=run.config.model, mesh=chosen).model_dump()))
+        chosen.replicas_of(group.size)
+        return chosen
+
+    return make_mesh(group, group.together(choose))
+
+
 def open_model(
     run: Run, corpora: Corpora, world: World, mesh: Mesh, weights: Weights | None = None, precision: str = "fp32"
 ) -> TrainedModel:
@@ -133,7 +171,7 @@ def open_model(
         return kind, Blueprint(make), pick_device(config.device, world, group)[0]
 
     kind, blueprint, device = group.together(prepare)
-    replica = make_replica(blueprint, Making(mesh, PRECISIONS[precision], device, config.cut))
+    replica = make_replica(blueprint, Making(mesh, PRECISIONS[precision], device, CutOptions()))
 
     def read() -> None:
         load(run.checkpoint, replica.slices, weights=kind)

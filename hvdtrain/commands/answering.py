@@ -2,7 +2,7 @@
 
     open_answering    the run, its model, how its task answers
     Answering.rows    the texts as rows; those that are empty, or too long, counted
-    Answering.share   this rank's rows, and their answers
+    Answering.share   this replica's rows, and their answers
 
 Rows of about one length are answered together. These groups are the same on any number of ranks, and so are the
 answers.
@@ -16,8 +16,7 @@ from typing import Any, Literal
 import torch
 
 from hvdtrain.checkpoint.reader import Weights
-from hvdtrain.comm.group import Group
-from hvdtrain.comm.mesh import whole_replicas
+from hvdtrain.comm.mesh import Mesh
 from hvdtrain.comm.world import World
 from hvdtrain.errors import DataError
 from hvdtrain.machine.cores import threads_of_rank
@@ -37,7 +36,7 @@ class Answering:
     run: Run
     trained: TrainedModel
     answers: Answers
-    group: Group
+    mesh: Mesh
 
     def rows(self, texts: Sequence[str], too_long: TooLong, place: str, counts: Counter[str]) -> list[Row]:
         """The texts that can be answered, with their places; what cannot is counted (local).
@@ -74,22 +73,23 @@ class Answering:
         return Row(text, tokens, number)
 
     def share(self, rows: Sequence[Row]) -> dict[int, list[Answer]]:
-        """The answers to this rank's share of the rows, by their places (collective)."""
-        groups = shares(rows, self.group.size, self.answers.tokens_at_once)[self.group.rank]
+        """The answers to this replica's share of the rows, by their places; on the rank that speaks for it, and none on
+        its others (collective).
+        """
+        mesh = self.mesh
+        groups = shares(rows, mesh.replicas, self.answers.tokens_at_once)[mesh.number]
 
         def work() -> dict[int, list[Answer]]:
             found: dict[int, list[Answer]] = {}
-            for members in evaluating(groups, len(groups), self.group.rank == 0, "answering"):
+            for members in evaluating(groups, len(groups), mesh.world.rank == 0, "answering"):
                 answers = self.answers.answer(self.trained.replica.answering, members)
                 found |= {row.number: of_row for row, of_row in zip(members, answers, strict=True)}
-            return found
+            return found if mesh.speaks else {}
 
-        return self.group.together(work)
+        return mesh.world.together(work)
 
 
-def open_answering(
-    run: Run, group: Group, world: World, given: Mapping[str, Any], weights: Weights | None
-) -> Answering:
+def open_answering(run: Run, mesh: Mesh, world: World, given: Mapping[str, Any], weights: Weights | None) -> Answering:
     """The model of a run, and how its task answers (collective). given: see ``Asked``. weights: see ``open_model``.
 
     Errors: on all ranks; ConfigError where its task answers no texts, or not so.
@@ -101,26 +101,27 @@ def open_answering(
         asked = Asked(manifest, open_tokenizer(learned.tokenizer), run.config.model.context, given)
         return make_task(run.config.task).answers(asked), learned.corpora
 
+    group = mesh.world
     answers, corpora = group.together(prepare)
     torch.set_num_threads(threads_of_rank(group))
-    trained = open_model(run, corpora, world, whole_replicas(group), weights)
+    trained = open_model(run, corpora, world, mesh, weights)
     if trained.device.type == "cpu":
         use_fast_matmul("fp32")
-    return Answering(run, trained, answers, group)
+    return Answering(run, trained, answers, mesh)
 
 
-def shares(rows: Sequence[Row], ranks: int, tokens_at_once: int) -> list[list[list[Row]]]:
-    """For each rank its groups of rows: the next group, from the longest rows on, to whoever has least to do."""
+def shares(rows: Sequence[Row], replicas: int, tokens_at_once: int) -> list[list[list[Row]]]:
+    """For each replica its groups of rows: the next group, from the longest rows on, to whoever has least to do."""
     waiting = sorted(rows, key=lambda row: (len(row.tokens), row.number), reverse=True)
-    dealt: list[list[list[Row]]] = [[] for _ in range(ranks)]
-    work, first = [0] * ranks, 0
+    dealt: list[list[list[Row]]] = [[] for _ in range(replicas)]
+    work, first = [0] * replicas, 0
     while first < len(waiting):
         longest = 1 + len(waiting[first].tokens)  # and what begins the answer
         members = waiting[first : first + max(1, tokens_at_once // longest)]
         first += len(members)
-        rank = work.index(min(work))
-        dealt[rank].append(members)
-        work[rank] += longest * len(members)
+        number = work.index(min(work))
+        dealt[number].append(members)
+        work[number] += longest * len(members)
     return dealt
 
 

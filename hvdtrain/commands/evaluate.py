@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from hvdtrain.checkpoint.reader import Weights
-from hvdtrain.comm.mesh import whole_replicas
+from hvdtrain.comm.mesh import MeshOptions
 from hvdtrain.comm.session import open_group
 from hvdtrain.comm.world import World
 from hvdtrain.commands.answering import TooLong, open_answering
@@ -23,7 +23,7 @@ from hvdtrain.sizing import feed_of
 from hvdtrain.tasks import make_task
 from hvdtrain.tasks.task import Evaluation
 from hvdtrain.tasks.text_scores import TextScores, names_of
-from hvdtrain.trained import find_run, open_data, open_model
+from hvdtrain.trained import find_run, open_data, open_mesh, open_model
 from hvdtrain.watch.bar import evaluating
 
 ALL = "bleu chrf rouge"
@@ -60,27 +60,28 @@ def evaluate(
     weights: Weights | None = None,
     which: str = "newest",
     texts: TextOptions = TextOptions(),
+    mesh: MeshOptions | None = None,
 ) -> dict[str, Any]:
     """Scores of a checkpoint of the run: ``{"step", "split", "weights", "data", "val_loss", ...}`` (collective).
 
     data_dirs: folders of shards to take; none: the run's own. weights: see ``open_model``. which: see ``find_run``.
-    texts: what is decoded too, and how. ``"wall_s"``: seconds that the evaluation took.
+    mesh: see ``open_mesh``. texts: what is decoded too, and how. ``"wall_s"``: seconds that the evaluation took.
     ``"data"``: absolute ``folders``, their ``data_digest``, and whether they are the run's ``own``.
     """
     with open_group(world) as group:
         torch.set_num_threads(threads_of_rank(group))
-        mesh, run = whole_replicas(group), find_run(run_dir, group, which)
-        config = run.config
+        run = find_run(run_dir, group, which)
+        config, ranks = run.config, open_mesh(run, mesh, group)
         task = group.together(lambda: make_task(config.task).scored_by(texts.scores, texts.given))
         corpora = open_data(run, data_dirs, group)
-        trained = open_model(run, corpora, world, mesh, weights, config.precision)
+        trained = open_model(run, corpora, world, ranks, weights, config.precision)
         if trained.device.type == "cpu":
             use_fast_matmul(config.precision)
 
         began_s = time.monotonic()
 
         def open_split() -> Evaluation:
-            return task.open_evaluation(corpora, split, feed_of(config, mesh.number, mesh.replicas), config.eval.rows)
+            return task.open_evaluation(corpora, split, feed_of(config, ranks.number, ranks.replicas), config.eval.rows)
 
         batches = group.together(open_split)
         data = {
@@ -91,7 +92,7 @@ def evaluate(
         step, kind = run.progress.step, trained.weights
         about = {"run": str(run_dir), "step": step, "split": split, "weights": kind, "data": data}
         shown = evaluating(batches(), batches.count, world.is_main)
-        scores = scores_of(trained.replica, mesh.replica, shown, task)
+        scores = scores_of(trained.replica, ranks.replica, shown, task)
         signed = {"signatures": dict(batches.signatures)} if batches.signatures else {}
         return {**about, **scores, **signed, "wall_s": round(time.monotonic() - began_s, 3)}
 
@@ -103,6 +104,7 @@ def evaluate_files(
     weights: Weights | None = None,
     which: str = "newest",
     texts: TextOptions = TextOptions(),
+    mesh: MeshOptions | None = None,
 ) -> dict[str, Any]:
     """Scores of what a checkpoint of the run makes of a file, against references (collective).
 
@@ -122,7 +124,7 @@ def evaluate_files(
 
         compare, sources, references = group.together(prepare)
         group.agree(len(sources), f"the number of lines of {files.input}")
-        opened = open_answering(run, group, world, texts.given, weights)
+        opened = open_answering(run, open_mesh(run, mesh, group), world, texts.given, weights)
         began_s = time.monotonic()
         rows = group.together(lambda: opened.rows(sources, files.too_long, str(files.input), counts))
         said = {number: answers[0].text for number, answers in opened.share(rows).items()}

@@ -11,6 +11,7 @@ from typing import Any
 
 from hvdtrain.checkpoint.reader import Weights
 from hvdtrain.comm.group import Group
+from hvdtrain.comm.mesh import MeshOptions
 from hvdtrain.comm.session import open_group
 from hvdtrain.comm.world import World
 from hvdtrain.commands.answering import Answering, TooLong, open_answering, told
@@ -19,7 +20,7 @@ from hvdtrain.errors import ConfigError, OutputError, plural, say
 from hvdtrain.files import make_folder, write
 from hvdtrain.tasks import make_task
 from hvdtrain.tasks.answers import Answer, Row
-from hvdtrain.trained import find_run
+from hvdtrain.trained import find_run, open_mesh
 
 _AT_ONCE = 4096  # answers that travel together
 
@@ -43,11 +44,11 @@ class Lines:
 
 def generate_file(
     run_dir: Path, lines: Lines, given: Mapping[str, Any], world: World, weights: Weights | None = None,
-    which: str = "newest",
+    which: str = "newest", mesh: MeshOptions | None = None,
 ) -> None:  # fmt: skip
     """Answer a file (collective): any launcher, any number of ranks, the same bytes.
 
-    given: see ``Asked``. weights: see ``open_model``. which: see ``find_run``.
+    given: see ``Asked``. weights: see ``open_model``. which: see ``find_run``. mesh: see ``open_mesh``.
     Errors: on all ranks; ConfigError where ``output`` is there already.
     """
     with open_group(world) as group:
@@ -57,7 +58,7 @@ def generate_file(
         field = lines.field or make_task(run.config.task).input_field
         texts = group.together(lambda: reader.texts(lines.input, field))
         group.agree(len(texts), f"the number of lines of {lines.input}")
-        opened = open_answering(run, group, world, given, weights)
+        opened = open_answering(run, open_mesh(run, mesh, group), world, given, weights)
         rows = group.together(lambda: opened.rows(texts, lines.too_long, str(lines.input), counts))
         answers = gathered(opened.share(rows), group)
         broken = group.on_main(lambda: _write(lines, len(texts), answers, opened))
@@ -70,14 +71,15 @@ def generate_file(
 
 def generate(
     run_dir: Path, prompt: str, given: Mapping[str, Any], world: World, weights: Weights | None = None,
-    which: str = "newest", as_json: bool = False, too_long: TooLong = "refuse",
+    which: str = "newest", as_json: bool = False, too_long: TooLong = "refuse", mesh: MeshOptions | None = None,
 ) -> str:  # fmt: skip
     """What a checkpoint of the run says to one text (collective): a line, or as JSON. See ``generate_file``.
 
     Errors: on all ranks; ConfigError where the prompt has no known token.
     """
     with open_group(world) as group:
-        opened = open_answering(find_run(run_dir, group, which), group, world, given, weights)
+        run = find_run(run_dir, group, which)
+        opened = open_answering(run, open_mesh(run, mesh, group), world, given, weights)
 
         def ask() -> list[Row]:
             row = opened.row(prompt, 0, too_long, "the prompt", Counter())

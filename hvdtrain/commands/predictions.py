@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from hvdtrain.checkpoint.reader import Weights
+from hvdtrain.comm.mesh import MeshOptions
 from hvdtrain.comm.session import open_group
 from hvdtrain.comm.world import World
 from hvdtrain.commands.generate import check_output
@@ -28,7 +29,7 @@ from hvdtrain.machine.matmul import use_fast_matmul
 from hvdtrain.sizing import feed_of
 from hvdtrain.tasks import make_task
 from hvdtrain.tasks.answers import Prediction, Predictions
-from hvdtrain.trained import find_run, open_data, open_model
+from hvdtrain.trained import find_run, open_data, open_mesh, open_model
 from hvdtrain.watch.bar import evaluating
 
 
@@ -43,11 +44,12 @@ class Split:
 
 
 def predict_split(
-    run_dir: Path, split: Split, world: World, weights: Weights | None = None, which: str = "newest"
-) -> None:
+    run_dir: Path, split: Split, world: World, weights: Weights | None = None, which: str = "newest",
+    mesh: MeshOptions | None = None,
+) -> None:  # fmt: skip
     """Answer a split (collective): any launcher, any number of ranks, the same bytes.
 
-    weights: see ``open_model``. which: see ``find_run``.
+    weights: see ``open_model``. which: see ``find_run``. mesh: see ``open_mesh``.
     Errors: on all ranks; ConfigError where the task's records have no ids, or a file is there already; DataError where
     an id stands twice.
     """
@@ -56,19 +58,22 @@ def predict_split(
         torch.set_num_threads(threads_of_rank(group))
         run = find_run(run_dir, group, which)
         task, corpora = make_task(run.config.task), open_data(run, split.data, group)
-        trained = open_model(run, corpora, world, group, weights)
+        ranks = open_mesh(run, mesh, group)
+        trained = open_model(run, corpora, world, ranks, weights)
         if trained.device.type == "cpu":
             use_fast_matmul("fp32")
 
         def open_split() -> Predictions:
             return task.predictions(
-                corpora, split.name, feed_of(run.config, group.rank, group.size), run.config.eval.rows
+                corpora, split.name, feed_of(run.config, ranks.number, ranks.replicas), run.config.eval.rows
             )
 
         @torch.no_grad()
         def work() -> list[Prediction]:
             shown = evaluating(opened.batches(), opened.count, group.rank == 0, "answering")
-            return [one for batch in shown for one in opened.answer(trained.model, batch.to(trained.device))]
+            model, device = trained.replica.answering, trained.device
+            found = [one for batch in shown for one in opened.answer(model, batch.to(device))]
+            return found if ranks.speaks else []
 
         opened = group.together(open_split)
         shares = group.all_gather_object(group.together(work))
