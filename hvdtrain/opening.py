@@ -170,7 +170,6 @@ def open_run(asked: Asked, world: World, group: Group, claim: Claim, signals: St
     """Everything that can be wrong with the input is found here, on all ranks, before the first step (collective)."""
     recipe, run_dir = asked.recipe, asked.run_dir
     group.together(lambda: check_combination(flatten(recipe.model_dump())))
-    group.together(lambda: recipe.mesh.replicas_of(group.size))
     mesh, is_main = make_mesh(group, recipe.mesh), group.rank == 0
     config = group.together(lambda: sizing.sized(recipe, mesh.replicas))
     stopping = group.together(lambda: Stopping(run_dir, config.stop, is_main, signals))

@@ -127,7 +127,7 @@ def parse_mesh(text: str) -> MeshOptions | None:
     return MeshOptions(**{name: int(size) for name, _, size in axes})
 
 
-def open_mesh(run: Run, asked: MeshOptions | None, group: Group) -> Mesh:
+def open_mesh(run: Run, asked: MeshOptions | None, world: World, group: Group) -> Mesh:
     """The ranks as replicas of the run's model (collective): as ``asked``; else whole ones on one rank, or of a run
     that had whole ones; else as the run's were.
 
@@ -144,10 +144,10 @@ def open_mesh(run: Run, asked: MeshOptions | None, group: Group) -> Mesh:
             )
         chosen = asked or (own if group.size > 1 else MeshOptions())
         check_combination(flatten(RunConfig(model=run.config.model, mesh=chosen).model_dump()))
-        chosen.replicas_of(group.size)
         return chosen
 
-    return make_mesh(group, group.together(choose))
+    options = group.together(choose)
+    return make_mesh(group, options, group.together(lambda: pick_device(run.config.device, world, group)[0]))
 
 
 def open_model(

@@ -71,7 +71,7 @@ def evaluate(
     with open_group(world) as group:
         torch.set_num_threads(threads_of_rank(group))
         run = find_run(run_dir, group, which)
-        config, ranks = run.config, open_mesh(run, mesh, group)
+        config, ranks = run.config, open_mesh(run, mesh, world, group)
         task = group.together(lambda: make_task(config.task).scored_by(texts.scores, texts.given))
         corpora = open_data(run, data_dirs, group)
         trained = open_model(run, corpora, world, ranks, weights, config.precision)
@@ -124,7 +124,7 @@ def evaluate_files(
 
         compare, sources, references = group.together(prepare)
         group.agree(len(sources), f"the number of lines of {files.input}")
-        opened = open_answering(run, open_mesh(run, mesh, group), world, texts.given, weights)
+        opened = open_answering(run, open_mesh(run, mesh, world, group), world, texts.given, weights)
         began_s = time.monotonic()
         rows = group.together(lambda: opened.rows(sources, files.too_long, str(files.input), counts))
         said = {number: answers[0].text for number, answers in opened.share(rows).items()}

@@ -58,7 +58,7 @@ def generate_file(
         field = lines.field or make_task(run.config.task).input_field
         texts = group.together(lambda: reader.texts(lines.input, field))
         group.agree(len(texts), f"the number of lines of {lines.input}")
-        opened = open_answering(run, open_mesh(run, mesh, group), world, given, weights)
+        opened = open_answering(run, open_mesh(run, mesh, world, group), world, given, weights)
         rows = group.together(lambda: opened.rows(texts, lines.too_long, str(lines.input), counts))
         answers = gathered(opened.share(rows), group)
         broken = group.on_main(lambda: _write(lines, len(texts), answers, opened))
@@ -79,7 +79,7 @@ def generate(
     """
     with open_group(world) as group:
         run = find_run(run_dir, group, which)
-        opened = open_answering(run, open_mesh(run, mesh, group), world, given, weights)
+        opened = open_answering(run, open_mesh(run, mesh, world, group), world, given, weights)
 
         def ask() -> list[Row]:
             row = opened.row(prompt, 0, too_long, "the prompt", Counter())

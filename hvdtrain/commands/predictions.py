@@ -58,7 +58,7 @@ def predict_split(
         torch.set_num_threads(threads_of_rank(group))
         run = find_run(run_dir, group, which)
         task, corpora = make_task(run.config.task), open_data(run, split.data, group)
-        ranks = open_mesh(run, mesh, group)
+        ranks = open_mesh(run, mesh, world, group)
         trained = open_model(run, corpora, world, ranks, weights)
         if trained.device.type == "cpu":
             use_fast_matmul("fp32")
