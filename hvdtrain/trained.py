@@ -160,9 +160,10 @@ def open_model(
     Errors: on all ranks; ConfigError where an average is asked for that is not there.
     """
     group, config = mesh.world, run.config
+    task = group.together(lambda: make_task(config.task))
 
     def make() -> Staged:
-        model: Staged = make_task(config.task).make_model(config.model, corpora.manifest)
+        model: Staged = task.make_model(config.model, corpora.manifest)
         adapt(model, config.model, config.model.lora)
         return model
 
@@ -171,7 +172,7 @@ def open_model(
         return kind, Blueprint(make), pick_device(config.device, world, group)[0]
 
     kind, blueprint, device = group.together(prepare)
-    replica = make_replica(blueprint, Making(mesh, PRECISIONS[precision], device, CutOptions()))
+    replica = make_replica(blueprint, Making(mesh, PRECISIONS[precision], device, task, CutOptions()))
 
     def read() -> None:
         load(run.checkpoint, replica.slices, weights=kind)

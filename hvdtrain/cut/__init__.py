@@ -8,25 +8,34 @@ from hvdtrain.comm.mesh import Mesh
 from hvdtrain.cut.blueprint import Blueprint, make_real
 from hvdtrain.cut.cut import Replica
 from hvdtrain.cut.options import CutOptions
+from hvdtrain.cut.pipeline import Pipeline, hold
 from hvdtrain.cut.precision import Precision
+from hvdtrain.cut.stages import make_stages
 from hvdtrain.cut.whole import Whole
+from hvdtrain.tasks.task import Task
 
 
 @dataclass(frozen=True)
 class Making:
-    """How a replica is made. compile: of ``compiling.COMPILES``."""
+    """How a replica is made. task: what it trains, for what its stages cost. compile: of ``compiling.COMPILES``."""
 
     mesh: Mesh
     precision: Precision
     device: torch.device
+    task: Task
     options: CutOptions
     compile: str = "none"
 
 
 def make_replica(blueprint: Blueprint, how: Making) -> Replica:
     """The replica as the mesh cuts it, in training; its weights are not set (collective where it is cut)."""
-    assert how.mesh.own.size == 1, "nobody cuts a model yet"
+    mesh, options = how.mesh, how.options
+    assert mesh.tensor.size == 1, "nobody cuts layers yet"
     model = blueprint.copy()
+    if mesh.pipe.size > 1:
+        stages = make_stages(blueprint.model, how.task, mesh.pipe.size * options.stages_per_rank)
+        held = hold(blueprint, model, mesh, how.device, stages)
+        return Pipeline(held, mesh, how.precision, options.schedule, how.compile)
     make_real(model, how.device)
-    slices = blueprint.slices(model, how.mesh)
-    return Whole(model.train(), how.mesh, how.precision, how.compile, slices)
+    slices = blueprint.slices(model, mesh)
+    return Whole(model.train(), mesh, how.precision, how.compile, slices)

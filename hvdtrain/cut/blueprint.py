@@ -79,11 +79,11 @@ class Blueprint:
         for name, shape in self.wholes.items():
             having = frozenset({mesh.pipe.rank}) if stages is None else stages[name]
             is_partial = name in held and held[name][1].is_partial
-            if stages is not None:  # ranks that do not hold it take part in making the group of those that do
+            if stages is not None:
                 is_partial = any(mesh.own.all_gather_object(is_partial))
+            holders = mesh.holders(having, is_partial)  # ranks that do not hold it take part in making the group
             if name in held:
                 tensor, place = held[name]
-                holders = mesh.holders(having, is_partial)
                 copies = place.copies * len(having)
                 found.append(Slice(name, tensor, shape, place.places, holders, copies))
         return found

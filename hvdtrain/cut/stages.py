@@ -6,10 +6,48 @@
 A model's pieces follow one another, and may be parted between attention and feed-forward too.
 """
 
+import copy
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import NamedTuple, cast
+
+import torch
 
 from hvdtrain.errors import ConfigError
+from hvdtrain.models.flops import piece_flops
+from hvdtrain.models.layers import Attention
+from hvdtrain.models.options import TransformerOptions
+from hvdtrain.models.pieces import Staged
+from hvdtrain.tasks.task import Task
+
+
+class Stage(NamedTuple):
+    """pieces: numbers of the model's pieces, which follow one another; cost: of all of them."""
+
+    pieces: range
+    cost: float
+
+
+def make_stages(model: Staged, task: Task, count: int) -> list[Stage]:
+    """The stages of a whole ``model`` that trains ``task``, by counted cost. Errors: ConfigError, see ``divide``."""
+    costs = count_costs(model, task)
+    return [Stage(pieces, sum(costs[piece] for piece in pieces)) for pieces in divide(costs, count)]
+
+
+def count_costs(model: Staged, task: Task) -> list[float]:
+    """Model FLOPs of each piece, for a row of the whole context (see models/flops.py); embeddings count for nothing."""
+    options = cast(TransformerOptions, model.options)
+    model = copy.copy(model)
+    model.trained = None  # as if all of it were: where a model is cut does not depend on what is frozen
+    with torch.device("meta"):
+        whole = task.training_flops(model, task.example(1, options.context))
+    found: list[float] = []
+    pieces = model.pieces()
+    for piece in pieces:
+        is_causal = piece.kind == "attention" and cast(Attention, model.get_submodule(piece.needs[1])).causal
+        found.append(piece_flops(options, piece.kind, options.context, is_causal))
+    found[-1] = max(0, whole - sum(found))  # norm and head
+    return found
 
 
 def divide(costs: Sequence[float], stages: int) -> list[range]:

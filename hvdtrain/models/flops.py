@@ -180,6 +180,20 @@ def seq2seq_flops(
     return memory.flops + flow.flops
 
 
+def piece_flops(options: TransformerOptions, kind: str, positions: int, causal: bool = False) -> int:
+    """Forward and backward of a part of a block (see pieces.py) over one row, all trained; cross-attention looks at as
+    many source positions. 0 for what is no part of a block.
+    """
+    if kind in ("attention", "cross_attention"):
+        pairs = visible_pairs(positions, options.window) if causal else positions * positions
+        products = positions * (2 * _square(options) + _keys_values(options))
+    elif kind == "feed_forward":
+        pairs, products = 0, positions * _feed_forward(options)
+    else:
+        return 0
+    return 3 * (products + pairs * 2 * _pair(options))
+
+
 def visible_pairs(positions: int, window: int = 0) -> int:
     """(query, key) pairs of causal attention in one row. ``window``: keys a query sees, its own among them; 0: all."""
     # window 3      query 0   x

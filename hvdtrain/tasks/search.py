@@ -112,7 +112,7 @@ class _Batch:
 
     def __init__(self, model: Decoder | Seq2Seq, texts: list[_Text], options: SearchOptions, stop: int | None):
         self._model, self._texts, self._options, self._stop = model, texts, options, stop
-        self._device, context = model.embedding.weight.device, model.options.context
+        self._device, context = model.any_weight.device, model.options.context
         self._counts = [len(text.new) for text in texts]
         self._rooms = [len(text.new) + context - len(text.window) + 1 for text in texts]  # the last is not read again
         self._goes_on = options.beam == 1 and texts[0].item.source is None

@@ -5,9 +5,12 @@ from itertools import combinations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import tiny_decoder
 
-from hvdtrain.cut.stages import balance, divide
+from hvdtrain.cut.stages import balance, count_costs, divide
 from hvdtrain.errors import ConfigError
+from hvdtrain.models.frozen import freeze
+from hvdtrain.tasks.lm import LanguageModel
 
 
 def slowest(costs: list[int], stages: list[range]) -> int:
@@ -55,3 +58,16 @@ def test_the_first_stages_are_the_lightest_of_equal_ways():
 def test_more_stages_than_pieces_are_refused_with_the_most_that_works():
     with pytest.raises(ConfigError, match="makes 6 stages, but the model can be cut into 5 at most"):
         divide([0, 1, 2, 1, 2, 3], 6)
+
+
+def test_costs_are_the_flops_of_the_pieces():
+    """Embedding; of each of two blocks attention and feed-forward; head."""
+    model, task = tiny_decoder(width=32, context=8, heads=2), LanguageModel()
+    embedding, attention, feed_forward, *again, head = count_costs(model, task)
+    assert again == [attention, feed_forward]
+    assert embedding == 0
+    assert head == 3 * 2 * 8 * 32 * len(model.head.weight)
+    assert feed_forward == 3 * 2 * 8 * (2 * 32 * 64)
+    assert attention == 3 * 2 * (8 * 4 * 32 * 32 + 36 * 2 * 32)
+    freeze(model, 1, None, True)
+    assert count_costs(model, task) == [embedding, attention, feed_forward, attention, feed_forward, head]
