@@ -24,6 +24,7 @@ from torch import nn
 
 from hvdtrain.comm.horovod_group import HorovodGroup
 from hvdtrain.data.batch import IGNORE, Batch
+from hvdtrain.models.draws import Draws
 from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
 from hvdtrain.tasks.lm import LanguageModel
 from hvdtrain.tasks.task import LossSum, Task
@@ -98,17 +99,22 @@ class _Rare(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.common, self.rare, self.never = (nn.Parameter(torch.full((2, 2), value)) for value in (1.0, 2.0, 3.0))
+        self.draws = Draws()
+
+    def forward(self) -> torch.Tensor:
+        return torch.stack([self.common.sum(), (self.rare * self.rare).sum()])
 
 
 class _RareTask(Task):
     def __init__(self, uses_rare: bool):
         self._uses_rare = uses_rare
 
-    def loss(self, model: nn.Module, batch: Batch) -> LossSum:
-        total = model.common.sum() * batch.target_tokens
-        if self._uses_rare:
-            total = total + (model.rare * model.rare).sum()
-        return LossSum(total, batch.target_tokens)
+    def inputs(self, batch: Batch) -> tuple[()]:
+        return ()
+
+    def loss(self, model: nn.Module, output: torch.Tensor, batch: Batch) -> LossSum:
+        total = output[0] * batch.target_tokens
+        return LossSum(total + output[1] if self._uses_rare else total, batch.target_tokens)
 
 
 @pytest.mark.parametrize("bucket_mib", [ONE_BUCKET, TINY_BUCKETS])
