@@ -24,6 +24,7 @@ class Axis(Ranks):
     """
 
     backend: str
+    note = ""  # why it is not a faster one, for the user
 
     @abstractmethod
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:

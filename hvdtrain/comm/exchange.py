@@ -14,7 +14,7 @@ import torch
 
 from hvdtrain.comm.axis import Axis
 
-_SMALL_BYTES = 1 << 16  # of a sum: below, a second exchange takes longer than the bytes that it saves
+SMALL_BYTES = 1 << 16  # of a sum over more than two: below, a second exchange takes longer than what it saves
 
 
 class ExchangeAxis(Axis):
@@ -34,7 +34,7 @@ class ExchangeAxis(Axis):
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         check(tensor)
         flat, size = tensor.view(-1), self.size
-        if size == 2 or tensor.nbytes <= _SMALL_BYTES:
+        if size == 2 or tensor.nbytes <= SMALL_BYTES:
             rows = self._rows(flat)
             self._all_gather(flat, rows)
             add_in_order(rows, flat)
@@ -80,7 +80,8 @@ def check(tensor: torch.Tensor) -> None:
 
 def equal_parts(tensor: torch.Tensor, dim: int, count: int) -> Sequence[torch.Tensor]:
     assert tensor.shape[dim] % count == 0, f"dim {dim} of {list(tensor.shape)} has no {count} equal parts"
-    return tensor.split(tensor.shape[dim] // count, dim)
+    size = tensor.shape[dim] // count
+    return [tensor.narrow(dim, number * size, size) for number in range(count)]
 
 
 def add_in_order(rows: Sequence[torch.Tensor], result: torch.Tensor) -> None:

@@ -17,6 +17,7 @@ from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.comm.mpi import start_mpi
 from hvdtrain.comm.mpi_axis import MpiAxis
 from hvdtrain.comm.ranks import Pending
+from hvdtrain.comm.shared_axis import PLACE, SharedAxis, has_room
 from hvdtrain.comm.world import World, check_sizes, shares_gpus
 from hvdtrain.errors import ConfigError, LaunchError, OutputError, RankLostError
 
@@ -147,7 +148,14 @@ class HorovodGroup(_OverHorovod):
         if len(own) == 1:
             part.Free()
             return LocalAxis()
-        return MpiAxis(self._mpi, part)
+        near = part.Split_type(self._mpi.COMM_TYPE_SHARED)
+        on_one_node = near.Get_size() == part.Get_size()
+        near.Free()
+        if on_one_node and has_room(part):
+            return SharedAxis(self._mpi, part)
+        axis = MpiAxis(self._mpi, part)
+        axis.note = f"{PLACE} has no room for memory that ranks share" if on_one_node else ""
+        return axis
 
     def start_timeline(self, path: Path) -> list[str]:
         self.on_main(lambda: _check_writable(path))
