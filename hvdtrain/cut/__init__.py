@@ -11,7 +11,9 @@ from hvdtrain.cut.options import CutOptions
 from hvdtrain.cut.pipeline import Pipeline, hold
 from hvdtrain.cut.precision import Precision
 from hvdtrain.cut.stages import make_stages
+from hvdtrain.cut.tensor import spread
 from hvdtrain.cut.whole import Whole
+from hvdtrain.errors import say
 from hvdtrain.tasks.task import Task
 
 
@@ -30,12 +32,14 @@ class Making:
 def make_replica(blueprint: Blueprint, how: Making) -> Replica:
     """The replica as the mesh cuts it, in training; its weights are not set (collective where it is cut)."""
     mesh, options = how.mesh, how.options
-    assert mesh.tensor.size == 1, "nobody cuts layers yet"
-    model = blueprint.copy()
+    model, placed = blueprint.copy(), None
+    if mesh.tensor.size > 1:
+        tell = say if mesh.world.rank == 0 else lambda _: None
+        placed = spread(model, mesh.tensor, options.sequence, tell)
     if mesh.pipe.size > 1:
         stages = make_stages(blueprint.model, how.task, mesh.pipe.size * options.stages_per_rank)
-        held = hold(blueprint, model, mesh, how.device, stages)
+        held = hold(blueprint, model, mesh, how.device, stages, placed)
         return Pipeline(held, mesh, how.precision, options.schedule, how.compile)
     make_real(model, how.device)
-    slices = blueprint.slices(model, mesh)
+    slices = blueprint.slices(model, mesh, placed)
     return Whole(model.train(), mesh, how.precision, how.compile, slices)

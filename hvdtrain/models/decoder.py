@@ -64,7 +64,7 @@ class Decoder(Transformer):
         x_BTD = flow[0] if flow else self.embed(tokens_BT, positions_BT)
         rotary, mask = self.turns(tokens_BT.shape[1], positions_BT), self._sight(tokens_BT, segments_BT)
         for block in self.blocks:
-            if self.enters(block):
+            if self.enters(block, x_BTD):
                 x_BTD = block(x_BTD, rotary, mask=mask)
         return (self.out_of_blocks(self.norm(x_BTD)),) if self.has("end") else (x_BTD,)
 

@@ -63,7 +63,7 @@ class Encoder(Transformer):
         if is_here(self.relative):
             mask = self.relative(tokens_BT.shape[1], mask)
         for block in self.blocks:
-            if self.enters(block):
+            if self.enters(block, x_BTD):
                 x_BTD = block(x_BTD, rotary, mask=mask)
         return (self.out_of_blocks(self.norm(x_BTD)),) if self.has("end") else (x_BTD,)
 

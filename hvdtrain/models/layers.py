@@ -163,7 +163,8 @@ class Attention(AnyAttention):
         assert cache is None or self.causal, "a cache is for causal attention alone"
         heads = (self.heads, self.kv_heads, self.kv_heads)
         qkv = self.qkv(x_BTD)
-        rows, positions, _ = qkv.shape  # where a cut spreads positions over ranks, x_BTD has some of them
+        # Not of x_BTD: a cut that spreads positions over ranks hands it some of them, with a dim in front that says so.
+        *split, rows, positions, _ = qkv.shape
         q, k, v = qkv.view(rows, positions, sum(heads), -1).transpose(1, 2).split(heads, dim=1)  # BHTK, BGTK, BGTK
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
@@ -174,7 +175,7 @@ class Attention(AnyAttention):
         causal = self.causal and positions > 1
         dropout = self.dropout if self.training else 0.0
         out_BHTK = attend(self.scaled(q), k, v, mask, causal, self.window, dropout)
-        return self.out(out_BHTK.transpose(1, 2).reshape(rows, positions, self.q_width))
+        return self.out(out_BHTK.transpose(1, 2).reshape(*split, rows, positions, self.q_width))
 
 
 class CrossAttention(AnyAttention):
@@ -199,12 +200,12 @@ class CrossAttention(AnyAttention):
     ) -> torch.Tensor:
         """``memory_mask``: bool [B, 1, 1, S], True on tokens, False on padding."""
         q = self.q(x_BTD)
-        rows, positions, _ = q.shape
+        *split, rows, positions, _ = q.shape
         q_BHTK = q.view(rows, positions, self.heads, -1).transpose(1, 2)
         k_BGSK, v_BGSK = keys_values
         dropout = self.dropout if self.training else 0.0
         out_BHTK = attend(self.scaled(q_BHTK), k_BGSK, v_BGSK, memory_mask, dropout=dropout)
-        return self.out(out_BHTK.transpose(1, 2).reshape(rows, positions, self.q_width))
+        return self.out(out_BHTK.transpose(1, 2).reshape(*split, rows, positions, self.q_width))
 
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {

@@ -82,8 +82,12 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., D] -> [..., E]"""
+        return self.product(x, self.bias)
+
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """The same with this bias, or none."""
         dropped = self.dropout(x)
-        outs = F.linear(x, self.weight, self.bias).split(list(self.parts.values()), dim=-1)
+        outs = F.linear(x, self.weight, bias).split(list(self.parts.values()), dim=-1)
         pairs = zip(self.parts, outs, strict=True)
         outs = [out + self.lora[part](dropped) if part in self.lora else out for part, out in pairs]
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)

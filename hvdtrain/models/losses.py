@@ -9,6 +9,7 @@ torch's own `linear_cross_entropy` sums bf16 losses in bf16, which is too coarse
 Shape letters:  N targets, D model width, V vocabulary (padded)
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,81 +32,15 @@ class LossTerms:
     ignore: int = -100
 
 
-def linear_cross_entropy(
-    hidden_ND: torch.Tensor,
-    weight_VD: torch.Tensor,
-    targets_N: torch.Tensor,
-    terms: LossTerms,
-    rows_at_once: int = 0,
-    bias: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """SUM over the targets of -log softmax(hidden @ weight.T + bias)[target] plus ``terms``: fp32 scalar, in nats.
-
-    Products are made in the type of ``hidden`` (autocast's where that is on), everything else in fp32.
-    bias: [V].
-    rows_at_once: targets scored together; 0: see ``chunk_rows``. It changes the order of sums, nothing else.
-    """
-    device = hidden_ND.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        hidden_ND, weight_VD = hidden_ND.to(dtype), weight_VD.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    rows = rows_at_once or chunk_rows(device, len(weight_VD))
-    with torch.autocast(device, enabled=False):
-        return _LinearCrossEntropy.apply(hidden_ND, weight_VD, bias, targets_N, terms, rows)
+# Logits of some rows, their targets, the terms, are gradients wanted -> sum of the losses, fp32 scalar; and, if so, its
+# gradient by these logits, in their type.
+Score = Callable[[torch.Tensor, torch.Tensor, LossTerms, bool], tuple[torch.Tensor, torch.Tensor | None]]
 
 
-def chunk_rows(device: str, vocabulary: int) -> int:
-    """How many targets are scored at once on a type of device, over a padded vocabulary."""
-    return max(_MIN_ROWS, _CHUNK_ELEMENTS.get(device, _CHUNK_ELEMENTS_GPU) // vocabulary)
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        targets: torch.Tensor,
-        terms: LossTerms,
-        rows: int,
-    ) -> torch.Tensor:
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias and bias is not None else None
-        for start in range(0, len(targets), rows):
-            part = slice(start, start + rows)
-            logits = F.linear(hidden[part], weight, bias)
-            loss, grad_logits = _score(logits, targets[part], terms, any(ctx.needs_input_grad))
-            total += loss
-            if need_hidden:
-                torch.mm(grad_logits, weight, out=grad_hidden[part])
-            if need_weight:
-                product = grad_logits.T @ hidden[part]
-                if grad_weight is None:  # more than one chunk is added up in fp32
-                    grad_weight = product.float() if rows < len(targets) else product
-                else:
-                    grad_weight += product
-            if grad_bias is not None:
-                grad_bias += grad_logits.sum(0, dtype=torch.float32)
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        found = ctx.saved_tensors
-        if grad.device.type == "cpu" and grad.item() == 1.0:  # elsewhere looking would wait for the device
-            return *found, None, None, None
-        return *(None if g is None else g.mul_(grad) for g in found), None, None, None
-
-
-def _score(
+def score_rows(
     logits: torch.Tensor, targets: torch.Tensor, terms: LossTerms, with_grad: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Sum of the losses of some rows, fp32; and d loss / d logits in the logits' type, if asked for."""
+    """``Score`` of logits over the whole vocabulary."""
     counts = targets != terms.ignore
     targets = targets.where(counts, 0)
     log_p = F.log_softmax(logits, dim=-1, dtype=torch.float32)
@@ -127,3 +62,77 @@ def _score(
         grad -= (counts * (smoothing / vocabulary))[:, None]
     grad.scatter_add_(1, targets[:, None], (counts * (smoothing - 1.0))[:, None])
     return total, grad.to(logits.dtype)
+
+
+def linear_cross_entropy(
+    hidden_ND: torch.Tensor,
+    weight_VD: torch.Tensor,
+    targets_N: torch.Tensor,
+    terms: LossTerms,
+    rows_at_once: int = 0,
+    bias: torch.Tensor | None = None,
+    score: Score = score_rows,
+) -> torch.Tensor:
+    """SUM over the targets of -log softmax(hidden @ weight.T + bias)[target] plus ``terms``: fp32 scalar, in nats.
+
+    Products are made in the type of ``hidden`` (autocast's where that is on), everything else in fp32.
+    bias: [V].
+    rows_at_once: targets scored together; 0: see ``chunk_rows``. It changes the order of sums, nothing else.
+    score: what makes a loss and a gradient of logits; of a vocabulary that lies in pieces another.
+    """
+    device = hidden_ND.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden_ND, weight_VD = hidden_ND.to(dtype), weight_VD.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    rows = rows_at_once or chunk_rows(device, len(weight_VD))
+    with torch.autocast(device, enabled=False):
+        return _LinearCrossEntropy.apply(hidden_ND, weight_VD, bias, targets_N, terms, rows, score)
+
+
+def chunk_rows(device: str, vocabulary: int) -> int:
+    """How many targets are scored at once on a type of device, over a padded vocabulary."""
+    return max(_MIN_ROWS, _CHUNK_ELEMENTS.get(device, _CHUNK_ELEMENTS_GPU) // vocabulary)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        terms: LossTerms,
+        rows: int,
+        score: Score,
+    ) -> torch.Tensor:
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_weight = None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias and bias is not None else None
+        for start in range(0, len(targets), rows):
+            part = slice(start, start + rows)
+            logits = F.linear(hidden[part], weight, bias)
+            loss, grad_logits = score(logits, targets[part], terms, any(ctx.needs_input_grad))
+            total += loss
+            if need_hidden:
+                torch.mm(grad_logits, weight, out=grad_hidden[part])
+            if need_weight:
+                product = grad_logits.T @ hidden[part]
+                if grad_weight is None:  # more than one chunk is added up in fp32
+                    grad_weight = product.float() if rows < len(targets) else product
+                else:
+                    grad_weight += product
+            if grad_bias is not None:
+                grad_bias += grad_logits.sum(0, dtype=torch.float32)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        found = ctx.saved_tensors
+        if grad.device.type == "cpu" and grad.item() == 1.0:  # elsewhere looking would wait for the device
+            return *found, None, None, None, None
+        return *(None if g is None else g.mul_(grad) for g in found), None, None, None, None

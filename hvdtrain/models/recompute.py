@@ -97,7 +97,7 @@ _KEPT = {
 
 def _keep_products(context: Any, op: Any, *args: Any, **more: Any) -> CheckpointPolicy:
     name = op.name()
-    if name in _KEPT or (name == "aten::bmm" and _is_small(*args)):
+    if name in _KEPT or (name == "aten::bmm" and _is_small(*args)) or (name == "hvdtrain::cross" and "sum" in args[1]):
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
 

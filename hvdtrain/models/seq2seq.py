@@ -78,7 +78,7 @@ class Seq2Seq(Transformer):
         rotary = self.turns(tokens_BT.shape[1])
         mask = self.relative(tokens_BT.shape[1]) if is_here(self.relative) else None
         for block in self.blocks:
-            if self.enters(block):
+            if self.enters(block, x_BTD):
                 x_BTD = block(x_BTD, rotary, None, mask, memory_BSD, memory_mask)
         return memory_BSD, self.out_of_blocks(self.norm(x_BTD)) if self.has("end") else x_BTD
 
@@ -93,7 +93,7 @@ class Seq2Seq(Transformer):
         if is_here(self.encoder_relative):
             mask = self.encoder_relative(source_BS.shape[1], mask)
         for block in self.encoder_blocks:
-            if self.enters(block):
+            if self.enters(block, x_BSD):
                 x_BSD = block(x_BSD, rotary, mask=mask)
         return (self.encoder_norm(x_BSD) if self.has("bridge") else x_BSD,)
 

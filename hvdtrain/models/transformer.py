@@ -68,11 +68,13 @@ class Transformer(Staged):
         for number, block in enumerate(blocks):
             block.draws, block.number = self.draws, number + 1  # 0 is the embedding's
 
-    def enters(self, block: nn.Module) -> TypeGuard[AnyBlock]:
-        """Is it here? Then the random numbers that follow are its own."""
+    def enters(self, block: nn.Module, x_BTD: torch.Tensor) -> TypeGuard[AnyBlock]:
+        """Is it here? Then the random numbers that follow are its own. x_BTD: what it will read."""
         if not isinstance(block, AnyBlock):
             return False
         self.draws.at(block.number)
+        if x_BTD.dim() > 3:  # own positions, of which a cut says so with a dim in front: see cut/crossings.py
+            self.draws.fork()
         return True
 
     def initial(self, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
