@@ -125,6 +125,12 @@ def shares(rows: Sequence[Row], replicas: int, tokens_at_once: int) -> list[list
     return dealt
 
 
+def count_cut(answers: Mapping[int, Sequence[Answer]], counts: Counter[str]) -> None:
+    """Of each row the first answer."""
+    if cut := sum(of_row[0].is_cut for of_row in answers.values()):
+        counts["answers_cut"] += cut
+
+
 def told(counts: Mapping[str, int], mended: Mapping[str, int]) -> list[str]:
     """What was left out, cut or mended, in words."""
     said = {
@@ -132,6 +138,11 @@ def told(counts: Mapping[str, int], mended: Mapping[str, int]) -> list[str]:
         "line without a known token": counts.get("unknown", 0),
         "line too long and dropped": counts.get("drop", 0),
         "line too long and cut": counts.get("truncate", 0),
+        "answer cut at the end of model.context": counts.get("answers_cut", 0),
     }
-    lines = [f"{n:,} {what if n == 1 else what.replace('line', 'lines')}" for what, n in said.items() if n]
+    lines = [
+        f"{n:,} {what if n == 1 else what.replace('line', 'lines').replace('answer', 'answers')}"
+        for what, n in said.items()
+        if n
+    ]
     return [*lines, *(f"{number:,} {what}" for what, number in mended.items() if number)]

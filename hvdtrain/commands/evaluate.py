@@ -127,7 +127,9 @@ def evaluate_files(
         opened = open_answering(run, open_mesh(run, mesh, world, group), world, texts.given, weights)
         began_s = time.monotonic()
         rows = group.together(lambda: opened.rows(sources, files.too_long, str(files.input), counts))
-        said = {number: answers[0].text for number, answers in opened.share(rows).items()}
+        mine = opened.share(rows)
+        said = {number: answers[0].text for number, answers in mine.items()}
+        answers_cut = sum(group.all_gather_object(sum(answers[0].is_cut for answers in mine.values())))
         if group.rank == 0:  # what nobody answers is an empty text, which counts
             said |= dict.fromkeys({*range(len(sources))} - {row.number for row in rows}, "")
         sums = group.together(lambda: compare.sums([*said.values()], [references[number] for number in said]))
@@ -140,6 +142,7 @@ def evaluate_files(
             "references": [str(path) for path in files.references],
             "lines": len(sources),
             **left_out,
+            **({"answers_cut": answers_cut} if answers_cut else {}),
             **{what.replace(" ", "_"): n for what, n in reader.counts.items()},
             **compare.scores(total),
             "signatures": compare.signatures(total),

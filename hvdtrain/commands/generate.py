@@ -14,7 +14,7 @@ from hvdtrain.comm.group import Group
 from hvdtrain.comm.mesh import MeshOptions
 from hvdtrain.comm.session import open_group
 from hvdtrain.comm.world import World
-from hvdtrain.commands.answering import Answering, TooLong, open_answering, told
+from hvdtrain.commands.answering import Answering, TooLong, count_cut, open_answering, told
 from hvdtrain.data.lines import LineReader
 from hvdtrain.errors import ConfigError, OutputError, plural, say
 from hvdtrain.files import make_folder, write
@@ -63,6 +63,7 @@ def generate_file(
         answers = gathered(opened.share(rows), group)
         broken = group.on_main(lambda: _write(lines, len(texts), answers, opened))
         if group.rank == 0:
+            count_cut(answers, counts)
             mended = {**reader.counts, "line ends within answers, now spaces": broken or 0}
             ran = f"in {time.monotonic() - began_s:.1f} s, {_about(opened)}"
             said = [f"{plural(len(rows), 'line', ',')} answered {ran}: {lines.output}", *told(counts, mended)]
@@ -90,6 +91,8 @@ def generate(
         (answers,) = gathered(opened.share(group.together(ask)), group).values()
         if group.rank == 0 and opened.trained.weights == "ema":
             say(_about(opened))
+        if group.rank == 0 and answers[0].is_cut:
+            say("the answer is cut at the end of model.context")
         return _json_line(answers) if as_json else opened.answers.line(answers)
 
 

@@ -18,10 +18,14 @@ if TYPE_CHECKING:  # training needs no tokenizer
 
 @dataclass(frozen=True)
 class Answer:
-    """``score``: a label's probability, or of a text what the search says: log p / tokens^length_penalty."""
+    """``score``: a label's probability, or of a text what the search says: log p / tokens^length_penalty.
+
+    ``is_cut``: the text came to the end of the model's context before its own.
+    """
 
     text: str
     score: float
+    is_cut: bool = False
 
 
 @dataclass(frozen=True)

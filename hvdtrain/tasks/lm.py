@@ -138,7 +138,7 @@ class Continuations:
         inputs = [Input(row.tokens, number=row.number) for row in rows]
         found = search(model, inputs, self._options, self._end)
         return [
-            [Answer(row.text + self._added(row.tokens, one.tokens), one.score) for one in of_row]
+            [Answer(row.text + self._added(row.tokens, one.tokens), one.score, one.is_cut) for one in of_row]
             for row, of_row in zip(rows, found, strict=True)
         ]
 

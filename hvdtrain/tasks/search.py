@@ -35,11 +35,13 @@ class Input:
 class Hypothesis:
     """``tokens``: what was added, without ``stop``.
 
-    ``score``: sum of log p / tokens^length_penalty, ``stop`` counted.
+    ``score``: sum of log p / tokens^length_penalty, ``stop`` counted. ``is_cut``: it came to the end of the context,
+    before ``stop`` and before ``max_tokens``.
     """
 
     tokens: list[int]
     score: float
+    is_cut: bool = False
 
 
 @torch.no_grad()
@@ -194,9 +196,12 @@ class _Batch:
 
     def _hypotheses(self, row: int) -> list[Hypothesis]:
         begun, found = len(self._texts[row].item.tokens), []
+        room = self._options.max_tokens if self._goes_on else self._rooms[row]
         for tokens, score in self._beams.hypotheses(row)[: self._options.n_best]:
             has_stop = tokens[-1] == self._stop
-            found.append(Hypothesis(tokens[begun : len(tokens) - has_stop], score))
+            ends_by_itself = has_stop and self._options.forced_last is None
+            is_cut = not ends_by_itself and len(tokens) - begun == room < self._options.max_tokens
+            found.append(Hypothesis(tokens[begun : len(tokens) - has_stop], score, is_cut))
         return found
 
     def _is_time_to_drop(self, left: int) -> bool:

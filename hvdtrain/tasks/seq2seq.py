@@ -114,7 +114,7 @@ class SequenceToSequence(Task[Seq2Seq, PairBatch]):
             "perplexity": perplexity_of(loss),
             "token_accuracy": sums[2] / sums[1],
             "target_tokens": int(sums[1]),
-            **({} if self._decoded is None else self._decoded.compare.scores(sums[3:])),
+            **({} if self._decoded is None else self._decoded.scores(sums[3:])),
         }
 
     def directions(self) -> Mapping[str, int]:
@@ -151,14 +151,19 @@ class _Decoded:
         self._tokenizer = open_tokenizer(corpora.entries[0][0] / "tokenizer.json")
 
     def sums(self, model: Seq2Seq, batch: PairBatch) -> torch.Tensor:
-        """Of ``compare``, fp64 [count]."""
+        """Of ``compare``, and how many texts the context cut: fp64 [count + 1]."""
         sources = zip(batch.source.tolist(), batch.source_lengths.tolist(), strict=True)
         inputs = [Input([self._begin], source[:length]) for source, length in sources]
         found = search(model, inputs, self._search, self._end)
         targets = [[token for token in row if token not in (IGNORE, self._end)] for row in batch.targets.tolist()]
         texts = self._tokenizer.decode_batch([of_row[0].tokens for of_row in found])
         references = [[text] for text in self._tokenizer.decode_batch(targets)]
-        return torch.tensor(self.compare.sums(texts, references), dtype=torch.float64)
+        cut = sum(of_row[0].is_cut for of_row in found)
+        return torch.tensor([*self.compare.sums(texts, references), cut], dtype=torch.float64)
+
+    def scores(self, sums: list[float]) -> dict[str, float]:
+        *compared, cut = sums
+        return self.compare.scores(compared) | ({"texts_cut": int(cut)} if cut else {})
 
 
 class Targets:
@@ -183,7 +188,7 @@ class Targets:
         inputs = [Input([self._begin], row.tokens, row.number) for row in rows]
         decode = self._asked.tokenizer.decode
         found = search(model, inputs, self._options, self._end)
-        return [[Answer(decode(one.tokens), one.score) for one in of_row] for of_row in found]
+        return [[Answer(decode(one.tokens), one.score, one.is_cut) for one in of_row] for of_row in found]
 
     def line(self, answers: Sequence[Answer]) -> str:
         return answers[0].text

@@ -135,6 +135,22 @@ def test_texts_beyond_the_context(translator: Path, tmp_path: Path, capfd):
     assert "; 1 line too long and cut" in capfd.readouterr().err
 
 
+def test_answers_that_the_context_cuts_are_counted(translator: Path, tmp_path: Path, capfd):
+    """An end that may not come before is not reached; one that is asked for is no loss."""
+    source = asked(tmp_path, "two", "été")
+    longer = {"min_tokens": 2 * CONTEXT, "max_tokens": 2 * CONTEXT}
+    for given, said in ((longer, True), ({"min_tokens": 5, "max_tokens": 5}, False)):
+        output = tmp_path / f"out{said}"
+        generate_file(translator, Lines(source, output), given, World())
+        assert ("; 2 answers cut at the end of model.context" in capfd.readouterr().err) == said
+        scores = evaluate_files(translator, Files(source, [source]), World(), texts=TextOptions("chrf", given))
+        assert scores.get("answers_cut") == (2 if said else None)
+        generate(translator, "two", given, World())
+        assert ("the answer is cut at the end of model.context" in capfd.readouterr().err) == said
+        split = evaluate(translator, [], "val", World(), texts=TextOptions("chrf", given))
+        assert split.get("texts_cut") == (len(LINES) if said else None)
+
+
 def test_what_is_no_text(translator: Path, tmp_path: Path, capfd):
     (tmp_path / "in").write_bytes(b"two\ncat!\xff\n\0\n")
     with pytest.raises(HvdtrainError, match=r"in: line 2 is not UTF-8: its byte 4 is 0xff; convert") as caught:

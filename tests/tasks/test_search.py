@@ -197,7 +197,12 @@ def test_beams_and_targets_end_at_the_context():
     pairs = Seq2Seq(TransformerOptions(layers=1, heads=2, width=16, context=8), 50)
     pairs.initialise(0)
     inputs = [Input([1], source=[4, 5]), Input([1, 2], source=[])]
-    assert [len(h.tokens) for (h,) in search(pairs.eval(), inputs, SearchOptions(), None)] == [8, 7]
+    found = search(pairs.eval(), inputs, SearchOptions(), None)
+    assert [(len(h.tokens), h.is_cut) for (h,) in found] == [(8, True), (7, True)]
+    found = search(pairs, inputs, SearchOptions(max_tokens=7), None)  # so many were asked for
+    assert [(len(h.tokens), h.is_cut) for (h,) in found] == [(7, False), (7, False)]
+    found = search(pairs, inputs, SearchOptions(forced_last=3), 3)  # an end that it was given
+    assert [(len(h.tokens), h.is_cut) for (h,) in found] == [(7, True), (6, True)]
 
 
 def test_no_input_no_output_and_the_prompt_is_left_alone():
