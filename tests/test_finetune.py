@@ -10,6 +10,8 @@ import torch
 import yaml
 from checkpoints import assert_equal, tensors_in
 from launch import Done, Prepared, launch_rows, succeed, summary
+from tokenizers import Tokenizer
+from transformers import GPT2LMHeadModel
 
 from hvdtrain.checkpoint.origin import open_origin
 from hvdtrain.jobs.elastic_rank import main as nodes_that_share
@@ -17,8 +19,11 @@ from hvdtrain.jobs.elastic_rank import main as nodes_that_share
 LAYERS = {"layers": 2, "heads": 2, "width": 32, "context": 16}  # of the run that is begun from
 KINDS = {
     "lora": ["model.lora.rank=2", "model.lora.targets=all", "ema.decay=0.9"],
+    "lora-bf16": ["model.lora.rank=2", "model.lora.targets=all", "precision=bf16-weights"],
     "frozen": ["optim.freeze=1", "optim.layer_decay=0.5", "model.dropout=0.1"],
 }
+WITH_LORA = [kind for kind in KINDS if "lora" in kind]
+SAY = ["--prompt", "def ", "--max-tokens", 8, "--temperature", 0, "--json"]
 EXPORTS = {"merged": [], "adapter": ["--adapter"]}
 
 
@@ -53,13 +58,22 @@ def runs(recipe: Path, trained: Path) -> Path:
         for kind, settings in KINDS.items()
     ]
     rows += [["evaluate", folder / kind] for kind in KINDS]
-    rows += [["export", folder / "lora", "--out", folder / name, *more] for name, more in EXPORTS.items()]
-    scores = {}
+    rows += [
+        ["export", folder / kind, "--out", folder / f"{kind}-{name}", *more]
+        for kind in WITH_LORA
+        for name, more in EXPORTS.items()
+    ]
+    rows += [["generate", folder / kind, *SAY] for kind in WITH_LORA]
+    rows += [["export", folder / "moved", "--out", folder / "base-exported"]]
+    scores, texts = {}, {}
     for words, done in zip(rows, launch_rows(rows), strict=True):
         assert done.exit_code == 0, done
         if words[0] == "evaluate":
             scores[words[1].name] = json.loads(done.stdout)
+        if words[0] == "generate":
+            texts[words[1].name] = json.loads(done.stdout)
     (folder / "scores.json").write_text(json.dumps(scores), encoding="utf-8")
+    (folder / "texts.json").write_text(json.dumps(texts), encoding="utf-8")
     return folder
 
 
@@ -99,11 +113,13 @@ def test_what_is_frozen_stays_as_it_was_and_has_no_moments(runs: Path, trained: 
     before, after = tensors_in(newest(trained), "model."), tensors_in(newest(runs / kind))
     moments = {name.removeprefix("optimizer.exp_avg.") for name in after if name.startswith("optimizer.exp_avg.")}
     moved = {name.removeprefix("model.") for name, t in before.items() if not torch.equal(t, after[name])}
-    if kind == "lora":
+    if kind in WITH_LORA:
         assert moved == set()
         assert len(moments) == 2 * 6 * 2  # a and b of q, k, v, out, up, down
         assert all(".lora." in name for name in moments)
-        assert {name.removeprefix("ema.") for name in after if name.startswith("ema.")} == moments
+        averaged = moments if kind == "lora" else set()
+        assert {name.removeprefix("ema.") for name in after if name.startswith("ema.")} == averaged
+        assert all(t.dtype == torch.float32 for t in after.values() if t.is_floating_point())
     else:
         assert moved == moments
         assert {name.split(".")[0] for name in moved} == {"blocks", "norm"}
@@ -128,14 +144,35 @@ def test_evaluation_later_is_that_of_the_run(runs: Path):
     }
 
 
-def test_an_export_is_merged_unless_the_adapters_are_asked_for(runs: Path):
-    run, merged = open_origin(runs / "lora").tensors, open_origin(runs / "merged").tensors
+@pytest.mark.parametrize("kind", WITH_LORA)
+def test_an_export_is_merged_unless_the_adapters_are_asked_for(runs: Path, kind: str):
+    run, merged = open_origin(runs / kind).tensors, open_origin(runs / f"{kind}-merged").tensors
     assert sorted(run.names) == sorted(merged.names)
     assert all(torch.equal(run.read(name), merged.read(name)) for name in run.names)
-    config = json.loads((runs / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    adapter = runs / f"{kind}-adapter"
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     assert (config["r"], config["base_model_name_or_path"]) == (2, str(runs / "base"))
     assert config["rank_pattern"] == {f"transformer.h.{number}.attn.c_attn": 6 for number in range(2)}
-    assert {path.name for path in (runs / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert {path.name for path in adapter.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+
+
+@pytest.mark.parametrize("kind", WITH_LORA)
+def test_what_it_says_is_as_probable_by_its_export_and_not_by_what_it_began_from(runs: Path, kind: str):
+    """The mean log p of a greedy text's tokens, by transformers."""
+    (said,) = json.loads((runs / "texts.json").read_text(encoding="utf-8"))[kind]["answers"]
+    tokenizer = Tokenizer.from_file(str(runs / f"{kind}-merged" / "tokenizer.json"))
+    tokens, scores = torch.tensor([tokenizer.encode("def ").ids]), []
+    begun = tokens.shape[1]
+    for name in (f"{kind}-merged", "base-exported"):
+        theirs = GPT2LMHeadModel.from_pretrained(runs / name, attn_implementation="eager")
+        with torch.no_grad():
+            while tokens.shape[1] < begun + 8:
+                tokens = torch.cat([tokens, theirs(tokens).logits[:, -1:].argmax(-1)], dim=1)
+            log_p = theirs(tokens).logits[0, begun - 1 : -1].log_softmax(-1)
+        scores.append(float(log_p.gather(1, tokens[0, begun:, None]).mean()))
+    assert said["text"] == "def " + tokenizer.decode(tokens[0, begun:].tolist())
+    assert scores[0] == pytest.approx(said["score"], rel=1e-5)
+    assert scores[1] != pytest.approx(said["score"], rel=1e-4)
 
 
 def test_two_ranks_begin_alike_and_send_little(runs: Path, recipe: Path):
