@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from data_prep.arguments import ALL_ROLES, make_parser
 from data_prep.bad import Counts, say_bad
-from data_prep.cleaning import Cleaning
 from data_prep.corpus import InputFile, files_sha256
 from data_prep.formats import SQUAD, endings_of, notes, resolve
 from hvdtrain.comm.ancestors import Launcher
@@ -22,6 +21,7 @@ from hvdtrain.comm.ranks import Ranks
 from hvdtrain.comm.session import open_ranks
 from hvdtrain.comm.terminal import take_terminal
 from hvdtrain.comm.world import detect_world
+from hvdtrain.data.cleaning import Cleaning
 from hvdtrain.errors import (
     EXIT_BAD_DATA,
     EXIT_CRASH,

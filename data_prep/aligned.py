@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from data_prep.cleaning import EXACT, Cleaning, begin_file, refuse_wide
 from data_prep.corpus import InputFile
 from data_prep.formats import check_plain
 from data_prep.pieces import PIECE_BYTES, Piece, cut_files, line_blocks, resolve
 from data_prep.readers import Item, clean_parts, split_lines
+from hvdtrain.data.cleaning import EXACT, Cleaning, begin_file, refuse_wide
 from hvdtrain.errors import DataError
 
 _BLOCK = 1 << 22  # bytes between two entries of a line index

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from hvdtrain.data.cleaning import BadItem
 from hvdtrain.errors import DataError
 
 NAMED = 5  # of what is left out
@@ -34,14 +35,6 @@ KINDS = {
     "question": "not a question as SQuAD has it",
     "answer": "with an answer that is not in its paragraph",
 }
-
-
-class BadItem(DataError):
-    """One item (a document, a line, a row, a question) that cannot be used. The message says file, place and reason."""
-
-    def __init__(self, kind: str, message: str):
-        super().__init__(message)
-        self.kind = kind
 
 
 class Counts(Counter):

@@ -11,11 +11,11 @@ from typing import Any
 
 from pydantic_core import from_json
 
-from data_prep.bad import BadItem, leave_out
-from data_prep.cleaning import EXACT, Cleaning, begin_file
+from data_prep.bad import leave_out
 from data_prep.corpus import InputFile
 from data_prep.formats import JSON_ARRAY, JSON_OBJECT
 from data_prep.pieces import Piece, Places, chunks
+from hvdtrain.data.cleaning import EXACT, BadItem, Cleaning, begin_file
 from hvdtrain.errors import DataError
 
 Rows = Iterable[tuple[int, bytes]]  # (byte where it begins, JSON)

@@ -6,8 +6,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from data_prep.bad import BadItem
 from data_prep.finding import Search
+from hvdtrain.data.cleaning import BadItem
 from hvdtrain.errors import ConfigError, DataError
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.bad import BadItem, leave_out
+from data_prep.bad import leave_out
 from data_prep.encoder import TokenEncoder
 from data_prep.label_cells import ONE_LABEL, LabelCells
 from data_prep.pieces import Unit
@@ -23,6 +23,7 @@ from data_prep.prepare import SplitsOf
 from data_prep.readers import Item
 from data_prep.tables import TableReader
 from hvdtrain.comm.ranks import Ranks
+from hvdtrain.data.cleaning import BadItem
 from hvdtrain.data.shards import SPLITS
 from hvdtrain.errors import ConfigError, DataError
 

@@ -19,8 +19,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from data_prep.bad import KINDS, BadItem, leave_out
-from data_prep.cleaning import EXACT, Cleaning
+from data_prep.bad import KINDS, leave_out
 from data_prep.corpus import InputFile
 from data_prep.encoder import TokenEncoder
 from data_prep.labels import check_room
@@ -28,6 +27,7 @@ from data_prep.pieces import Piece, Unit
 from data_prep.prepare import SplitsOf
 from data_prep.readers import Item
 from hvdtrain.comm.ranks import Ranks
+from hvdtrain.data.cleaning import EXACT, BadItem, Cleaning
 from hvdtrain.data.questions import Question, text_of, windows_of
 from hvdtrain.errors import ConfigError, DataError
 

@@ -8,9 +8,9 @@ import io
 from collections import Counter
 from collections.abc import Iterator
 
-from data_prep.cleaning import begin_file
 from data_prep.corpus import InputFile
 from data_prep.pieces import line_blocks
+from hvdtrain.data.cleaning import begin_file
 from hvdtrain.errors import DataError
 
 _LONGEST_CELL = 1 << 24  # characters; csv's own limit is 131,072

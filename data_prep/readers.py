@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from data_prep.bad import BadItem, leave_out
-from data_prep.cleaning import EXACT, Cleaning, begin_file
+from data_prep.bad import leave_out
 from data_prep.corpus import InputFile
 from data_prep.formats import TEXT, resolve
 from data_prep.json_items import JsonItems
 from data_prep.pieces import BLANK_LINES, PIECE_BYTES, Piece, chunks, cut_files
+from hvdtrain.data.cleaning import EXACT, BadItem, Cleaning, begin_file
 from hvdtrain.errors import ConfigError
 
 Item = tuple[bytes, ...]

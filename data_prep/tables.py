@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from data_prep.bad import KINDS, BadItem, leave_out
-from data_prep.cleaning import EXACT, Cleaning, begin_file
+from data_prep.bad import KINDS, leave_out
 from data_prep.corpus import InputFile
 from data_prep.formats import CSV, QUOTED_TSV, TSV, resolve
 from data_prep.json_items import JsonItems
 from data_prep.pieces import PIECE_BYTES, Piece, chunks, cut_files
 from data_prep.quoted import quoted_rows
 from data_prep.readers import Item, clean_parts, split_lines
+from hvdtrain.data.cleaning import EXACT, BadItem, Cleaning, begin_file
 from hvdtrain.errors import DataError
 
 _HEAD_BYTES = 1 << 16

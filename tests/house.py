@@ -42,6 +42,7 @@ DATA_PREP_MAY = {
     "hvdtrain.comm.ancestors",
     "hvdtrain.data.shards",
     "hvdtrain.data.check",
+    "hvdtrain.data.cleaning",
     "hvdtrain.data.questions",
     "hvdtrain.data.compressed",
     "hvdtrain.machine.cores",

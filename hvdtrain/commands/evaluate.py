@@ -143,7 +143,7 @@ def evaluate_files(
             "lines": len(sources),
             **left_out,
             **({"answers_cut": answers_cut} if answers_cut else {}),
-            **{what.replace(" ", "_"): n for what, n in reader.counts.items()},
+            **reader.counts,
             **compare.scores(total),
             "signatures": compare.signatures(total),
             "wall_s": round(time.monotonic() - began_s, 3),

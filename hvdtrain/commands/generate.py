@@ -64,7 +64,10 @@ def generate_file(
         broken = group.on_main(lambda: _write(lines, len(texts), answers, opened))
         if group.rank == 0:
             count_cut(answers, counts)
-            mended = {**reader.counts, "line ends within answers, now spaces": broken or 0}
+            mended = {
+                **{what.replace("_", " "): n for what, n in reader.counts.items()},
+                "line ends within answers, now spaces": broken or 0,
+            }
             ran = f"in {time.monotonic() - began_s:.1f} s, {_about(opened)}"
             said = [f"{plural(len(rows), 'line', ',')} answered {ran}: {lines.output}", *told(counts, mended)]
             say("; ".join(said))

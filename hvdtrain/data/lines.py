@@ -1,6 +1,5 @@
 """Lines of text out of a file, plain or compressed, to be answered or compared."""
 
-import codecs
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -8,12 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hvdtrain.data.cleaning import BadItem, Cleaning, begin_file
 from hvdtrain.data.compressed import COMPRESSIONS, is_damage, open_compressed
 from hvdtrain.errors import DataError
 from hvdtrain.files import again
 
-_REPLACEMENT = "\ufffd"
-_WIDE = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _JSON = (".jsonl", ".ndjson")
 
 
@@ -52,13 +50,10 @@ class LineReader:
     def _lines(self, path: Path, name: str, take: Callable[[Any], Any], what: str) -> list[Any]:
         compression = path.suffix.lower() if path.suffix.lower() in COMPRESSIONS else ""
         raw = _read(path, compression)
-        if raw.startswith(_WIDE):
-            raise DataError(f"{path} is UTF-16 or UTF-32 text; convert it: iconv -t UTF-8")
-        if raw.startswith(codecs.BOM_UTF8):
-            raw = raw[len(codecs.BOM_UTF8) :]
-            self.counts["byte order marks"] += 1
-        if b"\n" not in raw and b"\r" in raw.strip(b"\r"):
-            raise DataError(f"{path} ends its lines with \\r alone, not with \\n; convert it: tr '\\r' '\\n'")
+        try:
+            _, raw = begin_file(raw, 0, path, self.counts, by_lines=True)
+        except BadItem as wide:
+            raise DataError(str(wide)) from None
         lines = raw.split(b"\n")
         if not lines[-1]:
             lines.pop()  # what a file ends with ends its last line
@@ -69,21 +64,16 @@ class LineReader:
 
     def _decoded(self, line: bytes, path: Path, number: int) -> str:
         try:
-            text = line.decode("utf-8")
-        except UnicodeDecodeError as error:
-            if self.invalid == "refuse":
+            return Cleaning(self.invalid).clean(line, path, 0, self.counts).decode()
+        except BadItem as bad:
+            if bad.kind != "utf8":
                 raise DataError(
-                    f"{path}: line {number} is not UTF-8: its byte {error.start} is 0x{line[error.start]:02x}; convert "
-                    "it (iconv -t UTF-8), or replace what is wrong (--invalid-utf8 replace)"
+                    f"{path}: line {number} holds a zero byte; replace it with --invalid-utf8 replace"
                 ) from None
-            text = line.decode("utf-8", "replace")
-            self.counts["replaced characters"] += text.count(_REPLACEMENT) - line.count(_REPLACEMENT.encode())
-        if "\0" in text:
-            if self.invalid == "refuse":
-                raise DataError(f"{path}: line {number} holds a zero byte; replace it with --invalid-utf8 replace")
-            self.counts["replaced characters"] += text.count("\0")
-            text = text.replace("\0", _REPLACEMENT)
-        return text
+            raise DataError(
+                f"{path}: line {number} is not UTF-8: its byte {bad.at} is 0x{line[bad.at]:02x}; convert it "
+                "(iconv -t UTF-8), or replace what is wrong (--invalid-utf8 replace)"
+            ) from None
 
 
 def _read(path: Path, compression: str) -> bytes:

@@ -158,7 +158,11 @@ def test_what_is_no_text(translator: Path, tmp_path: Path, capfd):
     assert caught.value.exit_code == EXIT_BAD_DATA
     assert len(answered(translator, Lines(tmp_path / "in", tmp_path / "out", invalid="replace"))) == 3
     assert "; 2 replaced characters" in capfd.readouterr().err
-    for content, told_of in ((b"\xff\xfet\0", "is UTF-16 or UTF-32 text"), (b"a\rb\r", "ends its lines with .r alone")):
+    for content, told_of in (
+        (b"\xff\xfet\0", "in is UTF-16 text; convert it: iconv -f UTF-16 -t"),
+        ("no mark\n".encode("utf-16-le"), "is UTF-16LE"),
+        (b"a\rb\r", "ends its lines with .r alone"),
+    ):
         (tmp_path / "in").write_bytes(content)
         with pytest.raises(HvdtrainError, match=told_of):
             answered(translator, Lines(tmp_path / "in", tmp_path / "out"))

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from preparing import ODD_TEXTS, compressed, files_of, items_of, small_pieces, write
 
 from data_prep import json_items
-from data_prep.cleaning import Cleaning
 from data_prep.corpus import COMPRESSIONS
 from data_prep.formats import JSON_ARRAY, JSON_LINES, JSON_OBJECT, SQUAD, resolve
 from data_prep.pieces import Piece, Places
 from data_prep.readers import TextReader
 from data_prep.tables import TableReader
+from hvdtrain.data.cleaning import Cleaning
 from hvdtrain.errors import DataError
 
 ROWS = [{"id": n, "text": text, "label": n % 2} for n, text in enumerate(ODD_TEXTS)]

@@ -12,7 +12,6 @@ from preparing import files_of, run, shards_of, snapshot, text_kind, texts_of, w
 from threads import on_ranks
 
 from data_prep import prepare as prepare_module
-from data_prep.cleaning import Cleaning
 from data_prep.corpus import InputFile
 from data_prep.labels import LabelsKind
 from data_prep.pieces import Piece
@@ -20,6 +19,7 @@ from data_prep.prepare import PrepareOptions, prepare
 from data_prep.tables import TableReader
 from data_prep.tokenizer import build_tokenizer
 from data_prep.tokenizer_file import load_tokenizer
+from hvdtrain.data.cleaning import Cleaning
 from hvdtrain.data.shards import Manifest, read_manifest
 from hvdtrain.errors import EXIT_BAD_DATA, EXIT_IO, EXIT_USAGE, ConfigError, HvdtrainError, RankError
 

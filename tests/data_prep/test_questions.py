@@ -14,11 +14,11 @@ from preparing import files_of, run, shards_of, snapshot, token_rows, write
 from tokenizers import Tokenizer
 
 from data_prep.__main__ import main
-from data_prep.cleaning import Cleaning
 from data_prep.questions import QuestionsKind, SquadReader, find_answer
 from data_prep.tokenizer import build_tokenizer
 from data_prep.tokenizer_file import load_tokenizer
 from hvdtrain.data.check import check_shards
+from hvdtrain.data.cleaning import Cleaning
 from hvdtrain.data.questions import Questions as Asked
 from hvdtrain.data.records import Records
 from hvdtrain.data.shards import Manifest, frame_tokens, read_manifest, write_manifest

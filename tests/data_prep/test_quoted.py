@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from preparing import compressed, files_of, items_of, small_pieces, write
 
 from data_prep import json_items, quoted, tables
-from data_prep.cleaning import Cleaning
 from data_prep.tables import TableReader
+from hvdtrain.data.cleaning import Cleaning
 from hvdtrain.errors import DataError
 
 CELLS = st.lists(

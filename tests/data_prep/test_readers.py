@@ -10,10 +10,10 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from preparing import ODD_TEXTS, TEXTS, compressed, files_of, items_of, plain_documents, small_pieces, write
 
-from data_prep.cleaning import Cleaning
 from data_prep.corpus import COMPRESSIONS
 from data_prep.readers import TextReader, split_lines, split_paragraphs
 from data_prep.tables import TableReader
+from hvdtrain.data.cleaning import Cleaning
 from hvdtrain.errors import DataError
 
 SUFFIXES = ("", *COMPRESSIONS)

@@ -19,12 +19,12 @@ from preparing import compressed, files_of, items_of, run, small_pieces, snapsho
 from data_prep.__main__ import main
 from data_prep.aligned import AlignedReader
 from data_prep.bad import NAMED, Counts
-from data_prep.cleaning import Cleaning
 from data_prep.labels import LabelsKind
 from data_prep.pairs import PairsKind
 from data_prep.readers import Reader, TextReader
 from data_prep.tables import TableReader
 from data_prep.text import TextKind
+from hvdtrain.data.cleaning import Cleaning
 from hvdtrain.data.shards import read_manifest
 from hvdtrain.errors import ConfigError, DataError
 

@@ -23,9 +23,9 @@ from preparing import (
     write,
 )
 
-from data_prep.cleaning import Cleaning
 from data_prep.corpus import COMPRESSIONS
 from data_prep.text import within
+from hvdtrain.data.cleaning import Cleaning
 from hvdtrain.data.shards import Manifest, read_manifest
 from hvdtrain.errors import HvdtrainError
 

@@ -1,4 +1,7 @@
-"""Check that text is UTF-8 before it is tokenised, and normalise it where that is asked for."""
+"""Check that text is UTF-8 before it is tokenised, and normalise it where that is asked for.
+
+For corpora of any size (data_prep) and for lines to be answered (lines.py).
+"""
 
 import codecs
 import unicodedata
@@ -6,7 +9,6 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.bad import BadItem
 from hvdtrain.errors import DataError
 
 _REPLACEMENT = "\ufffd"
@@ -18,6 +20,17 @@ _WIDE_MARKS = {
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
 }
+
+
+class BadItem(DataError):
+    """One item (a document, a line, a row, a question) that cannot be used. The message says file, place and reason.
+
+    kind: of ``data_prep.bad.KINDS``. at: the first byte of the item that is wrong, where one is.
+    """
+
+    def __init__(self, kind: str, message: str, at: int = 0):
+        super().__init__(message)
+        self.kind, self.at = kind, at
 
 
 @dataclass(frozen=True)
@@ -58,6 +71,7 @@ class Cleaning:
                     f"{path} is not UTF-8 text: byte {offset + error.start} is 0x{raw[error.start]:02x}; convert it "
                     "(iconv -t UTF-8), replace what is wrong (--invalid-utf8 replace), or leave it out with --glob or "
                     "--exclude",
+                    error.start,
                 ) from None
             text = raw.decode("utf-8", "replace")
             counts["replaced_characters"] += text.count(_REPLACEMENT) - raw.count(_REPLACEMENT.encode())
