@@ -51,7 +51,8 @@ class Engine:
         self.noise = NoiseScale(replica.device)
         self.tokens: Any = self._start.tokens  # target tokens since step 0, of all replicas; on the device
         self.best_val_loss = self._start.best_val_loss
-        self._checks = ReplicaCheck(mesh.replica)
+        self._checks = ReplicaCheck(mesh.replica, mesh.world.rank)
+        self._copies = ReplicaCheck(mesh.tensor, mesh.world.rank)
         self._passed: Passed | None = None
         self._take_up(self._start)
 
@@ -102,9 +103,11 @@ class Engine:
         self.best_val_loss = val_loss if self.best_val_loss is None else min(self.best_val_loss, val_loss)
 
     def check_replicas(self, step: int) -> None:
-        """Are the replicas equal, bit by bit? Errors: ReplicaError."""
+        """Are the replicas equal, bit by bit, and what ranks of one replica have in common? Errors: ReplicaError."""
         with self.sync.viewed():
-            self._checks.check({piece.name: piece.tensor for piece in self.replica.slices}, step)
+            slices = self.replica.slices
+            self._checks.check({piece.name: piece.tensor for piece in slices}, step)
+            self._copies.check({piece.name: piece.tensor for piece in slices if piece.is_whole}, step)
 
     def check(self, step: int) -> None:
         """Before a save: make one model of the replicas. Are they equal then, and the weights numbers?
@@ -113,7 +116,11 @@ class Engine:
         """
         self.sync.settle(self.update)
         self.check_replicas(step)
-        self.update.guard.check_weights(step, [piece.tensor for piece in self.replica.slices])
+        weights = [piece.tensor for piece in self.replica.slices]
+        if self.mesh.own.size == 1:
+            self.guard.check_weights(step, weights)
+        else:  # one rank alone may find out
+            self.mesh.world.together(lambda: self.guard.check_weights(step, weights))
 
     def state(self) -> list[Slice]:
         """This rank's slices of what a checkpoint saves; the tensors themselves (local)."""

@@ -29,7 +29,8 @@ def announce(run: OpenRun, engine: Engine, log: Log, peak: Peak) -> None:
         f"hvdtrain: {plural(group.size, 'rank')} ({world.launcher}, {group.backend}), {run.device.type}, "
         f"{run.cores.note}, {config.precision} ({run.matmul})"
     )
-    log.say(f"hvdtrain: {_parameters(run, engine)}; {run.data.train.about}")
+    parameters = _parameters(run, engine)
+    log.say(f"hvdtrain: {parameters}; {run.data.train.about}")
     if run.taken_over is not None and run.start.origin is not None:
         log.say(f"hvdtrain: {run.taken_over.in_words(run.start.origin)}")
         run.notes += run.taken_over.notes
@@ -46,7 +47,7 @@ def announce(run: OpenRun, engine: Engine, log: Log, peak: Peak) -> None:
 
 
 def _parameters(run: OpenRun, engine: Engine) -> str:
-    """How many, and what freezing some saves."""
+    """How many, and what freezing some saves (collective)."""
     count, trained = _counts(engine)
     if trained == count:
         return f"{count:,} parameters"
@@ -56,8 +57,9 @@ def _parameters(run: OpenRun, engine: Engine) -> str:
 
 
 def _counts(engine: Engine) -> tuple[int, int]:
-    """All parameters, and those that are trained."""
-    pieces = [(math.prod(piece.whole), piece.tensor.requires_grad) for piece in engine.replica.slices]
+    """All parameters of a replica, and those that are trained (collective)."""
+    here = {piece.name: (math.prod(piece.whole), piece.tensor.requires_grad) for piece in engine.replica.slices}
+    pieces = {name: one for held in engine.mesh.own.all_gather_object(here) for name, one in held.items()}.values()
     return sum(n for n, _ in pieces), sum(n for n, is_trained in pieces if is_trained)
 
 

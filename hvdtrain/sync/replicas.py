@@ -23,8 +23,9 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 class ReplicaCheck:
     """``check`` all replicas now and then. One for a run; it keeps the factors (8 MiB at most) on the device."""
 
-    def __init__(self, group: Ranks):
-        self._group = group
+    def __init__(self, group: Ranks, number: int):
+        """group: who compares; number: this rank's among all."""
+        self._group, self._number = group, number
         self._factors: dict[torch.device, torch.Tensor] = {}
 
     def check(self, tensors: Mapping[str, torch.Tensor], step: int) -> None:
@@ -38,8 +39,8 @@ class ReplicaCheck:
         digest = hashlib.blake2b(repr(hashes).encode(), digest_size=16).digest()
         if len(set(self._group.all_gather_object(digest))) == 1:
             return
-        found = self._group.all_gather_object((socket.gethostname(), hashes))
-        message = difference([hashes for _, hashes in found], [host for host, _ in found])
+        found = self._group.all_gather_object((f"rank {self._number} on {socket.gethostname()}", hashes))
+        message = difference([hashes for _, hashes in found], [name for name, _ in found])
         raise ReplicaError(f"step {step}: {message}; the last checkpoint is from before")
 
     @torch.no_grad()
@@ -81,8 +82,8 @@ def _signed(number: int) -> int:
     return number - (1 << 64) if number >= 1 << 63 else number
 
 
-def difference(hashes: list[dict[str, int]], hosts: list[str]) -> str:
-    """Words for replicas of which some differ: who, from whom, and where first. ``hashes``, ``hosts``: of each rank."""
+def difference(hashes: list[dict[str, int]], ranks: list[str]) -> str:
+    """Words for replicas of which some differ: who, from whom, and where first. ranks: what each is called."""
     kinds = [tuple(sorted(one.items())) for one in hashes]
     (most, votes), *rest = Counter(kinds).most_common()
     odd = [rank for rank, kind in enumerate(kinds) if kind != most]
@@ -91,9 +92,9 @@ def difference(hashes: list[dict[str, int]], hosts: list[str]) -> str:
     differing = [name for name in {**right, **wrong} if right.get(name) != wrong.get(name)]
     where = f"first in {differing[0]} ({len(differing)} of {len(right)} tensors)"
     if rest[0][1] == votes:  # no majority
-        names = [f"rank {rank} on {hosts[rank]}" for rank in (kinds.index(most), odd[0])]
+        names = [ranks[rank] for rank in (kinds.index(most), odd[0])]
         return f"the replicas of {' and '.join(names)} differ, and no majority tells which is right; {where}"
-    who = ", ".join(f"rank {rank} on {hosts[rank]}" for rank in odd[:4])
+    who = ", ".join(ranks[rank] for rank in odd[:4])
     more = f" and {len(odd) - 4} more" if len(odd) > 4 else ""
     differ = "differs" if len(odd) == 1 else "differ"
     return f"the replica of {who}{more} {differ} from those of the other {votes} ranks; {where}"

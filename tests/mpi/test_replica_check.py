@@ -20,7 +20,7 @@ def test_one_bit_on_one_rank(group: HorovodGroup, precision: str):
     plan = InHalves(model, group, sync_options(), precision, seed=1)
     optimizer, check, last = (
         make_optimizer(model.parameters(), OptimOptions(lr=0.01)),
-        ReplicaCheck(group),
+        ReplicaCheck(group, group.rank),
         group.size - 1,
     )
     for step in (1, 2):

@@ -23,7 +23,7 @@ TYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int6
 
 
 def _hash(tensor: torch.Tensor) -> int:
-    return ReplicaCheck(LocalGroup()).hashes({"x": tensor})["x"]
+    return ReplicaCheck(LocalGroup(), 0).hashes({"x": tensor})["x"]
 
 
 def _flipped(tensor: torch.Tensor, element: int, bit: int) -> torch.Tensor:
@@ -100,10 +100,10 @@ def test_the_optimizers_state_is_compared_too():
     assert len(names) == 4 * count  # exp_avg, exp_avg_sq, step
     assert next(iter(names)) == next(name for name, _ in model.named_parameters())
     assert len(tensors_of(model)) == count
-    hashes = ReplicaCheck(OneRank()).hashes(names)
+    hashes = ReplicaCheck(OneRank(), 0).hashes(names)
     assert list(hashes) == list(names)
     next(iter(optimizer.state.values()))["exp_avg"][0] += 1
-    assert [name for name, value in ReplicaCheck(OneRank()).hashes(names).items() if value != hashes[name]] == [
+    assert [name for name, value in ReplicaCheck(OneRank(), 0).hashes(names).items() if value != hashes[name]] == [
         f"optimizer.exp_avg.{next(iter(names))}"
     ]
 
@@ -113,11 +113,11 @@ def test_the_rank_that_differs_is_named(monkeypatch: pytest.MonkeyPatch):
 
     def work(group: ThreadGroup) -> ReplicaError:
         tensors = {"a": torch.zeros(3, device=CPU), "b": torch.ones(3), "c": torch.ones(2)}
-        ReplicaCheck(group).check(tensors, step=20)
+        ReplicaCheck(group, group.rank).check(tensors, step=20)
         if group.rank == 2:
             tensors["b"] = _flipped(tensors["b"], element=1, bit=0)
         with pytest.raises(ReplicaError) as caught:
-            ReplicaCheck(group).check(tensors, step=40)
+            ReplicaCheck(group, group.rank).check(tensors, step=40)
         return caught.value
 
     for error in on_ranks(4, work):
@@ -130,22 +130,22 @@ def test_the_rank_that_differs_is_named(monkeypatch: pytest.MonkeyPatch):
 
 def test_words_for_many_and_for_a_tie():
     right, wrong, other = {"a": 1, "b": 2}, {"a": 1, "b": 3}, {"a": 5, "b": 2}
-    hosts = [f"n{rank}" for rank in range(12)]
+    ranks = [f"rank {rank} on n{rank}" for rank in range(12)]
     many = [wrong if rank % 2 else right for rank in range(12)]
     many[1] = many[11] = right
-    assert difference(many, hosts) == (
+    assert difference(many, ranks) == (
         "the replica of rank 3 on n3, rank 5 on n5, rank 7 on n7, rank 9 on n9 differ from those of the other 8 ranks; "
         "first in b (1 of 2 tensors)"
     )
     many[1] = other
     assert ", rank 7 on n7 and 1 more differ from those of the other 7 ranks; first in a (1 of 2" in difference(
-        many, hosts
+        many, ranks
     )
-    assert difference([right, other], hosts[:2]) == (
+    assert difference([right, other], ranks[:2]) == (
         "the replicas of rank 0 on n0 and rank 1 on n1 differ, and no majority tells which is right; "
         "first in a (1 of 2 tensors)"
     )
 
 
 def test_alone_nothing_is_computed():
-    ReplicaCheck(OneRank()).check({"a": random.Random(0)}, step=1)  # which has no bits
+    ReplicaCheck(OneRank(), 0).check({"a": random.Random(0)}, step=1)  # which has no bits
