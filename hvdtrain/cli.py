@@ -8,13 +8,13 @@ import argparse
 import json
 import os
 import signal
-import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 from hvdtrain.comm.ancestors import Launcher
 from hvdtrain.comm.world import World
+from hvdtrain.commands.arguments import Parser, TrainHelp, add_choice, add_data, add_mesh, add_recipe, add_texts, given
 from hvdtrain.errors import EXIT_CRASH, EXIT_OK, EXIT_STOPPED_EARLY, ConfigError
 from hvdtrain.version import __version__
 
@@ -43,9 +43,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="hvdtrain", description="Train Transformers as batch jobs on one or many ranks.")
+    parser = Parser(prog="hvdtrain", description="Train Transformers as batch jobs on one or many ranks.")
     parser.add_argument("--version", action="version", version=__version__)
-    names = parser.add_subparsers(dest="command", required=True, parser_class=_Parser, metavar="COMMAND")
+    names = parser.add_subparsers(dest="command", required=True, parser_class=Parser, metavar="COMMAND")
     for name, command in _COMMANDS.items():
         of_command = names.add_parser(name, help=command.help, conflict_handler="resolve")  # train has its own --help
         of_command.set_defaults(run=command.define(of_command))
@@ -63,7 +63,7 @@ def works_on_ranks(argv: Sequence[str]) -> bool:
 
 
 def _train(parser: argparse.ArgumentParser) -> Run:
-    _add_recipe(parser, "settings on top of the recipe: optim.lr=3e-4")
+    add_recipe(parser, "settings on top of the recipe: optim.lr=3e-4")
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="where the run is kept (default: runs/RECIPE)")
     parser.add_argument(
         "--resume", default="auto", metavar="auto|never|DIR",
@@ -76,7 +76,7 @@ def _train(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument(
         "--elastic", action="store_true", help="under horovodrun --host-discovery-script: go on when hosts come or go"
     )
-    parser.add_argument("-h", "--help", action=_TrainHelp)
+    parser.add_argument("-h", "--help", action=TrainHelp)
 
     def run(words: argparse.Namespace, world: World) -> int:
         from hvdtrain.watch.stopping import StopSignals
@@ -109,7 +109,7 @@ def _train(parser: argparse.ArgumentParser) -> Run:
 
 def _evaluate(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    _add_data(parser)
+    add_data(parser)
     parser.add_argument("--split", choices=["train", "val", "test"], help="default: val")
     parser.add_argument("--input", type=Path, metavar="FILE", help="instead of a split: texts to answer, one a line")
     parser.add_argument(
@@ -125,9 +125,9 @@ def _evaluate(parser: argparse.ArgumentParser) -> Run:
         "--reference-field", default="target", metavar="NAME",
         help="of JSON lines: a text, or a list of them; default: target",
     )  # fmt: skip
-    _add_texts(parser)
-    _add_choice(parser)
-    _add_mesh(parser)
+    add_texts(parser)
+    add_choice(parser)
+    add_mesh(parser)
 
     def run(words: argparse.Namespace, world: World) -> int:
         from hvdtrain.commands.evaluate import Files, TextOptions, evaluate, evaluate_files
@@ -137,7 +137,7 @@ def _evaluate(parser: argparse.ArgumentParser) -> Run:
             raise ConfigError("--input and --reference go together: the texts, and what they are compared with")
         if words.input and (words.split or words.data):
             raise ConfigError("--input is instead of --split and --data")
-        texts = TextOptions(words.scores, _given(words))
+        texts = TextOptions(words.scores, given(words))
         rest = world, words.weights, words.checkpoint, texts, parse_mesh(words.mesh)
         if words.input:
             names = words.field, words.reference_field, words.too_long, words.invalid_utf8
@@ -166,13 +166,13 @@ def _generate(parser: argparse.ArgumentParser) -> Run:
         help="with --split: {id: probability that there is no answer} (SQuAD 2.0: --na-prob-thresh 0.5); --output then "
         "has the best text of each",
     )  # fmt: skip
-    _add_data(parser)
+    add_data(parser)
     parser.add_argument(
         "--json", action="store_true", help='a JSON object a line: {"answers": [{"text": ..., "score": ...}, ...]}'
     )
-    _add_texts(parser)
-    _add_choice(parser)
-    _add_mesh(parser)
+    add_texts(parser)
+    add_choice(parser)
+    add_mesh(parser)
 
     def run(words: argparse.Namespace, world: World) -> int:
         from hvdtrain.commands.generate import Lines, generate, generate_file
@@ -186,7 +186,7 @@ def _generate(parser: argparse.ArgumentParser) -> Run:
             )
         if words.na_probs or words.data:
             raise ConfigError("--na-probs and --data go with --split")
-        choice, mesh = (_given(words), world, words.weights, words.checkpoint), parse_mesh(words.mesh)
+        choice, mesh = (given(words), world, words.weights, words.checkpoint), parse_mesh(words.mesh)
         if words.input:
             how = words.field, words.json, words.too_long, words.invalid_utf8
             generate_file(words.run_dir, Lines(words.input, words.output, *how), *choice, mesh)
@@ -207,7 +207,7 @@ def _predict(words: argparse.Namespace, world: World) -> int:
 
     if not words.output or words.input or words.prompt is not None:
         raise ConfigError("--split and --output FILE go together, without --input and --prompt")
-    if words.json or _given(words):
+    if words.json or given(words):
         raise ConfigError("--split gives the best answer to each question: --json and a search are for --input")
     split = Split(words.split, words.output, words.na_probs, words.data)
     predict_split(words.run_dir, split, world, words.weights, words.checkpoint, parse_mesh(words.mesh))
@@ -237,7 +237,7 @@ def _export(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument(
         "--adapter", action="store_true", help="of a run with model.lora: its adapters alone, as peft loads them"
     )
-    _add_choice(parser)
+    add_choice(parser)
 
     def run(words: argparse.Namespace, world: World) -> int:
         from hvdtrain.commands.export import export
@@ -249,7 +249,7 @@ def _export(parser: argparse.ArgumentParser) -> Run:
 
 
 def _plan(parser: argparse.ArgumentParser) -> Run:
-    _add_recipe(parser, "settings on top of the recipe")
+    add_recipe(parser, "settings on top of the recipe")
     parser.add_argument("--ranks", type=int, required=True, metavar="N")
     parser.add_argument("--ranks-per-node", type=int, default=0, metavar="M", help="default: all on one node")
     parser.add_argument("--vocab-size", type=int, default=0, metavar="V", help="of data that are not there yet")
@@ -267,7 +267,7 @@ def _plan(parser: argparse.ArgumentParser) -> Run:
 
 
 def _sweep(parser: argparse.ArgumentParser) -> Run:
-    _add_recipe(parser, "settings of all runs")
+    add_recipe(parser, "settings of all runs")
     parser.add_argument(
         "--vary", action="append", required=True, metavar="KEY=V1,V2...",
         help="values that take turns; several: every combination, the first changes slowest",
@@ -287,7 +287,7 @@ def _sweep(parser: argparse.ArgumentParser) -> Run:
 
 
 def _submit(parser: argparse.ArgumentParser) -> Run:
-    _add_recipe(parser, "settings on top of the recipe")
+    add_recipe(parser, "settings on top of the recipe")
     parser.add_argument("--nodes", type=int, required=True, metavar="N")
     parser.add_argument("--ranks-per-node", type=int, metavar="M", help="default: that of slurm/train.sbatch")
     parser.add_argument("--time", default="", metavar="T", help="limit: minutes, H:MM:SS, D-HH:MM:SS")
@@ -362,8 +362,8 @@ def _doctor(parser: argparse.ArgumentParser) -> Run:
     def run(words: argparse.Namespace, world: World) -> int:
         if words.job:
             return _preflight(words, world)
-        if given := [name for name in _OF_JOB if getattr(words, name)]:
-            flag = "a recipe" if given[0] == "recipe" else f"--{given[0].replace('_', '-')}"
+        if found := [name for name in _OF_JOB if getattr(words, name)]:
+            flag = "a recipe" if found[0] == "recipe" else f"--{found[0].replace('_', '-')}"
             raise ConfigError(f"{flag} goes with --job")
         from hvdtrain.jobs.doctor import doctor
 
@@ -420,117 +420,3 @@ _COMMANDS = {
     "report": _Command("table and loss.png of one or several runs", _report, only_looks=True),
     "doctor": _Command("what is installed, and a real two-rank all-reduce; or a job's nodes", _doctor, only_looks=True),
 }
-
-
-# --- words -----------------------------------------------------------------------------------------------------------
-
-
-class _Parser(argparse.ArgumentParser):
-    """Wrong words become a ConfigError, so that one rank speaks instead of all."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}\n{self.format_usage().rstrip()}")
-
-
-_HELP_INDENT = 62  # where the meaning of a recipe's key begins
-
-
-class _TrainHelp(argparse.Action):
-    """``train --help`` shows every option of a recipe; the recipes' room is loaded only then."""
-
-    def __init__(self, option_strings: Sequence[str], dest: str):
-        super().__init__(option_strings, dest, nargs=0, help="show this and every key of a recipe")
-
-    def __call__(self, parser, namespace, values, option_string=None) -> NoReturn:
-        from hvdtrain.config import describe_options, recipe_names
-        from hvdtrain.models.presets import PRESETS
-
-        parser.print_help()
-        print(f"\nrecipes: {', '.join(recipe_names())}\n\nkeys of a recipe (type, default, meaning):")
-        for row in describe_options():
-            head = f"  {row.key:<27} {row.type:<22} {row.default:<8} "
-            if len(head) > _HELP_INDENT:  # a long list of values has a line of its own
-                print(head.rstrip())
-                head = " " * _HELP_INDENT
-            print(
-                textwrap.fill(
-                    row.meaning, 120, initial_indent=head, subsequent_indent=" " * _HELP_INDENT, break_on_hyphens=False
-                )
-            )
-        print("\nmodel.preset (each stands under the keys that are given):")
-        for name, keys in PRESETS.items():
-            words = " ".join(f"{key}={str(value).lower()}" for key, value in keys.items())
-            print(textwrap.fill(words, 120, initial_indent=f"  {name:<14} ", subsequent_indent=" " * 17))
-        parser.exit()
-
-
-def _add_recipe(parser: argparse.ArgumentParser, settings: str) -> None:
-    parser.add_argument("recipe", metavar="RECIPE", help="name of a built-in recipe, or path of a .yaml file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help=settings)
-
-
-def _add_data(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--data", type=Path, action="append", default=[], metavar="DIR",
-        help="shards to take instead of the run's own, or where these are now; again for each folder of a mixture",
-    )  # fmt: skip
-
-
-def _add_choice(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--checkpoint", default="newest", metavar="newest|best|STEP",
-        help="the newest whole one (default), the best (checkpoint.keep_best), or that of a step",
-    )  # fmt: skip
-    parser.add_argument(
-        "--weights", choices=["raw", "ema"],
-        help="of the last step (raw) or averaged in training (ema); default: ema where the checkpoint has it",
-    )  # fmt: skip
-
-
-# Of SearchOptions, which torch need not be loaded for.
-_SEARCH: dict[str, tuple[type, str, str]] = {
-    "beam": (int, "N", "hypotheses side by side"),
-    "n_best": (int, "N", "hypotheses to give (--json)"),
-    "length_penalty": (float, "P", "score: log p / tokens^P"),
-    "early_stopping": (str, "no|yes|never", "when beams end before --max-tokens"),
-    "no_repeat_ngram": (int, "N", "no N tokens follow one another twice"),
-    "min_tokens": (int, "N", "no end before"),
-    "max_tokens": (int, "N", "most tokens to add"),
-    "forced_first": (int, "ID", "the first token added"),
-    "forced_last": (int, "ID", "the last token, at --max-tokens"),
-    "temperature": (float, "T", "0: the likeliest token; else drawn"),
-    "top_k": (int, "K", "draw from so many; 0: from all tokens"),
-    "top_p": (float, "P", "nucleus; 1: all tokens"),
-    "seed": (int, "N", "of what is drawn"),
-    "batch_tokens": (int, "N", "of inputs and hypotheses at once"),
-}
-
-
-def _add_mesh(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--mesh", default="", metavar="tensor=N,pipeline=N",
-        help="ranks over which the model is spread; default: on one rank whole, on several as it was trained",
-    )  # fmt: skip
-
-
-def _add_texts(parser: argparse.ArgumentParser) -> None:
-    """How texts are read and answered."""
-    parser.add_argument("--field", default="", metavar="NAME", help="of JSON lines (.jsonl): the text to answer")
-    parser.add_argument(
-        "--too-long", default="refuse", choices=["refuse", "truncate", "drop"],
-        help="texts with more tokens than model.context; default: refuse",
-    )  # fmt: skip
-    parser.add_argument(
-        "--invalid-utf8",
-        default="refuse",
-        choices=["refuse", "replace"],
-        help="bytes that are no text; default: refuse",
-    )
-    search = parser.add_argument_group("search", "default: as the run's recipe has it under its task's search")
-    for name, (kind, metavar, meaning) in _SEARCH.items():
-        search.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=meaning)
-
-
-def _given(words: argparse.Namespace) -> dict[str, object]:
-    """What of the search stands on the command line."""
-    return {name: value for name in _SEARCH if (value := getattr(words, name)) is not None}

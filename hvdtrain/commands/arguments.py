@@ -1,0 +1,120 @@
+"""What may follow a command's name, where several commands share it: a recipe, a checkpoint, how texts are answered."""
+
+import argparse
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from hvdtrain.errors import ConfigError
+
+
+class Parser(argparse.ArgumentParser):
+    """Wrong words become a ConfigError, so that one rank speaks instead of all."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}\n{self.format_usage().rstrip()}")
+
+
+_HELP_INDENT = 62  # where the meaning of a recipe's key begins
+
+
+class TrainHelp(argparse.Action):
+    """``train --help`` shows every option of a recipe; the recipes' room is loaded only then."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str):
+        super().__init__(option_strings, dest, nargs=0, help="show this and every key of a recipe")
+
+    def __call__(self, parser, namespace, values, option_string=None) -> NoReturn:
+        from hvdtrain.config import describe_options, recipe_names
+        from hvdtrain.models.presets import PRESETS
+
+        parser.print_help()
+        print(f"\nrecipes: {', '.join(recipe_names())}\n\nkeys of a recipe (type, default, meaning):")
+        for row in describe_options():
+            head = f"  {row.key:<27} {row.type:<22} {row.default:<8} "
+            if len(head) > _HELP_INDENT:  # a long list of values has a line of its own
+                print(head.rstrip())
+                head = " " * _HELP_INDENT
+            print(
+                textwrap.fill(
+                    row.meaning, 120, initial_indent=head, subsequent_indent=" " * _HELP_INDENT, break_on_hyphens=False
+                )
+            )
+        print("\nmodel.preset (each stands under the keys that are given):")
+        for name, keys in PRESETS.items():
+            words = " ".join(f"{key}={str(value).lower()}" for key, value in keys.items())
+            print(textwrap.fill(words, 120, initial_indent=f"  {name:<14} ", subsequent_indent=" " * 17))
+        parser.exit()
+
+
+def add_recipe(parser: argparse.ArgumentParser, settings: str) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="name of a built-in recipe, or path of a .yaml file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=settings)
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data", type=Path, action="append", default=[], metavar="DIR",
+        help="shards to take instead of the run's own, or where these are now; again for each folder of a mixture",
+    )  # fmt: skip
+
+
+def add_choice(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--checkpoint", default="newest", metavar="newest|best|STEP",
+        help="the newest whole one (default), the best (checkpoint.keep_best), or that of a step",
+    )  # fmt: skip
+    parser.add_argument(
+        "--weights", choices=["raw", "ema"],
+        help="of the last step (raw) or averaged in training (ema); default: ema where the checkpoint has it",
+    )  # fmt: skip
+
+
+# Of SearchOptions, which torch need not be loaded for.
+_SEARCH: dict[str, tuple[type, str, str]] = {
+    "beam": (int, "N", "hypotheses side by side"),
+    "n_best": (int, "N", "hypotheses to give (--json)"),
+    "length_penalty": (float, "P", "score: log p / tokens^P"),
+    "early_stopping": (str, "no|yes|never", "when beams end before --max-tokens"),
+    "no_repeat_ngram": (int, "N", "no N tokens follow one another twice"),
+    "min_tokens": (int, "N", "no end before"),
+    "max_tokens": (int, "N", "most tokens to add"),
+    "forced_first": (int, "ID", "the first token added"),
+    "forced_last": (int, "ID", "the last token, at --max-tokens"),
+    "temperature": (float, "T", "0: the likeliest token; else drawn"),
+    "top_k": (int, "K", "draw from so many; 0: from all tokens"),
+    "top_p": (float, "P", "nucleus; 1: all tokens"),
+    "seed": (int, "N", "of what is drawn"),
+    "batch_tokens": (int, "N", "of inputs and hypotheses at once"),
+}
+
+
+def add_mesh(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--mesh", default="", metavar="tensor=N,pipeline=N",
+        help="ranks over which the model is spread; default: on one rank whole, on several as it was trained",
+    )  # fmt: skip
+
+
+def add_texts(parser: argparse.ArgumentParser) -> None:
+    """How texts are read and answered."""
+    parser.add_argument("--field", default="", metavar="NAME", help="of JSON lines (.jsonl): the text to answer")
+    parser.add_argument(
+        "--too-long", default="refuse", choices=["refuse", "truncate", "drop"],
+        help="texts with more tokens than model.context; default: refuse",
+    )  # fmt: skip
+    parser.add_argument(
+        "--invalid-utf8",
+        default="refuse",
+        choices=["refuse", "replace"],
+        help="bytes that are no text; default: refuse",
+    )
+    search = parser.add_argument_group("search", "default: as the run's recipe has it under its task's search")
+    for name, (kind, metavar, meaning) in _SEARCH.items():
+        search.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=meaning)
+
+
+def given(words: argparse.Namespace) -> dict[str, object]:
+    """What of the search stands on the command line."""
+    return {name: value for name in _SEARCH if (value := getattr(words, name)) is not None}
