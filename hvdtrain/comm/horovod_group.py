@@ -10,16 +10,16 @@ from typing import Any
 import torch
 
 from hvdtrain.comm.abort import end_all_ranks
-from hvdtrain.comm.axis import Axis, LocalAxis
+from hvdtrain.comm.axes import Axes
+from hvdtrain.comm.axis import Axis
 from hvdtrain.comm.gloo import check_own_address
 from hvdtrain.comm.group import Group, Sets, set_of
 from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.comm.mpi import start_mpi
-from hvdtrain.comm.mpi_axis import MpiAxis
 from hvdtrain.comm.ranks import Pending
-from hvdtrain.comm.shared_axis import PLACE, SharedAxis, has_room
+from hvdtrain.comm.staged import FromHost
 from hvdtrain.comm.world import World, check_sizes, shares_gpus
-from hvdtrain.errors import ConfigError, LaunchError, OutputError, RankLostError
+from hvdtrain.errors import LaunchError, OutputError, RankLostError
 
 # Horovod's settings. It reads them once, when it starts: before a recipe is read, because the ranks need Horovod to
 # agree on the recipe. So they are variables of the environment, and what the user has set there wins.
@@ -54,14 +54,14 @@ class _OverHorovod(Group):
     def all_reduce_sum_async(self, tensor: torch.Tensor, name: str) -> Pending:
         if tensor.is_cuda and self._through_host:
             on_host = tensor.cpu()
-            return _FromHost(self.all_reduce_sum_async(on_host, name), on_host, tensor)
+            return FromHost(self.all_reduce_sum_async(on_host, name), on_host, tensor)
         handle = self._hvd.allreduce_async_(tensor, op=self._hvd.Sum, name=name, process_set=self._set)
         return _PendingCollective(self._hvd, handle)
 
     def all_to_all_async(self, rows: torch.Tensor, received: torch.Tensor, name: str) -> Pending:
         if rows.is_cuda and self._through_host:
             on_host = torch.empty_like(received, device="cpu")
-            return _FromHost(self.all_to_all_async(rows.cpu(), on_host, name), on_host, received)
+            return FromHost(self.all_to_all_async(rows.cpu(), on_host, name), on_host, received)
         # Horovod's public functions make a new tensor for each result. Those below them write into the one that they
         # are given, if it has the right size.
         even, counts = torch.empty(0, dtype=torch.int32), torch.empty(self.size, dtype=torch.int32)
@@ -70,7 +70,7 @@ class _OverHorovod(Group):
     def all_gather_async(self, row: torch.Tensor, rows: torch.Tensor, name: str) -> Pending:
         if row.is_cuda and self._through_host:
             on_host = torch.empty_like(rows, device="cpu")
-            return _FromHost(self.all_gather_async(row.cpu(), on_host, name), on_host, rows)
+            return FromHost(self.all_gather_async(row.cpu(), on_host, name), on_host, rows)
         return _PendingCollective(self._hvd, self._ops._allgather_async(row, rows, name, self._set))
 
     def broadcast(self, tensor: torch.Tensor, root: int, name: str) -> None:
@@ -124,7 +124,7 @@ class HorovodGroup(_OverHorovod):
         backend = _backend(hvd, gloo=self._mpi is None, nccl=not shares_gpus())
         super().__init__(hvd.global_process_set, range(hvd.size()), shares_gpus(), backend)
         self._groups: dict[tuple[int, ...], Group] = {tuple(range(self.size)): self}
-        self._axes: list[Axis] = []
+        self._axes = Axes(self, self._mpi)
 
     def split(self, sets: Sets) -> Group:
         own = tuple(set_of(self.rank, sets))
@@ -136,26 +136,7 @@ class HorovodGroup(_OverHorovod):
         return self._groups[own] if own in self._groups else LocalGroup()
 
     def axis(self, sets: Sets, device: torch.device) -> Axis:
-        axis = self._make_axis(set_of(self.rank, sets), sets)
-        self._axes.append(axis)
-        return axis
-
-    def _make_axis(self, own: Sequence[int], sets: Sets) -> Axis:
-        if self._mpi is None:
-            raise ConfigError("nobody cuts a model over Gloo yet; start with mpirun or srun --mpi=pmix")
-        color = next((number for number, ranks in enumerate(sets) if self.rank in ranks), len(sets) + self.rank)
-        part = self._mpi.COMM_WORLD.Split(color, self.rank)
-        if len(own) == 1:
-            part.Free()
-            return LocalAxis()
-        near = part.Split_type(self._mpi.COMM_TYPE_SHARED)
-        on_one_node = near.Get_size() == part.Get_size()
-        near.Free()
-        if on_one_node and has_room(part):
-            return SharedAxis(self._mpi, part)
-        axis = MpiAxis(self._mpi, part)
-        axis.note = f"{PLACE} has no room for memory that ranks share" if on_one_node else ""
-        return axis
+        return self._axes.make(sets, device)
 
     def start_timeline(self, path: Path) -> list[str]:
         self.on_main(lambda: _check_writable(path))
@@ -169,8 +150,7 @@ class HorovodGroup(_OverHorovod):
             self._timeline = None
 
     def close(self) -> None:
-        for axis in self._axes:
-            axis.close()
+        self._axes.close()
         self.stop_timeline()
         self.barrier()  # the first rank that leaves ends all process sets
         self._hvd.shutdown()
@@ -224,20 +204,6 @@ class _PendingCollective:
         with _ranks_lost():
             self._hvd.synchronize(self._handle)
         self._waited = True
-
-
-class _FromHost:
-    """A collective of copies in the host's memory, whose result goes to the device in the end."""
-
-    def __init__(self, pending: Pending, on_host: torch.Tensor, result: torch.Tensor):
-        self._pending, self._on_host, self._result = pending, on_host, result
-
-    def done(self) -> bool:
-        return self._pending.done()
-
-    def wait(self) -> None:
-        self._pending.wait()
-        self._result.copy_(self._on_host)
 
 
 def _check_writable(path: Path) -> None:

@@ -8,6 +8,7 @@ from contract import AxisContract
 from threads import ThreadAxis, ThreadGroup, on_every_rank, on_ranks
 
 from hvdtrain.comm.axis import Axis, LocalAxis
+from hvdtrain.comm.staged import StagedAxis
 from hvdtrain.errors import RankLostError
 
 
@@ -86,3 +87,19 @@ def test_a_message_that_nobody_waits_for_is_named():
 def test_one_that_fails_leaves_nobody_waiting():
     with pytest.raises(ZeroDivisionError):
         on_axis(3, lambda axis: axis.sum(torch.ones(1 // axis.rank)))
+
+
+# --- through the host's memory ---------------------------------------------------------------------------------------
+
+
+@on_every_rank
+class TestStaged(AxisContract):
+    """As where several ranks use one GPU; here the GPU is the host as well."""
+
+    @pytest.fixture
+    def axis(self) -> int:
+        return 2
+
+    @staticmethod
+    def part_of(group: ThreadGroup) -> Axis:
+        return StagedAxis(TestThreads.part_of(group), "ranks share a GPU")

@@ -52,12 +52,13 @@ class TestHalfOfThreads(GroupContract):
 
 
 def test_over_gloo():
-    """The same tests of the same class as over MPI, which are those of this file."""
-    words = ("-m", "pytest", "-q", "-p", "no:cacheprovider", OVER_MPI / "test_group.py", "-k", "TestHorovod")
+    """The same tests of the same class as over MPI, which are those of this file; and a mesh, whose axes are Gloo's."""
+    tests = (OVER_MPI / "test_group.py", OVER_MPI / "test_mesh.py", "-k", "TestHorovod or reaches_its_ranks")
+    words = ("-m", "pytest", "-q", "-p", "no:cacheprovider", *tests)
     done = succeed(how="gloo", ranks=2, program=(sys.executable, *words), timeout_s=120)
     names = [name for name in dir(GroupContract) if name.startswith("test_")]
     passed = int(done.text.rpartition(" passed")[0].split()[-1])
-    assert passed >= len(names), done
+    assert passed >= len(names) + 3, done
     assert "skipped" not in done.text
 
 

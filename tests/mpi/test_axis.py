@@ -13,6 +13,7 @@ from hvdtrain.comm.axis import Axis, LocalAxis
 from hvdtrain.comm.horovod_group import HorovodGroup
 from hvdtrain.comm.mpi_axis import MpiAxis
 from hvdtrain.comm.shared_axis import SharedAxis
+from hvdtrain.comm.torch_axis import TorchAxis, open_store
 
 
 @pytest.fixture(scope="module")
@@ -52,3 +53,19 @@ class TestMpi(AxisContract):
     @pytest.fixture
     def axis(self, over_mpi: Axis) -> Axis:
         return over_mpi
+
+
+@pytest.fixture(scope="module")
+def over_gloo(horovod: HorovodGroup) -> Iterator[Axis]:
+    if horovod.size == 1:
+        yield LocalAxis()
+        return
+    axis = TorchAxis("gloo", open_store(horovod), horovod.rank, horovod.size, torch.device("cpu"))
+    yield axis
+    axis.close()
+
+
+class TestGloo(AxisContract):
+    @pytest.fixture
+    def axis(self, over_gloo: Axis) -> Axis:
+        return over_gloo
