@@ -333,6 +333,7 @@ def open_engine(run: OpenRun) -> Engine:
         fill_slices(replica.slices, blueprint.initial(config.seed))
     _take_over(run, replica, type(blueprint.model).__name__)
     sync = make_sync(config.sync, replica.slices, replica.computing, mesh, replica.uses)
+    run.notes += sync.notes
     shares = rate_shares(list(blueprint.wholes), config.optim.layer_decay)
     moved = [piece.tensor for piece in sync.moves]
     optimizer = make_optimizer(moved, config.optim, sync.norms, [shares[piece.name] for piece in sync.moves])

@@ -59,10 +59,11 @@ class PartNorms:
     the first of its microbatches. It watches the gradients on their way; see sync/buckets.py.
 
     speaks: of a replica that is cut over ranks, each adds the squares of what it holds, and one of them the rest.
+    of_first: where nobody ever has a replica's whole share, the first microbatch of each replica it is.
     """
 
-    def __init__(self, replicas: int, device: torch.device, speaks: bool = True):
-        self._has_peers, self._speaks = replicas > 1, speaks
+    def __init__(self, replicas: int, device: torch.device, speaks: bool = True, of_first: bool = False):
+        self._has_peers, self._of_first, self._speaks = replicas > 1, of_first or replicas == 1, speaks
         self._square = torch.zeros((), dtype=torch.float64, device=device)
 
     def begin(self) -> None:
@@ -71,12 +72,12 @@ class PartNorms:
 
     def after_first_pass(self, flat: torch.Tensor, copies: int = 1) -> None:
         """A bucket as the first of several microbatches has left it. copies: ranks of the replica that hold it."""
-        if not self._has_peers:
+        if self._of_first:
             self._square += torch.dot(flat, flat) / copies
 
     def as_it_leaves(self, flat: torch.Tensor, copies: int = 1) -> None:
         """A bucket as this replica's whole share has filled it."""
-        if self._has_peers:
+        if not self._of_first:
             self._square += torch.dot(flat, flat) / copies
 
     def tell(self, sums: torch.Tensor, weights: Sequence[int], is_complete: bool) -> None:
@@ -85,8 +86,9 @@ class PartNorms:
         weights: targets of its microbatches. is_complete: each of them gave every parameter a gradient; else nobody
         knows which the first was of, and it is left out.
         """
-        weight = sum(weights) if self._has_peers else weights[0] if len(weights) > 1 else 0
-        if not self._has_peers and not is_complete:
+        is_part = len(weights) > (0 if self._has_peers else 1)
+        weight = 0 if not is_part else weights[0] if self._of_first else sum(weights)
+        if self._of_first and not is_complete:
             sums[0] = torch.nan  # the other ranks of the replica may know no better
         elif weight:
             sums[0] = self._square / weight**2

@@ -26,7 +26,7 @@ from hvdtrain.optim.noise_scale import PartNorms
 from hvdtrain.optim.update import Agreed, Gradient, Summed, Update
 from hvdtrain.options import Options, option
 from hvdtrain.slices import Slice
-from hvdtrain.sync.buckets import Bucket, Buckets
+from hvdtrain.sync.buckets import Bucket, Buckets, make_runs
 from hvdtrain.sync.norms import SpreadNorms
 from hvdtrain.sync.sums import Sums
 from hvdtrain.sync.sync import EXACT, Drift, Told
@@ -60,6 +60,7 @@ class AllReduceSync:
         trained = [number for number, piece in enumerate(slices) if piece.tensor.requires_grad]
         self.moves: Sequence[Slice] = [slices[number] for number in trained]
         self.drift = EXACT if options.wire == "fp32" else Drift(False, f"two roundings to {options.wire} a step")
+        self.notes: list[str] = []
         self._mesh, device = mesh, self.moves[0].tensor.device
         holders = dict.fromkeys(piece.holders for piece in self.moves)
         self._wires = {group: make_wire(options.wire, group) for group in holders}
@@ -71,7 +72,7 @@ class AllReduceSync:
         self._buckets = Buckets(
             self.moves,
             [computing[number] for number in trained],
-            int(options.bucket_mib * (1 << 20)),
+            make_runs(self.moves, int(options.bucket_mib * (1 << 20))),
             self._send,
             self._after_first_pass,
             uses and [uses[number] for number in trained],
@@ -89,7 +90,10 @@ class AllReduceSync:
         for bucket in self._buckets.all:
             bucket.wait()
         self._buckets.drop_unused(totals.users)
-        gradients = [Gradient(bucket.flat, bucket.copies, self._is_one_piece(bucket)) for bucket in self._buckets.all]
+        replicas = self._mesh.replicas
+        gradients = [
+            Gradient(bucket.flat, bucket.run.copies, bucket.run.is_one_piece(replicas)) for bucket in self._buckets.all
+        ]
         over_ranks = sum_over_replica(self._mesh)
         self._summed = Summed(gradients, totals.loss, totals.weight, totals.flags, totals.parts, over_ranks)
 
@@ -118,16 +122,10 @@ class AllReduceSync:
         self._buckets.close()
 
     def _send(self, bucket: Bucket) -> None:
-        if self._is_one_piece(bucket):
-            self._parts.as_it_leaves(bucket.flat, bucket.copies)
-        bucket.pending = self._wires[bucket.holders].start(bucket.flat, bucket.name)
+        if bucket.run.is_one_piece(self._mesh.replicas):
+            self._parts.as_it_leaves(bucket.flat, bucket.run.copies)
+        bucket.pending = self._wires[bucket.run.holders].start(bucket.flat, bucket.run.name)
 
     def _after_first_pass(self, bucket: Bucket) -> None:
-        if self._is_one_piece(bucket):
-            self._parts.after_first_pass(bucket.flat, bucket.copies)
-
-    def _is_one_piece(self, bucket: Bucket) -> bool:
-        """Does one rank of a replica have all of its gradient? Where several have a share, as of a tied embedding, only
-        their sum has a norm that says anything: it stays out of the noise scale.
-        """
-        return bucket.holders.size == self._mesh.replicas
+        if bucket.run.is_one_piece(self._mesh.replicas):
+            self._parts.after_first_pass(bucket.flat, bucket.run.copies)

@@ -7,7 +7,10 @@ Of a replica that is cut over ranks, tensors may be held by several of them: a t
 stage of a pipeline. A bucket is of tensors that the same ranks hold, and only these sum it up.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
@@ -15,26 +18,56 @@ from hvdtrain.comm.group import Group
 from hvdtrain.comm.ranks import Pending
 from hvdtrain.slices import Slice
 
+ALIGNED = 16  # numbers of fp32: 64 bytes, a line of a CPU's cache
 
-class Bucket:
-    """Some parameters' gradients side by side. members: (number of the parameter, parameter).
 
-    name: the same on all ``holders``. copies: see ``Slice``.
+@dataclass(frozen=True)
+class Run:
+    """Parameters whose gradients travel together. members: (number of the parameter, parameter).
+
+    name: the same on all ``holders``. copies: see ``Slice``. offsets: where each member begins in a flat tensor of
+    ``length`` numbers; where that is to be divided among the holders, members begin at multiples of ``ALIGNED``, and
+    what lies between and behind them is 0.
     """
 
-    def __init__(self, name: str, members: list[tuple[int, torch.Tensor]], holders: Group, copies: int):
-        self.name, self.members, self.holders, self.copies = name, members, holders, copies
-        first = members[0][1]
-        sizes = [parameter.numel() for _, parameter in members]
-        self.flat = torch.zeros(sum(sizes), dtype=first.dtype, device=first.device)
-        pieces = zip(self.flat.split(sizes), members, strict=True)
-        self.views = [piece.view_as(parameter) for piece, (_, parameter) in pieces]
-        self.pending: Pending | None = None  # its sum, once it has left
+    name: str
+    members: list[tuple[int, torch.Tensor]]
+    offsets: list[int]
+    length: int
+    holders: Group
+    copies: int
+
+    def is_one_piece(self, replicas: int) -> bool:
+        """Does one rank of a replica have all of its gradient? Where several have a share, as of a tied embedding, only
+        their sum has a norm that says anything: it stays out of the noise scale.
+        """
+        return self.holders.size == replicas
+
+    def empty(self) -> torch.Tensor:
+        """A flat tensor of zeros for them."""
+        first = self.members[0][1]
+        return torch.zeros(self.length, dtype=first.dtype, device=first.device)
+
+    def views(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        """Each member's place there, in its shape."""
+        pairs = zip(self.offsets, self.members, strict=True)
+        return [flat[at : at + parameter.numel()].view_as(parameter) for at, (_, parameter) in pairs]
+
+
+class Bucket:
+    """A run's gradients side by side, in ``flat``."""
+
+    def __init__(self, run: Run):
+        self.run, self.members = run, run.members
+        self.flat = run.empty()
+        self.views = run.views(self.flat)
+        self.has_left = False
+        self.pending: Pending | None = None  # its sum, where it travels by itself
         self.missing = self.after_first = 0  # gradients until it leaves, and until the first pass has filled it
 
     def wait(self) -> None:
         """Until ``flat`` holds the sum."""
-        assert self.pending is not None, "it has not left"
+        assert self.has_left and self.pending is not None, "it has not left"
         self.pending.wait()
 
 
@@ -54,7 +87,7 @@ class Buckets:
         self,
         slices: Sequence[Slice],
         computing: Sequence[torch.Tensor],
-        bucket_bytes: int,
+        runs: Sequence[Run],
         send: Callable[[Bucket], None],
         observe: Callable[[Bucket], None],
         uses: Sequence[int] | None = None,
@@ -64,7 +97,7 @@ class Buckets:
         self._uses = uses or [1] * len(slices)
         self._parameters = [piece.tensor for piece in slices]
         self._is_copy = computing[0] is not self._parameters[0]
-        self.all = fill_buckets(slices, bucket_bytes)
+        self.all = [Bucket(run) for run in runs]
         places = {number: (bucket, view) for bucket in self.all for (number, _), view in _pairs(bucket)}
         self._passes = 0
         self._is_mixed = False
@@ -79,7 +112,7 @@ class Buckets:
         for bucket in self.all:
             bucket.flat.zero_()
             bucket.after_first = sum(self._uses[number] for number, _ in bucket.members)
-            bucket.missing, bucket.pending = bucket.after_first * passes, None
+            bucket.missing, bucket.has_left = bucket.after_first * passes, False
             for (_, parameter), view in _pairs(bucket):
                 parameter.grad = view
         self._passes, self._is_mixed = passes, False
@@ -88,7 +121,7 @@ class Buckets:
     def send_rest(self) -> None:
         """Send the buckets that backward has not filled: another rank may have."""
         for bucket in self.all:
-            if bucket.pending is None:
+            if not bucket.has_left:
                 self._leave(bucket)
 
     @property
@@ -142,16 +175,18 @@ class Buckets:
             if parameter.grad is not view:  # autograd put another tensor there
                 view.copy_(parameter.grad) if parameter.grad is not None else view.zero_()
                 parameter.grad = view
+        bucket.has_left = True
         self._send(bucket)
 
 
-def fill_buckets(slices: Sequence[Slice], bucket_bytes: int) -> list[Bucket]:
+def make_runs(slices: Sequence[Slice], bucket_bytes: int, in_parts: bool = False) -> list[Run]:
     """Cut the slices, last first, into runs of at most ``bucket_bytes`` (a larger one has its own).
 
     A run is of one type, and of slices that the same ranks hold; it may leave out others between them. Runs are
-    numbered among those of the same ranks, who hold them all: so their names agree.
+    numbered among those of the same ranks, who hold them all: so their names agree. in_parts: they are to be divided
+    among their holders.
     """
-    runs: list[list[int]] = []
+    found: list[list[int]] = []
     open_runs: dict[tuple[torch.dtype, int, Group], tuple[list[int], int]] = {}
     for number in reversed(range(len(slices))):
         piece = slices[number]
@@ -159,17 +194,30 @@ def fill_buckets(slices: Sequence[Slice], bucket_bytes: int) -> list[Bucket]:
         run, size = open_runs.get(kind, ([], 0))
         if not run or size + piece.tensor.nbytes > bucket_bytes:
             run, size = [], 0
-            runs.append(run)
+            found.append(run)
         run.append(number)
         open_runs[kind] = run, size + piece.tensor.nbytes
-    numbers: dict[Group, int] = {}
-    buckets = []
-    for run in runs:
-        first = slices[run[0]]
-        number = numbers[first.holders] = numbers.get(first.holders, -1) + 1
-        members = [(member, slices[member].tensor) for member in run]
-        buckets.append(Bucket(f"hvdtrain.gradients.{number}", members, first.holders, first.copies))
-    return buckets
+    counts: Counter[Group] = Counter()
+    runs = []
+    for run in found:
+        holders, unit = slices[run[0]].holders, ALIGNED if in_parts else 1
+        ends = list(accumulate(_round_up(slices[number].tensor.numel(), unit) for number in run))
+        runs.append(
+            Run(
+                f"hvdtrain.gradients.{counts[holders]}",
+                [(number, slices[number].tensor) for number in run],
+                [0, *ends[:-1]],
+                _round_up(ends[-1], unit * holders.size if in_parts else 1),
+                holders,
+                slices[run[0]].copies,
+            )
+        )
+        counts[holders] += 1
+    return runs
+
+
+def _round_up(number: int, unit: int) -> int:
+    return -(-number // unit) * unit
 
 
 def _pairs(bucket: Bucket) -> Iterable[tuple[tuple[int, torch.Tensor], torch.Tensor]]:

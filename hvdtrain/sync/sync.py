@@ -42,12 +42,13 @@ class Sync(Protocol):
     One step:  ``begin(passes)``, a backward for each pass, ``finish(told)``, ``step(update, lr)``.
 
     drift: from one process. moves: what this rank's optimizer updates: all slices, or a shard of them. norms: of whole
-    tensors, for the optimizers that go by them.
+    tensors, for the optimizers that go by them. notes: what the user has to be told of it.
     """
 
     drift: Drift
     moves: Sequence[Slice]
     norms: Norms
+    notes: list[str]
 
     def begin(self, passes: int) -> None:
         """Empty the gradients. A bucket leaves after ``passes`` gradients of each of its members (local)."""

@@ -146,16 +146,16 @@ class _Exchange:
         self._out_pw = torch.zeros(group.size, part // 2 + 1, dtype=torch.int32, device=flat.device)
         self._in_pw = torch.zeros_like(self._out_pw)
         self._sum_1w = torch.zeros_like(self._out_pw[:1])
-        self.parts, self._out_scales = _open(self._out_pw, form.dtype)
-        self._arrived, self._arrived_scales = _open(self._in_pw, form.dtype)
-        self._sum, self._sum_scale = _open(self._sum_1w, form.dtype)
+        self.parts, self._out_scales = open_words(self._out_pw, form.dtype)
+        self._arrived, self._arrived_scales = open_words(self._in_pw, form.dtype)
+        self._sum, self._sum_scale = open_words(self._sum_1w, form.dtype)
         self.pending: Pending
         self.is_summed = False
 
     def send_parts(self, flat: torch.Tensor) -> None:
         self._flat, self.is_summed = flat, False
         if self._scaled:
-            self._out_scales.copy_(_scale(flat))
+            self._out_scales.copy_(scaled(flat))
         for mine, parts in self._pairs(self.parts):
             parts.copy_(mine)
         self.pending = self._group.all_to_all_async(self._out_pw, self._in_pw, f"{self._name}.parts")
@@ -168,7 +168,7 @@ class _Exchange:
             numbers_pc.mul_(self._arrived_scales)
         torch.sum(numbers_pc, dim=0, out=sum_c)
         if self._scaled:
-            self._sum_scale.copy_(_scale(sum_c))
+            self._sum_scale.copy_(scaled(sum_c))
         self._sum[0].copy_(sum_c)
         self.pending = self._group.all_gather_async(self._sum_1w, self._in_pw, f"{self._name}.sums")
         self.is_summed = True
@@ -189,12 +189,12 @@ class _Exchange:
             yield self._flat[full * part :], rows[full, : self._rest]
 
 
-def _open(words_pw: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def open_words(words_pw: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Views of words: the numbers [p, c], and the fp32 factors [p, 1] that lead back to their true size."""
     return words_pw[:, :-1].view(dtype), words_pw[:, -1:].view(torch.float32)
 
 
-def _scale(values: torch.Tensor) -> torch.Tensor:
+def scaled(values: torch.Tensor) -> torch.Tensor:
     """Multiply ``values`` (fp32, in place) by the power of two that takes their largest magnitude to 2^14 .. 2^15.
 
     Returns the power that undoes it, a scalar. Both are made of exponent bits, exactly, and the device is not asked.

@@ -18,7 +18,7 @@ from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
 from hvdtrain.optim.update import Agreed
 from hvdtrain.slices import Slice, whole_slice
 from hvdtrain.sync.allreduce import AllReduceOptions, AllReduceSync
-from hvdtrain.sync.buckets import fill_buckets
+from hvdtrain.sync.buckets import Bucket, make_runs
 from hvdtrain.sync.sync import Told
 from hvdtrain.tasks.lm import LanguageModel
 
@@ -151,18 +151,18 @@ def test_buckets_leave_while_backward_runs_last_layer_first():
 def test_buckets_hold_every_parameter_once_last_first(bucket_bytes: int):
     sizes = [3, 50, 4, 4, 4, 1, 30]
     parameters = [nn.Parameter(torch.zeros(size)) for size in sizes]
-    buckets = fill_buckets(slices_of(parameters), bucket_bytes)
+    buckets = [Bucket(run) for run in make_runs(slices_of(parameters), bucket_bytes)]
     assert [number for bucket in buckets for number, _ in bucket.members] == [6, 5, 4, 3, 2, 1, 0]
     for bucket in buckets:
         assert bucket.flat.numel() * 4 <= bucket_bytes or len(bucket.members) == 1
     for bucket, after in pairwise(buckets):  # none could have taken the next one in
         assert bucket.flat.numel() * 4 + after.members[0][1].numel() * 4 > bucket_bytes
-    assert len({bucket.name for bucket in buckets}) == len(buckets)
+    assert len({bucket.run.name for bucket in buckets}) == len(buckets)
 
 
 def test_a_bucket_has_one_type():
     parameters = [nn.Parameter(torch.zeros(2, dtype=dtype)) for dtype in (torch.float32, torch.float64, torch.float64)]
-    buckets = fill_buckets(slices_of(parameters), 10**6)
+    buckets = [Bucket(run) for run in make_runs(slices_of(parameters), 10**6)]
     assert [bucket.flat.dtype for bucket in buckets] == [torch.float64, torch.float32]
 
 

@@ -5,7 +5,7 @@ from threads import LateGroup
 from torch import nn
 
 from hvdtrain.slices import whole_slices
-from hvdtrain.sync.buckets import Bucket, Buckets
+from hvdtrain.sync.buckets import Bucket, Buckets, make_runs
 
 
 class Watched:
@@ -14,10 +14,12 @@ class Watched:
     def __init__(self, model: nn.Module):
         self.events: list[str] = []
         self.seen: list[float] = []
-        self.buckets = Buckets(whole_slices(model, LateGroup()), list(model.parameters()), 1, self._send, self._observe)
+        slices = whole_slices(model, LateGroup())
+        runs = make_runs(slices, 1)
+        self.buckets = Buckets(slices, list(model.parameters()), runs, self._send, self._observe)
 
     def _send(self, bucket: Bucket) -> None:
-        bucket.pending = LateGroup().all_reduce_sum_async(torch.zeros(1), bucket.name)
+        bucket.pending = LateGroup().all_reduce_sum_async(torch.zeros(1), bucket.run.name)
         self.events.append(f"leaves {bucket.flat.sum().item():g}")
 
     def _observe(self, bucket: Bucket) -> None:

@@ -225,7 +225,7 @@ def test_scale(value: float, exponent: int):
     """To 2^14 .. 2^15 by a power of two, exactly, and the way back."""
     values = torch.tensor([value, -value / 2, 0.0])
     before = values.clone()
-    back = wires._scale(values)
+    back = wires.scaled(values)
     assert torch.equal(values, before * 2.0**exponent) or value < 1e-37
     assert back.item() == 2.0**-exponent
     assert values.abs().max() < 2.0**15

@@ -1,0 +1,65 @@
+"""Which places of its tensors a rank has, where it has a range of a flat bucket that several tensors share.
+
+    bucket     [ q [6, 4]          | k [2, 4]| bias |   ]     two ranks: 20 numbers each
+    rank 0     [ 0 ............ 20 )
+    rank 1                     [ 20 .............. 40 )       q[5:6,0:4], k, bias
+
+A range of a tensor is a few rectangles, at most 2 x dims - 1: the end of a row, whole rows, the beginning of one.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from hvdtrain.slices import Rect, Slice
+from hvdtrain.sync.buckets import Run
+
+
+def rectangles_of(start: int, stop: int, shape: Sequence[int]) -> list[Rect]:
+    """Those that cover the numbers ``start`` to ``stop`` of a tensor in row-major order, in that order."""
+    if start >= stop:
+        return []
+    if not shape:
+        return [Rect((), ())]
+    row = math.prod(shape[1:])
+    first, last = -(-start // row), stop // row  # whole rows
+    if len(shape) == 1:
+        return [Rect((start,), (stop - start,))]
+    if first > last:  # all within one row
+        return _within(last, start - last * row, stop - last * row, shape)
+    head = _within(first - 1, start - (first - 1) * row, row, shape) if start < first * row else []
+    rows = [Rect((first, *(0,) * (len(shape) - 1)), (last - first, *shape[1:]))] if first < last else []
+    return [*head, *rows, *_within(last, 0, stop - last * row, shape)]
+
+
+def shard_of(run: Run, slices: Sequence[Slice], flat: torch.Tensor, replicas: int) -> list[tuple[int, int, Slice]]:
+    """This rank's part of ``flat``, as slices of one rectangle each, which are views of it: (number of the parameter,
+    place in the part, slice). A slice's ``copies`` are counted over all ranks.
+
+    slices: whose numbers ``run`` has. replicas: of the whole run.
+    """
+    part = run.length // run.holders.size
+    begin = run.holders.rank * part
+    copies = run.copies * replicas // run.holders.size
+    found = []
+    for (number, _), offset in zip(run.members, run.offsets, strict=True):
+        at = offset
+        for piece in slices[number].rectangles():
+            place, size = piece.places[0], piece.tensor.numel()
+            start, stop = max(begin - at, 0), min(begin + part - at, size)
+            for inner in rectangles_of(start, stop, place.shape):
+                where = at + start - begin
+                view = flat[begin + where : begin + where + inner.numel].view(inner.shape)
+                outer = Rect(tuple(a + b for a, b in zip(inner.offset, place.offset, strict=True)), inner.shape)
+                found.append((number, where, replace(piece, tensor=view, places=(outer,), copies=copies)))
+                start += inner.numel
+            at += size
+    return found
+
+
+def _within(row: int, start: int, stop: int, shape: Sequence[int]) -> list[Rect]:
+    """Of one row."""
+    inner = rectangles_of(start, stop, shape[1:])
+    return [Rect((row, *rect.offset), (1, *rect.shape)) for rect in inner]
