@@ -182,6 +182,11 @@ def has_room(comm: Any, piece_bytes: int = _FIRST_BYTES) -> bool:
     return comm.bcast(there is None or there.f_bavail * there.f_frsize > needed)
 
 
+def window_bytes(largest: int) -> int:
+    """Of a rank's memory in the end, where tensors have up to ``largest`` bytes."""
+    return 2 * min(_MOST_BYTES, max(_FIRST_BYTES, 1 << (largest - 1).bit_length()))
+
+
 def _shared(mpi: ModuleType, comm: Any, size: int) -> tuple[Any, list[Any]]:
     """A window of ``size`` bytes of each rank, and every rank's memory in it."""
     window = mpi.Win.Allocate_shared(size, comm=comm)

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from hvdtrain import sizing
-from hvdtrain.config import RunConfig, load_config, run_folders
+from hvdtrain.comm.mesh import MeshOptions
+from hvdtrain.config import RunConfig, flatten, load_config, run_folders
+from hvdtrain.cut.combinations import bubble, check_combination, note_on_nodes, notes_on
 from hvdtrain.data.corpora import CorpusFacts, open_corpora
 from hvdtrain.data.shards import has_labels
 from hvdtrain.errors import ConfigError, plural
@@ -56,6 +58,7 @@ def plan(
 def estimate(config: RunConfig, ranks: int, ranks_per_node: int = 0, vocab_size: int = 0) -> Estimate:
     """``plan`` of settings, as numbers. On a CPU it sets this process's matrix library as a run would (local)."""
     check_ranks(ranks, ranks_per_node)
+    check_combination(flatten(config.model_dump()))
     replicas = config.mesh.replicas_of(ranks)
     recipe, config = config, sizing.sized(config, replicas)
     facts, epoch_tokens, notes = read_facts(config, replicas, vocab_size)
@@ -71,6 +74,8 @@ def estimate(config: RunConfig, ranks: int, ranks_per_node: int = 0, vocab_size:
     fast_fp32 = device == "cpu" and config.precision == "fp32" and use_fast_matmul("fp32") == "oneDNN"
     found = memory(config, facts, load, device, math_attention=fast_fp32)
     notes += found.assumptions
+    notes += notes_on(flatten(config.model_dump()), load.microbatches)
+    notes += note_on_nodes(config.mesh.tensor, load.ranks_per_node, load.nodes)
     if fast_fp32:
         notes.append("attention: keeps T x T scores, as on this AMD processor in fp32 (machine/matmul.py)")
     return Estimate(config, load, found, notes)
@@ -128,6 +133,8 @@ def as_tree(recipe: str, found: Estimate) -> dict[str, Any]:
         "workload": asdict(found.load),
         "memory_bytes": {**found.memory.parts, "of a layer": found.memory.of_layer, "total": found.memory.total},
         "memory_peak_mib": round(found.memory.total / _MIB, 1),
+        "sent_bytes": found.memory.sent,
+        "balance": round(found.memory.balance, 4),
         "notes": found.notes,
     }
 
@@ -151,7 +158,7 @@ def as_text(recipe: str, found: Estimate) -> str:
         ("tokens", f"{load.tokens:,}", f"{'' if fixed else 'at most'}{epochs}".removeprefix(", ")),
         ("parameters", f"{load.parameters:,}", ""),
         ("model FLOPs", f"{load.flops_of_step / 1e9:,.1f}", "GFLOP a step and rank"),
-        ("sent", f"{load.sent_bytes / _MIB:,.1f}", f"MiB a step and rank ({config.sync.allreduce.wire})"),
+        *_of_mesh(found),
     ]
     more = {"activations": f"{held.of_layer / _MIB:,.1f} a layer"}
     parts = [(name, f"{size / _MIB:,.1f}", more.get(name, "")) for name, size in held.parts.items() if size]
@@ -165,6 +172,36 @@ def as_text(recipe: str, found: Estimate) -> str:
         *_table([*parts, ("total", total, on_node)]),
     ]
     return "\n".join([*lines, "", *(f"note: {note}" for note in found.notes)])
+
+
+_SENT = {
+    "replica": ("sent", "MiB a step and rank ({wire}): gradients"),
+    "tensor": ("sent in layers", "MiB: sums over mesh.tensor={tensor}"),
+    "pipe": ("sent by stages", "MiB: activations and their gradients"),
+}
+
+
+def _of_mesh(found: Estimate) -> list[tuple[str, str, str]]:
+    config, mesh, cut = found.config, found.config.mesh, found.config.cut
+    words = {"wire": config.sync.allreduce.wire, "tensor": mesh.tensor}
+    rows = [
+        (name, f"{size / _MIB:,.1f}", said.format_map(words))
+        for axis, (name, said) in _SENT.items()
+        if (size := found.memory.sent[axis]) or axis == "replica"
+    ]
+    if mesh.ranks > 1:
+        rows.append(("replicas", f"{found.load.replicas:,}", f"of {mesh.ranks} ranks: {_axes(mesh)}"))
+    if mesh.pipeline > 1:
+        waits = bubble(flatten(config.model_dump()), found.load.microbatches)
+        rows.append(
+            ("bubble", f"{waits:.0%}", f"of a step ({cut.schedule}), balance of stages {found.memory.balance:.2f}")
+        )
+    return rows
+
+
+def _axes(mesh: MeshOptions) -> str:
+    sizes = {"tensor": mesh.tensor, "pipeline": mesh.pipeline}
+    return " x ".join(f"mesh.{name}={size}" for name, size in sizes.items() if size > 1)
 
 
 def _table(rows: Sequence[tuple[str, str, str]]) -> list[str]:

@@ -5,17 +5,21 @@ assumed, as it was measured: PROCESS_MIB and ALLOCATOR_SHARE. Against whole runs
 tried were within 5 %.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
+from hvdtrain.comm.shared_axis import window_bytes
 from hvdtrain.config import RunConfig
 from hvdtrain.cut.precision import PRECISIONS
+from hvdtrain.cut.schedules import SCHEDULES, Backward, Forward, Pass, WeightGradient
 from hvdtrain.data.corpora import CorpusFacts
 from hvdtrain.models.losses import chunk_rows
 from hvdtrain.optim.optimizer import state_bytes
-from hvdtrain.planner.dry_run import AttentionKind, dry_run
-from hvdtrain.planner.workload import Workload, build_model
+from hvdtrain.planner.dry_run import AttentionKind, Footprint, dry_stages
+from hvdtrain.planner.shares import Share, balance, shares_of
+from hvdtrain.planner.workload import Workload, sent_bytes
 from hvdtrain.sync.allreduce import AllReduceOptions
 from hvdtrain.sync.wire import FORMS
 from hvdtrain.tasks import make_task
@@ -26,6 +30,7 @@ PROCESS_MIB = {
     "tensorboard": 12.0,
     "several ranks": 10.0,  # Horovod and MPI
     "compile": 120.0,  # torch's compiler
+    "tensor axis": 78.0,  # the part of it that operators of one's own load
 }
 # What a CPU's step takes beyond its live tensors, as a share of activations and temporaries: holes between blocks that
 # the C library keeps (machine/malloc.py), and what matrix libraries pack their factors into.
@@ -35,6 +40,7 @@ ALLOCATOR_SHARE_OF_SHAPES = 1.4
 GPU_WORKSPACE_MIB = 32.0  # cuBLAS's, of torch's own making
 
 _MIB = 1 << 20
+_OF_GPU = {"library workspace": int(GPU_WORKSPACE_MIB * _MIB)}
 
 
 @dataclass(frozen=True)
@@ -42,13 +48,16 @@ class Memory:
     """Bytes of one rank at its peak: of its process on a CPU, of its tensors on a GPU.
 
     ``parts``: what they are, in the order in which one would explain them; together ``total``.
-    ``of_layer``: what a Transformer block keeps for backward, on average over the blocks.
+    ``of_layer``: what a Transformer block keeps for backward, on average over the blocks. ``sent``: bytes that it sends
+    in a step, by axis of the mesh. ``balance``: mean cost of the ranks of a pipeline over that of the dearest.
     """
 
     device: str
     parts: dict[str, int]
     of_layer: int
     assumptions: list[str] = field(default_factory=list)
+    sent: dict[str, int] = field(default_factory=dict)
+    balance: float = 1.0
 
     @property
     def total(self) -> int:
@@ -56,62 +65,127 @@ class Memory:
 
 
 def memory(config: RunConfig, facts: CorpusFacts, load: Workload, device: str, math_attention: bool = False) -> Memory:
-    """What one rank holds at its peak. device: cpu or cuda.
+    """What a rank holds at its peak: the one that holds most. device: cpu or cuda.
 
     math_attention: attention as two batched products, which keep T x T scores; as a CPU does where flash attention is
     switched off (machine/matmul.py). With dropout a CPU has no other, whatever is said here.
     """
-    with torch.device("meta"):
-        model = build_model(config, facts)
-    task, count, trained, precision = (
-        make_task(config.task),
-        load.parameters,
-        load.trained,
-        PRECISIONS[config.precision],
-    )
-    buffers = sum(buffer.nbytes for buffer in model.buffers())
-    largest = max(p.numel() for p in model.parameters() if p.requires_grad)
     attention: AttentionKind = "fused" if device == "cuda" else "math" if math_attention else "flash"
-    step = dry_run(config, facts, load.microbatch, load.positions, attention)
-    peak = step.peak
-    if device == "cuda" and task.predicts_tokens:
-        peak = max(peak, step.before_loss + _chunk_on_gpu(config, facts, load))
-    evaluation = dry_run(config, facts, config.eval.rows, load.positions, attention, training=False).peak
-    parts = {
-        "weights": 4 * count + buffers,
+    shares = shares_of(config, facts)
+    models = dict(sorted((number, model) for share in shares for number, model in share.stages.items()))
+    stages = list(models.values())
+    steps = dry_stages(stages, config, load.microbatch, load.positions, attention)
+    evaluations = dry_stages(stages, config, config.eval.rows, load.positions, attention, training=False)
+    if device == "cuda" and make_task(config.task).predicts_tokens:
+        of_loss = steps[-1].before_loss + _chunk_on_gpu(config, facts, load)
+        steps[-1] = replace(steps[-1], peak=max(steps[-1].peak, of_loss))
+    passes = SCHEDULES[config.cut.schedule](len(shares), load.microbatches, config.cut.stages_per_rank)
+    found = []
+    for rank, share in enumerate(shares):
+        evaluation = max(evaluations[number].peak for number in share.stages)
+        kept, peak = alive(passes[rank], steps) if len(shares) > 1 else (steps[0].kept, steps[0].peak)
+        parts = _parts(config, share, load)
+        parts |= {"activations": kept, "temporaries": peak - kept, "evaluation": max(0, evaluation - peak)}
+        if len(shares) > 1:
+            parts["transfers"] = 2 * sum(_handed(steps, number) for number in share.stages)
+        if device == "cpu":
+            parts |= _of_process(config, facts, parts, share.largest, load)
+            parts["allocator"] = int(_allocator_share(config) * max(peak, evaluation))
+        else:
+            parts |= _OF_GPU
+        of_layer = max(steps[number].of_layer for number in share.stages)
+        found.append(Memory(device, parts, of_layer, sent=_sent(config, load, share, steps)))
+    most = max(found, key=lambda one: one.total)
+    return replace(most, assumptions=_assumptions(config, load, device), balance=balance(shares))
+
+
+def alive(passes: Sequence[Pass], steps: Sequence[Footprint]) -> tuple[int, int]:
+    """Bytes that a rank keeps of the microbatches under way, and has at its peak. passes: its own, in order.
+    steps: what one microbatch takes, by stage.
+    """
+    now = kept = peak = 0
+    for step in passes:
+        of_stage = steps[step.stage]
+        if isinstance(step, Forward):
+            peak = max(peak, now + of_stage.peak)
+            now += of_stage.kept
+            kept = max(kept, now)
+        else:
+            peak = max(peak, now - of_stage.kept + of_stage.peak)
+            now -= of_stage.kept if isinstance(step, Backward | WeightGradient) else 0
+    return kept, peak
+
+
+def _parts(config: RunConfig, share: Share, load: Workload) -> dict[str, int]:
+    """Weights, and what belongs to each of them."""
+    precision, trained = PRECISIONS[config.precision], share.trained
+    return {
+        "weights": 4 * share.count + share.buffer_bytes,
         "gradients": 4 * trained,
         "optimizer state": state_bytes(config.optim) * trained,
-        "16-bit weights": 2 * count if precision.weights else 0,
+        "16-bit weights": 2 * share.count if precision.weights else 0,
         "averaged weights": 4 * trained if config.ema.decay > 0 else 0,
-        "wire buffers": wire_bytes(trained, largest, load.ranks, config.sync.allreduce),
-        "activations": step.kept,
-        "temporaries": peak - step.kept,
-        "evaluation": max(0, evaluation - peak),
+        "wire buffers": wire_bytes(trained, share.largest, load.replicas, config.sync.allreduce),
     }
-    assumptions = []
+
+
+def _of_process(
+    config: RunConfig, facts: CorpusFacts, parts: Mapping[str, int], largest: int, load: Workload
+) -> dict[str, int]:
+    """What a CPU's process has beside tensors of its step. parts: those that were told before; largest: see Share."""
+    found = {"loader buffers": loader_bytes(config, facts, load), "mapped shards": facts.shard_bytes}
+    if config.checkpoint.asynchronous:
+        saved = parts["weights"] + parts["optimizer state"] + parts["averaged weights"]
+        found["copy for saving"] = max(saved // load.replicas, 4 * largest)
+    if (parts_of_axis := config.mesh.tensor) > 1:
+        stream = 4 * load.microbatch * load.positions * config.model.width
+        found["shared memory"] = parts_of_axis * window_bytes(stream)
+    found["process"] = int(sum(_process_mib(config, load.ranks).values()) * _MIB)
+    return found
+
+
+def _allocator_share(config: RunConfig) -> float:
+    return ALLOCATOR_SHARE if make_task(config.task).rows_are_alike else ALLOCATOR_SHARE_OF_SHAPES
+
+
+def _assumptions(config: RunConfig, load: Workload, device: str) -> list[str]:
+    said = []
     if device == "cuda":
-        parts["library workspace"] = int(GPU_WORKSPACE_MIB * _MIB)
         if config.model.positions == "relative":
-            assumptions.append("positions=relative: T x T scores are kept, which a GPU may spare")
-        assumptions.append(f"{GPU_WORKSPACE_MIB:.0f} MiB of cuBLAS workspace; what CUDA itself takes is not counted")
+            said.append("positions=relative: T x T scores are kept, which a GPU may spare")
+        said.append(f"{GPU_WORKSPACE_MIB:.0f} MiB of cuBLAS workspace; what CUDA itself takes is not counted")
     else:
         process = _process_mib(config, load.ranks)
-        parts["loader buffers"] = loader_bytes(config, facts, load)
-        parts["mapped shards"] = facts.shard_bytes
-        if config.checkpoint.asynchronous:
-            saved = 4 * count + parts["optimizer state"] + parts["averaged weights"]
-            parts["copy for saving"] = max(saved // load.ranks, 4 * largest)
-        share = ALLOCATOR_SHARE if task.rows_are_alike else ALLOCATOR_SHARE_OF_SHAPES
-        parts["allocator"] = int(share * max(peak, evaluation))
-        parts["process"] = int(sum(process.values()) * _MIB)
-        assumptions.append("process: " + ", ".join(f"{name} {mib:.0f} MiB" for name, mib in process.items()))
-        assumptions.append(f"allocator: {share:.0%} of what comes and goes in a step")
-        assumptions.append("mapped shards: all read at least once, and not yet taken back by the kernel")
+        said.append("process: " + ", ".join(f"{name} {mib:.0f} MiB" for name, mib in process.items()))
+        said.append(f"allocator: {_allocator_share(config):.0%} of what comes and goes in a step")
+        said.append("mapped shards: all read at least once, and not yet taken back by the kernel")
     if config.compile != "none":
-        assumptions.append(f"compile={config.compile}: activations as without it, where they are often fewer")
-    if task.rows_are_packed:
-        assumptions.append("packed rows: as if each row were one document")
-    return Memory(device, parts, step.of_layer, assumptions)
+        said.append(f"compile={config.compile}: activations as without it, where they are often fewer")
+    if make_task(config.task).rows_are_packed:
+        said.append("packed rows: as if each row were one document")
+    if config.mesh.ranks > 1:
+        said.append("memory: of the rank of a replica that holds most")
+    return said
+
+
+def _handed(steps: Sequence[Footprint], number: int) -> int:
+    """Bytes that a stage is given, and hands on, of a microbatch; their gradients are as many."""
+    return (steps[number - 1].handed_on if number else 0) + steps[number].handed_on
+
+
+def _sent(config: RunConfig, load: Workload, share: Share, steps: Sequence[Footprint]) -> dict[str, int]:
+    """Bytes that a rank sends in a step, by axis: gradients to other replicas, sums within layers, activations and
+    their gradients to the stages behind and before.
+    """
+    of_gradients = [
+        sent_bytes(count, holders * load.replicas, config.sync.allreduce)
+        for holders, count in share.by_holders().items()
+    ]
+    return {
+        "replica": sum(of_gradients),
+        "tensor": load.microbatches * sum(steps[number].summed for number in share.stages),
+        "pipe": load.microbatches * sum(_handed(steps, number) for number in share.stages),
+    }
 
 
 def wire_bytes(parameters: int, largest: int, ranks: int, options: AllReduceOptions) -> int:
@@ -137,6 +211,7 @@ def _process_mib(config: RunConfig, ranks: int) -> dict[str, float]:
         "tensorboard": config.metrics.tensorboard,
         "several ranks": ranks > 1,
         "compile": config.compile != "none",
+        "tensor axis": config.mesh.tensor > 1 and config.compile == "none",
     }
     return {name: mib for name, mib in PROCESS_MIB.items() if takes[name]}
 

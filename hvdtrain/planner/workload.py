@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from hvdtrain.config import RunConfig
 from hvdtrain.data.corpora import CorpusFacts
@@ -12,6 +11,7 @@ from hvdtrain.data.shards import Manifest, token_dtype
 from hvdtrain.errors import ConfigError
 from hvdtrain.models.frozen import freeze
 from hvdtrain.models.lora import adapt
+from hvdtrain.models.pieces import Staged
 from hvdtrain.models.recompute import use_recompute
 from hvdtrain.sizing import feed_of
 from hvdtrain.sync.allreduce import AllReduceOptions
@@ -45,8 +45,7 @@ class Workload:
     epochs: float | None  # of the training tokens; None: not known
     parameters: int
     trained: int  # of them; others are frozen
-    flops_of_step: int  # model FLOPs of a rank, forward and backward
-    sent_bytes: int  # by a rank in a step
+    flops_of_step: int  # model FLOPs of a rank, forward and backward, on average over the ranks of a replica
 
 
 def workload(config: RunConfig, facts: CorpusFacts, ranks: int, ranks_per_node: int = 0) -> Workload:
@@ -93,8 +92,7 @@ def workload(config: RunConfig, facts: CorpusFacts, ranks: int, ranks_per_node: 
         epochs=tokens / facts.train_tokens if facts.train_tokens else None,
         parameters=parameters,
         trained=trained,
-        flops_of_step=microbatches * task.training_flops(model, batch),
-        sent_bytes=sent_bytes(trained, replicas, config.sync.allreduce),
+        flops_of_step=microbatches * task.training_flops(model, batch) // config.mesh.ranks,
     )
 
 
@@ -114,13 +112,13 @@ def sent_bytes(parameters: int, ranks: int, options: AllReduceOptions) -> int:
     return 2 * (ranks - 1) * parameters * (4 if form is None else form.dtype.itemsize) // ranks
 
 
-def build_model(config: RunConfig, facts: CorpusFacts) -> nn.Module:
+def build_model(config: RunConfig, facts: CorpusFacts) -> Staged:
     """The run's model, not initialised, on torch's present device."""
     labels = tuple(map(str, range(facts.classes)))
     dtype: Any = str(token_dtype(facts.vocab_size))
     manifest = Manifest(facts.vocab_size, "", dtype, (), {}, label_names=labels)
     task = make_task(config.task)
-    model: nn.Module = task.make_model(config.model, manifest)
+    model: Staged = task.make_model(config.model, manifest)
     adapt(model, config.model, config.model.lora)
     freeze(model, config.optim.freeze, config.model.lora, task.predicts_tokens)
     use_recompute(model, config.recompute)

@@ -58,7 +58,7 @@ def test_json_says_the_same(shards: str):
     assert held["total"] == sum(size for name, size in held.items() if name not in ("total", "of a layer"))
     assert rows["total"][0].replace(",", "") == f"{tree['memory_peak_mib']:.1f}"
     assert tree["workload"]["parameters"] == int(rows["parameters"][0].replace(",", ""))
-    assert tree["workload"]["sent_bytes"] == 4 * tree["workload"]["parameters"]
+    assert tree["sent_bytes"]["replica"] == 4 * tree["workload"]["parameters"]
     assert (tree["recipe"], tree["device"], tree["precision"]) == ("demo", "cpu", "fp32")
     assert all(isinstance(note, str) for note in tree["notes"])
 
