@@ -170,14 +170,14 @@ def open_run(asked: Asked, world: World, group: Group, claim: Claim, signals: St
     """Everything that can be wrong with the input is found here, on all ranks, before the first step (collective)."""
     recipe, run_dir = asked.recipe, asked.run_dir
     group.together(lambda: check_combination(flatten(recipe.model_dump())))
-    mesh, is_main = make_mesh(group, recipe.mesh), group.rank == 0
+    device, notes = group.together(lambda: pick_device(recipe.device, world, group))
+    mesh, is_main = make_mesh(group, recipe.mesh, device), group.rank == 0
     config = group.together(lambda: sizing.sized(recipe, mesh.replicas))
     stopping = group.together(lambda: Stopping(run_dir, config.stop, is_main, signals))
     cores = take_cores(group)
     torch.set_num_threads(cores.threads)
     task = make_task(config.task)
     group.together(lambda: _check_best(config.checkpoint.best, task))
-    device, notes = group.together(lambda: pick_device(config.device, world, group))
     notes += stopping.notes
     data = _open_data(config, task, mesh, world, pin=device.type == "cuda")
     notes += group.together(lambda: read_through_note(data.train.source.read_through))

@@ -10,6 +10,7 @@ import torch
 
 import hvdtrain
 from hvdtrain.checkpoint.manifest import Progress
+from hvdtrain.comm.mesh_map import describe_mesh
 from hvdtrain.engine import Engine
 from hvdtrain.errors import plural
 from hvdtrain.files import troubles, write_json
@@ -29,6 +30,10 @@ def announce(run: OpenRun, engine: Engine, log: Log, peak: Peak) -> None:
         f"hvdtrain: {plural(group.size, 'rank')} ({world.launcher}, {group.backend}), {run.device.type}, "
         f"{run.cores.note}, {config.precision} ({run.matmul})"
     )
+    shown, notes = describe_mesh(run.mesh, run.device)
+    for line in shown:
+        log.say(f"hvdtrain: {line}")
+    run.notes += notes
     parameters = _parameters(run, engine)
     log.say(f"hvdtrain: {parameters}; {run.data.train.about}")
     if run.taken_over is not None and run.start.origin is not None:

@@ -282,8 +282,8 @@ def test_doctor():
     done = succeed("doctor", timeout_s=200, program=program, env={"RANK": "0", "WORLD_SIZE": "4"})
     rows = dict(re.split(r"  +", line, maxsplit=1) for line in done.stdout.splitlines())
     assert rows.keys() >= {"python", "torch", "CUDA", "MPI", "Horovod", "launchers", "Slurm", "cores", "memory"}
-    all_four = "all-reduce, all-to-all, all-gather, broadcast"
-    assert rows["2 ranks, mpirun"].strip() == f"{all_four} ok over mpi"
-    assert rows["2 ranks, gloo"].strip() == f"{all_four} ok over gloo"
+    all_four, all_three = "all-reduce, all-to-all, all-gather, broadcast", "sums, parts and messages of an axis"
+    assert rows["2 ranks, mpirun"].strip() == f"{all_four} ok over mpi; {all_three} ok over shared memory"
+    assert rows["2 ranks, gloo"].strip() == f"{all_four} ok over gloo; {all_three} ok over gloo"
     assert rows["ranks"].startswith("REFUSED: torchrun started 4 ranks")
     assert "MISSING" not in done.stdout

@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 import torch
 
+from hvdtrain.comm.axis import LocalAxis
 from hvdtrain.comm.local_group import LocalGroup
-from hvdtrain.comm.selftest import check_collectives
+from hvdtrain.comm.selftest import check_axis, check_collectives
 
 
 def _wrong(tensor: torch.Tensor) -> Any:
@@ -32,3 +33,21 @@ def test_a_wrong_one_is_named(monkeypatch: pytest.MonkeyPatch, method: str, wron
     monkeypatch.setattr(group, method, wrong)
     with pytest.raises(AssertionError, match=f"{message} gives wrong numbers"):
         check_collectives(group)
+
+
+@pytest.mark.parametrize(
+    ("method", "wrong", "message"),
+    [
+        ("sum", lambda tensor: tensor + 1, "sum of 1 torch.float32"),
+        ("sum", lambda tensor: tensor if tensor.dtype != torch.bfloat16 else tensor * 2, "sum of 1 torch.bfloat16"),
+        ("gather", lambda part, dim: part + 1, "gather"),
+        ("scatter_sum", lambda tensor, dim: tensor + 1, "scattered sum"),
+        ("broadcast", lambda tensor, root: tensor + 1, "broadcast from rank 0"),
+    ],
+)
+def test_a_wrong_one_of_an_axis_is_named(monkeypatch: pytest.MonkeyPatch, method: str, wrong: Any, message: str):
+    axis = LocalAxis()
+    check_axis(axis)
+    monkeypatch.setattr(axis, method, wrong)
+    with pytest.raises(AssertionError, match=f"an axis's {message} gives wrong numbers"):
+        check_axis(axis)

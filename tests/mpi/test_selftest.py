@@ -5,4 +5,8 @@ from hvdtrain.comm.selftest import check_collectives
 
 
 def test_all_are_right(group: HorovodGroup):
-    assert check_collectives(group) == f"all-reduce, all-to-all, all-gather, broadcast ok over {group.backend}"
+    over = "shared memory" if group.size > 1 else "none"
+    assert check_collectives(group) == (
+        f"all-reduce, all-to-all, all-gather, broadcast ok over {group.backend}; "
+        f"sums, parts and messages of an axis ok over {over}"
+    )
