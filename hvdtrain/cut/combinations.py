@@ -55,7 +55,7 @@ SEVERAL_STAGES = _above("cut.stages_per_rank", 1, only_with=PIPELINE)
 OF_SCHEDULES = {name: _is("cut.schedule", name, only_with=PIPELINE) for name in SCHEDULES}
 ZERO = _is("sync.name", "zero")
 ZERO_1, ZERO_2 = (_is("sync.zero.stage", stage, only_with=ZERO) for stage in (1, 2))
-COMPILE_MODEL = _is("compile", "model")
+COMPILE_BLOCKS, COMPILE_MODEL = (_is("compile", how) for how in ("blocks", "model"))
 
 COLUMNS = {"tensor": TENSOR, "sequence": SEQUENCE, **OF_SCHEDULES, "zero 1": ZERO_1, "zero 2": ZERO_2}
 ROWS = (
@@ -67,7 +67,7 @@ ROWS = (
     ZERO_1,
     ZERO_2,
     *(_is("precision", name) for name in ("fp32", "bf16", "bf16-weights", "fp16")),
-    _is("compile", "blocks"),
+    COMPILE_BLOCKS,
     COMPILE_MODEL,
     *(_is("recompute.name", name) for name in ("full", "selective")),
     *(_is("optim.name", name) for name in ("adamw", "lamb", "lars", "sgd")),
@@ -93,6 +93,12 @@ REFUSED = (
         PIPELINE,
         "a model over several stages is no single graph",
         "set compile=blocks",
+    ),
+    Refused(
+        COMPILE_BLOCKS,
+        OF_SCHEDULES["zero_bubble"],
+        "a compiled block makes all of its gradients at once",
+        "set compile=none, or cut.schedule=1f1b",
     ),
     *(
         Refused(SEVERAL_STAGES, schedule, "it has one stage a rank", "set cut.schedule=interleaved")

@@ -47,28 +47,29 @@ class _HalvedLinear(nn.Linear):
     halves: Halves
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.is_grad_enabled():
-            return F.linear(x, self.weight, self.bias)
-        return _Linear.apply(x.to(product_dtype(self.weight)), self.weight, self.bias, self.halves)
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return super().forward(x)
+        return _Linear.apply(x.to(product_dtype(self.weight)), self.bias, self)
 
 
 class _Linear(torch.autograd.Function):
+    """The weight is no input of it: autograd would call the weight's hooks in the first half, too."""
+
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, halves: Halves) -> Any:
+    def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, layer: _HalvedLinear) -> Any:
         ctx.save_for_backward(x)
-        ctx.weight = weight  # itself: where a block is recomputed, what was saved comes back as another tensor
-        ctx.halves, ctx.bias_dtype = halves, None if bias is None else bias.dtype
-        return F.linear(x, weight, bias)
+        ctx.layer = layer
+        return F.linear(x, layer.weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        (x,), weight = ctx.saved_tensors, ctx.weight
-        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
-        if needs_weight:
-            ctx.halves.put_off(weight, x, grad)
-        grad_x = grad @ weight.to(grad.dtype) if needs_x else None
-        grad_bias = grad.flatten(0, -2).sum(0, dtype=torch.float32).to(ctx.bias_dtype) if needs_bias else None
-        return grad_x, None, grad_bias, None
+        (x,), layer = ctx.saved_tensors, ctx.layer
+        if layer.weight.requires_grad:
+            layer.halves.put_off(layer.weight, x, grad)
+        grad_bias = None
+        if ctx.needs_input_grad[1]:
+            grad_bias = grad.flatten(0, -2).sum(0, dtype=torch.float32).to(layer.bias.dtype)
+        return grad @ layer.weight.to(grad.dtype), grad_bias, None
 
 
 class _Gives(torch.autograd.Function):
