@@ -23,11 +23,14 @@ from typing import Any
 
 import torch
 
+from hvdtrain.comm.ancestors import process_began
 from hvdtrain.comm.exchange import SMALL_BYTES, add_in_order, check, equal_parts
 from hvdtrain.comm.mpi_axis import MpiAxis
+from hvdtrain.errors import RankLostError
 
 _FIRST_BYTES, _MOST_BYTES = 1 << 18, 1 << 24  # of a half
-_LOOKS, _NAP_S = 200, 2e-5
+_LOOKS, _NAP_S = 25, 2e-5  # looks by eight
+_LOOK_S, _LONG_NAP_S = 1.0, 1e-3  # whether a rank that does not come is there; naps from then on
 PLACE = "/dev/shm"  # of Open MPI's shared windows, and of most other MPIs'
 
 
@@ -153,22 +156,36 @@ class _Meeting:
         self._counts = [memoryview(one).cast("q") for one in memory]
         self._mine = self._counts[comm.Get_rank()]
         self._mine[0] = 0
-        comm.Barrier()
+        self._processes = comm.allgather((os.getpid(), process_began(os.getpid())))
+        # In containers of their own they do not see one another.
+        seen = all(process_began(pid) == began for pid, began in self._processes)
+        self._sees_processes = all(comm.allgather(seen))
 
     def meet(self) -> None:
         """What each rank has written before is what all read afterwards."""
         self._window.Sync()
         turn = self._mine[0] + 1
         self._mine[0] = turn
-        for count in self._counts:
-            looks = 0
-            while count[0] < turn:
-                looks += 1
-                if looks > _LOOKS:
-                    time.sleep(_NAP_S)
-                elif looks % 8 == 0:
-                    os.sched_yield()
+        for rank, count in enumerate(self._counts):
+            if count[0] < turn:
+                self._wait_for(rank, turn)
         self._window.Sync()
+
+    def _wait_for(self, rank: int, turn: int) -> None:
+        """Errors: RankLostError where its process has ended: a launcher that has ended too would tell nobody."""
+        count = self._counts[rank]
+        for _ in range(_LOOKS):
+            for _ in range(8):
+                if count[0] >= turn:
+                    return
+            os.sched_yield()
+        nap_s, looked = _NAP_S, time.monotonic()
+        while count[0] < turn:
+            time.sleep(nap_s)
+            if time.monotonic() - looked > _LOOK_S:
+                looked, nap_s, (pid, began) = time.monotonic(), _LONG_NAP_S, self._processes[rank]
+                if self._sees_processes and process_began(pid) != began and count[0] < turn:
+                    raise RankLostError(f"rank {rank} of the ranks that share memory (process {pid}) has ended")
 
     def close(self) -> None:
         self._counts, self._mine = [], memoryview(b"")
