@@ -8,7 +8,7 @@ Nothing here knows which cut or which sync it is.
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -66,6 +66,10 @@ class Engine:
         """Model FLOPs of this rank in its last step."""
         return 0 if self._passed is None else self._passed.flops
 
+    def report(self) -> Mapping[str, float]:
+        """See ``Sync`` (local)."""
+        return self.sync.report()
+
     def forward_backward(self, microbatches: Sequence[AnyBatch], task: Task, step: int) -> None:
         """Sums of loss and gradient over this replica's microbatches; gradients already travel while backward runs.
 
@@ -80,7 +84,8 @@ class Engine:
     def finish(self, flags: int = 0) -> None:
         """Wait for the sums over all replicas. flags: what this rank adds to the sum of flags, see Told."""
         assert self._passed is not None, "forward_backward comes first"
-        self.sync.finish(Told(self._passed.loss, self._passed.weights, flags))
+        scale = None if self.update.loss_scale is None else self.update.loss_scale.scale
+        self.sync.finish(Told(self._passed.loss, self._passed.weights, flags, scale))
 
     def step(self, lr: float, step: int) -> Agreed | None:
         """Move the weights; None where the replicas have not met."""

@@ -102,14 +102,19 @@ class Update:
         square = square / parts if scale is None else square / parts / scale.double() ** 2
         return Agreed(loss, summed.weight, grad_norm, square, inverse / parts, norm_in_parts**2, summed.flags, scale)
 
+    @property
+    def refused(self) -> torch.Tensor | None:
+        """Is the gradient that was divided last left out? Scalar bool; None where none ever is."""
+        flags = [flag for flag in (self._overflowed, self.guard.skip) if flag is not None]
+        return torch.stack(flags).any() if flags else None
+
     def apply(self, lr: float) -> None:
         """Step, where the gradient has not overflowed and the guard lets it pass (local: alike on all).
 
         A group of parameters may have ``lr_share``: what it takes of ``lr``; without, all of it.
         """
-        refused = [flag for flag in (self._overflowed, self.guard.skip) if flag is not None]
-        if refused:  # torch's fused optimizers then leave everything as it is
-            self.optimizer.found_inf = torch.stack(refused).any().float()  # type: ignore[attr-defined]
+        if (refused := self.refused) is not None:  # torch's fused optimizers then leave everything as it is
+            self.optimizer.found_inf = refused.float()  # type: ignore[attr-defined]
         rate = lr if self.guard.skip is None else (lr * self.guard.factor).float()
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group.get("lr_share", 1.0)

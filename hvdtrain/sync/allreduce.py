@@ -30,7 +30,8 @@ from hvdtrain.sync.buckets import Bucket, Buckets, make_runs
 from hvdtrain.sync.norms import SpreadNorms
 from hvdtrain.sync.sums import Sums
 from hvdtrain.sync.sync import EXACT, Drift, Told
-from hvdtrain.sync.wire import make_wire
+from hvdtrain.sync.traffic import mib, of_all_reduce
+from hvdtrain.sync.wire import FORMS, make_wire
 
 
 class AllReduceOptions(Options):
@@ -63,6 +64,8 @@ class AllReduceSync:
         self.notes: list[str] = []
         self._mesh, device = mesh, self.moves[0].tensor.device
         holders = dict.fromkeys(piece.holders for piece in self.moves)
+        form = FORMS[options.wire]
+        self._number_bytes = 4 if form is None else form.dtype.itemsize
         self._wires = {group: make_wire(options.wire, group) for group in holders}
         self.norms: Norms = whole_norms
         if mesh.tensor.size > 1:
@@ -116,7 +119,10 @@ class AllReduceSync:
         return ()
 
     def report(self) -> Mapping[str, float]:
-        return {}
+        sent = 0.0
+        for bucket in self._buckets.all:
+            sent += of_all_reduce(bucket.flat.numel() * self._number_bytes, bucket.run.holders.size)
+        return {"sent_mib": mib(sent)}
 
     def close(self) -> None:
         self._buckets.close()

@@ -17,12 +17,14 @@ class Told:
     """What a rank has to tell the others of a step.
 
     loss: scalar fp64, the sum over its targets; weights: targets of each of its microbatches, whose sum divides the
-    loss; flags: what it adds to a sum of integers (see watch/stopping.py).
+    loss; flags: what it adds to a sum of integers (see watch/stopping.py). loss_scale: what its gradients were
+    multiplied by, alike on all ranks; None: nothing.
     """
 
     loss: torch.Tensor
     weights: Sequence[int]
     flags: int = 0
+    loss_scale: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,10 @@ class Sync(Protocol):
         """What it keeps from step to step, by names that say nothing of ranks and begin with ``sync.`` (local)."""
 
     def report(self) -> Mapping[str, float]:
-        """What there is to say of it, for the run's record (local)."""
+        """What there is to say of it, for the run's record and each line of metrics (local; asks the device).
+
+        ``sent_mib``: by this rank in the last step, headers not counted.
+        """
 
     def close(self) -> None:
         """Let go of the gradients (local)."""

@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
@@ -61,6 +61,9 @@ class Learner(Protocol):
 
     @property
     def guard(self) -> Guard: ...
+
+    def report(self) -> Mapping[str, float]:
+        """What there is to say of how the replicas agree (asks the device)."""
 
 
 class Metrics:
@@ -174,6 +177,7 @@ class Metrics:
             grad += f"  skipped {self.skipped}" if self.skipped else ""
         if (noise := self._learner.noise.value()) is not None:
             line["noise_scale_tokens"] = round(noise, 1)
+        line |= self._learner.report()
         speed = f"{rate:,.0f} tokens/s"
         if self._flops_since and self._since.total:
             flops_per_s = self._flops_since / self._since.total

@@ -271,3 +271,16 @@ def test_what_one_rank_used_moves_on_all():
         return [p.grad.tolist() if p.grad is not None else None for p in model.parameters()]
 
     assert on_ranks(2, work) == [[[[0.25, 0.25]], [[0.75, 0.75]], None]] * 2
+
+
+def test_what_is_sent_is_counted():
+    """Four ranks send each number of a ring all-reduce 2 x 3/4 times, of 4 bytes or of 2."""
+
+    def sent_mib(wire: str) -> list[float]:
+        def work(group: ThreadGroup) -> float:
+            sync = allreduce(nn.Linear(511, 512), group, AllReduceOptions(wire=wire))
+            return sync.report()["sent_mib"]
+
+        return on_ranks(4, work)
+
+    assert (sent_mib("fp32"), sent_mib("bf16")) == ([1.5] * 4, [0.75] * 4)

@@ -41,6 +41,10 @@ class Student:
     flops: int = 0
     noise: NoiseScale = field(default_factory=lambda: NoiseScale(torch.device("cpu")))
     guard: Guard = field(default_factory=lambda: Guard(GuardOptions(), torch.device("cpu")))
+    said: dict[str, float] = field(default_factory=dict)
+
+    def report(self) -> dict[str, float]:
+        return self.said
 
 
 def metrics_of(
@@ -107,6 +111,17 @@ def test_what_no_lap_names_is_other(tmp_path: Path):
     for line in lines_of(tmp_path):
         assert (line["time_optimizer_s"], line["time_other_s"]) == (pytest.approx(0.2), pytest.approx(0.1))
         assert 1 < line["memory_peak_mib"] < 1e6
+
+
+def test_what_the_sync_reports_is_in_the_line_of_its_step(tmp_path: Path):
+    metrics = metrics_of(tmp_path, steps=10)
+    for step in range(1, 11):
+        metrics._learner.said = {"sent_mib": float(step), "residual_norm": 0.5}
+        train(metrics, step, step)
+    metrics.close()
+    lines = lines_of(tmp_path)
+    assert [line["sent_mib"] for line in lines] == [1.0, 5.0, 10.0]
+    assert list(lines[0]) == [*KEYS, "sent_mib", "residual_norm"]
 
 
 def test_model_flops_and_their_share_of_the_peak(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
