@@ -46,7 +46,7 @@ class Recipe:
     """
 
     sync: SyncOptions = field(default_factory=SyncOptions)
-    optim: OptimOptions = field(default_factory=lambda: OptimOptions(lr=0.01, eps=1e-6))
+    optim: OptimOptions = field(default_factory=lambda: OptimOptions(lr=0.01, eps=1e-5))
     mesh: MeshOptions = field(default_factory=MeshOptions)
     cut: CutOptions = field(default_factory=CutOptions)
     model: Mapping[str, object] = field(default_factory=dict)
