@@ -81,9 +81,9 @@ def imports_of(text: str, modules: set[str]) -> set[str]:
 def why_not(module: str, imported: str) -> str | None:
     """What the table says against ``module`` importing ``imported``; None: nothing."""
     top = imported.partition(".")[0]
-    if top in ("horovod", "mpi4py"):
+    if top in ("horovod", "mpi4py") or imported.startswith("torch.distributed"):
         allowed = any(module == room or module.startswith(f"{room}.") for room in TALKS_TO_RANKS)
-        return None if allowed else "only comm/ talks to Horovod and MPI"
+        return None if allowed else "only comm/ talks to Horovod, MPI and torch.distributed"
     if module.partition(".")[0] == "data_prep":
         return None if top != "hvdtrain" or imported in DATA_PREP_MAY else f"data_prep may import {DATA_PREP_MAY}"
     if top == "data_prep":
