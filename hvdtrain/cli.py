@@ -254,11 +254,20 @@ def _plan(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument("--ranks-per-node", type=int, default=0, metavar="M", help="default: all on one node")
     parser.add_argument("--vocab-size", type=int, default=0, metavar="V", help="of data that are not there yet")
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="of a run that goes on (default: runs/RECIPE)")
+    parser.add_argument(
+        "--memory", default="", metavar="SIZE", help="of a rank, like 80GiB: propose meshes with which the model fits"
+    )
     parser.add_argument("--json", action="store_true", help="for programs")
 
     def run(words: argparse.Namespace, world: World) -> int:
         from hvdtrain.planner.estimate import plan
 
+        if words.memory:
+            from hvdtrain.planner.proposals import plan_meshes
+
+            where = words.ranks, words.memory, words.ranks_per_node, words.vocab_size
+            print(plan_meshes(words.recipe, words.overrides, *where, words.json, words.run_dir))
+            return EXIT_OK
         ranks = words.ranks, words.ranks_per_node
         print(plan(words.recipe, words.overrides, *ranks, words.vocab_size, words.json, words.run_dir))
         return EXIT_OK

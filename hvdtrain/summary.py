@@ -1,6 +1,7 @@
 """What a run says as it begins and when it has ended: its first lines, and summary.json."""
 
 import math
+import socket
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,14 +11,19 @@ import torch
 
 import hvdtrain
 from hvdtrain.checkpoint.manifest import Progress
-from hvdtrain.comm.mesh_map import describe_mesh
+from hvdtrain.comm.mesh import grid
+from hvdtrain.comm.mesh_map import describe_mesh, draw
+from hvdtrain.config import flatten
+from hvdtrain.cut.combinations import bubble, notes_on
+from hvdtrain.data.corpora import CorpusFacts
 from hvdtrain.engine import Engine
 from hvdtrain.errors import plural
 from hvdtrain.files import troubles, write_json
 from hvdtrain.jobs.slurm import read_object
 from hvdtrain.machine.peaks import Peak, find_peak, worth_measuring
 from hvdtrain.opening import OpenRun
-from hvdtrain.planner.workload import sent_bytes
+from hvdtrain.planner.shares import balance, shares_of
+from hvdtrain.planner.workload import sent_bytes, workload
 from hvdtrain.version import git_state, versions
 from hvdtrain.watch.log import Log
 from hvdtrain.watch.meter import memory_peak_mib
@@ -36,6 +42,8 @@ def announce(run: OpenRun, engine: Engine, log: Log, peak: Peak) -> None:
     run.notes += notes
     parameters = _parameters(run, engine)
     log.say(f"hvdtrain: {parameters}; {run.data.train.about}")
+    if run.config.mesh.pipeline > 1:
+        _announce_stages(run, log)
     if run.taken_over is not None and run.start.origin is not None:
         log.say(f"hvdtrain: {run.taken_over.in_words(run.start.origin)}")
         run.notes += run.taken_over.notes
@@ -49,6 +57,33 @@ def announce(run: OpenRun, engine: Engine, log: Log, peak: Peak) -> None:
         log.say(f"hvdtrain: {name} is {signature}")
     for note in run.notes:
         log.say(f"hvdtrain: note: {note}")
+
+
+def _announce_stages(run: OpenRun, log: Log) -> None:
+    config, found = run.config, _mesh_fields(run)
+    log.say(
+        f"hvdtrain: schedule {config.cut.schedule}, microbatches of a step {found['microbatches']}, "
+        f"balance of stages {found['balance']:.2f}, bubble {found['bubble']:.0%}"
+    )
+    run.notes += notes_on(flatten(config.model_dump()), found["microbatches"])
+
+
+def _mesh_fields(run: OpenRun) -> dict[str, Any]:
+    """Of a run whose model is spread over ranks, for its summary (collective)."""
+    config, manifest, mesh = run.config, run.data.corpora.manifest, run.config.mesh
+    hosts = run.mesh.world.all_gather_object(socket.gethostname())
+    facts = CorpusFacts(manifest.vocab_size, max(1, len(manifest.label_names)))
+    microbatches = workload(config, facts, len(hosts)).microbatches
+    return {
+        "tensor": mesh.tensor,
+        "pipeline": mesh.pipeline,
+        "schedule": config.cut.schedule if mesh.pipeline > 1 else None,
+        "stages_per_rank": config.cut.stages_per_rank,
+        "microbatches": microbatches,
+        "balance": round(balance(shares_of(config, facts)), 4),
+        "bubble": round(bubble(flatten(config.model_dump()), microbatches), 4),
+        "hosts": [line.strip() for line in draw(grid(len(hosts), mesh.pipeline, mesh.tensor), hosts)],
+    }
 
 
 def _parameters(run: OpenRun, engine: Engine) -> str:
@@ -114,6 +149,7 @@ def _summary(run: OpenRun, engine: Engine, log: Log, progress: Progress, scores:
         "startup_s": log.startup_s and round(log.startup_s, 3),
         "world_size": group.size,
         "replicas": run.mesh.replicas,
+        "mesh": _mesh_fields(run) if run.config.mesh.ranks > 1 else None,
         "threads_per_rank": torch.get_num_threads(),
         "launcher": run.world.launcher,
         "backend": group.backend,

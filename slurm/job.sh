@@ -73,7 +73,7 @@ read_exit_codes() {
 launch_words() {
     local step=(bash "$HVDTRAIN_HOME/slurm/step.sh")
     local srun=(srun --nodes="$2" --ntasks="$3" --kill-on-bad-exit=1 --wait=60)
-    srun+=(${site_srun[@]+"${site_srun[@]}"})
+    srun+=(--distribution=block ${site_srun[@]+"${site_srun[@]}"})
     case $1 in
     alone) launch=("${srun[@]}" --mpi=none "${step[@]}") ;;
     pmix | pmi2 | cray_shasta) launch=("${srun[@]}" "--mpi=$1" "${step[@]}") ;;

@@ -52,6 +52,21 @@ BAD = {
     "global batch": Bad(
         "train.global_batch=5", 2, "cannot be shared evenly by 2 ranks; set train.global_batch=4 or 6", (2,)
     ),
+    "no whole replica": Bad(
+        "mesh.pipeline=2", 2, "mesh.pipeline=2 takes 2 ranks a replica, and 1 is not a multiple of it; start 2 ranks"
+    ),
+    "heads over ranks": Bad("mesh.tensor=3", 2, "mesh.tensor=3 does not divide model.heads=2; set mesh.tensor=1 or 2,"),
+    "stages": Bad(
+        "mesh.pipeline=2 cut.schedule=interleaved cut.stages_per_rank=9",
+        2,
+        "makes 18 stages, but the model can be cut into 5 .*choose at most 5",
+        (2,),
+    ),
+    "cuts that exclude one another": Bad(
+        "mesh.pipeline=2 compile=model sync.name=zero sync.zero.stage=2",
+        2,
+        "stage=2 does not go with mesh.pipeline=2: .*compile=model does not go with mesh.pipeline=2: .*compile=blocks",
+    ),
     "other recipe": Bad(
         "--run-dir {trained} model.width=64 seed=4",
         2,

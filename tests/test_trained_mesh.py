@@ -51,7 +51,7 @@ def test_another_mesh_is_asked_for():
             "",
             r"large was trained with mesh.tensor=2 mesh.pipeline=2, which 3 ranks cannot be; start 1 rank, .*--mesh",
         ),
-        (3, "tensor=2", "takes 2 ranks a replica, and 3 are not a multiple of it; start 2 or 4"),
+        (3, "tensor=2", "takes 2 ranks a replica, and 3 is not a multiple of it; start 2 or 4"),
         (3, "tensor=3", r"mesh.tensor=3 does not divide model.heads=4"),
     ],
 )

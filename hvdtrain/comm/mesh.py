@@ -41,7 +41,7 @@ class MeshOptions(Options):
             counts = f"{below} or {below + self.ranks}" if below else f"{self.ranks}"
             raise ConfigError(
                 f"mesh.tensor={self.tensor} x mesh.pipeline={self.pipeline} takes {self.ranks} ranks a replica, and "
-                f"{ranks} are not a multiple of it; start {counts} ranks, or change mesh.*"
+                f"{ranks} is not a multiple of it; start {counts} ranks, or change mesh.*"
             )
         return ranks // self.ranks
 

@@ -35,9 +35,10 @@ def make_replica(blueprint: Blueprint, how: Making) -> Replica:
     model, placed = blueprint.copy(), None
     if mesh.tensor.size > 1:
         tell = say if mesh.world.rank == 0 else lambda _: None
-        placed = spread(model, mesh.tensor, options.sequence, tell)
+        placed = mesh.world.together(lambda: spread(model, mesh.tensor, options.sequence, tell))
     if mesh.pipe.size > 1:
-        stages = make_stages(blueprint.model, how.task, mesh.pipe.size * options.stages_per_rank)
+        count = mesh.pipe.size * options.stages_per_rank
+        stages = mesh.world.together(lambda: make_stages(blueprint.model, how.task, count))
         held = hold(blueprint, model, mesh, how.device, stages, placed)
         return Pipeline(held, mesh, how.precision, options.schedule, how.compile)
     make_real(model, how.device)

@@ -41,6 +41,7 @@ from hvdtrain.models.recompute import AnyBlock
 from hvdtrain.planner.workload import build_model
 from hvdtrain.tasks import make_task
 
+_SENDS = {"sum": 2, "gather": 1, "scatter_sum": 1}  # times (parts - 1) / parts of the larger tensor, as a ring
 AttentionKind = Literal["flash", "math", "fused"]
 
 
@@ -169,8 +170,8 @@ class LiveBytes(TorchDispatchMode):
         if func is torch.ops.aten._safe_softmax.default:  # softmax, then the same with rows of nothing set to 0
             within = tensors[0].nbytes + tensors[0].numel()
         self.peak = max(self.peak, self.now + within)
-        if func.namespace == "hvdtrain":  # cut/crossings.py; as a ring sends it
-            times = 2 if func.__name__.startswith("sum") else 1
+        if func.namespace == "hvdtrain":  # cut/crossings.py
+            times = _SENDS.get(args[1], 0)
             self.summed += times * (self._parts - 1) * max(args[0].nbytes, tensors[0].nbytes) // self._parts
         return made
 

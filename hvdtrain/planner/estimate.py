@@ -204,6 +204,12 @@ def _axes(mesh: MeshOptions) -> str:
     return " x ".join(f"mesh.{name}={size}" for name, size in sizes.items() if size > 1)
 
 
+def in_columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Numbers under one another; the first row is the head."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+
+
 def _table(rows: Sequence[tuple[str, str, str]]) -> list[str]:
     names, values = (max(len(row[column]) for row in rows) for column in (0, 1))
     return [f"  {name:<{names}}  {value:>{values}}  {more}".rstrip() for name, value, more in rows]

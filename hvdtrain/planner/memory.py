@@ -22,6 +22,7 @@ from hvdtrain.planner.shares import Share, balance, shares_of
 from hvdtrain.planner.workload import Workload, sent_bytes
 from hvdtrain.sync.allreduce import AllReduceOptions
 from hvdtrain.sync.wire import FORMS
+from hvdtrain.sync.zero import ZeroBytes, bytes_of
 from hvdtrain.tasks import make_task
 
 # Of a process that has taken its first steps with a model of no size: Python, torch and its kernels, numpy, HDF5.
@@ -119,7 +120,7 @@ def alive(passes: Sequence[Pass], steps: Sequence[Footprint]) -> tuple[int, int]
 def _parts(config: RunConfig, share: Share, load: Workload) -> dict[str, int]:
     """Weights, and what belongs to each of them."""
     precision, trained = PRECISIONS[config.precision], share.trained
-    return {
+    parts = {
         "weights": 4 * share.count + share.buffer_bytes,
         "gradients": 4 * trained,
         "optimizer state": state_bytes(config.optim) * trained,
@@ -127,6 +128,20 @@ def _parts(config: RunConfig, share: Share, load: Workload) -> dict[str, int]:
         "averaged weights": 4 * trained if config.ema.decay > 0 else 0,
         "wire buffers": wire_bytes(trained, share.largest, load.replicas, config.sync.allreduce),
     }
+    if (zero := _zero(config, load, share)) is not None:
+        averaged = parts["averaged weights"] // load.replicas
+        parts |= {"gradients": zero.gradients, "optimizer state": zero.state, "averaged weights": averaged}
+        parts["wire buffers"] = 0  # counted among the gradients
+    return parts
+
+
+def _zero(config: RunConfig, load: Workload, share: Share) -> ZeroBytes | None:
+    """None: the replicas do not share the optimizer's state."""
+    if config.sync.name != "zero" or load.replicas == 1:
+        return None
+    narrow = bool(PRECISIONS[config.precision].weights)
+    sizes = share.trained, share.largest, state_bytes(config.optim), load.replicas
+    return bytes_of(*sizes, config.sync.zero, load.microbatches, narrow)
 
 
 def _of_process(
@@ -177,12 +192,13 @@ def _sent(config: RunConfig, load: Workload, share: Share, steps: Sequence[Footp
     """Bytes that a rank sends in a step, by axis: gradients to other replicas, sums within layers, activations and
     their gradients to the stages behind and before.
     """
+    zero = _zero(config, load, share)
     of_gradients = [
         sent_bytes(count, holders * load.replicas, config.sync.allreduce)
         for holders, count in share.by_holders().items()
     ]
     return {
-        "replica": sum(of_gradients),
+        "replica": sum(of_gradients) if zero is None else zero.sent,
         "tensor": load.microbatches * sum(steps[number].summed for number in share.stages),
         "pipe": load.microbatches * sum(_handed(steps, number) for number in share.stages),
     }

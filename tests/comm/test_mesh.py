@@ -30,7 +30,7 @@ def test_ranks_are_whole_replicas():
     assert [mesh.replicas_of(ranks) for ranks in (4, 12)] == [1, 3]
     assert MeshOptions().replicas_of(3) == 3
     for ranks, cure in ((6, "start 4 or 8 ranks, or change mesh"), (3, "start 4 ranks, or")):
-        with pytest.raises(ConfigError, match=rf"takes 4 ranks a replica, and {ranks} are not a multiple .*; {cure}"):
+        with pytest.raises(ConfigError, match=rf"takes 4 ranks a replica, and {ranks} is not a multiple .*; {cure}"):
             mesh.replicas_of(ranks)
 
 

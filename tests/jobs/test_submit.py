@@ -312,7 +312,7 @@ WRONG = {
     "recipe": ({"recipe": "dema"}, "no recipe 'dema'; there are: "),
     "key": ({"overrides": ("optim.rate=1",)}, "unknown key 'optim.rate'"),
     "share": ({"nodes": 5}, "train.global_batch=12 sequences cannot be shared evenly by 15 ranks"),
-    "replicas": ({"overrides": ("mesh.pipeline=2",)}, "takes 2 ranks a replica, and 3 are not .*; start 2 or 4 ranks"),
+    "replicas": ({"overrides": ("mesh.pipeline=2",)}, "takes 2 ranks a replica, and 3 is not .*; start 2 or 4 ranks"),
     "cut": ({"overrides": ("mesh.tensor=3",)}, "mesh.tensor=3 does not divide model.heads="),
     "scale": ({"overrides": ("scaling.rule=sqrt",)}, "scaling.rule=sqrt needs the batch"),
     "option": ({"options": ("--mem=4",)}, "--slurm --mem=4: expected an option of sbatch"),
