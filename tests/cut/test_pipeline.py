@@ -128,3 +128,15 @@ def test_what_the_model_returns_is_known_on_all_ranks():
 def test_more_stages_than_pieces_are_refused_with_the_most_that_works():
     with pytest.raises(ConfigError, match="makes 10 stages, but the model can be cut into 5 at most"):
         on_stages(2, lambda mesh: made("decoder", mesh, CutOptions(schedule="interleaved", stages_per_rank=5)))
+
+
+def test_gradients_add_up_over_the_ranks_that_have_the_tensor():
+    """Four of them: the last has no attention, so the bias of positions is the first three's."""
+
+    def work(mesh: Mesh) -> dict[str, list[int]]:
+        return {piece.name: piece.holders.all_gather_object(mesh.pipe.rank) for piece in made("decoder", mesh).slices}
+
+    found = on_stages(4, work)
+    for of_rank in found:
+        for name, holders in of_rank.items():
+            assert holders == [rank for rank in range(4) if name in found[rank]], name
