@@ -17,6 +17,7 @@ from hvdtrain.data.batch import IGNORE, AnyBatch, Batch, LabelBatch, MaskedBatch
 from hvdtrain.data.spans import SpanBatch
 from hvdtrain.models.decoder import Decoder
 from hvdtrain.models.encoder import Classifier, MaskedLanguageModel, SpanModel
+from hvdtrain.models.frozen import freeze
 from hvdtrain.models.initial import fill
 from hvdtrain.models.lora import LoraOptions, adapt
 from hvdtrain.models.options import TransformerOptions
@@ -54,6 +55,7 @@ class Case:
     positions: int = 8
     sequence: bool = True
     lora: LoraOptions | None = None
+    only_adapters: bool = False
     recompute: str = "none"
 
     def __str__(self) -> str:
@@ -67,16 +69,18 @@ class Case:
         options = TransformerOptions(**{**SMALL, **self.options})
         model = KINDS[self.task](options, WORDS)
         adapt(model, options, self.lora)
+        if self.only_adapters:
+            freeze(model, "", self.lora, scores_tokens=True)
         use_recompute(model, RecomputeOptions(name=self.recompute))
         return model
 
-    def whole(self, seed: int = 0, dtype: torch.dtype = torch.float64) -> Any:
+    def whole(self, seed: int = 0, dtype: torch.dtype = torch.float64, factor: float = 3.0) -> Any:
         """With weights of the size that training gives: at the start attention is nearly even, and hides much."""
         model, generator = self.make(), torch.Generator().manual_seed(seed)
         fill(model, Blueprint(self.make).initial(seed))
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter.mul_(3 if parameter.dim() > 1 else 1)
+                parameter.mul_(factor if parameter.dim() > 1 else 1)
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
         return model.to(dtype)
 

@@ -31,7 +31,7 @@ class Whole:
         compile: str = "none",
         slices: Sequence[Slice] | None = None,
     ):
-        self._weights, self._precision, self._speaks = model, precision, mesh.speaks
+        self._weights, self._precision, self._parts = model, precision, mesh.tensor.size
         self.device = next(model.parameters()).device
         self.compute = copy.deepcopy(model).to(precision.weights) if precision.weights else model
         self.answering = self.compute
@@ -54,7 +54,7 @@ class Whole:
             total += loss.total.detach()
             weights.append(loss.weight)
             flops += task.training_flops(self._weights, batch)
-        return Passed(total, weights, flops)
+        return Passed(total, weights, flops // self._parts)
 
     @torch.no_grad()
     def measure(self, batches: Iterable[AnyBatch], task: Task) -> torch.Tensor | None:
