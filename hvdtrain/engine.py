@@ -81,14 +81,15 @@ class Engine:
         seed = derive(self._seed, step, self.mesh.number, 2)
         self._passed = self.replica.forward_backward(microbatches, task, seed, scale)
 
-    def finish(self, flags: int = 0) -> None:
-        """Wait for the sums over all replicas. flags: what this rank adds to the sum of flags, see Told."""
+    def finish(self, flags: int = 0, is_shown: bool = True, is_saved: bool = True) -> None:
+        """Wait for the sums over all replicas. flags: what this rank adds to the sum of flags; see ``Told``."""
         assert self._passed is not None, "forward_backward comes first"
         scale = None if self.update.loss_scale is None else self.update.loss_scale.scale
-        self.sync.finish(Told(self._passed.loss, self._passed.weights, flags, scale))
+        passed = self._passed
+        self.sync.finish(Told(passed.loss, passed.weights, flags, scale, is_shown, is_saved))
 
     def step(self, lr: float, step: int) -> Agreed | None:
-        """Move the weights; None where the replicas have not met."""
+        """Move the weights; None where the replicas have told one another nothing."""
         agreed = self.sync.step(self.update, lr)
         self.replica.publish()
         if self.ema is not None:
@@ -120,6 +121,7 @@ class Engine:
         Errors: ReplicaError, DivergedError, on all ranks alike.
         """
         self.sync.settle(self.update)
+        self.replica.publish()
         self.check_replicas(step)
         weights = [piece.tensor for piece in self.replica.slices]
         if self.mesh.own.size == 1:
@@ -157,8 +159,11 @@ class Engine:
     @contextlib.contextmanager
     def _viewed(self) -> Iterator[None]:
         averaged = contextlib.nullcontext() if self.ema is None else self.ema.swapped(self._hand_on)
-        with self.sync.viewed(), averaged:
-            yield
+        with self.sync.viewed():
+            self.replica.publish()
+            with averaged:
+                yield
+        self.replica.publish()
 
     def _hand_on(self) -> None:
         """Others than the sync have changed the weights."""

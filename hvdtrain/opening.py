@@ -43,7 +43,7 @@ from hvdtrain.cut.precision import PRECISIONS
 from hvdtrain.data.carried import carry
 from hvdtrain.data.corpora import Corpora, check_corpora, open_corpora, stage
 from hvdtrain.data.stream import read_through_note
-from hvdtrain.engine import Engine
+from hvdtrain.engine import Engine, scores_of
 from hvdtrain.errors import EXIT_OK, CheckpointError, ConfigError, crash_code, say
 from hvdtrain.files import write_json, write_text
 from hvdtrain.jobs.claim import Claim
@@ -66,7 +66,9 @@ from hvdtrain.optim.optimizer import make_optimizer
 from hvdtrain.optim.scaling import Scaled
 from hvdtrain.optim.schedules import learning_rate
 from hvdtrain.optim.update import Update
-from hvdtrain.sync import make_sync
+from hvdtrain.sync import check_sync, make_sync
+from hvdtrain.sync.apart import Course
+from hvdtrain.sync.sync import Sync
 from hvdtrain.tasks import make_task
 from hvdtrain.tasks.task import Evaluation, Task, Training
 from hvdtrain.watch.log import Log
@@ -186,6 +188,7 @@ def open_run(asked: Asked, world: World, group: Group, claim: Claim, signals: St
     )
     notes += scaled.notes
     config = sizing.resolved(recipe, scaled)
+    group.together(lambda: check_sync(config.sync, mesh.replicas, config.train.steps))
     group.together(lambda: check_compiler(config.compile, device))
     use_tf32(config.tf32)
     matmul = "cuBLAS"
@@ -332,8 +335,7 @@ def open_engine(run: OpenRun) -> Engine:
     if start.checkpoint is None:
         fill_slices(replica.slices, blueprint.initial(config.seed))
     _take_over(run, replica, type(blueprint.model).__name__)
-    sync = make_sync(config.sync, replica.slices, replica.computing, mesh, replica.uses)
-    run.notes += sync.notes
+    sync = _make_sync(run, replica)
     shares = rate_shares(list(blueprint.wholes), config.optim.layer_decay)
     moved = [piece.tensor for piece in sync.moves]
     optimizer = make_optimizer(moved, config.optim, sync.norms, [shares[piece.name] for piece in sync.moves])
@@ -341,7 +343,8 @@ def open_engine(run: OpenRun) -> Engine:
     if (folder := start.checkpoint) is not None:
         saved = mesh.world.together(lambda: load(folder, replica.slices, optimizer, ema, moves=sync.moves))
         if anew := mesh.world.together(lambda: load_kept(saved, sync.state())):
-            run.notes.append(f"{folder} is of another sync: {', '.join(anew)} begin anew")
+            more = f" and {len(anew) - 2} more" if len(anew) > 2 else ""
+            run.notes.append(f"{folder} is of another sync: {', '.join(anew[:2])}{more} begin anew")
         if ema is not None and not saved.has_ema:
             run.notes.append(f"{folder} has no averaged weights: the average begins there")
     loss_scale = LossScale(run.device) if precision.scaled else None
@@ -350,6 +353,19 @@ def open_engine(run: OpenRun) -> Engine:
     if ema is not None and start.origin is not None:
         ema.restart(0)  # with what the engine has handed out
     return engine
+
+
+def _make_sync(run: OpenRun, replica: Replica) -> Sync:
+    """How the replicas agree, and what has to be said about it (collective)."""
+
+    def val_loss() -> float:
+        replica.publish()
+        return scores_of(replica, run.mesh.replica, run.data.val(), run.task)["val_loss"]
+
+    course = Course(run.start.progress.step, run.last, val_loss)
+    sync = make_sync(run.config.sync, replica.slices, replica.computing, run.mesh, replica.uses, course)
+    run.notes += sync.notes
+    return sync
 
 
 def _make_model(run: OpenRun) -> Staged:

@@ -79,17 +79,20 @@ def _walk(
     for step in run.steps_left:
         run.step, is_last = step, step == run.last
         save_is_due = saver.is_due(step) or is_last
+        is_scored = _due(step, run.config.eval.every, run.last)
+        is_shown = is_scored or log.is_due(step)
         with log.step(step) as phase:
             with phase("data"):
                 microbatches = loader.next_step()
             with phase("compute"):
                 engine.forward_backward(microbatches, run.task, step)
             with phase("sync"):
-                engine.finish(run.stopping.asked())
+                engine.finish(run.stopping.asked(), is_shown, save_is_due)
             with phase("optimizer"):
                 lr = run.lr(step)
                 agreed = engine.step(lr, step)
-        if agreed is None:  # the replicas have not met
+        if agreed is None:  # the replicas have told one another nothing
+            log.pass_by()
             continue
         run.claim.check()  # before anything is written
         log.add(step, loader.epoch, agreed, lr)
@@ -97,7 +100,7 @@ def _walk(
         log.after("checkpoint")
         log.say_all(saver.poll())
         score = None
-        if _due(step, run.config.eval.every, run.last):
+        if is_scored:
             scores = _evaluate(run, engine, log, watchdog)
             score = run.score(scores)
             log.metrics.add_evaluation(step, scores)

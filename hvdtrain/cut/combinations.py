@@ -40,6 +40,10 @@ def _is(key: str, value: Any, only_with: Feature | None = None) -> Feature:
     return Feature(name, lambda s: s.get(key) == value and (only_with is None or only_with.asked(s)), key)
 
 
+def _one_of(name: str, key: str, *values: Any) -> Feature:
+    return Feature(name, lambda s: s.get(key) in values, key)
+
+
 def _above(key: str, least: float, only_with: Feature | None = None) -> Feature:
     name = f"{key} above {least:g}"
     return Feature(name, lambda s: s[key] > least and (only_with is None or only_with.asked(s)), key)
@@ -53,11 +57,15 @@ SEQUENCE = _is("cut.sequence", True, only_with=TENSOR)
 ONE_STAGE = _is("cut.stages_per_rank", 1, only_with=PIPELINE)
 SEVERAL_STAGES = _above("cut.stages_per_rank", 1, only_with=PIPELINE)
 OF_SCHEDULES = {name: _is("cut.schedule", name, only_with=PIPELINE) for name in SCHEDULES}
+_ONLY_WITH = {SEQUENCE: TENSOR, ONE_STAGE: PIPELINE, SEVERAL_STAGES: PIPELINE}
 ZERO = _is("sync.name", "zero")
 ZERO_1, ZERO_2 = (_is("sync.zero.stage", stage, only_with=ZERO) for stage in (1, 2))
 COMPILE_BLOCKS, COMPILE_MODEL = (_is("compile", how) for how in ("blocks", "model"))
+APART = _one_of("steps apart", "sync.name", "local_sgd", "gossip", "average")
+EMA = _above("ema.decay", 0)
+SKIP = _is("guard.policy", "skip")
 
-COLUMNS = {"tensor": TENSOR, "sequence": SEQUENCE, **OF_SCHEDULES, "zero 1": ZERO_1, "zero 2": ZERO_2}
+COLUMNS = {"tensor": TENSOR, "sequence": SEQUENCE, **OF_SCHEDULES, "zero 1": ZERO_1, "zero 2": ZERO_2, "apart": APART}
 ROWS = (
     TENSOR,
     SEQUENCE,
@@ -72,7 +80,8 @@ ROWS = (
     *(_is("recompute.name", name) for name in ("full", "selective")),
     *(_is("optim.name", name) for name in ("adamw", "lamb", "lars", "sgd")),
     _above("optim.clip_norm", 0),
-    _above("ema.decay", 0),
+    EMA,
+    SKIP,
     *(_is("sync.allreduce.wire", name) for name in ("bf16", "fp16")),
     Feature("model.lora", lambda s: any(key.startswith("model.lora.") for key in s), "model.lora"),
     Feature("optim.freeze", lambda s: s["optim.freeze"] != "", "optim.freeze"),
@@ -87,6 +96,28 @@ REFUSED = (
         PIPELINE,
         "ZeRO 2 reduces gradients at every microbatch, and a pipeline has several microbatches under way at once",
         "set sync.zero.stage=1",
+    ),
+    *(
+        Refused(
+            cut,
+            APART,
+            "replicas that step by themselves are whole on their ranks, where alone a gradient is complete",
+            "set sync.name=allreduce",
+        )
+        for cut in (TENSOR, PIPELINE)
+    ),
+    *(Refused(zero, APART, "these are two ways to agree", "set sync.name to one of them") for zero in (ZERO_1, ZERO_2)),
+    Refused(
+        EMA,
+        APART,
+        "between two meetings no replica has the weights that are to be averaged",
+        "set ema.decay=0, and average checkpoints with `hvdtrain average`",
+    ),
+    Refused(
+        SKIP,
+        APART,
+        "each replica would leave out steps by itself, and they no longer know alike when to give up",
+        "set guard.policy=stop",
     ),
     Refused(
         COMPILE_MODEL,
@@ -194,7 +225,8 @@ def table() -> str:
 
 
 def _refusal(row: Feature, column: Feature) -> Refused | None:
-    """What is refused of a pipeline is refused of each of its schedules."""
+    """What is refused of a pipeline is refused of each of its schedules, and what of a cut, of its own options."""
     columns = (column, PIPELINE) if column in OF_SCHEDULES.values() else (column,)
-    pairs = [pair for one in columns for pair in ((row, one), (one, row))]
+    rows = (row, _ONLY_WITH[row]) if row in _ONLY_WITH else (row,)
+    pairs = [pair for one in columns for this in rows for pair in ((this, one), (one, this))]
     return next((one for one in REFUSED if (one.row, one.column) in pairs), None)

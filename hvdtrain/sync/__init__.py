@@ -1,30 +1,50 @@
 """How replicas agree. A sync is one file and one line in this table."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from hvdtrain.comm.mesh import Mesh
+from hvdtrain.errors import ConfigError
 from hvdtrain.options import Options, option
 from hvdtrain.slices import Slice
 from hvdtrain.sync.allreduce import AllReduceOptions, AllReduceSync
+from hvdtrain.sync.apart import ApartOptions, ApartSync, Course
+from hvdtrain.sync.average import AverageOptions, AverageSync
+from hvdtrain.sync.gossip import GossipOptions, GossipSync
+from hvdtrain.sync.local_sgd import LocalSgdOptions, LocalSgdSync
 from hvdtrain.sync.sync import Sync
 from hvdtrain.sync.zero import ZeroOptions, ZeroSync
 
-SYNCS = {
+SYNCS: dict[str, Any] = {
     "allreduce": AllReduceSync,
     "zero": ZeroSync,
+    "local_sgd": LocalSgdSync,
+    "gossip": GossipSync,
+    "average": AverageSync,
 }
 
 
 class SyncOptions(Options):
-    name: Literal["allreduce", "zero"] = option(
+    name: Literal["allreduce", "zero", "local_sgd", "gossip", "average"] = option(
         "allreduce",
-        "how replicas agree; allreduce: sum gradients every step; zero: that, and share the optimizer's state",
+        "how replicas agree; allreduce: sum gradients every step; zero: that, and share the optimizer's state; "
+        "local_sgd: average weights every H steps; gossip: mix weights with neighbours; average: train apart, and make "
+        "one model of all where it is saved",
     )
     allreduce: AllReduceOptions = AllReduceOptions()
     zero: ZeroOptions = ZeroOptions()
+    local_sgd: LocalSgdOptions = LocalSgdOptions()
+    gossip: GossipOptions = GossipOptions()
+    average: AverageOptions = AverageOptions()
+
+
+def check_sync(options: SyncOptions, replicas: int, steps: int) -> None:
+    """Errors: ConfigError where the sync does not fit so many replicas, or a run of so many steps (local)."""
+    chosen = getattr(options, options.name)
+    if isinstance(chosen, ApartOptions) and (found := chosen.problems(replicas, steps)):
+        raise ConfigError("; ".join(found))
 
 
 def make_sync(
@@ -33,9 +53,10 @@ def make_sync(
     computing: Sequence[torch.Tensor],
     mesh: Mesh,
     uses: Sequence[int] | None = None,
+    course: Course | None = None,
 ) -> Sync:
     """The sync of a replica's slices. computing, uses: for each slice what backward gives a gradient, and how many in a
-    microbatch (None: one), see ``Replica``. Collective.
+    microbatch (None: one), see ``Replica``. course: of the run (None: it begins). Collective.
 
     Errors: ConfigError where the options do not fit the mesh.
     """
@@ -46,4 +67,7 @@ def make_sync(
         )
         alone.notes.append("sync.name=zero: there is one replica, which shares its optimizer's state with nobody")
         return alone
-    return SYNCS[options.name](slices, computing, mesh, getattr(options, options.name), uses)
+    kind = SYNCS[options.name]
+    more = (course or Course(),) if issubclass(kind, ApartSync) else ()
+    made: Sync = kind(slices, computing, mesh, getattr(options, options.name), uses, *more)
+    return made

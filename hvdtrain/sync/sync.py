@@ -19,12 +19,15 @@ class Told:
     loss: scalar fp64, the sum over its targets; weights: targets of each of its microbatches, whose sum divides the
     loss; flags: what it adds to a sum of integers (see watch/stopping.py). loss_scale: what its gradients were
     multiplied by, alike on all ranks; None: nothing.
+    is_shown, is_saved: does somebody read this step's numbers, does a checkpoint follow it? Alike on all ranks.
     """
 
     loss: torch.Tensor
     weights: Sequence[int]
     flags: int = 0
     loss_scale: torch.Tensor | None = None
+    is_shown: bool = True
+    is_saved: bool = True
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class Sync(Protocol):
         """This rank's gradients are all there: send what is left, and wait for what the step needs."""
 
     def step(self, update: Update, lr: float) -> Agreed | None:
-        """Move the weights; None where the replicas have not met in this step."""
+        """Move the weights; None where the replicas have not met in this step, and nobody needs to know how it went."""
 
     def settle(self, update: Update) -> None:
         """ONE model and ONE optimizer state, before a save; training goes on from it, interrupted or not."""

@@ -44,6 +44,10 @@ class Bar:
             self._show(draw=False)
         self._bar.update()
 
+    def pass_by(self) -> None:
+        """A step whose loss is not known."""
+        self._bar.update()
+
     def log(self, loss: float, speed: str) -> None:
         """What a logged line has read anyway."""
         self._parts |= {"loss": f"loss {loss:.4f}", "speed": speed}

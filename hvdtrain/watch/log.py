@@ -60,6 +60,14 @@ class Log(contextlib.AbstractContextManager):
             if self.compiling is not None:
                 self.say(f"hvdtrain: compiled in {self.compiling.seconds:.1f} s")
 
+    def is_due(self, step: int) -> bool:
+        """Will ``add`` write a line of this step?"""
+        return self.metrics.is_due(step)
+
+    def pass_by(self) -> None:
+        """A step of which nothing is known but its times."""
+        self.metrics.pass_by(self._times)
+
     def after(self, name: str) -> None:
         """What follows belongs to no part of a step: evaluation, checkpoint."""
         self._phases.after(name)

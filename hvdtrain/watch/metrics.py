@@ -132,14 +132,27 @@ class Metrics:
 
         Errors: DivergedError, on all ranks alike, where the guard says so.
         """
+        self._note(times)
+        if self._bar is not None:
+            self._bar.step(agreed.loss)
+        if self.is_due(step):
+            self._log(step, epoch, agreed, lr)
+
+    def pass_by(self, times: StepTimes | Laps) -> None:
+        """Note a finished step of which nothing is known but its times."""
+        self._note(times)
+        if self._bar is not None:
+            self._bar.pass_by()
+
+    def is_due(self, step: int) -> bool:
+        """Is a line of this step to be written?"""
+        return step % self._options.every == 0 or step in (self._start_step + 1, self._steps)
+
+    def _note(self, times: StepTimes | Laps) -> None:
         self._flops_since += self._learner.flops
         self._unread.append(times)
         self._read_times(only_ready=True)  # so that few wait, however seldom a line is written
         self._steps_since += 1
-        if self._bar is not None:
-            self._bar.step(agreed.loss)
-        if step % self._options.every == 0 or step in (self._start_step + 1, self._steps):
-            self._log(step, epoch, agreed, lr)
 
     def _read_times(self, only_ready: bool) -> None:
         while self._unread and (not only_ready or self._unread[0].is_ready()):
