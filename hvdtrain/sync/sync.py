@@ -18,7 +18,7 @@ class Told:
 
     loss: scalar fp64, the sum over its targets; weights: targets of each of its microbatches, whose sum divides the
     loss; flags: what it adds to a sum of integers (see watch/stopping.py). loss_scale: what its gradients were
-    multiplied by, alike on all ranks; None: nothing.
+    multiplied by, alike on all ranks that meet in every step; None: nothing.
     is_shown, is_saved: does somebody read this step's numbers, does a checkpoint follow it? Alike on all ranks.
     """
 
