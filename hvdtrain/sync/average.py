@@ -55,6 +55,7 @@ class AverageSync(ApartSync):
         super().__init__(slices, computing, mesh, uses, course)
         self._options = options
         self._losses: dict[str, float] = {}
+        self._chosen: tuple[int, list[int]] = 0, []  # in which step, and of which replicas
 
     def settle(self, update: Update) -> None:
         if self._are_apart and (self._options.fuse == "soup" or self._step == self._course.steps):
@@ -65,19 +66,33 @@ class AverageSync(ApartSync):
         return {**super().report(), **self._losses}
 
     def _measure_and_fuse(self, update: Update) -> None:
-        own = [weight.clone() for weight in self._weights]
-        everyone = list(range(self._mesh.replicas))
-        losses = [self._loss_of([replica], own) for replica in everyone]
-        if self._options.fuse == "soup":
-            members, fused = self._soup(losses, own)
-        else:
-            members, fused = everyone, self._loss_of(everyone, own)
-        self._mix(members, own)
+        members = self._fuse()
         self._are_apart = False
         self._sent_bytes += of_all_reduce(self._bytes, self._mesh.replicas)
         self._put_mean_of_states(update, members)
-        self._losses = {f"val_loss_of_replica_{number}": loss for number, loss in enumerate(losses)}
-        self._losses |= {"val_loss_fused": fused, "replicas_fused": len(members)}
+
+    def _view(self) -> None:
+        if self._options.fuse == "soup" and self._told.is_saved:  # what is evaluated is what is saved
+            self._fuse()
+        else:
+            super()._view()
+
+    def _fuse(self) -> Sequence[int]:
+        """Put the one model in place of this replica's; of which replicas it is made (collective)."""
+        own = [weight.clone() for weight in self._weights]
+        if self._chosen[0] != self._step:  # else an evaluation has chosen already
+            everyone = list(range(self._mesh.replicas))
+            losses = [self._loss_of([replica], own) for replica in everyone]
+            if self._options.fuse == "soup":
+                members, fused = self._soup(losses, own)
+            else:
+                members, fused = everyone, self._loss_of(everyone, own)
+            self._chosen = self._step, members
+            self._losses = {f"val_loss_of_replica_{number}": loss for number, loss in enumerate(losses)}
+            self._losses |= {"val_loss_fused": fused, "replicas_fused": len(members)}
+        _, members = self._chosen
+        self._mix(members, own)
+        return members
 
     def _soup(self, losses: Sequence[float], own: list[torch.Tensor]) -> tuple[list[int], float]:
         """Which replicas go into it, and its validation loss (collective). losses: of each replica alone."""

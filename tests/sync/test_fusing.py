@@ -18,9 +18,17 @@ def fused(fuse: str, spoil: int | None = None) -> list[tuple]:
             for parameter in run.model.parameters():
                 parameter.data.mul_(-5)
         own = run.weights()
-        return own, run.save(), dict(run.sync.report())
+        with run.sync.viewed():
+            viewed = run.weights()
+        saved = run.save()
+        assert_equal({f"model.{name}": value for name, value in viewed.items()}, saved_model(saved), 1e-6)
+        return own, saved, dict(run.sync.report())
 
     return on_ranks(3, work)
+
+
+def saved_model(saved: dict) -> dict:
+    return {name: value for name, value in saved.items() if name.startswith("model.")}
 
 
 def mean_of(ranks: list[tuple], members: list[int]) -> dict:
