@@ -86,6 +86,10 @@ class RunConfig(Options):
     stop: StopOptions = StopOptions()
     watchdog: WatchdogOptions = WatchdogOptions()
 
+    def replicas_of(self, ranks: int) -> int:
+        """How many replicas train on so many ranks. Errors: ConfigError where they are no whole number, or none."""
+        return self.mesh.replicas_of(self.sync.workers_of(ranks))
+
     def identity(self) -> dict[str, Any]:
         """The settings that make a run what it is: a resumed run must share them. Those that may change (length,
         microbatch, how often to log, where the data lies) are left out; the data's digest is added by the loop.

@@ -42,6 +42,7 @@ from hvdtrain.cut.cut import Replica
 from hvdtrain.cut.precision import PRECISIONS
 from hvdtrain.data.carried import carry
 from hvdtrain.data.corpora import Corpora, check_corpora, open_corpora, stage
+from hvdtrain.data.loader import WithoutRows
 from hvdtrain.data.stream import read_through_note
 from hvdtrain.engine import Engine, scores_of
 from hvdtrain.errors import EXIT_OK, CheckpointError, ConfigError, crash_code, say
@@ -173,7 +174,8 @@ def open_run(asked: Asked, world: World, group: Group, claim: Claim, signals: St
     recipe, run_dir = asked.recipe, asked.run_dir
     group.together(lambda: check_combination(flatten(recipe.model_dump())))
     device, notes = group.together(lambda: pick_device(recipe.device, world, group))
-    mesh, is_main = make_mesh(group, recipe.mesh, device), group.rank == 0
+    group.together(lambda: recipe.replicas_of(group.size))
+    mesh, is_main = make_mesh(group, recipe.mesh, device, recipe.sync.servers), group.rank == 0
     config = group.together(lambda: sizing.sized(recipe, mesh.replicas))
     stopping = group.together(lambda: Stopping(run_dir, config.stop, is_main, signals))
     cores = take_cores(group)
@@ -222,8 +224,8 @@ def _check_best(name: str, task: Task) -> None:
 
 def _open_data(config: RunConfig, task: Task, mesh: Mesh, world: World, pin: bool) -> Data:
     """Find out what is wrong with the data now, on all ranks, and open what is right (collective)."""
-    group = mesh.world
-    feed = group.together(lambda: sizing.feed_of(config, mesh.number, mesh.replicas, pin))
+    group, number = mesh.world, mesh.number if mesh.has_rows else 0
+    feed = group.together(lambda: sizing.feed_of(config, number, mesh.replicas, pin))
     corpora = group.together(lambda: open_corpora(config.data))
     group.agree(corpora.data_digest, f"the data in {corpora.names}")
     group.together(lambda: task.check(corpora, feed))
@@ -235,8 +237,13 @@ def _open_data(config: RunConfig, task: Task, mesh: Mesh, world: World, pin: boo
         group.together(lambda: check_corpora(corpora, *sharing, torch.get_num_threads()))
 
     def open_splits() -> Data:
-        train = task.open_training(corpora, feed)
-        return Data(corpora, train, task.open_evaluation(corpora, "val", feed, config.eval.rows))
+        train, val = task.open_training(corpora, feed), task.open_evaluation(corpora, "val", feed, config.eval.rows)
+        if not mesh.has_rows:
+            train, val = (
+                replace(train, source=WithoutRows(train.source)),
+                replace(val, batches=lambda: iter(()), count=0),
+            )
+        return Data(corpora, train, val)
 
     return group.together(open_splits)
 
@@ -418,6 +425,7 @@ def open_log(run: OpenRun, engine: Engine, watchdog: Watchdog) -> tuple[Log, Pea
     every, factor = config.watchdog.stragglers_every, config.watchdog.straggler_factor
     stragglers = None
     if group.size > 1 and every:
-        stragglers = Stragglers(factor, group.all_gather_object(socket.gethostname()), step)
+        hosts = group.all_gather_object(socket.gethostname())
+        stragglers = Stragglers(factor, hosts[: len(hosts) - run.mesh.servers], step)
     phases = Phases(StepClock(run.device), profiler, watchdog)
     return Log(metrics, phases, group, stragglers, every, compiling), peak

@@ -40,6 +40,10 @@ def announce(run: OpenRun, engine: Engine, log: Log, peak: Peak) -> None:
     for line in shown:
         log.say(f"hvdtrain: {line}")
     run.notes += notes
+    if servers := run.mesh.servers:
+        log.say(
+            f"hvdtrain: training on {plural(group.size - servers, 'rank')}, parameters on {plural(servers, 'server')}"
+        )
     parameters = _parameters(run, engine)
     log.say(f"hvdtrain: {parameters}; {run.data.train.about}")
     if run.config.mesh.pipeline > 1:

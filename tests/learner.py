@@ -61,7 +61,7 @@ class Learner:
 
     def __init__(self, group: Group, recipe: Recipe, folder: Path | None = None):
         """folder: a checkpoint to go on from."""
-        self.recipe, self.mesh = recipe, make_mesh(group, recipe.mesh)
+        self.recipe, self.mesh = recipe, make_mesh(group, recipe.mesh, servers=recipe.sync.servers)
         small = {"layers": 2, "heads": 2, "width": 16, "context": CONTEXT, "ff_ratio": 2.0}
         options = TransformerOptions(**{**small, **recipe.model})
 
@@ -91,6 +91,8 @@ class Learner:
 
     def microbatches(self, step: int) -> list[Batch]:
         windows = torch.from_numpy(random_tokens(ROWS * (CONTEXT + 1), VOCAB, seed=step)).view(ROWS, CONTEXT + 1)
+        if not self.mesh.has_rows:
+            return []
         first, count = even_parts(ROWS, self.mesh.replicas)[self.mesh.number]
         parts = even_parts(count, min(count, self.recipe.microbatches))
         return [Batch.from_windows(windows[first + at : first + at + rows].numpy()) for at, rows in parts]

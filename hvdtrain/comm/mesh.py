@@ -51,6 +51,8 @@ class Mesh:
     """world: all ranks. replica: the same place in every replica. own: this rank's replica, whose axes are ``tensor``
     (ranks that share each layer) and ``pipe`` (ranks that follow one another); a rank of ``own`` is
     ``pipe.rank * tensor.size + tensor.rank``.
+
+    servers: the last so many ranks keep parameters and take no rows; they stand behind the replicas in ``replica``.
     """
 
     world: Group
@@ -58,6 +60,7 @@ class Mesh:
     own: Axis
     tensor: Axis
     pipe: Axis
+    servers: int = 0
     _holders: dict[tuple[frozenset[int], bool], Group] = field(default_factory=dict, repr=False)
 
     @property
@@ -68,7 +71,12 @@ class Mesh:
     @property
     def replicas(self) -> int:
         """How many share the data."""
-        return self.replica.size
+        return self.replica.size - self.servers
+
+    @property
+    def has_rows(self) -> bool:
+        """Does this rank train, rather than keep parameters alone?"""
+        return self.number < self.replicas
 
     @property
     def speaks(self) -> bool:
@@ -99,20 +107,24 @@ class Mesh:
         return self._holders[asked]
 
 
-def whole_replicas(world: Group) -> Mesh:
-    """The mesh in which every rank holds a replica of its own (local)."""
+def whole_replicas(world: Group, servers: int = 0) -> Mesh:
+    """The mesh in which every rank holds a replica of its own, the last ``servers`` without rows (local)."""
     alone = LocalAxis()
-    return Mesh(world, replica=world, own=alone, tensor=alone, pipe=alone)
+    return Mesh(world, replica=world, own=alone, tensor=alone, pipe=alone, servers=servers)
 
 
-def make_mesh(world: Group, options: MeshOptions, device: torch.device = torch.device("cpu")) -> Mesh:  # noqa: B008
-    """The mesh that ``options`` ask for, whose axes carry tensors on ``device`` (collective).
+def make_mesh(
+    world: Group, options: MeshOptions, device: torch.device = torch.device("cpu"), servers: int = 0  # noqa: B008
+) -> Mesh:  # fmt: skip
+    """The mesh that ``options`` ask for, whose axes carry tensors on ``device`` (collective). servers: see ``Mesh``; of
+    replicas that are whole.
 
     Errors: ConfigError where it does not divide the ranks.
     """
     world.together(lambda: options.replicas_of(world.size))
     if options.ranks == 1:
-        return whole_replicas(world)
+        return whole_replicas(world, servers)
+    assert not servers, "the table of combinations refuses it"
     rows = grid(world.size, options.pipeline, options.tensor)
     stages, parts = range(options.pipeline), range(options.tensor)
     replica = world.split([[own[stage][part] for own in rows] for stage in stages for part in parts])

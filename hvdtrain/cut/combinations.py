@@ -60,6 +60,7 @@ OF_SCHEDULES = {name: _is("cut.schedule", name, only_with=PIPELINE) for name in 
 _ONLY_WITH = {SEQUENCE: TENSOR, ONE_STAGE: PIPELINE, SEVERAL_STAGES: PIPELINE}
 ZERO = _is("sync.name", "zero")
 ZERO_1, ZERO_2 = (_is("sync.zero.stage", stage, only_with=ZERO) for stage in (1, 2))
+SERVER = _is("sync.name", "parameter_server")
 COMPILE_BLOCKS, COMPILE_MODEL = (_is("compile", how) for how in ("blocks", "model"))
 APART = _one_of("steps apart", "sync.name", "local_sgd", "gossip", "average")
 EMA = _above("ema.decay", 0)
@@ -74,6 +75,7 @@ ROWS = (
     SEVERAL_STAGES,
     ZERO_1,
     ZERO_2,
+    SERVER,
     *(_is("precision", name) for name in ("fp32", "bf16", "bf16-weights", "fp16")),
     COMPILE_BLOCKS,
     COMPILE_MODEL,
@@ -118,6 +120,19 @@ REFUSED = (
         APART,
         "each replica would leave out steps by itself, and they no longer know alike when to give up",
         "set guard.policy=stop",
+    ),
+    *(
+        Refused(
+            SERVER,
+            cut,
+            "a server keeps parameters of replicas that are whole",
+            "set sync.name=allreduce or zero",
+        )
+        for cut in (TENSOR, PIPELINE)
+    ),
+    *(
+        Refused(SERVER, other, "these are two ways to agree", "set sync.name to one of them")
+        for other in (ZERO_1, ZERO_2, APART)
     ),
     Refused(
         COMPILE_MODEL,
@@ -226,7 +241,10 @@ def table() -> str:
 
 def _refusal(row: Feature, column: Feature) -> Refused | None:
     """What is refused of a pipeline is refused of each of its schedules, and what of a cut, of its own options."""
-    columns = (column, PIPELINE) if column in OF_SCHEDULES.values() else (column,)
-    rows = (row, _ONLY_WITH[row]) if row in _ONLY_WITH else (row,)
-    pairs = [pair for one in columns for this in rows for pair in ((this, one), (one, this))]
+    columns = (column, *(PIPELINE for one in OF_SCHEDULES.values() if one is column), *_general(column))
+    pairs = [pair for one in columns for this in (row, *_general(row)) for pair in ((this, one), (one, this))]
     return next((one for one in REFUSED if (one.row, one.column) in pairs), None)
+
+
+def _general(feature: Feature) -> tuple[Feature, ...]:
+    return (_ONLY_WITH[feature],) if feature in _ONLY_WITH else ()

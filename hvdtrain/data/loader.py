@@ -110,6 +110,25 @@ class Source(Protocol):
         """A step's microbatches on the device. Called by the loop; may overwrite what it returned before."""
 
 
+class WithoutRows:
+    """The steps of ``source``, of which this rank takes no row: only a source knows how many rows a step has."""
+
+    def __init__(self, source: Source):
+        self._source = source
+        self.rows_per_step, self.rows_per_epoch = source.rows_per_step, source.rows_per_epoch
+        self.steps_per_block = source.steps_per_block
+
+    @property
+    def read_through(self) -> list[Path]:
+        return self._source.read_through
+
+    def block(self, first_row: int, steps: int, number: int) -> list[Step]:
+        return [Step(None, 0, step.rows) for step in self._source.block(first_row, steps, number)]
+
+    def batches(self, content: Any, device: torch.device) -> Sequence[AnyBatch]:
+        return ()
+
+
 BUFFERS = 3  # one that is read, one that waits, one that is filled
 
 

@@ -69,7 +69,7 @@ def ranks_that_share(config: "RunConfig", most: int, unit: int = 1) -> int:
         raise ConfigError(f"{plural(most, 'rank')} left, and mesh.* needs {least}; the run goes on with more")
     for count in range(most // least * least, least, -least):
         try:
-            check_shareable(config, config.mesh.replicas_of(count))
+            check_shareable(config, config.replicas_of(count))
             return count
         except ConfigError:
             continue

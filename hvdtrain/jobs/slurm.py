@@ -201,7 +201,7 @@ def check(job: Job, template: str) -> list[str]:
     _check_site(job)
     config, ranks = load_config(job.recipe, job.overrides, [job.folder / job.run_dir]), ranks_of(job, template)
     check_combination(flatten(config.model_dump()))
-    replicas = config.mesh.replicas_of(ranks)
+    replicas = config.replicas_of(ranks)
     sizing.check_shareable(sizing.sized(config, replicas), replicas)
     if not (config.train.epochs or config.schedule.warmup_epochs):  # those need the data, which may come later
         sizing.scaled(config, replicas, 0)

@@ -57,7 +57,7 @@ class Ema:
     def update(self, step: int) -> None:
         """After the optimizer's step ``step``: every ``every`` steps one foreach operation; never waits for the GPU."""
         assert not self._is_swapped
-        if step % self.options.every == 0:
+        if step % self.options.every == 0 and self._weights:  # a rank may move nothing, see make_optimizer
             keep = decay_at(self.options, step - self.began)
             torch._foreach_lerp_(self._averages, self._weights, 1 - keep)
 
@@ -80,7 +80,8 @@ class Ema:
     def restart(self, step: int) -> None:
         """Begin anew with the model's present weights, which are those after ``step``."""
         assert not self._is_swapped
-        torch._foreach_copy_(self._averages, self._weights)
+        if self._weights:
+            torch._foreach_copy_(self._averages, self._weights)
         self.began = step
 
     def averages(self) -> Sequence[Slice]:

@@ -48,7 +48,8 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """Matrices and embeddings decay and have trust ratios, vectors (biases, norms) not; what is frozen stays out.
 
-    norms: of a model whose tensors are cut over ranks, see Norms in lars.py.
+    norms: of a model whose tensors are cut over ranks, see Norms in lars.py. A rank that moves nothing, because others
+    keep the parameters, has a group without any.
     shares: what each of ``parameters`` takes of the learning rate; None: all of it.
     """
     parameters = list(parameters)
@@ -60,6 +61,8 @@ def make_optimizer(
         decay = options.weight_decay if is_matrix else 0.0
         group = {"params": [], "weight_decay": decay, "is_adapted": is_matrix, "lr_share": share}
         groups.setdefault((is_matrix, share), group)["params"].append(parameter)
+    if not parameters:
+        groups[False, 1.0] = {"params": [], "weight_decay": 0.0, "is_adapted": False}
     matrices_first = sorted(groups, key=lambda kind: not kind[0])
     return _MAKERS[options.name]([groups[kind] for kind in matrices_first], options, norms)
 

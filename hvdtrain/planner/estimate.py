@@ -59,7 +59,7 @@ def estimate(config: RunConfig, ranks: int, ranks_per_node: int = 0, vocab_size:
     """``plan`` of settings, as numbers. On a CPU it sets this process's matrix library as a run would (local)."""
     check_ranks(ranks, ranks_per_node)
     check_combination(flatten(config.model_dump()))
-    replicas = config.mesh.replicas_of(ranks)
+    replicas = config.replicas_of(ranks)
     recipe, config = config, sizing.sized(config, replicas)
     facts, epoch_tokens, notes = read_facts(config, replicas, vocab_size)
     scaled = sizing.scaled(recipe, replicas, epoch_tokens)

@@ -54,7 +54,7 @@ def workload(config: RunConfig, facts: CorpusFacts, ranks: int, ranks_per_node: 
     Errors: ConfigError where the ranks cannot share the batch, or numbers of ranks are not above 0.
     """
     check_ranks(ranks, ranks_per_node)
-    replicas = config.mesh.replicas_of(ranks)
+    replicas = config.replicas_of(ranks)
     feed, task = feed_of(config, 0, replicas), make_task(config.task)
     if task.rows_are_alike:
         positions = feed.context

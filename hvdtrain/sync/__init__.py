@@ -14,6 +14,7 @@ from hvdtrain.sync.apart import ApartOptions, ApartSync, Course
 from hvdtrain.sync.average import AverageOptions, AverageSync
 from hvdtrain.sync.gossip import GossipOptions, GossipSync
 from hvdtrain.sync.local_sgd import LocalSgdOptions, LocalSgdSync
+from hvdtrain.sync.parameter_server import ParameterServerOptions, ParameterServerSync
 from hvdtrain.sync.sync import Sync
 from hvdtrain.sync.zero import ZeroOptions, ZeroSync
 
@@ -23,21 +24,32 @@ SYNCS: dict[str, Any] = {
     "local_sgd": LocalSgdSync,
     "gossip": GossipSync,
     "average": AverageSync,
+    "parameter_server": ParameterServerSync,
 }
 
 
 class SyncOptions(Options):
-    name: Literal["allreduce", "zero", "local_sgd", "gossip", "average"] = option(
+    name: Literal["allreduce", "zero", "local_sgd", "gossip", "average", "parameter_server"] = option(
         "allreduce",
         "how replicas agree; allreduce: sum gradients every step; zero: that, and share the optimizer's state; "
         "local_sgd: average weights every H steps; gossip: mix weights with neighbours; average: train apart, and make "
-        "one model of all where it is saved",
+        "one model of all where it is saved; parameter_server: send gradients to ranks that keep the parameters",
     )
     allreduce: AllReduceOptions = AllReduceOptions()
     zero: ZeroOptions = ZeroOptions()
     local_sgd: LocalSgdOptions = LocalSgdOptions()
     gossip: GossipOptions = GossipOptions()
     average: AverageOptions = AverageOptions()
+    parameter_server: ParameterServerOptions = ParameterServerOptions()
+
+    @property
+    def servers(self) -> int:
+        """Ranks that take no rows."""
+        return self.parameter_server.servers if self.name == "parameter_server" else 0
+
+    def workers_of(self, ranks: int) -> int:
+        """How many of so many ranks train. Errors: ConfigError where none is left to."""
+        return self.parameter_server.workers_of(ranks) if self.servers else ranks
 
 
 def check_sync(options: SyncOptions, replicas: int, steps: int) -> None:

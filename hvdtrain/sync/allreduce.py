@@ -69,7 +69,7 @@ class AllReduceSync:
         self._wires = {group: make_wire(options.wire, group) for group in holders}
         self.norms: Norms = whole_norms
         if mesh.tensor.size > 1:
-            self.norms = SpreadNorms(self.moves, mesh.own, mesh.own.sum)
+            self.norms = SpreadNorms(self.moves, mesh.own, mesh.own.sum, device)
         self._sums = Sums(mesh, self.moves)
         self._parts = PartNorms(mesh.replicas, device, mesh.speaks)
         self._buckets = Buckets(

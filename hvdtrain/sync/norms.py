@@ -21,11 +21,11 @@ class SpreadNorms:
     pieces: what this rank's optimizer moves; ``copies`` of them are counted once.
     """
 
-    def __init__(self, pieces: Sequence[Slice], ranks: Ranks, over_ranks: SumOverRanks):
+    def __init__(self, pieces: Sequence[Slice], ranks: Ranks, over_ranks: SumOverRanks, device: torch.device):
         names = sorted(set().union(*ranks.all_gather_object([piece.name for piece in pieces])))
         places = {name: number for number, name in enumerate(names)}
         self._of_piece = {id(piece.tensor): (places[piece.name], piece.copies) for piece in pieces}
-        self._device, self._count, self._over_ranks = pieces[0].tensor.device, len(names), over_ranks
+        self._device, self._count, self._over_ranks = device, len(names), over_ranks
         self._known: list[int] = []
 
     def __call__(self, weights: list[torch.Tensor], others: list[torch.Tensor]) -> torch.Tensor:

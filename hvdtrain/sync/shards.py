@@ -42,13 +42,19 @@ def shard_of(run: Run, slices: Sequence[Slice], flat: torch.Tensor, replicas: in
     """
     part = run.length // run.holders.size
     begin = run.holders.rank * part
-    copies = run.copies * replicas // run.holders.size
+    return range_of(run, slices, flat, begin, begin + part, run.copies * replicas // run.holders.size)
+
+
+def range_of(
+    run: Run, slices: Sequence[Slice], flat: torch.Tensor, begin: int, end: int, copies: int = 1
+) -> list[tuple[int, int, Slice]]:
+    """The same of the numbers ``begin`` to ``end`` of ``flat``."""
     found = []
     for (number, _), offset in zip(run.members, run.offsets, strict=True):
         at = offset
         for piece in slices[number].rectangles():
             place, size = piece.places[0], piece.tensor.numel()
-            start, stop = max(begin - at, 0), min(begin + part - at, size)
+            start, stop = max(begin - at, 0), min(end - at, size)
             for inner in rectangles_of(start, stop, place.shape):
                 where = at + start - begin
                 view = flat[begin + where : begin + where + inner.numel].view(inner.shape)
@@ -57,6 +63,16 @@ def shard_of(run: Run, slices: Sequence[Slice], flat: torch.Tensor, replicas: in
                 start += inner.numel
             at += size
     return found
+
+
+@torch.no_grad()
+def in_one(run: Run) -> torch.Tensor:
+    """The weights of a run side by side: a flat tensor, of which its members become views."""
+    flat = run.empty()
+    for (_, parameter), view in zip(run.members, run.views(flat), strict=True):
+        view.copy_(parameter)
+        parameter.data = view
+    return flat
 
 
 def _within(row: int, start: int, stop: int, shape: Sequence[int]) -> list[Rect]:

@@ -37,7 +37,7 @@ from hvdtrain.slices import Slice
 from hvdtrain.sync.buckets import Run, make_runs
 from hvdtrain.sync.norms import SpreadNorms
 from hvdtrain.sync.sharded import AT_ONCE, KeptGradients, PassedGradients, ShardedGradients
-from hvdtrain.sync.shards import shard_of
+from hvdtrain.sync.shards import in_one, shard_of
 from hvdtrain.sync.sums import Sums
 from hvdtrain.sync.sync import EXACT, Drift, Told
 from hvdtrain.sync.wire import FORMS
@@ -110,7 +110,7 @@ class ZeroSync:
         self._runs = make_runs(whole, int(options.bucket_mib * _MIB), in_parts=True)
         self._narrow = copies[0].dtype if copies[0].dtype != whole[0].tensor.dtype else None
         self._is_whole = True
-        self._weights = [_in_one(run) for run in self._runs]
+        self._weights = [in_one(run) for run in self._runs]
         self._sums = Sums(mesh, whole)
         self._parts = PartNorms(mesh.replicas, self._device, mesh.speaks, of_first=options.stage == 2)
         kind = KeptGradients if options.stage == 1 else PassedGradients
@@ -118,7 +118,7 @@ class ZeroSync:
             whole, copies, self._runs, self._parts, mesh, FORMS[options.wire], of_pass
         )
         self._make_moves(whole)
-        self.norms: Norms = SpreadNorms(self.moves, mesh.world, self._over_ranks)
+        self.norms: Norms = SpreadNorms(self.moves, mesh.world, self._over_ranks, self._device)
         self._summed: Summed | None = None
         self._sent = 0
 
@@ -210,16 +210,6 @@ class ZeroSync:
     def _wire_bytes(self) -> int:
         form = FORMS[self._options.wire]
         return 4 if form is None else form.dtype.itemsize
-
-
-@torch.no_grad()
-def _in_one(run: Run) -> torch.Tensor:
-    """The weights of a run side by side: a flat tensor, of which its members become views."""
-    flat = run.empty()
-    for (_, parameter), view in zip(run.members, run.views(flat), strict=True):
-        view.copy_(parameter)
-        parameter.data = view
-    return flat
 
 
 def _start_gather(run: Run, weights: torch.Tensor, narrow: torch.dtype | None) -> Callable[[], None]:

@@ -21,7 +21,8 @@ def own_seconds(times: StepTimes) -> float:
 class Stragglers:
     """Fed with every rank's seconds now and then, it names a rank that was slow in ``patience`` intervals in a row.
 
-    factor: times the median that make a rank slow. hosts: of each rank. step: where the run begins. A rank is named
+    factor: times the median that make a rank slow. hosts: of each rank that trains; those that
+    keep parameters come after them. step: where the run begins. A rank is named
     once.
     """
 
@@ -36,6 +37,7 @@ class Stragglers:
 
         totals: each rank's own seconds from the start to ``step``; the interval is what came since the last call.
         """
+        totals = totals[: len(self._hosts)]
         seconds = [now - before for now, before in zip(totals, self._totals, strict=True)]
         first, count = self._step + 1, step - self._step
         self._step, self._totals = step, list(totals)

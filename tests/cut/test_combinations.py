@@ -44,6 +44,8 @@ ZERO = {"sync__name": "zero"}
         ({**PIPELINE, "compile": "model"}, "compile=model does not go with mesh.pipeline=2: .*; set compile=blocks$"),
         ({**PIPELINE, "cut__stages_per_rank": 2}, "per_rank=2 does not go with cut.schedule=1f1b: .*=interleaved$"),
         ({**PIPELINE, "cut__schedule": "interleaved"}, "per_rank=1 does not go with .*=interleaved: .*per_rank=2 or"),
+        ({"mesh__tensor": 2, "sync__name": "parameter_server"}, r"_server does not go with mesh.tensor=2: .*or zero$"),
+        ({**PIPELINE, "sync__name": "parameter_server"}, r"_server does not go with mesh.pipeline=2: .*or zero$"),
         (
             {"mesh__tensor": 3},
             "mesh.tensor=3 does not divide model.heads=4; set mesh.tensor=1, 2 or 4, or model.heads=6",

@@ -1,0 +1,42 @@
+"""A parameter server from the command line down: the rows and scores of one process, saves that others go on from."""
+
+from pathlib import Path
+
+import pytest
+from launch import Prepared, launch, succeed, summary
+
+from hvdtrain.errors import EXIT_USAGE
+
+SERVER = ("sync.name=parameter_server", "sync.parameter_server.servers=1")
+
+
+def test_two_workers_and_a_server_train_as_one_process_does(prepared: Prepared, trained: Path, tmp_path: Path):
+    """The second half by two ranks that serve one another. val_loss: fp32 sums in another order, over 12 steps."""
+    run_dir, expected = tmp_path / "run", summary(trained)
+    words = ("train", prepared.recipe, "sync.name=parameter_server", "--run-dir", run_dir)
+    done = succeed(*words, SERVER[1], "train.steps=6", how="mpirun", ranks=3)
+    assert "hvdtrain: training on 2 ranks, parameters on 1 server" in done.text
+    half = summary(run_dir)
+    assert (half["replicas"], half["world_size"], half["servers"]) == (2, 3, 1)
+    assert half["sent_mib"] > 0
+    succeed(*words, how="mpirun", ranks=2)
+    found = summary(run_dir)
+    assert (found["step"], found["tokens"]) == (expected["step"], expected["tokens"])
+    assert found["sample_digest"] == expected["sample_digest"]
+    assert found["val_loss"] == pytest.approx(expected["val_loss"], abs=1e-4)
+    assert found["servers"] == 0
+
+
+def test_no_workers_and_cuts_are_refused(prepared: Prepared, tmp_path: Path):
+    words = ("train", prepared.recipe, *SERVER, "--run-dir", tmp_path / "run")
+    alone, cut = launch(*words), launch(*words, "mesh.tensor=2", how="mpirun", ranks=3)
+    for done, reason in (
+        (
+            alone,
+            "servers=1 leaves none of 1 rank to train; start 2 ranks or more, or set it to 0",
+        ),
+        (cut, "sync.name=parameter_server does not go with mesh.tensor=2: a server keeps parameters of replicas that"),
+    ):
+        assert done.exit_code == EXIT_USAGE
+        (message,) = done.messages
+        assert reason in message
