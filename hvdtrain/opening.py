@@ -36,7 +36,7 @@ from hvdtrain.comm.world import World
 from hvdtrain.config import RunConfig, dump_yaml, flatten
 from hvdtrain.cut import Making, make_replica
 from hvdtrain.cut.blueprint import Blueprint, fill_slices
-from hvdtrain.cut.combinations import check_combination
+from hvdtrain.cut.combinations import check_combination, notes_on_sync
 from hvdtrain.cut.compiling import CompileClock, check_compiler
 from hvdtrain.cut.cut import Replica
 from hvdtrain.cut.precision import PRECISIONS
@@ -172,7 +172,8 @@ class OpenRun:
 def open_run(asked: Asked, world: World, group: Group, claim: Claim, signals: StopSignals | None) -> OpenRun:
     """Everything that can be wrong with the input is found here, on all ranks, before the first step (collective)."""
     recipe, run_dir = asked.recipe, asked.run_dir
-    group.together(lambda: check_combination(flatten(recipe.model_dump())))
+    settings = flatten(recipe.model_dump())
+    group.together(lambda: check_combination(settings))
     device, notes = group.together(lambda: pick_device(recipe.device, world, group))
     group.together(lambda: recipe.replicas_of(group.size))
     mesh, is_main = make_mesh(group, recipe.mesh, device, recipe.sync.servers), group.rank == 0
@@ -182,7 +183,7 @@ def open_run(asked: Asked, world: World, group: Group, claim: Claim, signals: St
     torch.set_num_threads(cores.threads)
     task = make_task(config.task)
     group.together(lambda: _check_best(config.checkpoint.best, task))
-    notes += stopping.notes
+    notes += stopping.notes + notes_on_sync(settings)
     data = _open_data(config, task, mesh, world, pin=device.type == "cuda")
     notes += group.together(lambda: read_through_note(data.train.source.read_through))
     scaled = group.together(

@@ -10,7 +10,7 @@ from torch import nn
 
 from hvdtrain.checkpoint import writer
 from hvdtrain.checkpoint.manifest import Progress
-from hvdtrain.checkpoint.reader import load
+from hvdtrain.checkpoint.reader import load, load_kept
 from hvdtrain.checkpoint.writer import CheckpointOptions
 from hvdtrain.comm.group import Group
 from hvdtrain.comm.mesh import MeshOptions, make_mesh
@@ -83,6 +83,7 @@ class Learner:
         progress = Progress()
         if folder is not None:
             saved = load(folder, replica.slices, self.optimizer, self.ema, moves=self.sync.moves)
+            load_kept(saved, self.sync.state())
             progress = saved.progress
         scale = LossScale(CPU) if precision.scaled else None
         update = Update(self.optimizer, recipe.optim.clip_norm, Guard(recipe.guard, CPU), scale)

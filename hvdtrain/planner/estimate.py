@@ -11,7 +11,7 @@ import torch
 from hvdtrain import sizing
 from hvdtrain.comm.mesh import MeshOptions
 from hvdtrain.config import RunConfig, flatten, load_config, run_folders
-from hvdtrain.cut.combinations import bubble, check_combination, note_on_nodes, notes_on
+from hvdtrain.cut.combinations import bubble, check_combination, note_on_nodes, notes_on, notes_on_sync
 from hvdtrain.data.corpora import CorpusFacts, open_corpora
 from hvdtrain.data.shards import has_labels
 from hvdtrain.errors import ConfigError, plural
@@ -74,7 +74,7 @@ def estimate(config: RunConfig, ranks: int, ranks_per_node: int = 0, vocab_size:
     fast_fp32 = device == "cpu" and config.precision == "fp32" and use_fast_matmul("fp32") == "oneDNN"
     found = memory(config, facts, load, device, math_attention=fast_fp32)
     notes += found.assumptions
-    notes += notes_on(flatten(config.model_dump()), load.microbatches)
+    notes += notes_on(flatten(config.model_dump()), load.microbatches) + notes_on_sync(flatten(config.model_dump()))
     notes += note_on_nodes(config.mesh.tensor, load.ranks_per_node, load.nodes)
     if fast_fp32:
         notes.append("attention: keeps T x T scores, as on this AMD processor in fp32 (machine/matmul.py)")

@@ -15,11 +15,17 @@ from hvdtrain.sync.average import AverageOptions, AverageSync
 from hvdtrain.sync.gossip import GossipOptions, GossipSync
 from hvdtrain.sync.local_sgd import LocalSgdOptions, LocalSgdSync
 from hvdtrain.sync.parameter_server import ParameterServerOptions, ParameterServerSync
+from hvdtrain.sync.powersgd import PowerSgdOptions, PowerSgdSync
+from hvdtrain.sync.sign import SignOptions, SignSync
 from hvdtrain.sync.sync import Sync
+from hvdtrain.sync.topk import TopkOptions, TopkSync
 from hvdtrain.sync.zero import ZeroOptions, ZeroSync
 
 SYNCS: dict[str, Any] = {
     "allreduce": AllReduceSync,
+    "powersgd": PowerSgdSync,
+    "sign": SignSync,
+    "topk": TopkSync,
     "zero": ZeroSync,
     "local_sgd": LocalSgdSync,
     "gossip": GossipSync,
@@ -29,13 +35,19 @@ SYNCS: dict[str, Any] = {
 
 
 class SyncOptions(Options):
-    name: Literal["allreduce", "zero", "local_sgd", "gossip", "average", "parameter_server"] = option(
+    name: Literal[
+        "allreduce", "powersgd", "sign", "topk", "zero", "local_sgd", "gossip", "average", "parameter_server"
+    ] = option(
         "allreduce",
-        "how replicas agree; allreduce: sum gradients every step; zero: that, and share the optimizer's state; "
+        "how replicas agree; allreduce: sum gradients every step; powersgd: their factors of a low rank; sign: a "
+        "vote on their signs; topk: their largest numbers; zero: as allreduce, and share the optimizer's state; "
         "local_sgd: average weights every H steps; gossip: mix weights with neighbours; average: train apart, and make "
         "one model of all where it is saved; parameter_server: send gradients to ranks that keep the parameters",
     )
     allreduce: AllReduceOptions = AllReduceOptions()
+    powersgd: PowerSgdOptions = PowerSgdOptions()
+    sign: SignOptions = SignOptions()
+    topk: TopkOptions = TopkOptions()
     zero: ZeroOptions = ZeroOptions()
     local_sgd: LocalSgdOptions = LocalSgdOptions()
     gossip: GossipOptions = GossipOptions()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hvdtrain.config import flatten, make_config
-from hvdtrain.cut.combinations import COLUMNS, REFUSED, ROWS, bubble, check_combination, notes_on, table
+from hvdtrain.cut.combinations import COLUMNS, REFUSED, ROWS, bubble, check_combination, notes_on, notes_on_sync, table
 from hvdtrain.errors import ConfigError
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "cuts.md"
@@ -46,6 +46,9 @@ ZERO = {"sync__name": "zero"}
         ({**PIPELINE, "cut__schedule": "interleaved"}, "per_rank=1 does not go with .*=interleaved: .*per_rank=2 or"),
         ({"mesh__tensor": 2, "sync__name": "parameter_server"}, r"_server does not go with mesh.tensor=2: .*or zero$"),
         ({**PIPELINE, "sync__name": "parameter_server"}, r"_server does not go with mesh.pipeline=2: .*or zero$"),
+        ({"mesh__tensor": 2, "sync__name": "powersgd"}, "tensor=2 does not go with sync.name=powersgd: .*=allreduce$"),
+        ({"sync__name": "sign"}, "optim.name=adamw does not go with sync.name=sign: .*optim.name=sgd.*clip_norm=0$"),
+        ({"sync__name": "sign", "optim__name": "sgd", "optim__clip_norm": 0.0}, ".*; set optim.momentum=0$"),
         (
             {"mesh__tensor": 3},
             "mesh.tensor=3 does not divide model.heads=4; set mesh.tensor=1, 2 or 4, or model.heads=6",
@@ -93,3 +96,10 @@ def test_fewer_microbatches_than_stages_are_told_with_the_bubble():
     assert re.search(
         r"mesh.pipeline=4 has more stages than .* microbatches \(2\): .* 60% of a step; lower train.mic", note
     )
+
+
+def test_topk_into_adamw_is_warned_of():
+    (note,) = notes_on_sync(settings(sync__name="topk"))
+    assert "27 % higher" in note and "sync.name=powersgd" in note
+    assert not notes_on_sync(settings(sync__name="topk", optim__name="sgd"))
+    assert not notes_on_sync(settings())
