@@ -18,7 +18,7 @@ from hvdtrain.comm.horovod_group import HorovodGroup
 from hvdtrain.comm.world import detect_world
 
 WORLD = detect_world()
-LIMIT_S = 240
+LIMIT_S = 900
 
 
 @pytest.hookimpl(trylast=True)  # after the terminal reporter was made

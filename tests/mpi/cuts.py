@@ -127,8 +127,8 @@ def run(trial: Trial, mesh: Mesh, cut: CutOptions, steps: int) -> Outcome:
     parameters = put_together(mesh, engine.replica.slices, [piece.tensor for piece in engine.replica.slices])
     averages: Whole = {}
     if engine.ema is not None:
-        named = engine.ema.named_averages()
-        averages = put_together(mesh, engine.sync.moves, [named[piece.name] for piece in engine.sync.moves])
+        held = engine.ema.averages()
+        averages = put_together(mesh, held, [piece.tensor for piece in held])
     engine.close()
     return Outcome(gradients, parameters, losses, norms, scores, averages, engine)
 

@@ -14,7 +14,7 @@ from hvdtrain.comm.group import Group
 from hvdtrain.cut.options import CutOptions
 
 STEPS = 20
-# Sums in another order: of a tensor's gradient in the first step, and what twenty steps make of that.
+# Sums in another order: of a tensor's gradient in the first step, and what the steps make of that.
 GRADIENT, PARAMETER = 2e-6, 1e-5
 
 
@@ -71,9 +71,10 @@ def cut_run(group: Group, cut: Cut, trial: Trial, steps: int = STEPS) -> Outcome
     return run(trial, mesh_of(group, cut.tensor, cut.pipeline), cut.options, steps)
 
 
-def check_equal(found: Outcome, expected: Outcome) -> None:
-    worst = max(distances(found.gradients, expected.gradients).items(), key=lambda item: item[1])
-    assert worst[1] <= GRADIENT, f"gradient of {worst}"
+def check_equal(cut: Cut, found: Outcome, expected: Outcome) -> None:
+    if not cut.zero:  # whose step leaves other numbers where the gradient was
+        worst = max(distances(found.gradients, expected.gradients).items(), key=lambda item: item[1])
+        assert worst[1] <= GRADIENT, f"gradient of {worst}"
     worst = max(distances(found.parameters, expected.parameters).items(), key=lambda item: item[1])
     assert worst[1] <= PARAMETER, worst
     assert found.losses == pytest.approx(expected.losses, rel=1e-5)
@@ -85,8 +86,10 @@ def check_equal(found: Outcome, expected: Outcome) -> None:
 @pytest.mark.parametrize("cut", CUTS, ids=str)
 def test_a_cut_model_is_one_process(group: Group, cut: Cut, task: str):
     """Gradients, parameters after twenty steps of AdamW, losses, norms and scores."""
-    trial = Trial(task, {**TASKS[task], "dropout": 0.0 if cut.tensor > 1 else 0.1})
-    check_equal(cut_run(group, cut, trial), alone(trial, STEPS))
+    # What is dropped depends on the replica and on the part of a layer: one replica in stages drops what is dropped alone.
+    dropout = 0.1 if cut.pipeline == WORLD.size else 0.0
+    trial = Trial(task, {**TASKS[task], "dropout": dropout}, microbatch=1 if cut.pipeline > 1 else 4)
+    check_equal(cut, cut_run(group, cut, trial), alone(trial, STEPS))
 
 
 TWO_AXES = [cut for cut in CUTS if cut in (Cut(tensor=2, pipeline=2), Cut(pipeline=2), Cut(tensor=2, zero=1))]
@@ -96,14 +99,14 @@ TWO_AXES = [cut for cut in CUTS if cut in (Cut(tensor=2, pipeline=2), Cut(pipeli
 @pytest.mark.parametrize("cut", TWO_AXES, ids=str)
 def test_optimizers_know_whole_tensors(group: Group, cut: Cut, optimizer: str):
     trial = Trial("lm", {"tied": True}, optim={"name": optimizer})
-    check_equal(cut_run(group, cut, trial, 5), alone(trial, 5))
+    check_equal(cut, cut_run(group, cut, trial, 5), alone(trial, 5))
 
 
 @pytest.mark.parametrize("cut", TWO_AXES, ids=str)
 def test_averages_recomputation_and_accumulation(group: Group, cut: Cut):
     trial = Trial("lm", ema=0.9, recompute="full", microbatch=2)
     found, expected = cut_run(group, cut, trial, 5), alone(trial, 5)
-    check_equal(found, expected)
+    check_equal(cut, found, expected)
     assert max(distances(found.averages, expected.averages).values()) <= PARAMETER
 
 
