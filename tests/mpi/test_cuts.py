@@ -86,7 +86,7 @@ def check_equal(cut: Cut, found: Outcome, expected: Outcome) -> None:
 @pytest.mark.parametrize("cut", CUTS, ids=str)
 def test_a_cut_model_is_one_process(group: Group, cut: Cut, task: str):
     """Gradients, parameters after twenty steps of AdamW, losses, norms and scores."""
-    # What is dropped depends on the replica and on the part of a layer: one replica in stages drops what is dropped alone.
+    # What is dropped depends on the replica and the part of a layer: one replica in stages drops what is dropped alone.
     dropout = 0.1 if cut.pipeline == WORLD.size else 0.0
     trial = Trial(task, {**TASKS[task], "dropout": dropout}, microbatch=1 if cut.pipeline > 1 else 4)
     check_equal(cut, cut_run(group, cut, trial), alone(trial, STEPS))
