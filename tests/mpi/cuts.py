@@ -54,7 +54,7 @@ class Trial:
 
     def make(self) -> Staged:
         # A bias of keys has no gradient but rounding, which AdamW makes as large as any other.
-        small = {"layers": 3, "heads": 4, "width": 32, "context": POSITIONS, "qkv_bias": "no", **self.model}
+        small = {"layers": 4, "heads": 4, "width": 32, "context": POSITIONS, "qkv_bias": "no", **self.model}
         model: Staged = make_task(TaskOptions(name=self.task)).make_model(TransformerOptions(**small), MANIFEST)
         use_recompute(model, RecomputeOptions(name=self.recompute))
         return model
