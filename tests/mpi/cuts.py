@@ -65,7 +65,8 @@ class Trial:
         replica = make_replica(blueprint, Making(mesh, precision, CPU, task, cut, self.compile))
         fill_slices(replica.slices, blueprint.initial(SEED))
         sync = make_sync(SyncOptions(**self.sync), replica.slices, replica.computing, mesh, replica.uses)
-        options = OptimOptions(**{"lr": LR, "eps": 1e-6, "clip_norm": 0.0, **self.optim})
+        # A small eps lets AdamW move a weight whose gradient is nearly nothing by what its rounding says.
+        options = OptimOptions(**{"lr": LR, "eps": 1e-3, "clip_norm": 0.0, **self.optim})
         optimizer = make_optimizer([piece.tensor for piece in sync.moves], options, sync.norms)
         scale = LossScale(CPU) if precision.scaled else None
         update = Update(optimizer, options.clip_norm, Guard(GuardOptions(**self.guard), CPU), scale)
