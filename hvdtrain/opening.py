@@ -339,7 +339,13 @@ def open_engine(run: OpenRun) -> Engine:
     config, mesh, start = run.config, run.mesh, run.start
     blueprint = mesh.world.together(lambda: Blueprint(partial(_make_model, run)))
     precision = PRECISIONS[config.precision]
-    replica = make_replica(blueprint, Making(mesh, precision, run.device, run.task, config.cut, config.compile))
+
+    def tell(note: str) -> None:
+        run.notes.append(note.removeprefix("note: "))
+        say(note)
+
+    making = Making(mesh, precision, run.device, run.task, config.cut, config.compile, tell)
+    replica = make_replica(blueprint, making)
     if start.checkpoint is None:
         fill_slices(replica.slices, blueprint.initial(config.seed))
     _take_over(run, replica, type(blueprint.model).__name__)

@@ -1,5 +1,6 @@
 """How one replica is spread over ranks: whole, each layer over some (tensor), layer after layer (pipeline), or both."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,9 @@ from hvdtrain.tasks.task import Task
 
 @dataclass(frozen=True)
 class Making:
-    """How a replica is made. task: what it trains, for what its stages cost. compile: of ``compiling.COMPILES``."""
+    """How a replica is made. task: what it trains, for what its stages cost. compile: of ``compiling.COMPILES``. tell:
+    gets on rank 0 what the user must be told, then or in the first step.
+    """
 
     mesh: Mesh
     precision: Precision
@@ -27,6 +30,7 @@ class Making:
     task: Task
     options: CutOptions
     compile: str = "none"
+    tell: Callable[[str], None] = say
 
 
 def make_replica(blueprint: Blueprint, how: Making) -> Replica:
@@ -34,7 +38,7 @@ def make_replica(blueprint: Blueprint, how: Making) -> Replica:
     mesh, options = how.mesh, how.options
     model, placed = blueprint.copy(), None
     if mesh.tensor.size > 1:
-        tell = say if mesh.world.rank == 0 else lambda _: None
+        tell = how.tell if mesh.world.rank == 0 else lambda _: None
         placed = mesh.world.together(lambda: spread(model, mesh.tensor, options.sequence, tell))
     if mesh.pipe.size > 1:
         count = mesh.pipe.size * options.stages_per_rank

@@ -103,6 +103,7 @@ class ZeroSync:
         copies = [computing[number] for number in trained]
         of_pass = uses and [uses[number] for number in trained]
         self._mesh, self._options, self._device = mesh, options, whole[0].tensor.device
+        mesh.world.together(self._check)
         self.notes: list[str] = []
         self.drift = EXACT if options.wire == "fp32" else Drift(False, f"one rounding to {options.wire} a step")
         if options.stage == 2 and options.wire != "fp32":
@@ -121,6 +122,14 @@ class ZeroSync:
         self.norms: Norms = SpreadNorms(self.moves, mesh.world, self._over_ranks, self._device)
         self._summed: Summed | None = None
         self._sent = 0
+
+    def _check(self) -> None:
+        """Errors: ConfigError. NCCL wants the collectives of a cut and those of gradients one after the other."""
+        if self._options.stage == 2 and self._device.type == "cuda" and self._mesh.own.size > 1:
+            raise ConfigError(
+                "sync.zero.stage=2 sends gradients during backward, and beside a model that is cut a GPU cannot; "
+                "set sync.zero.stage=1"
+            )
 
     def begin(self, passes: int) -> None:
         self._parts.begin()
