@@ -132,6 +132,17 @@ def run_folders(recipe: str, run_dir: Path | None = None, resume: str = "auto") 
     return [kept] if resume in ("auto", "never") else [kept, Path(resume)]
 
 
+def may_cut(recipe: str, overrides: Sequence[str]) -> bool:
+    """Do these settings speak of a mesh? Asked before the ranks have met (local; a recipe that cannot be read does not,
+    and is refused later).
+    """
+    try:
+        text = recipe_text(recipe)
+    except ConfigError:
+        text = ""
+    return any("mesh" in words for words in (text, *overrides))
+
+
 def load_config(recipe: str, overrides: Sequence[str] = (), run_dirs: Sequence[Path] = ()) -> RunConfig:
     """A recipe's settings with ``key=value`` overrides on top, and under both the shape that ``model.from`` brings.
 

@@ -40,6 +40,7 @@ from hvdtrain.cut.combinations import check_combination, notes_on_sync
 from hvdtrain.cut.compiling import CompileClock, check_compiler
 from hvdtrain.cut.cut import Replica
 from hvdtrain.cut.precision import PRECISIONS
+from hvdtrain.cut.stages import make_stages
 from hvdtrain.data.carried import carry
 from hvdtrain.data.corpora import Corpora, check_corpora, open_corpora, stage
 from hvdtrain.data.loader import WithoutRows
@@ -198,6 +199,8 @@ def open_run(asked: Asked, world: World, group: Group, claim: Claim, signals: St
     if device.type == "cpu":
         keep_freed_memory()
         matmul = use_fast_matmul(config.precision)
+    if mesh.pipe.size > 1:
+        group.together(lambda: _check_stages(config, task, data, mesh.pipe.size))
     origin = None
     if config.model.from_ and not config.model.from_digest:  # one that goes on knows it
         origin, digest = _open_origin(config, data.corpora, group, notes)
@@ -213,6 +216,13 @@ def open_run(asked: Asked, world: World, group: Group, claim: Claim, signals: St
         asked, config, world, mesh, claim, stopping, device, cores, matmul, task, data, scaled, identity, start, notes,
         step=start.progress.step,
     )  # fmt: skip
+
+
+def _check_stages(config: RunConfig, task: Task, data: Data, ranks: int) -> None:
+    """Errors: ConfigError where the model has fewer pieces than a pipeline has stages."""
+    with torch.device("meta"):
+        model = task.make_model(config.model, data.corpora.manifest)
+    make_stages(model, task, ranks * config.cut.stages_per_rank)
 
 
 def _check_best(name: str, task: Task) -> None:

@@ -75,15 +75,19 @@ def trained(prepared: Prepared) -> Path:
     return prepared.folder / "trained"
 
 
+def _attention_as_it_comes(torch: Any) -> None:
+    torch.backends.cuda.enable_flash_sdp(True)
+    torch.backends.cuda.enable_mem_efficient_sdp(True)
+
+
 @pytest.fixture
 def torch_switches() -> Iterator[None]:
     """For tests that train or evaluate in this process, which turns torch's global switches."""
     import torch
 
     precision, threads = torch.backends.mkldnn.matmul.fp32_precision, torch.get_num_threads()
-    flash, efficient = torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled()
+    _attention_as_it_comes(torch)  # a test that ran ranks as threads may have left another one's switches
     yield
     torch.backends.mkldnn.matmul.fp32_precision = precision
-    torch.backends.cuda.enable_flash_sdp(flash)
-    torch.backends.cuda.enable_mem_efficient_sdp(efficient)
+    _attention_as_it_comes(torch)
     torch.set_num_threads(threads)

@@ -55,7 +55,8 @@ class _OverHorovod(Group):
         if tensor.is_cuda and self._through_host:
             on_host = tensor.cpu()
             return FromHost(self.all_reduce_sum_async(on_host, name), on_host, tensor)
-        handle = self._hvd.allreduce_async_(tensor, op=self._hvd.Sum, name=name, process_set=self._set)
+        with _ranks_lost():
+            handle = self._hvd.allreduce_async_(tensor, op=self._hvd.Sum, name=name, process_set=self._set)
         return _PendingCollective(self._hvd, handle)
 
     def all_to_all_async(self, rows: torch.Tensor, received: torch.Tensor, name: str) -> Pending:
@@ -94,16 +95,17 @@ class HorovodGroup(_OverHorovod):
     """The group of all ranks. Making one is a collective; there is one per process.
 
     timeline: whether ``start_timeline`` will be called. Without it Horovod does not start its writer, a thread that
-    never sleeps.
+    never sleeps. parts: whether it may be ``split``. Horovod then looks for new sets of ranks in every cycle, all ranks
+    together: one that is stopped stops Horovod's thread on the others, and their Python with it.
 
     Errors: LaunchError where Horovod joins another world than the launcher announced, or Gloo would crash here.
     """
 
-    def __init__(self, world: World, timeline: bool = False):
+    def __init__(self, world: World, timeline: bool = False, parts: bool = False):
         set_knobs(os.environ)
-        # Whether a run will have process sets stands in its recipe, which nobody has read yet. Looking for new ones
-        # costs no time that could be measured.
-        os.environ["HOROVOD_DYNAMIC_PROCESS_SETS"] = "1"
+        self._has_parts = parts
+        if parts:
+            os.environ["HOROVOD_DYNAMIC_PROCESS_SETS"] = "1"
         if timeline:
             os.environ["HOROVOD_TIMELINE"] = "DYNAMIC"  # start_timeline needs it
         self._timeline: Path | None = None
@@ -130,6 +132,7 @@ class HorovodGroup(_OverHorovod):
         own = tuple(set_of(self.rank, sets))
         for ranks in map(tuple, sets):
             if len(ranks) > 1 and ranks not in self._groups:  # Horovod refuses a set that it has
+                assert self._has_parts, "it was not made to be split"
                 process_set = self._hvd.add_process_set(ranks)
                 group = _Part(self, process_set, ranks) if ranks == own else LocalGroup()
                 self._groups[ranks] = group
@@ -152,7 +155,8 @@ class HorovodGroup(_OverHorovod):
     def close(self) -> None:
         self._axes.close()
         self.stop_timeline()
-        self.barrier()  # the first rank that leaves ends all process sets
+        if self._has_parts:
+            self.barrier()  # the first rank that leaves ends all sets
         self._hvd.shutdown()
 
     def abort(self, exit_code: int) -> None:

@@ -68,7 +68,7 @@ def evaluate(
     mesh: see ``open_mesh``. texts: what is decoded too, and how. ``"wall_s"``: seconds that the evaluation took.
     ``"data"``: absolute ``folders``, their ``data_digest``, and whether they are the run's ``own``.
     """
-    with open_group(world) as group:
+    with open_group(world, parts=True) as group:
         torch.set_num_threads(threads_of_rank(group))
         run = find_run(run_dir, group, which)
         config, ranks = run.config, open_mesh(run, mesh, world, group)
@@ -111,7 +111,7 @@ def evaluate_files(
     ``{"run", "step", "weights", "input", "references", "lines", "bleu", ..., "signatures", "wall_s"}``; what was left
     out or cut has its count there. Errors: on all ranks; DataError where the files have not as many lines.
     """
-    with open_group(world) as group:
+    with open_group(world, parts=True) as group:
         run, reader, counts = find_run(run_dir, group, which), LineReader(files.invalid), Counter[str]()
         task = make_task(run.config.task)
 

@@ -51,7 +51,7 @@ def generate_file(
     given: see ``Asked``. weights: see ``open_model``. which: see ``find_run``. mesh: see ``open_mesh``.
     Errors: on all ranks; ConfigError where ``output`` is there already.
     """
-    with open_group(world) as group:
+    with open_group(world, parts=True) as group:
         began_s = time.monotonic()
         group.on_main(lambda: _check(lines, given))
         run, reader, counts = find_run(run_dir, group, which), LineReader(lines.invalid), Counter[str]()
@@ -81,7 +81,7 @@ def generate(
 
     Errors: on all ranks; ConfigError where the prompt has no known token.
     """
-    with open_group(world) as group:
+    with open_group(world, parts=True) as group:
         run = find_run(run_dir, group, which)
         opened = open_answering(run, open_mesh(run, mesh, world, group), world, given, weights)
 

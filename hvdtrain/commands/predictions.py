@@ -53,7 +53,7 @@ def predict_split(
     Errors: on all ranks; ConfigError where the task's records have no ids, or a file is there already; DataError where
     an id stands twice.
     """
-    with open_group(world) as group:
+    with open_group(world, parts=True) as group:
         group.on_main(lambda: _check(split))
         torch.set_num_threads(threads_of_rank(group))
         run = find_run(run_dir, group, which)

@@ -36,7 +36,7 @@ def measure(way: str, precision: str, threads: int) -> None:
     torch.set_num_threads(threads)
     use_fast_matmul(precision)
     tokens = torch.randint(WORDS, (ROWS, CONTEXT + 1), generator=torch.Generator().manual_seed(0))
-    with open_group(detect_world()) as group:
+    with open_group(detect_world(), parts=True) as group:
         waited = [0.0]
         one_pass = (dtensor if way == "DTensor" else ours)(way, precision, group, tokens, waited)
         seconds = []

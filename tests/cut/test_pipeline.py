@@ -10,7 +10,7 @@ from threads import on_ranks
 
 from hvdtrain.comm.mesh import Mesh, MeshOptions, make_mesh
 from hvdtrain.cut.options import CutOptions
-from hvdtrain.errors import ConfigError
+from hvdtrain.errors import RankError
 from hvdtrain.tasks.search import Input, search
 from hvdtrain.tasks.search_options import SearchOptions
 
@@ -126,7 +126,7 @@ def test_what_the_model_returns_is_known_on_all_ranks():
 
 
 def test_more_stages_than_pieces_are_refused_with_the_most_that_works():
-    with pytest.raises(ConfigError, match="makes 10 stages, but the model can be cut into 5 at most"):
+    with pytest.raises(RankError, match="makes 10 stages, but the model can be cut into 5 at most"):
         on_stages(2, lambda mesh: made("decoder", mesh, CutOptions(schedule="interleaved", stages_per_rank=5)))
 
 

@@ -50,7 +50,7 @@ def test_a_rank_that_is_stopped(prepared: Prepared, tmp_path: Path, how: str):
     """It cannot speak for itself, and the launcher does not see it."""
     done = _hang(prepared, tmp_path, how, "stop", "compute")
     behind = r"behind: rank 1 on \S+ \(process \d+\), silent for \d+ s, last seen in "
-    assert re.match(_told(0, 3, r"finish \(sync/allreduce.py:\d+\)", behind), done.messages[-1]), done
+    assert re.match(_told(0, 3, r"over_ranks \(sync/sums.py:\d+\)", behind), done.messages[-1]), done
     assert len(done.messages) == 1, done
 
 

@@ -66,7 +66,7 @@ def group(horovod: HorovodGroup) -> HorovodGroup:
 @pytest.fixture(scope="session")
 def horovod() -> Iterator[HorovodGroup]:
     """The group of all ranks, also of one: Horovod itself, where ``open_group`` would take a LocalGroup."""
-    group = HorovodGroup(WORLD)
+    group = HorovodGroup(WORLD, parts=True)
     torch.set_num_threads(1)  # enough for models this small
     yield group
     group.close()

@@ -177,7 +177,7 @@ def test_wire_buffers(ranks: int, bucket_mib: float):
     group = Scripted(size=ranks)  # nobody sends anything
     sync = allreduce(model, group, AllReduceOptions(bucket_mib=bucket_mib))
     wire = _TwoPhases(group, FORMS["bf16"])
-    exchanges = [_Exchange(group, FORMS["bf16"], bucket.flat, bucket.name) for bucket in sync._buckets.all]
+    exchanges = [_Exchange(group, FORMS["bf16"], bucket.flat, bucket.run.name) for bucket in sync._buckets.all]
     for exchange in exchanges:
         wire._room(exchange)
     made = sum(t.nbytes for e in exchanges for t in (e._out_pw, e._in_pw)) + wire._work.nbytes

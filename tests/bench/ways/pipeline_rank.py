@@ -96,7 +96,7 @@ def stage_costs(replica: Pipeline, batch: Batch, width: int, mesh: Mesh, repeats
 
 def main(asked: dict[str, Any]) -> None:
     torch.set_num_threads(1)
-    group = HorovodGroup(detect_world())
+    group = HorovodGroup(detect_world(), parts=True)
     mesh = make_mesh(group, MeshOptions(pipeline=group.size))
     cut = CutOptions(schedule=asked["schedule"], stages_per_rank=asked["stages_per_rank"])
     options = TransformerOptions(**asked["sizes"], tied=False)
