@@ -47,7 +47,7 @@ from hvdtrain import __main__
 held = [int(step) for step in sys.argv.pop(1).split(",")]
 def note(engine, name):
     digest = hashlib.sha256()
-    for parameter in engine.replica.model.parameters():
+    for parameter in (piece.tensor for piece in engine.replica.slices):
         digest.update(parameter.detach().numpy().tobytes())
     path = Path(f"{name}-of-{engine.mesh.world.size}-rank-{engine.mesh.world.rank}")
     path.with_name(f".{path}").write_text(
