@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from threads import ThreadGroup, on_ranks
 from tiny import random_tokens
 from torch import nn
 
@@ -125,6 +126,23 @@ class Learner:
         """Of the optimizer, here; without its counters."""
         states = [self.optimizer.state[piece.tensor] for piece in self.sync.moves]
         return sum(value.nbytes for state in states for value in state.values() if value.dim())
+
+
+def trained(ranks: int, steps: int = 20, **recipe: object) -> list[Learner]:
+    """The learners of ranks that are threads, after their steps; the replicas, those of servers too, were found equal,
+    bit by bit.
+    """
+
+    def work(group: ThreadGroup) -> Learner:
+        learner = Learner(group, Recipe(**recipe)).train(steps)
+        learner.engine.check(steps)
+        return learner
+
+    return on_ranks(ranks, work)
+
+
+def held(learner: Learner) -> dict[str, torch.Tensor]:
+    return {piece.name: piece.tensor.detach() for piece in learner.engine.replica.slices}
 
 
 def distances(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> dict[str, float]:

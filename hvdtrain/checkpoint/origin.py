@@ -367,10 +367,9 @@ def take_over(origin: Origin, slices: Sequence[Slice], ours: Beginner) -> TakenO
 def merged(found: Sequence[TakenOver | None], origin: Origin) -> TakenOver:
     """What the ranks of a replica have taken together (local). Errors: ConfigError where nothing fits."""
     parts = [one for one in found if one is not None]
-    taken, new, notes = (
-        list(dict.fromkeys(name for one in parts for name in names(one)))
-        for names in (lambda one: one.taken, lambda one: one.new, lambda one: one.notes)
-    )
+    taken = list(dict.fromkeys(name for one in parts for name in one.taken))
+    new = list(dict.fromkeys(name for one in parts for name in one.new))
+    notes = list(dict.fromkeys(note for one in parts for note in one.notes))
     left_over = [name for name in parts[0].left_over if all(name in one.left_over for one in parts)]
     if not taken:
         raise ConfigError(

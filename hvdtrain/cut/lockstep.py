@@ -15,6 +15,7 @@ from hvdtrain.comm.axis import Axis
 from hvdtrain.cut.flows import Flows
 from hvdtrain.models.cache import Cache
 from hvdtrain.models.pieces import Flow
+from hvdtrain.tasks.task import parts_of
 
 _MOST_UNDER_WAY = 8  # tensors that a stage may have sent before the next one takes them
 
@@ -60,10 +61,7 @@ class Lockstep:
 
     def output(self, inputs: Sequence[torch.Tensor | None], rows_at_once: int = 0) -> torch.Tensor | None:
         """What the model's ``forward`` returns, on the last rank; elsewhere None. rows_at_once: 0: all."""
-        first = next(tensor for tensor in inputs if tensor is not None)
-        step = rows_at_once or len(first)
-        cuts = [slice(begin, begin + step) for begin in range(0, len(first), step)]
-        outputs = [self._output([None if tensor is None else tensor[cut] for tensor in inputs]) for cut in cuts]
+        outputs = [self._output(part) for part in parts_of(inputs, rows_at_once)]
         return None if outputs[0] is None else torch.cat([output for output in outputs if output is not None])
 
     def new_cache(self, lengths_B: torch.Tensor | None = None) -> Caches:

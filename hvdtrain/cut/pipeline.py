@@ -9,7 +9,6 @@ are not waited for. Random numbers are those of (step, replica, microbatch, plac
 draws what one process draws.
 """
 
-import contextlib
 import copy
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -161,7 +160,7 @@ class Pipeline:
         with uncompiled():  # other shapes than in training would be compiled anew
             for batch in batches:
                 is_empty = False
-                with self._autocast():
+                with self._precision.autocasting(self.device):
                     measured = self._measured(batch.to(self.device), task)
                 if measured is not None:
                     sums = measured if sums is None else sums + measured
@@ -186,11 +185,6 @@ class Pipeline:
         ranks = self._pipe.size
         passes = SCHEDULES[schedule](ranks, microbatches, self._held.count // ranks)
         return with_transfers(passes)[self._pipe.rank]
-
-    def _autocast(self) -> contextlib.AbstractContextManager:
-        if self._precision.autocast is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self._precision.autocast)
 
 
 @dataclass
@@ -250,7 +244,7 @@ class _Step:
             tensor.requires_grad_()
         model = of._stage[stage]
         model.draws.begin(mixed(self._seed, m), of.device)
-        with of._autocast():
+        with of._precision.autocasting(of.device):
             flow = model.stage(came, *self._inputs[m])
             if stage + 1 == of._held.count:
                 loss = self._task.loss(model, flow[-1], self._microbatches[m])

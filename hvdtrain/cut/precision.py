@@ -7,7 +7,9 @@ bf16-weights   bf16       bf16          fp32                  2 bytes: a copy of
 fp16           fp16       fp16, fp32    fp32                  - (autocast; the loss is scaled)
 """
 
+import contextlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -21,6 +23,10 @@ class Precision:
     autocast: torch.dtype | None = None
     weights: torch.dtype | None = None
     scaled: bool = False
+
+    def autocasting(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+        """Within: products are made in ``autocast``'s type, where there is one."""
+        return contextlib.nullcontext() if self.autocast is None else torch.autocast(device.type, dtype=self.autocast)
 
 
 PRECISIONS = {

@@ -1,6 +1,5 @@
 """The replica that has all layers on this rank: whole ones, or its part of each."""
 
-import contextlib
 import copy
 from collections.abc import Iterable, Sequence
 
@@ -48,7 +47,7 @@ class Whole:
         weights, flops = [], 0
         for number, batch in enumerate(microbatches):
             self.compute.draws.begin(mixed(seed, number), self.device)
-            with self._autocast():
+            with self._precision.autocasting(self.device):
                 loss = task.loss(self.compute, self.compute(*task.inputs(batch)), batch)
             (loss.total if loss_scale is None else loss.total * loss_scale).backward()
             total += loss.total.detach()
@@ -62,7 +61,7 @@ class Whole:
         self.compute.eval()
         with uncompiled():  # other shapes than in training would be compiled anew
             for batch in batches:
-                with self._autocast():
+                with self._precision.autocasting(self.device):
                     measured = self._measured(batch.to(self.device), task)
                 sums = measured if sums is None else sums + measured
         self.compute.train()
@@ -77,8 +76,3 @@ class Whole:
     def publish(self) -> None:
         if self.compute is not self._weights:
             torch._foreach_copy_(list(self.compute.parameters()), list(self._weights.parameters()))
-
-    def _autocast(self) -> contextlib.AbstractContextManager:
-        if self._precision.autocast is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self._precision.autocast)

@@ -118,9 +118,7 @@ def _run(
     _give_gradients(model, dropped=bool(precision.weights))
     batch = task.example(*shape)
     live = LiveBytes(_tensors_of(model, batch), config.mesh.tensor)
-    autocast: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-    if precision.autocast:
-        autocast = torch.autocast("cpu", dtype=precision.autocast)
+    autocast = precision.autocasting(torch.device("cpu"))
     with live, _noting(model, live) as of_layers, torch.set_grad_enabled(model.training):
         came = tuple(
             torch.zeros(shape, dtype=dtype, requires_grad=model.training)

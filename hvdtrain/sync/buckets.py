@@ -154,10 +154,7 @@ class Buckets:
             self._seen[number] += 1
             seen, uses = self._seen[number], self._uses[number]
             if seen > self._passes * uses:  # what comes now would be lost: the sum may be under way
-                raise RuntimeError(
-                    "a gradient arrived twice in one backward (reentrant checkpointing of a shared layer?); "
-                    "checkpoint with use_reentrant=False"
-                )
+                raise arrived_twice()
             if seen <= uses:
                 bucket.after_first -= 1
                 if bucket.after_first == 0 and self._passes > 1:
@@ -177,6 +174,14 @@ class Buckets:
                 parameter.grad = view
         bucket.has_left = True
         self._send(bucket)
+
+
+def arrived_twice() -> RuntimeError:
+    """What to raise where a parameter has had all of a step's gradients, and there comes one more."""
+    return RuntimeError(
+        "a gradient arrived twice in one backward (reentrant checkpointing of a shared layer?); "
+        "checkpoint with use_reentrant=False"
+    )
 
 
 def make_runs(slices: Sequence[Slice], bucket_bytes: int, in_parts: bool = False) -> list[Run]:

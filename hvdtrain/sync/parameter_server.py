@@ -29,7 +29,7 @@ from hvdtrain.slices import Slice
 from hvdtrain.sync.buckets import Bucket, Buckets, make_runs
 from hvdtrain.sync.norms import SpreadNorms
 from hvdtrain.sync.server_messages import Pulls, Pushes, Roles
-from hvdtrain.sync.shards import in_one, range_of
+from hvdtrain.sync.shards import Shares, in_one, range_of
 from hvdtrain.sync.sums import Sums
 from hvdtrain.sync.sync import EXACT, Told
 
@@ -90,7 +90,8 @@ class ParameterServerSync:
         self._pushes = Pushes(axis, self._roles, self._runs, flats)
         self._pulls = Pulls(axis, self._roles, weights)
         self._unused = torch.zeros(len(whole), dtype=torch.bool)
-        self._make_moves(whole, weights)
+        self._shares = self._make_shares(whole, weights)
+        self.moves: Sequence[Slice] = self._shares.moves
         self.norms: Norms = SpreadNorms(self.moves, mesh.world, self._over_ranks, device)
         self._is_whole = True
         self._summed: Summed | None = None
@@ -109,9 +110,7 @@ class ParameterServerSync:
         self._pushes.finish()
         self._pulls.post(self._roles.workers)
         totals = self._sums.over_ranks(told, self._parts, used, is_complete)
-        unused = set((totals.users == 0).nonzero().flatten().tolist())
-        for number, piece, gradient in self._shares:
-            piece.grad = None if number in unused else gradient
+        self._shares.give_gradients(used, totals.users)
         gradients = [Gradient(summed) for summed in self._pushes.sums]
         self._summed = Summed(gradients, totals.loss, totals.weight, totals.flags, totals.parts, self._over_ranks)
 
@@ -145,15 +144,12 @@ class ParameterServerSync:
         if self._buckets is not None:
             self._buckets.close()
 
-    def _make_moves(self, whole: Sequence[Slice], weights: Sequence[torch.Tensor]) -> None:
+    def _make_shares(self, whole: Sequence[Slice], weights: Sequence[torch.Tensor]) -> Shares:
         """What this rank keeps, each with the place of its gradient; of a worker beside servers, nothing."""
-        self.moves: Sequence[Slice] = []
-        self._shares: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+        shares, rank = Shares(), self._mesh.world.rank
         for run, flat, summed in zip(self._runs, weights, self._pushes.sums, strict=True):
-            for number, at, piece in range_of(run, whole, flat, *self._roles.part(self._mesh.world.rank, run.length)):
-                tensor = piece.tensor.requires_grad_()
-                self.moves.append(piece)
-                self._shares.append((number, tensor, summed[at : at + tensor.numel()].view(tensor.shape)))
+            shares.add(range_of(run, whole, flat, *self._roles.part(rank, run.length)), summed)
+        return shares
 
     def _make_whole(self) -> None:
         """Servers get one another's parts; the workers have them."""

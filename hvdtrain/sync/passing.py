@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from hvdtrain.slices import Slice
-from hvdtrain.sync.buckets import Run
+from hvdtrain.sync.buckets import Run, arrived_twice
 from hvdtrain.sync.scatter import Room
 
 
@@ -98,10 +98,7 @@ class PassingGradients:
             parameter.grad = None
             self._seen[member] += 1
             if self._seen[member] > self._passes * uses:
-                raise RuntimeError(
-                    "a gradient arrived twice in one backward (reentrant checkpointing of a shared layer?); "
-                    "checkpoint with use_reentrant=False"
-                )
+                raise arrived_twice()
             if self._seen[member] > (self._offered[number] + 1) * uses:
                 self._is_mixed = True  # another of the run's members had no gradient in the pass before
                 return

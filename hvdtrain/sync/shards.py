@@ -8,7 +8,7 @@ A range of a tensor is a few rectangles, at most 2 x dims - 1: the end of a row,
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -63,6 +63,31 @@ def range_of(
                 start += inner.numel
             at += size
     return found
+
+
+class Shares:
+    """``moves``: what a rank's optimizer moves, ranges of tensors; and where the gradient of each lies."""
+
+    def __init__(self) -> None:
+        self.moves: list[Slice] = []
+        self._gradients: list[tuple[int, torch.Tensor]] = []  # whose they are, and where they lie
+
+    def add(self, found: Iterable[tuple[int, int, Slice]], summed: torch.Tensor) -> None:
+        """found: of ``shard_of`` or ``range_of``, in a part whose gradients are summed in ``summed``."""
+        for number, at, piece in found:
+            tensor = piece.tensor.requires_grad_()
+            self.moves.append(piece)
+            self._gradients.append((number, summed[at : at + tensor.numel()].view(tensor.shape)))
+
+    def give_gradients(self, used: torch.Tensor, users: torch.Tensor) -> None:
+        """Into ``grad``; None where nobody had one. used: by this rank, bool, on the host; users: ranks that did, on
+        any device.
+        """
+        unused = set[int]()
+        if not bool(used.all()):  # no need to ask the device: what this rank used, somebody used
+            unused = set((users == 0).nonzero().flatten().tolist())
+        for piece, (number, gradient) in zip(self.moves, self._gradients, strict=True):
+            piece.tensor.grad = None if number in unused else gradient
 
 
 @torch.no_grad()

@@ -37,7 +37,7 @@ from hvdtrain.slices import Slice
 from hvdtrain.sync.buckets import Run, make_runs
 from hvdtrain.sync.norms import SpreadNorms
 from hvdtrain.sync.sharded import AT_ONCE, KeptGradients, PassedGradients, ShardedGradients
-from hvdtrain.sync.shards import in_one, shard_of
+from hvdtrain.sync.shards import Shares, in_one, shard_of
 from hvdtrain.sync.sums import Sums
 from hvdtrain.sync.sync import EXACT, Drift, Told
 from hvdtrain.sync.wire import FORMS
@@ -118,7 +118,8 @@ class ZeroSync:
         self._gradients: ShardedGradients = kind(
             whole, copies, self._runs, self._parts, mesh, FORMS[options.wire], of_pass
         )
-        self._make_moves(whole)
+        self._shares = self._make_shares(whole)
+        self.moves: Sequence[Slice] = self._shares.moves
         self.norms: Norms = SpreadNorms(self.moves, mesh.world, self._over_ranks, self._device)
         self._summed: Summed | None = None
         self._sent = 0
@@ -139,11 +140,7 @@ class ZeroSync:
         rounds = self._gradients.finish()
         used = self._gradients.used
         totals = self._sums.over_ranks(told, self._parts, used, self._gradients.is_complete)
-        unused = set[int]()
-        if not bool(used.all()):  # no need to ask the device: what this rank used, somebody used
-            unused = set((totals.users == 0).nonzero().flatten().tolist())
-        for number, piece, gradient in self._shares:
-            piece.grad = None if number in unused else gradient
+        self._shares.give_gradients(used, totals.users)
         gradients = [
             Gradient(shard, run.copies * self._mesh.replicas // run.holders.size, run.is_one_piece(self._mesh.replicas))
             for run, shard in zip(self._runs, self._gradients.shards, strict=True)
@@ -183,21 +180,18 @@ class ZeroSync:
     def close(self) -> None:
         self._gradients.close()
 
-    def _make_moves(self, whole: Sequence[Slice]) -> None:
+    def _make_shares(self, whole: Sequence[Slice]) -> Shares:
         """The parameters of this rank's optimizer, each with the place of its gradient."""
-        self.moves: Sequence[Slice] = []
-        self._shares: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+        shares = Shares()
         for run, weights, shard in zip(self._runs, self._weights, self._gradients.shards, strict=True):
-            for number, at, piece in shard_of(run, whole, weights, self._mesh.replicas):
-                tensor = piece.tensor.requires_grad_()
-                self.moves.append(piece)
-                self._shares.append((number, tensor, shard[at : at + tensor.numel()].view(tensor.shape)))
-        have = self._mesh.world.all_gather_object(len(self.moves))
+            shares.add(shard_of(run, whole, weights, self._mesh.replicas), shard)
+        have = self._mesh.world.all_gather_object(len(shares.moves))
         if not all(have):
             raise ConfigError(
                 f"sync.name=zero: so few parameters are trained that rank {have.index(0)} would have none of them; "
                 "take sync.name=allreduce"
             )
+        return shares
 
     def _make_whole(self) -> None:
         if not self._is_whole:

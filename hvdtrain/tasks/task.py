@@ -164,11 +164,18 @@ class Task(Protocol[Model, Read]):
 
 def run(model: nn.Module, inputs: Sequence[torch.Tensor | None], rows_at_once: int) -> torch.Tensor:
     """The model's output, of so many rows at once; 0: all."""
+    outputs = [model(*part) for part in parts_of(inputs, rows_at_once)]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def parts_of(inputs: Sequence[torch.Tensor | None], rows_at_once: int) -> Iterator[Sequence[torch.Tensor | None]]:
+    """A model's inputs, so many rows after so many; 0: all at once."""
     if not rows_at_once:
-        return model(*inputs)
+        yield inputs
+        return
     first = next(tensor for tensor in inputs if tensor is not None)
-    cuts = [slice(begin, begin + rows_at_once) for begin in range(0, len(first), rows_at_once)]
-    return torch.cat([model(*(None if tensor is None else tensor[cut] for tensor in inputs)) for cut in cuts])
+    for begin in range(0, len(first), rows_at_once):
+        yield [None if tensor is None else tensor[begin : begin + rows_at_once] for tensor in inputs]
 
 
 COMMAND_OF = {"qa": "labels"}  # of data_prep, which makes shards of a kind; else of the kind's own name

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ VOCAB, LABELS, ROWS, POSITIONS, SEED = 50, 3, 8, 8, 7
 LR = 1e-3  # ten times as much makes of an encoder-decoder whatever the rounding says
 MANIFEST = Manifest(VOCAB, "", "uint16", (), {}, label_names=tuple("abc"))
 Whole = Mapping[str, torch.Tensor]
+_ALONE: "dict[tuple[str, int], Outcome]" = {}  # what one process has made of a trial
 
 
 @dataclass(frozen=True)
@@ -164,22 +165,10 @@ def distances(found: Whole, expected: Whole) -> dict[str, float]:
 
 def alone(trial: Trial, steps: int) -> Outcome:
     """One process, which has the whole model and all rows."""
-    return _alone(repr(trial), steps)(trial)
-
-
-@cache
-def _alone(key: str, steps: int) -> Any:
-    return cache_of(partial(run, mesh=whole_replicas(LocalGroup()), cut=CutOptions(), steps=steps))
-
-
-def cache_of(work: Any) -> Any:
-    found: list[Any] = []
-
-    def once(trial: Trial) -> Any:
-        found.extend([] if found else [work(trial)])
-        return found[0]
-
-    return once
+    key = repr(trial), steps
+    if key not in _ALONE:
+        _ALONE[key] = run(trial, whole_replicas(LocalGroup()), CutOptions(), steps)
+    return _ALONE[key]
 
 
 @cache

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from learner import Learner, Recipe, furthest
+from learner import Learner, Recipe, furthest, held
 from threads import ThreadGroup, on_ranks
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as torchs
@@ -54,10 +54,6 @@ def trained(ranks: int, steps: int, options: SyncOptions, **more: object) -> lis
         return learner
 
     return on_ranks(ranks, work)
-
-
-def held(learner: Learner) -> dict[str, torch.Tensor]:
-    return {piece.name: piece.tensor.detach() for piece in learner.engine.replica.slices}
 
 
 class ByHand:

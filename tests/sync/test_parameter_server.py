@@ -1,6 +1,5 @@
 """A parameter server is all-reduce in another order: the same weights, states in shares, servers without rows."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 from checkpoints import tensors_in
 from hypothesis import given
 from hypothesis import strategies as st
-from learner import Learner, Recipe, furthest
+from learner import Learner, Recipe, furthest, held, trained
 from threads import ThreadGroup, on_ranks
 from torch import nn
 
@@ -36,21 +35,6 @@ def server(servers: int) -> SyncOptions:
 
 def optim(name: str = "adamw", **more: object) -> OptimOptions:
     return OptimOptions(**{"name": name, "lr": 0.01, "eps": 1e-6, **more})
-
-
-def trained(ranks: int, steps: int = 20, **recipe: object) -> list[Learner]:
-    """Each rank's learner after its steps; the replicas were found equal, bit by bit, those of servers too."""
-
-    def work(group: ThreadGroup) -> Learner:
-        learner = Learner(group, Recipe(**recipe)).train(steps)
-        learner.engine.check(steps)
-        return learner
-
-    return on_ranks(ranks, work)
-
-
-def held(learner: Learner) -> Mapping[str, torch.Tensor]:
-    return {piece.name: piece.tensor.detach() for piece in learner.engine.replica.slices}
 
 
 @given(st.integers(1, 9), st.integers(0, 8), st.integers(1, 500))

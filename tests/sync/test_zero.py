@@ -9,7 +9,7 @@ import torch
 from checkpoints import assert_equal, tensors_in
 from hypothesis import given
 from hypothesis import strategies as st
-from learner import Learner, Recipe, distances, furthest
+from learner import Learner, Recipe, distances, furthest, held, trained
 from threads import ThreadGroup, in_process, on_ranks
 from torch import nn
 
@@ -38,21 +38,6 @@ def zero(stage: int, wire: str = "fp32", bucket_mib: float = BUCKET_MIB) -> Sync
 
 def optim(name: str = "adamw", **more: object) -> OptimOptions:
     return OptimOptions(**{"name": name, "lr": 0.01, "eps": 1e-5, **more})
-
-
-def trained(ranks: int, steps: int = 20, **recipe: object) -> list[Learner]:
-    """Each rank's learner, after its steps; the replicas were found equal, bit by bit."""
-
-    def work(group: ThreadGroup) -> Learner:
-        learner = Learner(group, Recipe(**recipe)).train(steps)
-        learner.engine.check(steps)
-        return learner
-
-    return on_ranks(ranks, work)
-
-
-def held(learner: Learner) -> dict[str, torch.Tensor]:
-    return {piece.name: piece.tensor.detach() for piece in learner.engine.replica.slices}
 
 
 # --- shares ------------------------------------------------------------------------------------------------------
