@@ -98,6 +98,17 @@ def alone() -> Mesh:
     return make_mesh(LocalGroup(), MeshOptions())
 
 
+def exact_gradients(case: Case) -> dict[str, torch.Tensor]:
+    """Of the whole model, in fp64: in fp32 one process is 1.6e-6 away from them itself (an adapter's, seen), and so is
+    the one that is compared, each in its own direction.
+    """
+    model, task = case.whole(dtype=torch.float64, factor=1.0), make_task(TaskOptions(name=case.task))
+    for seed in range(MICROBATCHES):
+        batch = batch_of(case.task, case.positions, seed)
+        task.loss(model, model(*task.inputs(batch)), batch).total.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
 def check(run: Run, found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], tolerance: float) -> None:
     """Of each tensor that is spread, the distance over all parts; together: an error on one rank alone would hang."""
     squares = {}
@@ -123,7 +134,7 @@ def check(run: Run, found: Mapping[str, torch.Tensor], expected: Mapping[str, to
 @pytest.mark.parametrize("parts", PARTS)
 def test_as_one_process(mesh_of: Callable[[int], Mesh], case: Case, parts: int):
     ours, theirs = Run(case, mesh_of(parts)), Run(case, alone())
-    check(ours, ours.gradients(), theirs.gradients(), GRADIENTS)
+    check(ours, ours.gradients(), exact_gradients(case), GRADIENTS)
     check(ours, ours.train(), theirs.train(), PARAMETERS)
     if case.task != "span_qa":  # which scores whole questions, of its shards
         found = ours.scores()
