@@ -80,7 +80,7 @@ def on(monkeypatch: pytest.MonkeyPatch, module: str, ranks: int, work: Callable[
     """``work(world)`` on so many ranks, threads of this process, where ``module`` opens its group."""
     groups: dict[str, ThreadGroup] = {}
 
-    def opened(world: World) -> Any:
+    def opened(world: World, parts: bool = False) -> Any:
         return nullcontext(groups[threading.current_thread().name])
 
     def live(group: ThreadGroup) -> Any:
