@@ -2,8 +2,9 @@
 
     make bench BENCH=pipeline          STEPS=20 RANKS=2 MICROBATCHES=8 choose
 
-bound     of a step: the schedule run by the checker, with the stages' measured seconds and transfers that take no time
-balance   of the stages' measured seconds: mean / largest
+bound     of a step: the schedule run by the checker, with the passes' seconds as they were measured in these steps,
+          without what they wait for, and with transfers that take no time
+balance   of the ranks' seconds in their passes: mean / largest
 theirs    the same pruned models with the same weights, under torch's schedule of that name
 """
 
@@ -46,11 +47,11 @@ def main() -> None:
                 "-" if theirs is None else f"{theirs / ours:.3f}",
             ]
         )
-    head = ["schedule", "step", "bound / step", "balance of stages", "bubble of the bound", "theirs / ours"]
+    head = ["schedule", "step", "bound / step", "balance of ranks", "bubble of the bound", "theirs / ours"]
     note = (
         f"Decoder of {SIZES['layers']} x {SIZES['width']}, vocabulary {VOCABULARY}, context {SIZES['context']}, fp32: "
-        f"{MICROBATCHES} microbatches of {ROWS} rows over {RANKS} ranks of one thread; medians of {STEPS} steps, ways "
-        "in turn. zero_bubble's stages are not measured in halves: its bound takes backward as twice as long a half."
+        f"{MICROBATCHES} microbatches of {ROWS} rows over {RANKS} ranks of one thread; medians of {STEPS} steps, "
+        "ways in turn. The bound is made of the passes' own seconds, measured in the same steps."
     )
     title = "A pipeline against its bound, and against torch.distributed.pipelining"
     print(table.write("pipeline", title, "make bench BENCH=pipeline", head, rows, note))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hvdtrain.version import versions
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("RESULTS", Path(__file__).parent / "results"))
 
 
 def machine() -> str:

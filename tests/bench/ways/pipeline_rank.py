@@ -9,6 +9,7 @@ import json
 import statistics
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -24,13 +25,23 @@ from hvdtrain.cut import Making, make_replica
 from hvdtrain.cut.blueprint import Blueprint, fill_slices
 from hvdtrain.cut.checker import Costs, check
 from hvdtrain.cut.options import CutOptions
-from hvdtrain.cut.pipeline import Pipeline
+from hvdtrain.cut.pipeline import Pipeline, _Step
 from hvdtrain.cut.precision import PRECISIONS
-from hvdtrain.cut.schedules import SCHEDULES, with_transfers
+from hvdtrain.cut.schedules import (
+    SCHEDULES,
+    Action,
+    Backward,
+    Forward,
+    InputGradient,
+    Pass,
+    WeightGradient,
+    with_transfers,
+)
 from hvdtrain.data.batch import Batch
 from hvdtrain.models.decoder import Decoder
 from hvdtrain.models.losses import LossTerms
 from hvdtrain.models.options import TransformerOptions
+from hvdtrain.models.pieces import Flow
 from hvdtrain.tasks.lm import LanguageModel
 
 CPU, TASK = torch.device("cpu"), LanguageModel()
@@ -74,24 +85,42 @@ def theirs(replica: Pipeline, schedule: str, batches: list[Batch], mesh: Mesh) -
     return step
 
 
-def stage_costs(replica: Pipeline, batch: Batch, width: int, mesh: Mesh, repeats: int) -> Costs:
-    """Seconds of each stage's passes, while all ranks compute."""
-    mine = {}
-    for number, model in replica._stage.items():
-        times = []
-        for _ in range(repeats):
-            flow = (torch.randn(*batch.tokens.shape, width, requires_grad=True),) if number else ()
+class Watch:
+    """How long each pass of each stage takes in a step, what it waits for others not counted."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[tuple[type[Pass], int], list[float]] = defaultdict(list)
+        self._waited = 0.0
+        take, receive = _Step.take, _Step._take
+
+        def watched(step: _Step, action: Action) -> None:
+            self._waited, begun = 0.0, time.perf_counter()
+            take(step, action)
+            if isinstance(action, Pass):
+                self.seconds[type(action), action.stage].append(time.perf_counter() - begun - self._waited)
+
+        def waiting(step: _Step, made: Pass) -> Flow:
             begun = time.perf_counter()
-            output = model.stage(flow, *TASK.inputs(batch))[-1]
-            if number == replica._held.count - 1:
-                output = TASK.loss(model, output, batch).total
-            turn = time.perf_counter()
-            output.backward(torch.ones_like(output))
-            times.append((turn - begun, time.perf_counter() - turn))
-        mine[number] = [statistics.median(one) for one in zip(*times, strict=True)]
-    everyone = {number: times for of_rank in mesh.pipe.all_gather_object(mine) for number, times in of_rank.items()}
-    forward, backward = zip(*(everyone[number] for number in sorted(everyone)), strict=True)
-    return Costs(forward, backward)
+            received = receive(step, made)
+            self._waited += time.perf_counter() - begun
+            return received
+
+        _Step.take, _Step._take = watched, waiting  # type: ignore[method-assign]
+
+    def costs(self, mesh: Mesh) -> Costs:
+        """Of all ranks' stages (collective)."""
+        found: dict[tuple[type[Pass], int], float] = {}
+        for of_rank in mesh.pipe.all_gather_object(
+            {one: statistics.median(all_) for one, all_ in self.seconds.items()}
+        ):
+            found |= of_rank
+        stages = range(1 + max(stage for _, stage in found))
+        forward, whole, first, second = (
+            [found.get((kind, stage), 0.0) for stage in stages]
+            for kind in (Forward, Backward, InputGradient, WeightGradient)
+        )
+        backward = [sum(parts) for parts in zip(whole, first, second, strict=True)]
+        return Costs(forward, backward, weights_share=sum(second) / sum(backward))
 
 
 def main(asked: dict[str, Any]) -> None:
@@ -114,7 +143,10 @@ def main(asked: dict[str, Any]) -> None:
         dist.init_process_group("gloo", store=store, rank=group.rank, world_size=group.size)
         ways["theirs"] = theirs(replica, cut.schedule, batches, mesh)
     seconds: dict[str, list[float]] = {way: [] for way in ways}
-    for _ in range(asked["steps"] + 1):
+    watch = Watch()
+    for number in range(asked["steps"] + 1):
+        if number == 1:
+            watch.seconds.clear()  # the first allocates
         for way, step in ways.items():
             for used in replica.computing:
                 used.grad = None
@@ -123,11 +155,14 @@ def main(asked: dict[str, Any]) -> None:
             step()
             mesh.pipe.barrier()
             seconds[way].append(time.perf_counter() - begun)
-    costs = stage_costs(replica, batches[0], options.width, mesh, asked["steps"] + 1)
+    costs = watch.costs(mesh)
     bound = check(with_transfers(SCHEDULES[cut.schedule](group.size, len(batches), cut.stages_per_rank)), costs)
-    of_stage = [f + b for f, b in zip(costs.forward, costs.backward, strict=True)]
+    of_rank = [
+        sum(costs.forward[n] + costs.backward[n] for n in range(r, replica._held.count, group.size))
+        for r in range(group.size)
+    ]
     found = {way: statistics.median(times[1:]) for way, times in seconds.items()}
-    found |= {"bound": bound.makespan, "balance": statistics.mean(of_stage) / max(of_stage), "bubble": bound.bubble}
+    found |= {"bound": bound.makespan, "balance": statistics.mean(of_rank) / max(of_rank), "bubble": bound.bubble}
     if group.rank == 0:
         print(json.dumps(found))
     if dist.is_initialized():
