@@ -16,7 +16,8 @@ from pathlib import Path
 
 SIZES = {"4 KB": 1 << 12, "64 KB": 1 << 16, "1 MB": 1 << 20, "16 MB": 1 << 24}
 RANKS, ROUNDS = 2, 3
-MOST_TURNS, SECONDS = 200, 0.5  # of a call with a size, in one round
+MOST_TURNS, SECONDS = 40, 0.5  # of a call with a size, in one round
+TOGETHER_BYTES = 1 << 22  # calls follow one another without a barrier until so much has been summed, as in a layer
 
 
 def measure() -> None:
@@ -46,7 +47,8 @@ def measure() -> None:
             tensor = torch.zeros(count // 4)
             part = tensor[: len(tensor) // group.size].clone()
             calls = _calls(axes, theirs, tensor, part)
-            for (operation, way), times in _in_turn(calls, comm).items():
+            together = max(1, min(50, TOGETHER_BYTES // count))
+            for (operation, way), times in _in_turn(calls, comm, together).items():
                 found[f"{operation}|{size}|{way}"] = 1e3 * statistics.median(times)
         for axis in axes:
             axis.close()
@@ -61,16 +63,18 @@ def _calls(axes: Sequence, theirs: dict[str, Callable], tensor: object, part: ob
     return calls | {("scatter_sum", axis.backend): partial(axis.scatter_sum, tensor, 0) for axis in axes}
 
 
-def _in_turn(calls: dict, comm: object) -> dict:
+def _in_turn(calls: dict, comm: object, together: int) -> dict:
     times = {name: [] for name in calls}
     began, turns = time.perf_counter(), 0
     while turns < 3 or comm.bcast(turns < MOST_TURNS and time.perf_counter() - began < SECONDS * len(calls)):
         for name, call in calls.items():
             comm.Barrier()
+            call()  # the ranks do not leave a barrier together
             started = time.perf_counter()
-            call()
+            for _ in range(together):
+                call()
             if turns:  # the first allocates
-                times[name].append(time.perf_counter() - started)
+                times[name].append((time.perf_counter() - started) / together)
         turns += 1
     return times
 
@@ -100,8 +104,9 @@ def main() -> None:
         for operation, way in sorted(ways, key=lambda one: ("sum", "gather", "scatter_sum").index(one[0]))
     ]
     note = (
-        f"ms, on rank 0, from a barrier to the result; fp32. Of a gather the size of the whole. Each size: all ways in "
-        f"turn, up to {MOST_TURNS} times; medians of {ROUNDS} rounds' medians. One thread a rank."
+        "ms of a call on rank 0, fp32, in blocks of up to 50 calls (4 MiB) one behind the other. Of a gather the size "
+        f"of the whole. Each size: all ways in turn, up to {MOST_TURNS} blocks; medians of {ROUNDS} rounds' medians. One "
+        "thread a rank."
     )
     head = ["operation", "way", *SIZES]
     print(write("axis", "An axis between two ranks in memory", "make bench BENCH=axis", head, rows, note))
