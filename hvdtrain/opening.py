@@ -222,7 +222,7 @@ def _check_stages(config: RunConfig, task: Task, data: Data, ranks: int) -> None
     """Errors: ConfigError where the model has fewer pieces than a pipeline has stages."""
     with torch.device("meta"):
         model = task.make_model(config.model, data.corpora.manifest)
-    make_stages(model, task, ranks * config.cut.stages_per_rank)
+    make_stages(model, task, ranks, config.cut.stages_per_rank)
 
 
 def _check_best(name: str, task: Task) -> None:

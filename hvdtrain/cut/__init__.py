@@ -41,8 +41,9 @@ def make_replica(blueprint: Blueprint, how: Making) -> Replica:
         tell = how.tell if mesh.world.rank == 0 else lambda _: None
         placed = mesh.world.together(lambda: spread(model, mesh.tensor, options.sequence, tell))
     if mesh.pipe.size > 1:
-        count = mesh.pipe.size * options.stages_per_rank
-        stages = mesh.world.together(lambda: make_stages(blueprint.model, how.task, count))
+        stages = mesh.world.together(
+            lambda: make_stages(blueprint.model, how.task, mesh.pipe.size, options.stages_per_rank)
+        )
         held = hold(blueprint, model, mesh, how.device, stages, placed)
         return Pipeline(held, mesh, how.precision, options.schedule, how.compile)
     make_real(model, how.device)

@@ -28,10 +28,10 @@ class Stage(NamedTuple):
     cost: float
 
 
-def make_stages(model: Staged, task: Task, count: int) -> list[Stage]:
+def make_stages(model: Staged, task: Task, ranks: int, stages_per_rank: int = 1) -> list[Stage]:
     """The stages of a whole ``model`` that trains ``task``, by counted cost. Errors: ConfigError, see ``divide``."""
     costs = count_costs(model, task)
-    return [Stage(pieces, sum(costs[piece] for piece in pieces)) for pieces in divide(costs, count)]
+    return [Stage(pieces, sum(costs[piece] for piece in pieces)) for pieces in divide(costs, ranks, stages_per_rank)]
 
 
 def count_costs(model: Staged, task: Task) -> list[float]:
@@ -50,14 +50,16 @@ def count_costs(model: Staged, task: Task) -> list[float]:
     return found
 
 
-def divide(costs: Sequence[float], stages: int) -> list[range]:
+def divide(costs: Sequence[float], ranks: int, stages_per_rank: int = 1) -> list[range]:
     """The pieces of each stage, in order: the cost of the dearest stage is the least that there is. Every stage has a
     piece that costs something.
 
-    Of the ways that are as good it takes the one with the lightest first stages, which keep most activations.
+    Of the ways that are as good it takes the one with the lightest first stages, which keep most activations; with
+    several stages a rank one where the ranks' costs are about alike.
 
     Errors: ConfigError where there are more stages than pieces that cost something.
     """
+    stages = ranks * stages_per_rank
     most = sum(cost > 0 for cost in costs)
     if stages > most:
         raise ConfigError(
@@ -72,7 +74,8 @@ def divide(costs: Sequence[float], stages: int) -> list[range]:
             high = middle
         else:
             low = middle + 1
-    return _from_the_end(costs, limits[low], stages)
+    found = _from_the_end(costs, limits[low], stages)
+    return found if stages_per_rank == 1 else _with_ranks_alike(costs, found, ranks)
 
 
 def balance(costs: Sequence[float], stages: Sequence[range]) -> float:
@@ -96,3 +99,25 @@ def _from_the_end(costs: Sequence[float], limit: float, stages: int) -> list[ran
             end, total = piece + 1, 0.0
         total = costs[piece] + total
     return [range(end), *reversed(found)]
+
+
+def _with_ranks_alike(costs: Sequence[float], stages: Sequence[range], ranks: int) -> list[range]:
+    """``stages`` whose boundaries have moved, a piece at a time, as long as that makes the dearest rank cheaper, and
+    the dearest stage no dearer.
+    """
+
+    def sums(ends: Sequence[int]) -> list[float]:
+        return [sum(costs[begin:end]) for begin, end in zip([0, *ends], ends, strict=False)]
+
+    def dearest(of_stage: Sequence[float]) -> list[float]:
+        return sorted((sum(of_stage[rank::ranks]) for rank in range(ranks)), reverse=True)
+
+    ends = [stage.stop for stage in stages]
+    limit = max(sums(ends))
+    while True:
+        ways = [[*ends[:n], ends[n] + by, *ends[n + 1 :]] for n in range(len(ends) - 1) for by in (-1, 1)]
+        fit = [way for way in ways if min(sums(way)) > 0 and max(sums(way)) <= limit]
+        best = min(fit, key=lambda way: dearest(sums(way)), default=ends)
+        if dearest(sums(best)) >= dearest(sums(ends)):
+            return [range(begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
+        ends = best

@@ -85,7 +85,7 @@ def shares_of(config: RunConfig, facts: CorpusFacts) -> list[Share]:
     if config.mesh.tensor > 1:
         placed |= spread(model, _axis_of(config.mesh.tensor), config.cut.sequence, tell=lambda _: None)
     if ranks > 1:
-        cut = make_stages(blueprint.model, make_task(config.task), ranks * config.cut.stages_per_rank)
+        cut = make_stages(blueprint.model, make_task(config.task), ranks, config.cut.stages_per_rank)
         stages, costs = list(_in_stages(blueprint, model, cut)), [stage.cost for stage in cut]
     named = [dict(_named(blueprint, stages[rank::ranks])) for rank in range(ranks)]
     found = []

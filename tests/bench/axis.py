@@ -105,8 +105,8 @@ def main() -> None:
     ]
     note = (
         "ms of a call on rank 0, fp32, in blocks of up to 50 calls (4 MiB) one behind the other. Of a gather the size "
-        f"of the whole. Each size: all ways in turn, up to {MOST_TURNS} blocks; medians of {ROUNDS} rounds' medians. One "
-        "thread a rank."
+        f"of the whole. Each size: all ways in turn, up to {MOST_TURNS} blocks; medians of {ROUNDS} rounds' medians. "
+        "One thread a rank."
     )
     head = ["operation", "way", *SIZES]
     print(write("axis", "An axis between two ranks in memory", "make bench BENCH=axis", head, rows, note))

@@ -102,8 +102,8 @@ def main() -> None:
                 print(rows[-1], flush=True)
     note = (
         f"Whole training steps of a decoder, {LAYERS} x {WIDTH}, vocabulary {WORDS:,}, context {CONTEXT}: "
-        f"{MICROBATCHES} microbatches of {ROWS} rows a rank, AdamW, clipping, ranks of one thread in memory. Medians of "
-        f"{ROUNDS} jobs of {STEPS} steps, the ways in turn at each step; in brackets least and most of the jobs."
+        f"{MICROBATCHES} microbatches of {ROWS} rows a rank, AdamW, clipping, ranks of one thread in memory. Medians "
+        f"of {ROUNDS} jobs of {STEPS} steps, the ways in turn at each step; in brackets least and most of the jobs."
     )
     head = ["precision", "ranks", "way", "tokens/s", "speed / all-reduce", "state / all-reduce"]
     print(write("zero", "Sharded optimizer state", "make bench BENCH=zero", head, rows, note))

@@ -42,6 +42,30 @@ def test_measured_costs_are_divided_like_counted_ones(costs):
     assert slowest(costs, divide(costs, 6)) <= slowest(costs, divide(costs, 5))
 
 
+@given(st.lists(st.integers(0, 9), min_size=4, max_size=12), st.sampled_from([(2, 2), (3, 2), (2, 3)]))
+def test_ranks_with_several_stages_are_alike_and_no_stage_is_dearer_for_it(costs, shape):
+    ranks, stages = shape[0], shape[0] * shape[1]
+    if stages > sum(cost > 0 for cost in costs):
+        return
+    found, plain = divide(costs, *shape), divide(costs, stages)
+    assert [piece for stage in found for piece in stage] == list(range(len(costs))), "each piece once, in order"
+    assert len(found) == stages
+    assert slowest(costs, found) == slowest(costs, plain)
+    assert all(any(costs[piece] for piece in stage) for stage in found), "a stage has nothing to do"
+
+    def of_ranks(stages):
+        return max(sum(costs[piece] for stage in stages[rank::ranks] for piece in stage) for rank in range(ranks))
+
+    assert of_ranks(found) <= of_ranks(plain)
+
+
+def test_two_stages_a_rank_leave_no_rank_waiting():
+    """Eight blocks and a head of two and a half: three blocks are a stage, so that one stage has two or more parts."""
+    costs = [0, *[5, 8] * 8, 35]
+    assert [sum(costs[p] for p in stage) for stage in divide(costs, 4)] == [26, 39, 39, 35], "the ranks 65 and 74"
+    assert [sum(costs[p] for p in stage) for stage in divide(costs, 2, 2)] == [31, 34, 39, 35], "70 and 69"
+
+
 def test_stages_are_parted_between_attention_and_feed_forward():
     # Six blocks of attention 1 and feed-forward 2, and a head of two thirds of a block.
     costs = [0, *[1, 2] * 6, 2]
