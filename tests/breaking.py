@@ -2,13 +2,16 @@
 
 import sys
 
-# The third time that the rank comes past it; fsync is that of its part of the first checkpoint.
+# The third time that the rank comes past it; fsync is that of its part of the first checkpoint. A pass back is the
+# second of four of the third step, on the last rank of a pipeline: others come after it.
 PLACES = {
     "start": "__main__.cli.run = breaking(__main__.cli.run, 1)",
     "joined": "config.load_config = breaking(config.load_config, 1)",
     "data": "TrainLoader.next_step = breaking(TrainLoader.next_step, 3)",
     "first step": "Engine.forward_backward = breaking(Engine.forward_backward, 1)",
     "compute": "Engine.forward_backward = breaking(Engine.forward_backward, 3)",
+    "sync": "Engine.finish = breaking(Engine.finish, 3)",
+    "pass back": "_Step._backward = breaking(_Step._backward, 10)",
     "evaluation": "Engine.evaluate = breaking(Engine.evaluate, 1)",
     "left": "from hvdtrain.comm import mpi; mpi.LEAVE_S = 4; sys.exit = breaking(sys.exit, 1)",
     "saving": "os.fsync = breaking(os.fsync, 1)",
@@ -49,6 +52,8 @@ if "config." in place:
     from hvdtrain import config
 if "Engine." in place:
     from hvdtrain.engine import Engine
+if "_Step." in place:
+    from hvdtrain.cut.pipeline import _Step
 if "TrainLoader." in place:
     from hvdtrain.data.loader import TrainLoader
 exec(place)

@@ -41,13 +41,16 @@ _POLL_S = 5e-5
 
 
 class _OverHorovod(Group):
-    """What a process set of Horovod's can do. world_ranks: its ranks as they are numbered in the world."""
+    """What a process set of Horovod's can do. world_ranks: its ranks as they are numbered in the world. has_parts:
+    whether Horovod looks for new sets.
+    """
 
-    def __init__(self, process_set: Any, world_ranks: Sequence[int], through_host: bool, backend: str):
+    def __init__(self, process_set: Any, world_ranks: Sequence[int], through_host: bool, backend: str, has_parts: bool):
         import horovod.torch as hvd
         from horovod.torch import mpi_ops
 
         self._hvd, self._ops, self._set, self._world_ranks = hvd, mpi_ops, process_set, world_ranks
+        self._has_parts = has_parts
         self.rank, self.size = world_ranks.index(hvd.rank()), len(world_ranks)
         self._through_host, self.backend = through_host, backend
 
@@ -55,6 +58,7 @@ class _OverHorovod(Group):
         if tensor.is_cuda and self._through_host:
             on_host = tensor.cpu()
             return FromHost(self.all_reduce_sum_async(on_host, name), on_host, tensor)
+        self._let_python_run()
         with _ranks_lost():
             handle = self._hvd.allreduce_async_(tensor, op=self._hvd.Sum, name=name, process_set=self._set)
         return _PendingCollective(self._hvd, handle)
@@ -66,12 +70,14 @@ class _OverHorovod(Group):
         # Horovod's public functions make a new tensor for each result. Those below them write into the one that they
         # are given, if it has the right size.
         even, counts = torch.empty(0, dtype=torch.int32), torch.empty(self.size, dtype=torch.int32)
+        self._let_python_run()
         return _PendingCollective(self._hvd, self._ops._alltoall_async(rows, even, received, counts, name, self._set))
 
     def all_gather_async(self, row: torch.Tensor, rows: torch.Tensor, name: str) -> Pending:
         if row.is_cuda and self._through_host:
             on_host = torch.empty_like(rows, device="cpu")
             return FromHost(self.all_gather_async(row.cpu(), on_host, name), on_host, rows)
+        self._let_python_run()
         return _PendingCollective(self._hvd, self._ops._allgather_async(row, rows, name, self._set))
 
     def broadcast(self, tensor: torch.Tensor, root: int, name: str) -> None:
@@ -80,15 +86,27 @@ class _OverHorovod(Group):
             self.broadcast(on_host, root, name)
             tensor.copy_(on_host)
             return
+        self._let_python_run()
         with _ranks_lost():
             self._hvd.broadcast_(tensor, self._world_ranks[root], name=name, process_set=self._set)
 
     def all_gather_object(self, value: Any) -> list[Any]:
         told = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        self._let_python_run()
         with _ranks_lost():
             sizes = self._hvd.allgather(torch.tensor([len(told)]), "hvdtrain.objects.sizes", self._set).tolist()
             everything = self._hvd.allgather(told, "hvdtrain.objects", self._set)
         return [pickle.loads(one.numpy()) for one in everything.split(sizes)]
+
+    def _let_python_run(self) -> None:
+        """Wait for Horovod's table of sets, if need be; to be called before a collective is handed to Horovod (local).
+
+        Where Horovod looks for new sets, all ranks meet in every cycle, and its thread locks the table meanwhile: for
+        ever, where a rank is stopped. A collective that is handed over waits for the table with Python's lock in hand,
+        and no watchdog could speak. A question by ctypes waits without.
+        """
+        if self._has_parts:
+            self._ops._basics.MPI_LIB_CTYPES.horovod_number_of_process_sets()
 
 
 class HorovodGroup(_OverHorovod):
@@ -96,14 +114,13 @@ class HorovodGroup(_OverHorovod):
 
     timeline: whether ``start_timeline`` will be called. Without it Horovod does not start its writer, a thread that
     never sleeps. parts: whether it may be ``split``. Horovod then looks for new sets of ranks in every cycle, all ranks
-    together: one that is stopped stops Horovod's thread on the others, and their Python with it.
+    together: see ``_let_python_run``.
 
     Errors: LaunchError where Horovod joins another world than the launcher announced, or Gloo would crash here.
     """
 
     def __init__(self, world: World, timeline: bool = False, parts: bool = False):
         set_knobs(os.environ)
-        self._has_parts = parts
         if parts:
             os.environ["HOROVOD_DYNAMIC_PROCESS_SETS"] = "1"
         if timeline:
@@ -124,7 +141,7 @@ class HorovodGroup(_OverHorovod):
         hvd.init()
         check_sizes(world, hvd.size(), "Horovod")
         backend = _backend(hvd, gloo=self._mpi is None, nccl=not shares_gpus())
-        super().__init__(hvd.global_process_set, range(hvd.size()), shares_gpus(), backend)
+        super().__init__(hvd.global_process_set, range(hvd.size()), shares_gpus(), backend, parts)
         self._groups: dict[tuple[int, ...], Group] = {tuple(range(self.size)): self}
         self._axes = Axes(self, self._mpi)
 
@@ -172,7 +189,7 @@ class _Part(_OverHorovod):
     """Some of the ranks of ``whole``: a process set of Horovod's, which ends with it."""
 
     def __init__(self, whole: HorovodGroup, process_set: Any, ranks: Sequence[int]):
-        super().__init__(process_set, ranks, whole._through_host, whole.backend)
+        super().__init__(process_set, ranks, whole._through_host, whole.backend, has_parts=True)
         self._whole = whole
 
     def split(self, sets: Sets) -> Group:

@@ -14,9 +14,9 @@ TIMEOUT_S = 6  # a busy machine may need three for a phase of a small step
 LIMIT_S = 60
 
 
-def _hang(prepared: Prepared, folder: Path, how: str, trouble: str, place: str) -> Done:
+def _hang(prepared: Prepared, folder: Path, how: str, trouble: str, place: str, *more: str) -> Done:
     ranks = 1 if how == "none" else 2
-    words = ("train", prepared.recipe, "--run-dir", "run", f"watchdog.timeout_s={TIMEOUT_S}")
+    words = ("train", prepared.recipe, "--run-dir", "run", f"watchdog.timeout_s={TIMEOUT_S}", *more)
     broken = program(trouble, place, rank=ranks - 1)
     done = launch(*words, program=broken, how=how, ranks=ranks, cwd=folder, timeout_s=120)
     assert (folder / "trouble").exists(), done
@@ -51,6 +51,20 @@ def test_a_rank_that_is_stopped(prepared: Prepared, tmp_path: Path, how: str):
     done = _hang(prepared, tmp_path, how, "stop", "compute")
     behind = r"behind: rank 1 on \S+ \(process \d+\), silent for \d+ s, last seen in "
     assert re.match(_told(0, 3, r"over_ranks \(sync/sums.py:\d+\)", behind), done.messages[-1]), done
+    assert len(done.messages) == 1, done
+
+
+@pytest.mark.parametrize(
+    ("mesh", "place", "where"),
+    [("tensor", "compute", r"_crossed \(cut/crossings.py:\d+\)"), ("pipeline", "sync", r"\w+ \(sync/\w+.py:\d+\)")],
+)
+def test_a_rank_of_a_mesh_that_is_stopped(prepared: Prepared, tmp_path: Path, mesh: str, place: str, where: str):
+    """The other waits in an axis, which is no collective of Horovod's; or it has one for Horovod, whose thread keeps
+    the table of sets locked for ever.
+    """
+    done = _hang(prepared, tmp_path, "mpirun", "stop", place, f"mesh.{mesh}=2")
+    behind = r"behind: rank 1 on \S+ \(process \d+\), silent for \d+ s, last seen in "
+    assert re.match(_told(0, 3, where, behind), done.messages[-1]), done
     assert len(done.messages) == 1, done
 
 
