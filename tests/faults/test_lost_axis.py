@@ -1,5 +1,6 @@
 """A rank that is killed while the others wait for it in the middle of a pass: all end, and soon."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -7,8 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
+from breaking import program
 from command import until
-from launch import LAUNCHERS, environment, launch
+from launch import LAUNCHERS, TRACE, Prepared, environment, launch
 
 from hvdtrain.comm.ancestors import find_process
 
@@ -51,6 +53,19 @@ def test_the_others_end_soon(tmp_path: Path, how: str, backend: str):
     assert used == backend
     assert done.exit_code != 0
     assert ended - float(died) < SOON_S, done
+
+
+@pytest.mark.parametrize(("how", "said"), [("mpirun", "rank 1 .* exited on signal 9"), ("gloo", "Exit code: 137")])
+def test_a_rank_that_is_killed_in_the_middle_of_a_pipelines_step(
+    prepared: Prepared, tmp_path: Path, how: str, said: str
+):
+    """Rank 0 waits for the gradients of what it has sent. The launcher says who it was; nobody else has a word."""
+    words = ("train", prepared.recipe, "--run-dir", "run", "mesh.pipeline=2", "train.microbatch=3")
+    done = launch(*words, program=program("kill", "pass back"), how=how, ranks=2, cwd=tmp_path)
+    ended = time.time()
+    assert ended - (tmp_path / "trouble").stat().st_mtime < SOON_S, done
+    assert done.exit_code != 0
+    assert (done.messages, TRACE in done.text, len(re.findall(said, done.stderr))) == ([], False, 1), done
 
 
 def test_one_that_waits_in_memory_does_not_outlive_its_launcher_by_minutes(tmp_path: Path):
