@@ -40,6 +40,7 @@ from hvdtrain.sync.sharded import AT_ONCE, KeptGradients, PassedGradients, Shard
 from hvdtrain.sync.shards import Shares, in_one, shard_of
 from hvdtrain.sync.sums import Sums
 from hvdtrain.sync.sync import EXACT, Drift, Told
+from hvdtrain.sync.traffic import mib
 from hvdtrain.sync.wire import FORMS
 
 _MIB = 1 << 20
@@ -174,8 +175,8 @@ class ZeroSync:
         state it keeps.
         """
         moved = sum(piece.tensor.nbytes for piece in self.moves)
-        sizes = {"sent": self._sent, "gradients": self._gradients.room.peak_bytes, "moved": moved}
-        return {f"zero_{name}_mib": round(size / _MIB, 3) for name, size in sizes.items()}
+        held = {"zero_gradients_mib": mib(self._gradients.room.peak_bytes), "zero_moved_mib": mib(moved)}
+        return {"sent_mib": mib(self._sent), **held}
 
     def close(self) -> None:
         self._gradients.close()

@@ -225,7 +225,7 @@ def test_bytes_are_those_that_were_planned(stage: int):
     planned = bytes_of(count, 50 * 16, 8, 2, learner.recipe.sync.zero, microbatches=2, narrow_weights=True)
     report = learner.sync.report()
     assert learner.sync._sent == pytest.approx(planned.sent, rel=0.02)
-    assert report["zero_sent_mib"] == round(learner.sync._sent / 2**20, 3)
+    assert report["sent_mib"] == round(learner.sync._sent / 2**20, 6)
     # Buckets are planned as full, which these are not, and of stage 1 as many under way as may be.
     peak = learner.sync._gradients.room.peak_bytes
     assert 0.6 * planned.gradients <= peak <= 1.05 * planned.gradients
