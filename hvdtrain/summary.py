@@ -142,6 +142,7 @@ def _summary(run: OpenRun, engine: Engine, log: Log, progress: Progress, scores:
         "best_val_loss": engine.best_val_loss,
         "train_loss": None if math.isnan(metrics.last_loss) else metrics.last_loss,
         "noise_scale_tokens": engine.noise.value(),
+        "noise_scale_note": engine.noise.why_not() or None,
         "skipped_steps": metrics.skipped,
         "scaling": run.scaled.about if run.scaled.factor != 1 else None,
         "tokens_per_s": round(metrics.tokens_per_s, 1),

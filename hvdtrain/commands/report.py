@@ -89,6 +89,8 @@ def _advice(run: dict[str, Any]) -> list[str]:
     """What the noise of a run's gradients says of its batch."""
     train, summary = run["train"], run["summary"]
     noise = next((p["noise_scale_tokens"] for p in reversed(train) if "noise_scale_tokens" in p), None)
+    if noise is None and (why := summary.get("noise_scale_note")):
+        return [f"batch        {run['name']}: no noise scale: {why}"]
     batch, ranks = _tokens_per_update(run), summary.get("replicas", summary.get("world_size"))
     if noise is None or batch is None or not isinstance(ranks, int):
         return []

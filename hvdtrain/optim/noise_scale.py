@@ -45,6 +45,17 @@ class NoiseScale:
         noise, signal = self._moments.tolist()
         return noise / signal if noise > 0 and signal > 0 else None
 
+    def why_not(self) -> str:
+        """Why there is no value; empty where there is one."""
+        if self.value() is not None:
+            return ""
+        if self.state() is None:
+            return (
+                "no step had gradients of two sizes of batch, which takes two replicas or two microbatches, and a "
+                "sync.name that sums gradients as they are"
+            )
+        return "so far the noise hides the gradient: train longer, or with a larger batch"
+
     def state(self) -> tuple[float, float] | None:
         """For a checkpoint: what ``load`` takes. None where nothing was measured."""
         noise, signal = self._moments.tolist()

@@ -11,14 +11,16 @@ from hvdtrain.errors import CheckpointError, OutputError
 PNG = b"\x89PNG"
 
 
-def write_run(folder: Path, finished: bool = True, losses=(4.0, 3.0, 2.5), evals=((2, 3.25), (3, 2.75))) -> Path:
+def write_run(
+    folder: Path, finished: bool = True, losses=(4.0, 3.0, 2.5), evals=((2, 3.25), (3, 2.75)), **said: str
+) -> Path:
     folder.mkdir(parents=True)
     lines = [{"kind": "train", "step": n, "tokens": 1000 * n, "loss": x} for n, x in enumerate(losses, 1)]
     lines += [{"kind": "eval", "step": step, "val_loss": loss} for step, loss in evals]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if finished:
         summary = {"status": "finished", "step": 3, "tokens": 3000, "tokens_per_s": 12345.6}
-        summary |= {"world_size": 4, "sample_digest": "ab12", "mfu": 0.4561}
+        summary |= {"world_size": 4, "sample_digest": "ab12", "mfu": 0.4561, **said}
         (folder / "summary.json").write_text(json.dumps(summary))
     return folder
 
@@ -100,3 +102,8 @@ def test_the_noise_becomes_a_sentence(tmp_path: Path):
         "batch        run: critical batch about 5,000 tokens; at 1,000 tokens an update the run needs 20 % more "
         "tokens than at a small one; beyond 20 ranks" in report([run], None)
     )
+
+
+def test_a_run_without_a_noise_scale_says_why(tmp_path: Path):
+    run = write_run(tmp_path / "run", noise_scale_note="it takes two replicas")
+    assert "batch        run: no noise scale: it takes two replicas" in report([run], None)

@@ -54,10 +54,13 @@ def test_no_value_without_a_measurement_or_without_a_gradient():
     found = NoiseScale(torch.device("cpu"))
     assert found.value() is None
     assert found.state() is None
+    assert "takes two replicas or two microbatches" in found.why_not()
     found.load((5.0, -1.0))
     assert found.value() is None
+    assert "the noise hides the gradient" in found.why_not()
     found.load((5.0, 2.0))
     assert found.value() == 2.5
+    assert found.why_not() == ""
     assert found.state() == (5.0, 2.0)
 
 
