@@ -19,7 +19,8 @@ import torch
 
 
 class Cache:
-    """Of a whole model. ``length``: slots in use. ``positions_BS``: where in its text a slot's token stands.
+    """Of a model, or of a stage of one. ``length``: slots in use. ``positions_BS``: where in its text a slot's token
+    stands.
 
     ``memory``: keys and values of an encoder's output, [L, 2, B, G, source positions, K], where there is one, and
     ``memory_mask``, bool [B, 1, 1, source positions]; the branches of a row share them too.
@@ -34,7 +35,8 @@ class Cache:
         window: int = 0,
         lengths_B: torch.Tensor | None = None,
     ):
-        """like: a weight, for type and device. window: how many positions attention sees; 0: all.
+        """like: a weight, for type and device. layers: those that are here. window: how many positions attention sees;
+        0: all.
 
         lengths_B: int64, of the prompts, at least 1; None: all alike.
         """

@@ -81,7 +81,7 @@ class Decoder(Transformer):
             mask = self.relative.of_cache(cache, positions_BT, mask)
         x_BTD = flow[0] if flow else self.embed(tokens_BT, positions_BT)
         rotary = self.turns(tokens_BT.shape[1], positions_BT)
-        for number, block in enumerate(self.blocks):
+        for number, block in enumerate(self.blocks_here()):
             x_BTD = block(x_BTD, rotary, LayerCache(cache, number), mask)
         return (self.norm(x_BTD),)
 

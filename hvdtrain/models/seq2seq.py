@@ -110,7 +110,7 @@ class Seq2Seq(Transformer):
             if not self.has("bridge"):
                 return flow
             flow = (flow[0], flow[0])
-        layers = [cast(CrossBlock, block).cross_attention if is_here(block) else None for block in self.blocks]
+        layers = [cast(CrossBlock, block).cross_attention for block in self.blocks_here()]
         read = [layer.keys_values(flow[0]) if is_here(layer) else None for layer in layers]
         if some := [one for one in read if one is not None]:
             cache.memory = torch.stack([torch.zeros_like(some[0]) if one is None else one for one in read])
@@ -130,7 +130,7 @@ class Seq2Seq(Transformer):
             mask = self.relative.of_cache(cache, positions_BT, mask)
         x_BTD = flow[0] if flow else self.embed(tokens_BT, positions_BT)
         rotary = self.turns(tokens_BT.shape[1], positions_BT)
-        for number, block in enumerate(self.blocks):
+        for number, block in enumerate(self.blocks_here()):
             x_BTD = block(x_BTD, rotary, LayerCache(cache, number), mask, None, cache.memory_mask)
         return (self.norm(x_BTD),)
 

@@ -42,6 +42,7 @@ class Transformer(Staged):
     """
 
     rotary: torch.Tensor
+    blocks: nn.ModuleList
     into_blocks: Callable[[torch.Tensor], torch.Tensor] = staticmethod(as_it_is)
     out_of_blocks: Callable[[torch.Tensor], torch.Tensor] = staticmethod(as_it_is)
 
@@ -123,10 +124,16 @@ class Transformer(Staged):
         return self.rotary[:, :end] if positions_BT is None else self.rotary[:, positions_BT].unsqueeze(2)
 
     def new_cache(self, lengths_B: torch.Tensor | None = None) -> Cache:
-        """An empty cache of keys and values. lengths_B: int64, how long the prompts are; None: all alike."""
+        """An empty cache of keys and values of the blocks that are here. lengths_B: int64, how long the prompts are;
+        None: all alike.
+        """
         o = self.options
         heads = next((m.kv_heads for m in self.modules() if isinstance(m, AnyAttention)), 0)
-        return Cache(self.any_weight, o.layers, heads, o.width_of_head, o.window, lengths_B)
+        return Cache(self.any_weight, len(self.blocks_here()), heads, o.width_of_head, o.window, lengths_B)
+
+    def blocks_here(self) -> list[nn.Module]:
+        """Those of ``blocks`` of which this stage has a part; the n-th has layer n of a cache."""
+        return [block for block in self.blocks if is_here(block)]
 
     @property
     def any_weight(self) -> torch.Tensor:

@@ -116,6 +116,18 @@ def test_all_ranks_find_the_texts_that_one_process_finds(name: str, options: Sea
         ]
 
 
+def test_a_stage_has_room_for_keys_and_values_of_its_own_blocks():
+    """Of three blocks the second is parted between the stages."""
+
+    def layers(mesh: Mesh) -> list[int]:
+        stages = made("decoder", mesh, layers=3).answering.eval()
+        caches = stages.new_cache()
+        stages.logits(stages.decode(tokens(1, 4), caches))
+        return [len(cache._keys_values) for cache in caches.of.values()]
+
+    assert on_stages(2, layers) == [[2], [2]]
+
+
 def test_what_the_model_returns_is_known_on_all_ranks():
     """As the tasks ask that label texts."""
     batch = batches("encoder", 1)[0]
