@@ -40,7 +40,7 @@ from hvdtrain.cut.combinations import check_combination, notes_on_sync
 from hvdtrain.cut.compiling import CompileClock, check_compiler
 from hvdtrain.cut.cut import Replica
 from hvdtrain.cut.precision import PRECISIONS
-from hvdtrain.cut.stages import make_stages
+from hvdtrain.cut.stages import Stage, make_stages
 from hvdtrain.data.carried import carry
 from hvdtrain.data.corpora import Corpora, check_corpora, open_corpora, stage
 from hvdtrain.data.loader import WithoutRows
@@ -121,8 +121,8 @@ class Start:
 class OpenRun:
     """A run that can begin. ``config``: the recipe with all that depends on ranks and data worked out.
 
-    notes: what the user must be told, and the summary keeps. taken_over: what it has of where it begins. step, end: how
-    far it has come, and how it ended: exit code and reason.
+    notes: what the user must be told, and the summary keeps. stages: of a pipeline. taken_over: what it has of where it
+    begins. step, end: how far it has come, and how it ended: exit code and reason.
     """
 
     asked: Asked
@@ -140,6 +140,7 @@ class OpenRun:
     identity: Mapping[str, Any]
     start: Start
     notes: list[str]
+    stages: Sequence[Stage] = ()
     taken_over: TakenOver | None = None
     step: int = 0
     end: tuple[int, str] = (EXIT_OK, "finished")
@@ -199,8 +200,7 @@ def open_run(asked: Asked, world: World, group: Group, claim: Claim, signals: St
     if device.type == "cpu":
         keep_freed_memory()
         matmul = use_fast_matmul(config.precision)
-    if mesh.pipe.size > 1:
-        group.together(lambda: _check_stages(config, task, data, mesh.pipe.size))
+    stages = group.together(lambda: _make_stages(config, task, data, mesh.pipe.size))
     origin = None
     if config.model.from_ and not config.model.from_digest:  # one that goes on knows it
         origin, digest = _open_origin(config, data.corpora, group, notes)
@@ -214,15 +214,17 @@ def open_run(asked: Asked, world: World, group: Group, claim: Claim, signals: St
         notes += group.together(lambda: group.start_timeline(timeline))
     return OpenRun(
         asked, config, world, mesh, claim, stopping, device, cores, matmul, task, data, scaled, identity, start, notes,
-        step=start.progress.step,
+        stages, step=start.progress.step,
     )  # fmt: skip
 
 
-def _check_stages(config: RunConfig, task: Task, data: Data, ranks: int) -> None:
-    """Errors: ConfigError where the model has fewer pieces than a pipeline has stages."""
+def _make_stages(config: RunConfig, task: Task, data: Data, ranks: int) -> list[Stage]:
+    """Of a pipeline over so many ranks. Errors: ConfigError where the model has fewer pieces."""
+    if ranks == 1:
+        return []
     with torch.device("meta"):
-        model = task.make_model(config.model, data.corpora.manifest)
-    make_stages(model, task, ranks, config.cut.stages_per_rank)
+        model = _make_model(config, task, data)
+    return make_stages(model, task, ranks, config.cut.stages_per_rank)
 
 
 def _check_best(name: str, task: Task) -> None:
@@ -347,14 +349,14 @@ def recorded(run: OpenRun) -> Iterator[None]:
 def open_engine(run: OpenRun) -> Engine:
     """The model, all that moves it, and a checkpoint's numbers in them (collective)."""
     config, mesh, start = run.config, run.mesh, run.start
-    blueprint = mesh.world.together(lambda: Blueprint(partial(_make_model, run)))
+    blueprint = mesh.world.together(lambda: Blueprint(partial(_make_model, config, run.task, run.data)))
     precision = PRECISIONS[config.precision]
 
     def tell(note: str) -> None:
         run.notes.append(note.removeprefix("note: "))
         say(note)
 
-    making = Making(mesh, precision, run.device, run.task, config.cut, config.compile, tell)
+    making = Making(mesh, precision, run.device, run.task, config.cut, config.compile, tell, run.stages)
     replica = make_replica(blueprint, making)
     if start.checkpoint is None:
         fill_slices(replica.slices, blueprint.initial(config.seed))
@@ -392,10 +394,9 @@ def _make_sync(run: OpenRun, replica: Replica) -> Sync:
     return sync
 
 
-def _make_model(run: OpenRun) -> Staged:
+def _make_model(config: RunConfig, task: Task, data: Data) -> Staged:
     """Whole, without weights. Errors: ConfigError for options that do not fit it."""
-    config, task = run.config, run.task
-    model: Staged = task.make_model(config.model, run.data.corpora.manifest)
+    model: Staged = task.make_model(config.model, data.corpora.manifest)
     adapt(model, config.model, config.model.lora)
     freeze(model, config.optim.freeze, config.model.lora, task.predicts_tokens)
     use_recompute(model, config.recompute)

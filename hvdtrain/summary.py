@@ -15,6 +15,7 @@ from hvdtrain.comm.mesh import grid
 from hvdtrain.comm.mesh_map import describe_mesh, draw
 from hvdtrain.config import flatten
 from hvdtrain.cut.combinations import bubble, notes_on
+from hvdtrain.cut.stages import balance_of
 from hvdtrain.data.corpora import CorpusFacts
 from hvdtrain.engine import Engine
 from hvdtrain.errors import plural
@@ -22,7 +23,6 @@ from hvdtrain.files import troubles, write_json
 from hvdtrain.jobs.slurm import read_object
 from hvdtrain.machine.peaks import Peak, find_peak, worth_measuring
 from hvdtrain.opening import OpenRun
-from hvdtrain.planner.shares import balance, shares_of
 from hvdtrain.planner.workload import sent_bytes, workload
 from hvdtrain.version import git_state, versions
 from hvdtrain.watch.log import Log
@@ -84,10 +84,16 @@ def _mesh_fields(run: OpenRun) -> dict[str, Any]:
         "schedule": config.cut.schedule if mesh.pipeline > 1 else None,
         "stages_per_rank": config.cut.stages_per_rank,
         "microbatches": microbatches,
-        "balance": round(balance(shares_of(config, facts)), 4),
+        "balance": round(_balance(run), 4),
         "bubble": round(bubble(flatten(config.model_dump()), microbatches), 4),
         "hosts": [line.strip() for line in draw(grid(len(hosts), mesh.pipeline, mesh.tensor), hosts)],
     }
+
+
+def _balance(run: OpenRun) -> float:
+    """Of the ranks of the pipe: mean cost of their stages over that of the dearest."""
+    costs, ranks = [stage.cost for stage in run.stages] or [1.0], run.config.mesh.pipeline
+    return balance_of([sum(costs[rank::ranks]) for rank in range(ranks)])
 
 
 def _parameters(run: OpenRun, engine: Engine) -> str:

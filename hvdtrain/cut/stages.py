@@ -80,8 +80,12 @@ def divide(costs: Sequence[float], ranks: int, stages_per_rank: int = 1) -> list
 
 def balance(costs: Sequence[float], stages: Sequence[range]) -> float:
     """Mean cost of a stage over that of the dearest: 1 where all are alike."""
-    sums = [sum(costs[piece] for piece in stage) for stage in stages]
-    return sum(sums) / len(sums) / max(sums)
+    return balance_of([sum(costs[piece] for piece in stage) for stage in stages])
+
+
+def balance_of(costs: Sequence[float]) -> float:
+    """The same of the costs of stages, or of ranks that have several."""
+    return sum(costs) / len(costs) / max(costs)
 
 
 def _from_the_end(costs: Sequence[float], limit: float, stages: int) -> list[range]:

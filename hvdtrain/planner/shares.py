@@ -16,7 +16,7 @@ from torch import nn
 from hvdtrain.comm.axis import LocalAxis
 from hvdtrain.config import RunConfig
 from hvdtrain.cut.blueprint import Blueprint, Placed
-from hvdtrain.cut.stages import Stage, make_stages
+from hvdtrain.cut.stages import Stage, balance_of, make_stages
 from hvdtrain.cut.tensor import spread
 from hvdtrain.data.corpora import CorpusFacts
 from hvdtrain.models.pieces import Staged, keep
@@ -101,8 +101,7 @@ def shares_of(config: RunConfig, facts: CorpusFacts) -> list[Share]:
 
 def balance(shares: Sequence[Share]) -> float:
     """Mean cost of a rank over that of the dearest."""
-    costs = [share.cost for share in shares]
-    return sum(costs) / len(costs) / max(costs)
+    return balance_of([share.cost for share in shares])
 
 
 def _in_stages(blueprint: Blueprint, model: Staged, stages: Iterable[Stage]) -> Iterator[Staged]:
