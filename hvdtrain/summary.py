@@ -1,7 +1,6 @@
 """What a run says as it begins and when it has ended: its first lines, and summary.json."""
 
 import math
-import socket
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ import hvdtrain
 from hvdtrain.checkpoint.manifest import Progress
 from hvdtrain.comm.mesh import grid
 from hvdtrain.comm.mesh_map import describe_mesh, draw
+from hvdtrain.comm.world import node_name
 from hvdtrain.config import flatten
 from hvdtrain.cut.combinations import bubble, notes_on
 from hvdtrain.cut.stages import balance_of
@@ -75,7 +75,7 @@ def _announce_stages(run: OpenRun, log: Log) -> None:
 def _mesh_fields(run: OpenRun) -> dict[str, Any]:
     """Of a run whose model is spread over ranks, for its summary (collective)."""
     config, manifest, mesh = run.config, run.data.corpora.manifest, run.config.mesh
-    hosts = run.mesh.world.all_gather_object(socket.gethostname())
+    hosts = run.mesh.world.all_gather_object(node_name())
     facts = CorpusFacts(manifest.vocab_size, max(1, len(manifest.label_names)))
     microbatches = workload(config, facts, len(hosts)).microbatches
     return {

@@ -7,7 +7,6 @@ mesh: 2 replicas x 2 stages x 2 parts; parts over shared memory (64 KB summed in
              stage 1  n2: 6-7
 """
 
-import socket
 import statistics
 import time
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ import torch
 
 from hvdtrain.comm.axis import Axis
 from hvdtrain.comm.mesh import Mesh, grid
+from hvdtrain.comm.world import node_name
 from hvdtrain.errors import plural
 
 _MOST_ROWS = 8
@@ -30,9 +30,9 @@ def describe_mesh(mesh: Mesh, device: torch.device) -> tuple[list[str], list[str
     if mesh.own.size == 1:
         return [], []
     stages, parts = mesh.pipe.size, mesh.tensor.size
-    everyone = mesh.world.all_gather_object((socket.gethostname(), sum_s(mesh.tensor, device), _notes(mesh)))
+    everyone = mesh.world.all_gather_object((node_name(), sum_s(mesh.tensor, device), _notes(mesh)))
     hosts, slowest = [host for host, *_ in everyone], max(seconds for _, seconds, _ in everyone)
-    took = f"64 KB summed in {1e3 * slowest:.2g} ms"
+    took = summed_in(slowest)
     ways = [f"parts over {mesh.tensor.backend} ({took})"] if parts > 1 else []
     ways += [f"stages over {mesh.pipe.backend}"] if stages > 1 else []
     sizes = " x ".join(plural(*size) for size in ((mesh.replicas, "replica"), (stages, "stage"), (parts, "part")))
@@ -64,6 +64,11 @@ def sum_s(axis: Axis, device: torch.device) -> float:
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - began)
     return statistics.median(seconds)
+
+
+def summed_in(seconds: float) -> str:
+    """What ``sum_s`` has found, in words."""
+    return f"64 KB summed in {1e3 * seconds:.2g} ms"
 
 
 def _far_parts(rows: Sequence[Sequence[Sequence[int]]], hosts: Sequence[str], took: str) -> list[str]:

@@ -26,6 +26,7 @@ A process in an ``sbatch`` script that no ``srun`` started has SLURM_PROCID but 
 
 import os
 import re
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -210,6 +211,11 @@ def check_sizes(world: World, seen_size: int, library: str) -> None:
             "environment (`python -m hvdtrain doctor` names it), or rebuild with your MPI's mpicxx on the PATH",
             world.rank,
         )
+
+
+def node_name() -> str:
+    """This machine, as the batch system calls it (``sbatch --exclude`` takes that name); elsewhere the host's name."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname().partition(".")[0]
 
 
 def shares_gpus() -> bool:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from hvdtrain.cut.checker import Costs, check
 from hvdtrain.cut.schedules import SCHEDULES, with_transfers
-from hvdtrain.errors import ConfigError
+from hvdtrain.errors import ConfigError, plural
 
 Settings = Mapping[str, Any]  # dotted key of the recipe -> value
 
@@ -248,9 +248,10 @@ def note_on_nodes(tensor: int, ranks_per_node: int, nodes: int) -> list[str]:
     """What a user should know where ranks that share each layer are on several nodes."""
     if nodes == 1 or ranks_per_node % tensor == 0:
         return []
+    here = plural(ranks_per_node, "rank")
     return [
-        f"mesh.tensor={tensor} does not divide the {ranks_per_node} ranks of a node: ranks that share a layer are on "
-        "several nodes, and wait for the network in every layer; `hvdtrain doctor --job` measures how long"
+        f"mesh.tensor={tensor} does not divide the {here} of a node: ranks that share a layer are on several nodes, "
+        "and wait for the network in every layer; `hvdtrain doctor --job` measures how long"
     ]
 
 

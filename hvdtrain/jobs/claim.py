@@ -29,9 +29,9 @@ from typing import Any
 
 from hvdtrain.comm.ancestors import process_began
 from hvdtrain.comm.ranks import Ranks
+from hvdtrain.comm.world import node_name
 from hvdtrain.errors import ConfigError, HvdtrainError, OutputError, describe, say, say_from
 from hvdtrain.files import again
-from hvdtrain.jobs.job_record import node_name
 from hvdtrain.machine.asking import answer_of
 
 BEAT_S = 5.0

@@ -27,7 +27,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from hvdtrain.comm.group import Group
-from hvdtrain.comm.world import World
+from hvdtrain.comm.world import World, node_name
 from hvdtrain.errors import HvdtrainError
 from hvdtrain.files import read_text, write
 from hvdtrain.machine.asking import answer_of
@@ -116,11 +116,6 @@ def job_name(env: Mapping[str, str]) -> str:
     if job_id := env.get("SLURM_JOB_ID"):
         return f"{job_id}-{_restart(env)}"
     return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.getpid()}"
-
-
-def node_name() -> str:
-    """This machine, as the batch system calls it (``sbatch --exclude`` takes that name); elsewhere the host's name."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname().partition(".")[0]
 
 
 def _restart(env: Mapping[str, str]) -> str:

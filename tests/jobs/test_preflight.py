@@ -17,6 +17,7 @@ from hvdtrain.errors import ConfigError
 from hvdtrain.jobs.preflight import node, slow_factor_of
 from hvdtrain.jobs.preflight.clock import ahead, look_at_clocks
 from hvdtrain.jobs.preflight.findings import Finding, Look, judge, resubmit_without, slow, table
+from hvdtrain.jobs.preflight.latency import rounds
 from hvdtrain.jobs.preflight.node import (
     Gpu,
     Gpus,
@@ -91,6 +92,15 @@ def test_the_words_that_submit_without_the_bad():
     assert resubmit_without(["n2", "n5"]) == ["sbatch", "--exclude=n2,n5"]
     assert resubmit_without(["n2"], "n[7-9]") == ["sbatch", "--exclude=n[7-9],n2"]
     assert resubmit_without([]) == ["sbatch"]
+
+
+# --- between nodes ------------------------------------------------------------------------------------------------
+
+
+def test_neighbours_measure_together_and_the_last_of_an_odd_number_afterwards():
+    assert rounds([0, 2, 4, 6]) == [[[0, 2], [4, 6]]]
+    assert rounds([0, 2, 4]) == [[[0, 2]], [[2, 4]]]
+    assert rounds([0]) == []
 
 
 # --- clocks ------------------------------------------------------------------------------------------------------

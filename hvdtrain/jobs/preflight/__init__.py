@@ -4,7 +4,7 @@
     first rank    environment, shards, disks             |--- all-gather ---> every rank judges alike,
       of a node   a file in the run folder               |                    rank 0 prints the table
     together      barriers (clocks), products, copies,   |
-                  all-reduce                            /
+                  all-reduce, sums between nodes        /
 
 A node that differs from most others, or is broken by itself, is bad: it is named, and the job ends with 70. What all
 nodes have in common is no node's fault and ends the job with a code of its own: 65 (shards), 74 (run folder), 2 (more
@@ -21,12 +21,12 @@ from typing import Any
 
 from hvdtrain.comm.group import Group
 from hvdtrain.comm.session import open_group
-from hvdtrain.comm.world import World
+from hvdtrain.comm.world import World, node_name
 from hvdtrain.errors import ConfigError, RankError, plural
 from hvdtrain.files import write_json
-from hvdtrain.jobs.job_record import node_name
 from hvdtrain.jobs.preflight.clock import look_at_clocks, meet
 from hvdtrain.jobs.preflight.findings import Look, Verdict, judge, resubmit_without, table
+from hvdtrain.jobs.preflight.latency import measure_latency
 from hvdtrain.jobs.preflight.node import Gpus, look_around, look_at_gpus, safely, see_gpus, within
 from hvdtrain.jobs.preflight.shared_folder import look_at_run_folder
 from hvdtrain.jobs.preflight.speed import measure_speeds
@@ -113,6 +113,8 @@ def examine(inspection: Inspection, group: Group) -> Verdict:
             looks[name].append(clock)
     for name, speeds in measure_speeds(node, inspection.slow_factor, group).items():
         looks[name] += speeds
+    for name, look in measure_latency(nodes, group).items():
+        looks[name].append(look)
     return judge(looks)
 
 
