@@ -6,6 +6,7 @@ equal    16 sources of 14 tokens, 5 beams, 30 tokens each: what a step costs
 unequal  Multi30k's test sentences: their lengths, a number for each word; ends come where the model puts them, up to 60
          tokens. transformers takes 16 sources at a time, as they come or sorted by length; ours sorts them itself
 
+Ours multiplies as `generate` does (machine/matmul.py), transformers as torch does by itself, and beside it as ours.
 Times are processor seconds of the one thread: seconds, where nobody else computes.
 """
 
@@ -28,6 +29,7 @@ sys.path[:0] = [str(ROOT / "tests")]
 
 from twins import BEGIN, END, PAD, twins  # noqa: E402
 
+from hvdtrain.machine.matmul import use_fast_fp32  # noqa: E402
 from hvdtrain.tasks.search import Input, SearchOptions, search  # noqa: E402
 
 ROUNDS, SENTENCES = int(os.environ.get("ROUNDS", "5")), int(os.environ.get("SENTENCES", "160"))
@@ -72,6 +74,23 @@ def theirs(model: Any, sources: Texts, least: int, most: int, is_sorted: bool = 
         for row, text in zip(rows, out[:, 1:].tolist(), strict=True):
             found[row] = text[: text.index(END)] if END in text else text[:most]
     return [found[row] for row in range(len(sources))]
+
+
+def with_our_products(way: Callable[[], Any]) -> Callable[[], Any]:
+    """The same with fp32 products by the library that ``generate`` chooses."""
+
+    def run() -> Any:
+        matmul, sdp = torch.backends.mkldnn.matmul, torch.backends.cuda
+        before = matmul.fp32_precision, sdp.flash_sdp_enabled(), sdp.mem_efficient_sdp_enabled()
+        use_fast_fp32()
+        try:
+            return way()
+        finally:
+            matmul.fp32_precision = before[0]
+            sdp.enable_flash_sdp(before[1])
+            sdp.enable_mem_efficient_sdp(before[2])
+
+    return run
 
 
 def in_turn(ways: dict[str, Callable[[], Texts]], rounds: int) -> tuple[dict[str, list[float]], dict[str, Texts]]:
@@ -124,20 +143,23 @@ def main() -> None:
             mine, other = twins(Path(folder) / size, {**shape, **BART}, VOCABULARY, 2, 1.5, 5.5)
             fixed = torch.randint(3, VOCABULARY, (AT_ONCE, 14), generator=torch.Generator().manual_seed(1)).tolist()
             equal: dict[str, Callable[[], Texts]] = {
-                "ours": lambda mine=mine, fixed=fixed: ours(mine, fixed, 30, 30),
+                "ours": with_our_products(lambda mine=mine, fixed=fixed: ours(mine, fixed, 30, 30)),
                 "transformers": lambda other=other, fixed=fixed: theirs(other, fixed, 30, 30),
+                "transformers, our products": with_our_products(
+                    lambda other=other, fixed=fixed: theirs(other, fixed, 30, 30)
+                ),
             }
             times, texts = in_turn(equal, ROUNDS)
             rows += rows_of(f"{size}, equal", times, texts, AT_ONCE * 30)
             step = {way: 1e3 * statistics.median(seconds) / 30 for way, seconds in times.items()}
             notes.append(
                 f"{size}: a step of 80 rows {step['ours']:.1f} ms, transformers {step['transformers']:.1f}; the matrix "
-                f"products alone {products_ms(mine):.1f}."
+                f"products alone {with_our_products(lambda mine=mine: products_ms(mine))():.1f}."
             )
             if size == "tiny":
                 lines = sentences(SENTENCES)
                 unequal: dict[str, Callable[[], Texts]] = {
-                    "ours": lambda mine=mine, lines=lines: ours(mine, lines, 0, 60),
+                    "ours": with_our_products(lambda mine=mine, lines=lines: ours(mine, lines, 0, 60)),
                     "transformers": lambda other=other, lines=lines: theirs(other, lines, 0, 60),
                     "transformers, sorted": lambda other=other, lines=lines: theirs(other, lines, 0, 60, True),
                 }
