@@ -18,10 +18,12 @@ from hvdtrain.checkpoint.manifest import Progress
 from hvdtrain.checkpoint.state import run_state
 from hvdtrain.comm.group import Group
 from hvdtrain.comm.mesh import Mesh
+from hvdtrain.comm.ranks import Ranks
 from hvdtrain.cut.cut import Passed, Replica
 from hvdtrain.data.batch import AnyBatch
 from hvdtrain.data.loader import TrainLoader
 from hvdtrain.data.sampler import derive
+from hvdtrain.data.tickets import TicketLoader
 from hvdtrain.optim.ema import Ema
 from hvdtrain.optim.guard import Guard
 from hvdtrain.optim.noise_scale import NoiseScale
@@ -70,23 +72,25 @@ class Engine:
         """See ``Sync`` (local)."""
         return self.sync.report()
 
-    def forward_backward(self, microbatches: Sequence[AnyBatch], task: Task, step: int) -> None:
+    def forward_backward(
+        self, microbatches: Sequence[AnyBatch], task: Task, step: int, place: tuple[int, int] | None = None
+    ) -> None:
         """Sums of loss and gradient over this replica's microbatches; gradients already travel while backward runs.
 
         Dropout's random numbers depend on (seed, step, replica) alone, so a resumed run draws the same ones and no
-        random state has to be stored.
+        random state has to be stored. place: step and replica, where the rows are another's (None: ``step``, this one).
         """
         self.sync.begin(len(microbatches))
         scale = None if self.update.loss_scale is None else self.update.loss_scale.scale
-        seed = derive(self._seed, step, self.mesh.number, 2)
+        seed = derive(self._seed, *(place or (step, self.mesh.number)), 2)
         self._passed = self.replica.forward_backward(microbatches, task, seed, scale)
 
-    def finish(self, flags: int = 0, is_shown: bool = True, is_saved: bool = True) -> None:
+    def finish(self, flags: int = 0, is_shown: bool = True, is_saved: bool = True, is_scored: bool = True) -> None:
         """Wait for the sums over all replicas. flags: what this rank adds to the sum of flags; see ``Told``."""
         assert self._passed is not None, "forward_backward comes first"
         scale = None if self.update.loss_scale is None else self.update.loss_scale.scale
         passed = self._passed
-        self.sync.finish(Told(passed.loss, passed.weights, flags, scale, is_shown, is_saved))
+        self.sync.finish(Told(passed.loss, passed.weights, flags, scale, is_shown, is_saved, is_scored))
 
     def step(self, lr: float, step: int) -> Agreed | None:
         """Move the weights; None where the replicas have told one another nothing."""
@@ -134,9 +138,13 @@ class Engine:
         learned = run_state(self.replica.slices, self.update.optimizer, self.ema, self.sync.moves)
         return [*learned, *self.sync.state()]
 
-    def progress(self, step: int, loader: TrainLoader, **settings: Any) -> Progress:
-        """Where the run stands after ``step``, for a checkpoint. settings: fields that the run itself knows."""
-        own = sum(self.mesh.replica.all_gather_object(loader.fingerprint))
+    def progress(
+        self, step: int, loader: TrainLoader | TicketLoader, group: Ranks | None = None, **settings: Any
+    ) -> Progress:
+        """Where the run stands after ``step``, for a checkpoint. group: those who know which rows were consumed (None:
+        the same place in every replica). settings: fields that the run itself knows.
+        """
+        own = sum((group or self.mesh.replica).all_gather_object(loader.fingerprint))
         loss_scale = self.update.loss_scale
         return replace(
             self._start,

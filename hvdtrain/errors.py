@@ -76,6 +76,14 @@ class RankLostError(HvdtrainError):
     """A collective broke: another rank died or left."""
 
 
+class WithoutOthersError(HvdtrainError):
+    """All that is left of the run is saved, but some ranks cannot come to an end any more: each of the others leaves by
+    itself.
+    """
+
+    exit_code = EXIT_STOPPED_EARLY
+
+
 class ReplicaError(HvdtrainError):
     """Replicas that must be equal bit by bit are not; the message names the ranks and the first tensor."""
 

@@ -2,6 +2,7 @@
 
 open_run      configuration, device, data, lengths, where to begin          nothing is written yet
 open_engine   model, optimizer, update, sync; a checkpoint's tensors in them
+open_loader   the batches, from where the run begins
 open_log      what the run says of itself
 """
 
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 from hvdtrain import sizing
+from hvdtrain.checkpoint import writer
 from hvdtrain.checkpoint.manifest import Progress
 from hvdtrain.checkpoint.origin import (
     Beginner,
@@ -28,9 +30,10 @@ from hvdtrain.checkpoint.origin import (
     take_over,
 )
 from hvdtrain.checkpoint.reader import load, load_kept
-from hvdtrain.checkpoint.retention import Score, steps_saved
+from hvdtrain.checkpoint.retention import Score, folder_of, steps_saved
 from hvdtrain.checkpoint.start import find_start, moved_rate
 from hvdtrain.comm.group import Group
+from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.comm.mesh import Mesh, make_mesh
 from hvdtrain.comm.world import World
 from hvdtrain.config import RunConfig, dump_yaml, flatten
@@ -43,8 +46,9 @@ from hvdtrain.cut.precision import PRECISIONS
 from hvdtrain.cut.stages import Stage, make_stages
 from hvdtrain.data.carried import carry
 from hvdtrain.data.corpora import Corpora, check_corpora, open_corpora, stage
-from hvdtrain.data.loader import WithoutRows
+from hvdtrain.data.loader import TrainLoader, WithoutRows
 from hvdtrain.data.stream import read_through_note
+from hvdtrain.data.tickets import TicketLoader
 from hvdtrain.engine import Engine, scores_of
 from hvdtrain.errors import EXIT_OK, CheckpointError, ConfigError, crash_code, say
 from hvdtrain.files import write_json, write_text
@@ -70,9 +74,11 @@ from hvdtrain.optim.schedules import learning_rate
 from hvdtrain.optim.update import Update
 from hvdtrain.sync import check_sync, make_sync
 from hvdtrain.sync.apart import Course
+from hvdtrain.sync.async_server import AsyncServerSync
 from hvdtrain.sync.sync import Sync
 from hvdtrain.tasks import make_task
 from hvdtrain.tasks.task import Evaluation, Task, Training
+from hvdtrain.version import versions
 from hvdtrain.watch.log import Log
 from hvdtrain.watch.meter import StepClock
 from hvdtrain.watch.metrics import Metrics
@@ -161,6 +167,11 @@ class OpenRun:
     @property
     def steps_left(self) -> range:
         return range(self.start.progress.step + 1, self.last + 1)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a checkpoint says of the run beside its progress."""
+        return {"identity": self.identity, "run_steps": self.last, "versions": versions()}
 
     def score(self, scores: Mapping[str, float]) -> Score:
         """Of an evaluation, what ``checkpoint.keep_best`` goes by."""
@@ -381,6 +392,31 @@ def open_engine(run: OpenRun) -> Engine:
     return engine
 
 
+Loader = TrainLoader | TicketLoader
+
+
+def open_loader(run: OpenRun, engine: Engine) -> Loader:
+    """What feeds this rank's part of the steps (local)."""
+    source = run.data.train.source
+    if isinstance(engine.sync, AsyncServerSync):
+        loader: Loader = TicketLoader(source, run.device, engine.sync)
+        engine.sync.save_alone = partial(_save_alone, run, engine, loader)
+    else:
+        loader = TrainLoader(source, run.device)
+    loader.rows_consumed = run.start.progress.rows_consumed
+    return loader
+
+
+def _save_alone(run: OpenRun, engine: Engine, loader: Loader, step: int, weight: float) -> None:
+    """Save what this rank has, which is all there is, while others cannot be met. weight: targets that came to it."""
+    alone = LocalGroup()
+    engine.tokens = engine.tokens + weight
+    engine.guard.check_weights(step, [piece.tensor for piece in engine.replica.slices])
+    progress = engine.progress(step, loader, alone, **run.settings)
+    writer.save(run.run_dir, engine.state(), progress, alone, run.config.checkpoint)
+    say(f"step {step}: saved {folder_of(run.run_dir, step)}")
+
+
 def _make_sync(run: OpenRun, replica: Replica) -> Sync:
     """How the replicas agree, and what has to be said about it (collective)."""
 
@@ -442,7 +478,7 @@ def open_log(run: OpenRun, engine: Engine, watchdog: Watchdog) -> tuple[Log, Pea
     profiler = Profiler(parse_steps(config.metrics.profile), run.run_dir, group.rank, run.device)
     every, factor = config.watchdog.stragglers_every, config.watchdog.straggler_factor
     stragglers = None
-    if group.size > 1 and every:
+    if group.size > 1 and every and not config.sync.deals_rows:  # who takes rows as it can holds up nobody
         hosts = group.all_gather_object(socket.gethostname())
         stragglers = Stragglers(factor, hosts[: len(hosts) - run.mesh.servers], step)
     phases = Phases(StepClock(run.device), profiler, watchdog)

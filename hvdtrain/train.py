@@ -10,14 +10,12 @@ from hvdtrain.comm.session import open_group
 from hvdtrain.comm.silence import other_hosts
 from hvdtrain.comm.world import World
 from hvdtrain.config import flatten, load_config, may_cut, run_folders
-from hvdtrain.data.loader import TrainLoader
 from hvdtrain.engine import Engine
 from hvdtrain.errors import EXIT_STOPPED_EARLY
 from hvdtrain.jobs.claim import Claim
-from hvdtrain.opening import Asked, OpenRun, open_engine, open_log, open_run, recorded
+from hvdtrain.opening import Asked, Loader, OpenRun, open_engine, open_loader, open_log, open_run, recorded
 from hvdtrain.planner.shortage import memory_explained
 from hvdtrain.summary import announce, sum_up
-from hvdtrain.version import versions
 from hvdtrain.watch.log import Log
 from hvdtrain.watch.stopping import StopSignals
 from hvdtrain.watch.watchdog import Watchdog
@@ -60,8 +58,7 @@ def _run(run: OpenRun, watchdog: Watchdog) -> Mapping[str, Any]:
         return run.start.finished
     with recorded(run), contextlib.ExitStack() as closing:
         engine = closing.enter_context(contextlib.closing(open_engine(run)))
-        loader = closing.enter_context(contextlib.closing(TrainLoader(run.data.train.source, run.device)))
-        loader.rows_consumed = run.start.progress.rows_consumed
+        loader = closing.enter_context(contextlib.closing(open_loader(run, engine)))
         log, peak = open_log(run, engine, watchdog)
         closing.enter_context(log)
         saver = closing.enter_context(
@@ -72,11 +69,11 @@ def _run(run: OpenRun, watchdog: Watchdog) -> Mapping[str, Any]:
 
 
 def _walk(
-    run: OpenRun, engine: Engine, loader: TrainLoader, log: Log, saver: Saver, watchdog: Watchdog
+    run: OpenRun, engine: Engine, loader: Loader, log: Log, saver: Saver, watchdog: Watchdog
 ) -> Mapping[str, Any]:
     progress, scores = run.start.progress, dict[str, float]()
     run.stopping.begin()
-    for step in run.steps_left:
+    for step in loader.steps(run.steps_left):
         run.step, is_last = step, step == run.last
         save_is_due = saver.is_due(step) or is_last
         is_scored = _due(step, run.config.eval.every, run.last)
@@ -85,9 +82,9 @@ def _walk(
             with phase("data"):
                 microbatches = loader.next_step()
             with phase("compute"):
-                engine.forward_backward(microbatches, run.task, step)
+                engine.forward_backward(microbatches, run.task, step, loader.place)
             with phase("sync"):
-                engine.finish(run.stopping.asked(), is_shown, save_is_due)
+                engine.finish(run.stopping.asked(), is_shown, save_is_due, is_scored)
             with phase("optimizer"):
                 lr = run.lr(step)
                 agreed = engine.step(lr, step)
@@ -96,6 +93,8 @@ def _walk(
             continue
         run.claim.check()  # before anything is written
         log.add(step, loader.epoch, agreed, lr)
+        if not agreed.is_met:  # the others train on
+            continue
         reason = None if is_last else run.stopping.agreed(agreed.flags)
         log.after("checkpoint")
         log.say_all(saver.poll())
@@ -109,7 +108,7 @@ def _walk(
         if save_is_due or reason:
             log.metrics.doing("saving")
             engine.check(step)
-            progress = engine.progress(step, loader, identity=run.identity, run_steps=run.last, versions=versions())
+            progress = engine.progress(step, loader, **run.settings)
             log.say_all(saver.save(engine.state(), progress, score, last=is_last or bool(reason)))
             run.stopping.keep_free("saving", saver.save_s)
         elif _due(step, run.config.watchdog.check_replicas_every, last=0):

@@ -32,6 +32,7 @@ from hvdtrain.optim.loss_scale import LossScale
 from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
 from hvdtrain.optim.update import Agreed, Update
 from hvdtrain.sync import SyncOptions, make_sync
+from hvdtrain.sync.apart import Course
 from hvdtrain.tasks.lm import LanguageModel
 
 ROWS, CONTEXT, VOCAB = 8, 8, 50
@@ -55,6 +56,7 @@ class Recipe:
     ema: float = 0.0
     guard: GuardOptions = field(default_factory=GuardOptions)
     microbatches: int = 2
+    course: Course = field(default_factory=Course)
 
 
 class Learner:
@@ -75,7 +77,7 @@ class Learner:
         precision = PRECISIONS[recipe.precision]
         replica = make_replica(blueprint, Making(self.mesh, precision, CPU, self.task, recipe.cut))
         fill_slices(replica.slices, blueprint.initial(1 + (folder is not None)))
-        self.sync = make_sync(recipe.sync, replica.slices, replica.computing, self.mesh, replica.uses)
+        self.sync = make_sync(recipe.sync, replica.slices, replica.computing, self.mesh, replica.uses, recipe.course)
         shares = rate_shares(list(blueprint.wholes), recipe.optim.layer_decay)
         moved = [piece.tensor for piece in self.sync.moves]
         of_moved = [shares[piece.name] for piece in self.sync.moves]
@@ -92,10 +94,12 @@ class Learner:
         self.done = progress.step
 
     def microbatches(self, step: int) -> list[Batch]:
+        return self.share(step, self.mesh.number) if self.mesh.has_rows else []
+
+    def share(self, step: int, number: int) -> list[Batch]:
+        """That of replica ``number``."""
         windows = torch.from_numpy(random_tokens(ROWS * (CONTEXT + 1), VOCAB, seed=step)).view(ROWS, CONTEXT + 1)
-        if not self.mesh.has_rows:
-            return []
-        first, count = even_parts(ROWS, self.mesh.replicas)[self.mesh.number]
+        first, count = even_parts(ROWS, self.mesh.replicas)[number]
         parts = even_parts(count, min(count, self.recipe.microbatches))
         return [Batch.from_windows(windows[first + at : first + at + rows].numpy()) for at, rows in parts]
 

@@ -3,6 +3,7 @@
 all ranks fail at the same point     rank 0 says why; all close and exit with the error's code
 one rank fails alone                 it says why, with its rank and host, and ends the whole job at once
 a rank loses another one             it waits for the launcher to end it: the lost one's message shall be the last
+some are lost, and all is saved      each of the others leaves without meeting any
 a rank does not come, or not leave   the others give up after a limit
 """
 
@@ -26,6 +27,7 @@ from hvdtrain.errors import (
     EXIT_INTERRUPTED,
     HvdtrainError,
     RankLostError,
+    WithoutOthersError,
     crash_code,
     describe,
     describe_crash,
@@ -95,6 +97,10 @@ def _in_good_order(group: AnyRanks, world: World) -> Iterator[AnyRanks]:
                     _leave_without_banner(group, world, error.exit_code)
                 group.close()
             raise
+        if isinstance(error, WithoutOthersError):
+            report(error, world.is_main)
+            sys.stdout.flush()
+            os._exit(error.exit_code)
         if isinstance(error, RankLostError):
             _wait_for_the_launcher()
         say_from(world.rank, describe(error))

@@ -57,11 +57,15 @@ SEQUENCE = _is("cut.sequence", True, only_with=TENSOR)
 ONE_STAGE = _is("cut.stages_per_rank", 1, only_with=PIPELINE)
 SEVERAL_STAGES = _above("cut.stages_per_rank", 1, only_with=PIPELINE)
 OF_SCHEDULES = {name: _is("cut.schedule", name, only_with=PIPELINE) for name in SCHEDULES}
-_ONLY_WITH = {SEQUENCE: TENSOR, ONE_STAGE: PIPELINE, SEVERAL_STAGES: PIPELINE}
 ZERO = _is("sync.name", "zero")
 ZERO_1, ZERO_2 = (_is("sync.zero.stage", stage, only_with=ZERO) for stage in (1, 2))
 SERVER = _is("sync.name", "parameter_server")
+ASYNCHRONOUS = _is("sync.parameter_server.mode", "asynchronous", only_with=SERVER)
+BESIDE_WORK = _is("sync.parameter_server.servers", 0, only_with=ASYNCHRONOUS)
+SEVERAL_SERVERS = _above("sync.parameter_server.servers", 1, only_with=ASYNCHRONOUS)
 POWERSGD, SIGN, TOPK = COMPRESSED = [_is("sync.name", name) for name in ("powersgd", "sign", "topk")]
+PRECISIONS = {name: _is("precision", name) for name in ("fp32", "bf16", "bf16-weights", "fp16")}
+RAMP = _above("train.ramp_start", 0)
 OPTIMIZERS = {name: _is("optim.name", name) for name in ("adamw", "lamb", "lars", "sgd")}
 MOMENTUM = _above("optim.momentum", 0, only_with=OPTIMIZERS["sgd"])
 CLIPS = _above("optim.clip_norm", 0)
@@ -71,7 +75,11 @@ APART = _one_of("steps apart", "sync.name", "local_sgd", "gossip", "average")
 EMA = _above("ema.decay", 0)
 SKIP = _is("guard.policy", "skip")
 
+_ONLY_WITH = {SEQUENCE: TENSOR, ONE_STAGE: PIPELINE, SEVERAL_STAGES: PIPELINE}
+_ONLY_WITH |= {ASYNCHRONOUS: SERVER, BESIDE_WORK: ASYNCHRONOUS, SEVERAL_SERVERS: ASYNCHRONOUS}
+
 COLUMNS = {"tensor": TENSOR, "sequence": SEQUENCE, **OF_SCHEDULES, "zero 1": ZERO_1, "zero 2": ZERO_2}
+COLUMNS |= {"async": ASYNCHRONOUS, "async, 2 up": SEVERAL_SERVERS}
 COLUMNS |= {"powersgd": POWERSGD, "sign": SIGN, "topk": TOPK, "apart": APART}
 ROWS = (
     TENSOR,
@@ -82,7 +90,10 @@ ROWS = (
     ZERO_1,
     ZERO_2,
     SERVER,
-    *(_is("precision", name) for name in ("fp32", "bf16", "bf16-weights", "fp16")),
+    ASYNCHRONOUS,
+    BESIDE_WORK,
+    SEVERAL_SERVERS,
+    *PRECISIONS.values(),
     COMPILE_BLOCKS,
     COMPILE_MODEL,
     *(_is("recompute.name", name) for name in ("full", "selective")),
@@ -95,7 +106,7 @@ ROWS = (
     *(_is("sync.allreduce.wire", name) for name in ("bf16", "fp16")),
     Feature("model.lora", lambda s: any(key.startswith("model.lora.") for key in s), "model.lora"),
     Feature("optim.freeze", lambda s: s["optim.freeze"] != "", "optim.freeze"),
-    _above("train.ramp_start", 0),
+    RAMP,
 )
 
 # --- what does not fit -------------------------------------------------------------------------------------------
@@ -142,6 +153,34 @@ REFUSED = (
         Refused(SERVER, other, "these are two ways to agree", "set sync.name to one of them")
         for other in (ZERO_1, ZERO_2, APART)
     ),
+    Refused(
+        BESIDE_WORK,
+        ASYNCHRONOUS,
+        "a rank that computes its own rows cannot answer the others meanwhile",
+        "set sync.parameter_server.servers=1 or more",
+    ),
+    *(
+        Refused(
+            OPTIMIZERS[name],
+            SEVERAL_SERVERS,
+            "norms of whole tensors would have to be summed over all servers at every push",
+            "set sync.parameter_server.servers=1, or optim.name=adamw",
+        )
+        for name in ("lamb", "lars")
+    ),
+    Refused(
+        PRECISIONS["fp16"],
+        ASYNCHRONOUS,
+        "each worker would need a scale of the loss of its own",
+        "set precision=bf16",
+    ),
+    Refused(
+        SKIP,
+        ASYNCHRONOUS,
+        "a push is judged where it is taken, and the other ranks do not learn of it",
+        "set guard.policy=stop",
+    ),
+    Refused(RAMP, ASYNCHRONOUS, "rows are dealt in shares of one size", "set train.ramp_start=0"),
     Refused(
         COMPILE_MODEL,
         PIPELINE,

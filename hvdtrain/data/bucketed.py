@@ -9,7 +9,7 @@ import torch
 
 from hvdtrain.data.batch import IGNORE, DocumentBatch, LabelBatch, PairBatch
 from hvdtrain.data.buckets import BucketSampler
-from hvdtrain.data.loader import Feed, Step
+from hvdtrain.data.loader import Feed, OfFeed, Step
 from hvdtrain.data.records import Records
 from hvdtrain.data.sampler import even_parts, mix
 from hvdtrain.data.windows import Fingerprints
@@ -18,7 +18,7 @@ from hvdtrain.data.windows import Fingerprints
 MakeBatch = Callable[[Records, np.ndarray], DocumentBatch]
 
 
-class BucketSource:
+class BucketSource(OfFeed):
     """Steps of bucketed batches. A row of the training is here a whole global batch, so ``rows_per_step`` is 1; the
     ranks share its rows as evenly as can be.
     """

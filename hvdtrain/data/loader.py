@@ -5,10 +5,11 @@ import queue
 import threading
 import weakref
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from copy import copy
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 
@@ -109,6 +110,20 @@ class Source(Protocol):
     def batches(self, content: Any, device: torch.device) -> Sequence[AnyBatch]:
         """A step's microbatches on the device. Called by the loop; may overwrite what it returned before."""
 
+    def for_rank(self, rank: int) -> "Source":
+        """Of that rank's share. What is costly, the two have in common: only one of them is used at a time."""
+
+
+class OfFeed:
+    """A source of the share that ``_feed`` names."""
+
+    _feed: Feed
+
+    def for_rank(self, rank: int) -> Self:
+        other = copy(self)
+        other._feed = replace(self._feed, rank=rank)
+        return other
+
 
 class WithoutRows:
     """The steps of ``source``, of which this rank takes no row: only a source knows how many rows a step has."""
@@ -127,6 +142,9 @@ class WithoutRows:
 
     def batches(self, content: Any, device: torch.device) -> Sequence[AnyBatch]:
         return ()
+
+    def for_rank(self, rank: int) -> Source:
+        return self
 
 
 BUFFERS = 3  # one that is read, one that waits, one that is filled
@@ -153,6 +171,12 @@ class TrainLoader:
     @property
     def epoch(self) -> int:
         return self.rows_consumed // self._source.rows_per_epoch
+
+    place: tuple[int, int] | None = None  # see ``TicketLoader``: those of this rank's share
+
+    def steps(self, steps: range) -> Iterable[int]:
+        """Those that this rank takes part in: all."""
+        return steps
 
     def next_step(self) -> Sequence[AnyBatch]:
         """The microbatches of the next optimizer step, in order, on the device."""

@@ -15,7 +15,7 @@ import torch
 
 from hvdtrain.data.batch import IGNORE, AnyBatch, Batch
 from hvdtrain.data.corpora import Corpora
-from hvdtrain.data.loader import Feed, Step
+from hvdtrain.data.loader import Feed, OfFeed, Step
 from hvdtrain.data.packing import PackSampler
 from hvdtrain.data.sampler import Share, mix
 from hvdtrain.data.shards import map_shard
@@ -36,7 +36,7 @@ def document_lengths(corpora: Corpora) -> np.ndarray:
     )
 
 
-class TextSource(Generic[Made]):
+class TextSource(OfFeed, Generic[Made]):
     """Base of those that make rows of text out of a stream, one step at a time."""
 
     steps_per_block = 1

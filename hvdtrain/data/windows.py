@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from hvdtrain.data.batch import IGNORE, Batch
-from hvdtrain.data.loader import BUFFERS, Feed, Step
+from hvdtrain.data.loader import BUFFERS, Feed, OfFeed, Step
 from hvdtrain.data.mixture import BLOCK, Mixture
 from hvdtrain.data.sampler import WindowSampler, even_parts, mix
 from hvdtrain.data.stream import TokenStream
@@ -54,7 +54,7 @@ class MixedWindows:
         return starts
 
 
-class WindowSource:
+class WindowSource(OfFeed):
     """Steps of windows. The thread gathers them as narrow as they lie on disk; they are widened to int64 when a step is
     handed out: on the CPU into one buffer, which stays in the cache; on a GPU by the GPU, after a quarter of the bytes
     has travelled, from page-locked buffers.

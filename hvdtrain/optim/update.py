@@ -52,7 +52,7 @@ class Summed:
 
 @dataclass(frozen=True)
 class Agreed:
-    """What all ranks know after a step in which they met: scalar fp64 tensors, read when someone needs the number."""
+    """What is known after a step in which the ranks met: scalar fp64 tensors, read when someone needs the number."""
 
     loss: torch.Tensor  # mean over the global batch's targets
     weight: torch.Tensor  # number of targets in the global batch
@@ -64,6 +64,7 @@ class Agreed:
     whole_square: torch.Tensor
     flags: torch.Tensor  # the sum of what the ranks had to tell one another, see watch/stopping.py
     loss_scale: torch.Tensor | None = None  # what the loss was multiplied by; an overflow is then no divergence
+    is_met: bool = True  # are all ranks here? False: this one has been told, and the others train on
 
 
 class Update:
@@ -124,7 +125,7 @@ class Update:
 def _norms(summed: Summed) -> tuple[torch.Tensor, torch.Tensor]:
     """Of the whole summed gradient, and of those of its tensors that have squares in ``parts``; fp64."""
     gradients = summed.gradients
-    norms = _each_norm([gradient.flat for gradient in gradients])
+    norms = each_norm([gradient.flat for gradient in gradients])
     if summed.over_ranks is None:
         norm = torch.linalg.vector_norm(norms)
         return norm, norm
@@ -134,8 +135,8 @@ def _norms(summed: Summed) -> tuple[torch.Tensor, torch.Tensor]:
     return norm, norm_in_parts
 
 
-def _each_norm(flats: Sequence[torch.Tensor]) -> torch.Tensor:
-    """fp64 [flats]."""
+def each_norm(flats: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Of flat tensors: fp64 [flats]."""
     if flats[0].is_cuda:
         return torch.stack(torch._foreach_norm(list(flats))).double()
     return torch.stack([_norm_in_rows(flat) for flat in flats])

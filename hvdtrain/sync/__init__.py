@@ -11,6 +11,7 @@ from hvdtrain.options import Options, option
 from hvdtrain.slices import Slice
 from hvdtrain.sync.allreduce import AllReduceOptions, AllReduceSync
 from hvdtrain.sync.apart import ApartOptions, ApartSync, Course
+from hvdtrain.sync.async_server import AsyncServerSync
 from hvdtrain.sync.average import AverageOptions, AverageSync
 from hvdtrain.sync.gossip import GossipOptions, GossipSync
 from hvdtrain.sync.local_sgd import LocalSgdOptions, LocalSgdSync
@@ -59,6 +60,11 @@ class SyncOptions(Options):
         """Ranks that take no rows."""
         return self.parameter_server.servers if self.name == "parameter_server" else 0
 
+    @property
+    def deals_rows(self) -> bool:
+        """Do ranks get rows as they ask for them, rather than a share of every step?"""
+        return self.name == "parameter_server" and self.parameter_server.mode == "asynchronous"
+
     def workers_of(self, ranks: int) -> int:
         """How many of so many ranks train. Errors: ConfigError where none is left to."""
         return self.parameter_server.workers_of(ranks) if self.servers else ranks
@@ -66,8 +72,12 @@ class SyncOptions(Options):
 
 def check_sync(options: SyncOptions, replicas: int, steps: int) -> None:
     """Errors: ConfigError where the sync does not fit so many replicas, or a run of so many steps (local)."""
-    chosen = getattr(options, options.name)
-    if isinstance(chosen, ApartOptions) and (found := chosen.problems(replicas, steps)):
+    chosen, found = getattr(options, options.name), list[str]()
+    if isinstance(chosen, ApartOptions):
+        found = chosen.problems(replicas, steps)
+    elif isinstance(chosen, ParameterServerOptions):
+        found = chosen.problems(replicas)
+    if found:
         raise ConfigError("; ".join(found))
 
 
@@ -91,7 +101,7 @@ def make_sync(
         )
         alone.notes.append("sync.name=zero: there is one replica, which shares its optimizer's state with nobody")
         return alone
-    kind = SYNCS[options.name]
-    more = (course or Course(),) if issubclass(kind, ApartSync) else ()
+    kind = AsyncServerSync if options.deals_rows else SYNCS[options.name]
+    more = (course or Course(),) if issubclass(kind, (ApartSync, AsyncServerSync)) else ()
     made: Sync = kind(slices, computing, mesh, getattr(options, options.name), uses, *more)
     return made

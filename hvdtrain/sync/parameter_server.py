@@ -14,8 +14,9 @@ Sent in a step, of n parameters of 4 bytes: a worker n, a server of s n/s to eac
 what all wait for.
 """
 
+import os
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
 
 import torch
 
@@ -26,23 +27,49 @@ from hvdtrain.optim.noise_scale import PartNorms
 from hvdtrain.optim.update import Agreed, Gradient, Summed, Update
 from hvdtrain.options import Options, option
 from hvdtrain.slices import Slice
-from hvdtrain.sync.buckets import Bucket, Buckets, make_runs
+from hvdtrain.sync.buckets import Bucket, Buckets
 from hvdtrain.sync.norms import SpreadNorms
-from hvdtrain.sync.server_messages import Pulls, Pushes, Roles
-from hvdtrain.sync.shards import Shares, in_one, range_of
+from hvdtrain.sync.served import MIB, Served
+from hvdtrain.sync.server_messages import Pushes
 from hvdtrain.sync.sums import Sums
 from hvdtrain.sync.sync import EXACT, Told
 
-_MIB = 1 << 20
+_RECOVERY = "OMPI_MCA_orte_enable_recovery"  # `mpirun --enable-recovery` tells its ranks
 
 
 class ParameterServerOptions(Options):
+    mode: Literal["synchronous", "asynchronous"] = option(
+        "synchronous",
+        "synchronous: the servers wait for all workers' gradients; asynchronous: they take each as it comes, and rows "
+        "are dealt to whoever asks (sync/async_server.py)",
+    )
     servers: int = option(
         0,
         "ranks, the last ones, that keep the parameters and take no rows; 0: each rank keeps a part beside its work",
         ge=0,
     )
     bucket_mib: float = option(16.0, "gradients sent together (MiB)", gt=0)
+    rate: Literal["sqrt", "linear", "none"] = option(
+        "sqrt",
+        "asynchronous: factor on the learning rate, as each push is of 1/n of a batch, with n workers; sqrt: the root "
+        "of 1/n; linear: 1/n; none: 1",
+    )
+    max_staleness: int = option(
+        0, "asynchronous: updates by others above which a gradient is stale; 0: twice the number of workers", ge=0
+    )
+    stale: Literal["downweight", "refuse"] = option(
+        "downweight",
+        "asynchronous: what becomes of a stale gradient; downweight: it is multiplied by max_staleness / staleness; "
+        "refuse: it is dropped, and another worker gets its rows",
+    )
+    survive: bool = option(
+        False,
+        "asynchronous, one server, mpirun --enable-recovery: where a worker is lost, others get its rows and the run "
+        "goes on; the server saves by itself, nothing is evaluated, and the end is exit 75: the same command goes on",
+    )
+    lost_after_s: float = option(
+        60.0, "survive: seconds for one ticket until its worker is taken for lost; one that comes back goes on", gt=0
+    )
 
     def workers_of(self, ranks: int) -> int:
         """How many train. Errors: ConfigError where nobody would."""
@@ -54,8 +81,42 @@ class ParameterServerOptions(Options):
             )
         return ranks - self.servers
 
+    def most_stale(self, workers: int) -> int:
+        """Updates above which a gradient is stale."""
+        return self.max_staleness or 2 * workers
 
-class ParameterServerSync:
+    def weight_of(self, staleness: int, workers: int) -> float:
+        """Factor on a gradient; 0: it is not taken."""
+        most = self.most_stale(workers)
+        if staleness <= most:
+            return 1.0
+        return 0.0 if self.stale == "refuse" else most / staleness
+
+    def problems(self, workers: int) -> list[str]:
+        """What does not fit so many workers, or how they were started."""
+        found = self._problems_of_survival() if self.survive else []
+        if self.mode == "asynchronous" and self.stale == "refuse" and self.most_stale(workers) < workers - 1:
+            found.append(
+                f"sync.parameter_server.max_staleness={self.max_staleness} would refuse nearly all: {workers} workers "
+                f"that are equally fast are {workers - 1} updates apart; set it to {workers - 1} or more"
+            )
+        return found
+
+    def _problems_of_survival(self) -> list[str]:
+        what, found = "sync.parameter_server.survive=true", list[str]()
+        if self.mode == "synchronous":
+            found.append(f"{what}: synchronous steps need every worker; set sync.parameter_server.mode=asynchronous")
+        if self.servers != 1:
+            found.append(
+                f"{what}: with servers={self.servers}, half of a lost worker's push might be taken; "
+                "set sync.parameter_server.servers=1"
+            )
+        if os.environ.get(_RECOVERY) != "1":
+            found.append(f"{what}: this launcher ends all ranks when one dies; start with `mpirun --enable-recovery`")
+        return found
+
+
+class ParameterServerSync(Served):
     """See ``Sync``, and ``AllReduceSync`` for its arguments: of several ranks, whose replicas are whole."""
 
     def __init__(
@@ -66,34 +127,21 @@ class ParameterServerSync:
         options: ParameterServerOptions,
         uses: Sequence[int] | None = None,
     ):
-        trained = [number for number, piece in enumerate(slices) if piece.tensor.requires_grad]
-        whole, device = [slices[number] for number in trained], slices[trained[0]].tensor.device
-        if device.type != "cpu":
-            raise ConfigError(
-                f"sync.name=parameter_server has its parameters in the host's memory, not on device={device.type}; "
-                "set device=cpu, or sync.name=zero"
-            )
+        super().__init__(slices, mesh, options.bucket_mib)
         self.drift, self.notes = EXACT, list[str]()
-        self._mesh, self._roles = mesh, Roles(mesh.world.size, mesh.servers)
-        world = range(mesh.world.size)
-        axis = mesh.world.axis([world], device)
-        self._runs = make_runs(whole, int(options.bucket_mib * _MIB))
-        weights = [in_one(run) for run in self._runs]
-        self._sums = Sums(mesh, whole)
-        self._parts = PartNorms(mesh.replicas, device, mesh.speaks)
+        self._sums = Sums(mesh, self.whole)
+        self._parts = PartNorms(mesh.replicas, self.device, mesh.speaks)
         self._buckets: Buckets | None = None
         if mesh.has_rows:
-            copies, of_pass = [computing[n] for n in trained], uses and [uses[n] for n in trained]
-            self._buckets = Buckets(whole, copies, self._runs, self._offer, self._after_first_pass, of_pass)
+            copies, of_pass = [computing[n] for n in self.trained], uses and [uses[n] for n in self.trained]
+            self._buckets = Buckets(self.whole, copies, self.runs, self._offer, self._after_first_pass, of_pass)
         flats = [] if self._buckets is None else [bucket.flat for bucket in self._buckets.all]
         self._numbers = {} if self._buckets is None else {one: n for n, one in enumerate(self._buckets.all)}
-        self._pushes = Pushes(axis, self._roles, self._runs, flats)
-        self._pulls = Pulls(axis, self._roles, weights)
-        self._unused = torch.zeros(len(whole), dtype=torch.bool)
-        self._shares = self._make_shares(whole, weights)
+        self._pushes = Pushes(self.axis, self.roles, self.runs, flats)
+        self._unused = torch.zeros(len(self.whole), dtype=torch.bool)
+        self._shares = self.shares(self._pushes.sums)
         self.moves: Sequence[Slice] = self._shares.moves
-        self.norms: Norms = SpreadNorms(self.moves, mesh.world, self._over_ranks, device)
-        self._is_whole = True
+        self.norms: Norms = SpreadNorms(self.moves, mesh.world, self._over_ranks, self.device)
         self._summed: Summed | None = None
 
     def begin(self, passes: int) -> None:
@@ -108,7 +156,7 @@ class ParameterServerSync:
             self._buckets.send_rest()
             used, is_complete = self._buckets.used, self._buckets.is_complete
         self._pushes.finish()
-        self._pulls.post(self._roles.workers)
+        self.pulls.post(self.roles.workers)
         totals = self._sums.over_ranks(told, self._parts, used, is_complete)
         self._shares.give_gradients(used, totals.users)
         gradients = [Gradient(summed) for summed in self._pushes.sums]
@@ -118,48 +166,18 @@ class ParameterServerSync:
         assert self._summed is not None, "finish comes first"
         agreed = update.divide(self._summed)
         update.apply(lr)
-        self._pulls.deliver(self._roles.workers)
-        self._is_whole = self._roles.servers < 2
+        self.pulls.deliver(self.roles.workers)
+        self.is_whole = self.roles.servers < 2
         return agreed
-
-    def settle(self, update: Update) -> None:
-        self._make_whole()
-
-    def viewed(self) -> AbstractContextManager[None]:
-        self._make_whole()
-        return nullcontext()
-
-    def hand_on(self) -> None:
-        self._pull(range(self._mesh.world.size))
-
-    def state(self) -> Sequence[Slice]:
-        return ()
 
     def report(self) -> Mapping[str, float]:
         """``sent_mib``: by this rank in a step."""
-        sent = self._pushes.sent_bytes + self._pulls.sent_bytes(self._roles.workers)
-        return {"servers": self._roles.servers, "sent_mib": round(sent / _MIB, 3)}
+        sent = self._pushes.sent_bytes + self.pulls.sent_bytes(self.roles.workers)
+        return {"servers": self.roles.servers, "sent_mib": round(sent / MIB, 3)}
 
     def close(self) -> None:
         if self._buckets is not None:
             self._buckets.close()
-
-    def _make_shares(self, whole: Sequence[Slice], weights: Sequence[torch.Tensor]) -> Shares:
-        """What this rank keeps, each with the place of its gradient; of a worker beside servers, nothing."""
-        shares, rank = Shares(), self._mesh.world.rank
-        for run, flat, summed in zip(self._runs, weights, self._pushes.sums, strict=True):
-            shares.add(range_of(run, whole, flat, *self._roles.part(rank, run.length)), summed)
-        return shares
-
-    def _make_whole(self) -> None:
-        """Servers get one another's parts; the workers have them."""
-        if not self._is_whole:
-            self._pull(self._roles.keepers)
-            self._is_whole = True
-
-    def _pull(self, takers: Sequence[int]) -> None:
-        self._pulls.post(takers)
-        self._pulls.deliver(takers)
 
     def _offer(self, bucket: Bucket) -> None:
         self._parts.as_it_leaves(bucket.flat)
@@ -169,4 +187,4 @@ class ParameterServerSync:
         self._parts.after_first_pass(bucket.flat)
 
     def _over_ranks(self, numbers: torch.Tensor) -> torch.Tensor:
-        return self._mesh.world.all_reduce_sum(numbers, "hvdtrain.server")
+        return self.mesh.world.all_reduce_sum(numbers, "hvdtrain.server")

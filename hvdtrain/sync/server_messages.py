@@ -16,6 +16,7 @@ import torch
 
 from hvdtrain.comm.axis import Axis
 from hvdtrain.comm.ranks import Pending
+from hvdtrain.comm.waiting import wait_for
 from hvdtrain.sync.buckets import ALIGNED, Run
 
 AT_ONCE = 4  # buckets that a server has room for
@@ -134,6 +135,12 @@ class Pulls:
             for server, (begin, end) in zip(self._roles.keepers, self._roles.parts(len(weights)), strict=True):
                 if server != self._axis.rank and begin < end:
                     self._arriving.append(self._axis.receive(weights[begin:end], server))
+
+    def wait(self) -> None:
+        """Asleep, until all that was posted is here."""
+        for pending in self._arriving:
+            wait_for(pending)
+        self._arriving.clear()
 
     @torch.no_grad()
     def deliver(self, takers: Sequence[int]) -> None:

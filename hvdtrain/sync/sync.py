@@ -19,7 +19,8 @@ class Told:
     loss: scalar fp64, the sum over its targets; weights: targets of each of its microbatches, whose sum divides the
     loss; flags: what it adds to a sum of integers (see watch/stopping.py). loss_scale: what its gradients were
     multiplied by, alike on all ranks that meet in every step; None: nothing.
-    is_shown, is_saved: does somebody read this step's numbers, does a checkpoint follow it? Alike on all ranks.
+    is_shown, is_saved, is_scored: does somebody read this step's numbers, does a checkpoint follow it, an evaluation?
+    Alike on all ranks.
     """
 
     loss: torch.Tensor
@@ -28,6 +29,7 @@ class Told:
     loss_scale: torch.Tensor | None = None
     is_shown: bool = True
     is_saved: bool = True
+    is_scored: bool = True
 
 
 @dataclass(frozen=True)

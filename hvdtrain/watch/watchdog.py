@@ -38,7 +38,9 @@ PHASES = ("start", "data", "compute", "sync", "optimizer", "evaluation", "checkp
 _PACKAGE = str(Path(__file__).parents[1]) + os.sep
 # Where a rank waits for the others: in these modules, as long as they do not call back.
 _COMM = f"{_PACKAGE}comm{os.sep}"
-_WAITING = tuple(f"{_COMM}{name}.py" for name in ("horovod_group", "mpi", "mpi_axis", "shared_axis", "torch_axis"))
+_WAITING = tuple(
+    f"{_COMM}{name}.py" for name in ("horovod_group", "mpi", "mpi_axis", "shared_axis", "torch_axis", "waiting")
+)
 _LEAVE_S = 15.0  # for stacks, message and MPI's farewell; then the process goes without
 _LINE_BYTES = 512  # of a heartbeat, padded, so that one write replaces it
 

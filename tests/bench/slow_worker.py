@@ -1,0 +1,66 @@
+"""One of four workers of an asynchronous server is slow: what do the others keep of their speed?
+
+    make bench BENCH=slow_worker          STEPS=200 SLOWER=4 ROUNDS=3 choose
+
+What a worker computes is a sleep, of 20 ms or SLOWER times that, beside a tiny model: so that five ranks on two cores
+wait for one another only where the server makes them. A worker's speed is its tickets a second; the ways take turns in
+one job.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+STEPS, ROUNDS = (int(os.environ.get(name, most)) for name, most in (("STEPS", 100), ("ROUNDS", 3)))
+SLOWER, PAUSE_S = float(os.environ.get("SLOWER", "4")), 0.02
+
+
+def measure() -> None:
+    """On each rank; rank 0 prints, way by way, the tickets a second of each worker, and the staleness."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import torch
+    from dealt import Dealt, server
+    from learner import Recipe
+
+    from hvdtrain.comm.session import open_group
+    from hvdtrain.comm.world import detect_world
+
+    torch.set_num_threads(1)
+    with open_group(detect_world()) as group:
+        for turn in range(2 * ROUNDS):
+            factor = SLOWER if turn % 2 and group.rank == 3 else 1.0
+            learner = Dealt(group, Recipe(sync=server(1)), STEPS, pause_s=PAUSE_S * factor)
+            group.barrier()
+            began_s = time.perf_counter()
+            learner.walk()
+            speed = learner.tickets / (time.perf_counter() - began_s)
+            learner.engine.close()
+            speeds, numbers = group.all_gather_object(speed)[:4], learner.numbers
+            if group.rank == 0:
+                print(json.dumps([turn % 2, speeds, numbers["staleness_mean"], numbers["staleness_max"]]), flush=True)
+
+
+def main() -> None:
+    command = ["mpirun", "--oversubscribe", "--bind-to", "none", "-np", "5", sys.executable, __file__, "measure"]
+    done = subprocess.run(command, text=True, capture_output=True, timeout=1800)
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    if done.returncode or len(lines) != 2 * ROUNDS:
+        sys.exit(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    print(f"| one of four | others, tickets/s | slow one | staleness, mean / most |\n|{' --- |' * 4}")
+    medians = []
+    for is_slow, name in ((0, "as fast as the others"), (1, f"{SLOWER:g}x slower")):
+        of_way = [line for line in lines if line[0] == is_slow]
+        others = statistics.median(statistics.mean(speeds[:3]) for _, speeds, _, _ in of_way)
+        slow = statistics.median(speeds[3] for _, speeds, _, _ in of_way)
+        stale = statistics.median(line[2] for line in of_way), max(line[3] for line in of_way)
+        medians.append(others)
+        print(f"| {name} | {others:.2f} | {slow:.2f} | {stale[0]:.2f} / {stale[1]} |")
+    print(f"\nthe others keep {medians[1] / medians[0]:.1%} of their speed (median of {ROUNDS})")
+
+
+if __name__ == "__main__":
+    measure() if sys.argv[1:] == ["measure"] else main()

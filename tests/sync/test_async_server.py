@@ -1,0 +1,109 @@
+"""A server that does not wait: with one worker it is one process; with several, one model where they meet, and each row
+once. What workers do at their own pace is not the same twice: what is exact here holds for every order.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from dealt import Dealt, dealt, fingerprint, server
+from learner import ROWS, Learner, Recipe, furthest, held, trained
+from threads import ThreadGroup, on_ranks
+
+from hvdtrain.errors import ConfigError
+from hvdtrain.optim.optimizer import OptimOptions
+from hvdtrain.optim.update import Agreed
+from hvdtrain.sync import SyncOptions, check_sync
+from hvdtrain.sync.parameter_server import ParameterServerOptions
+
+
+@pytest.mark.parametrize(("servers", "name"), [(1, "adamw"), (1, "lamb"), (3, "adamw")])
+def test_with_one_worker_it_is_one_process(servers: int, name: str):
+    """Microbatches, clipping, averages. 1e-5 of each tensor's norm: fp32 sums in another order, over 20 steps."""
+    common = {"optim": OptimOptions(name=name, lr=0.01, eps=1e-6, clip_norm=0.5), "ema": 0.9, "microbatches": 3}
+    (alone,) = trained(1, 20, **common)
+    learners = dealt(1 + servers, 20, **common, sync=server(servers))
+    assert all(furthest(held(one), held(alone)) <= 1e-5 for one in learners)
+    assert learners[0].numbers["staleness_max"] == 0
+    expected = {average.name: average.tensor for average in alone.ema.averages()}
+    for piece in (piece for one in learners for piece in one.ema.averages()):
+        (place,) = piece.places
+        rows = tuple(slice(a, a + n) for a, n in zip(*place, strict=True))
+        torch.testing.assert_close(piece.tensor, expected[piece.name][rows], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("servers", [1, 2])
+def test_several_workers_consume_each_row_once_and_meet_in_one_model(servers: int):
+    """One of three is slow. All but the first of their pushes are of weights that others have moved since."""
+    learners = dealt(3 + servers, 8, pauses_s=[0, 0.03], sync=server(servers))
+    assert sum(one.loader.fingerprint for one in learners) % (1 << 64) == fingerprint(8, 3)
+    assert {one.loader.rows_consumed for one in learners} == {8 * ROWS}
+    numbers = learners[0].numbers
+    assert 0 < numbers["staleness_mean"] <= numbers["staleness_max"] < 24
+    assert numbers["rate_factor"] == pytest.approx(3**-0.5, abs=1e-4)
+    assert len({int(one.engine.tokens) for one in learners}) == 1
+    assert all(furthest(held(one), held(learners[0])) == 0 for one in learners)
+
+
+def test_rank_0_is_told_of_steps_in_between_and_nobody_waits_for_it():
+    """Lines of all steps but the last, in order, each of what came since the one before; with the meeting's, of all."""
+
+    def work(group: ThreadGroup) -> tuple[list[tuple[int, Agreed]], dict[int, Agreed]]:
+        learner = Dealt(group, Recipe(sync=server(1)), 12)
+        return learner.told, learner.walk(meetings=[6])
+
+    (told, met), *others = on_ranks(3, work)
+    steps = [step for step, _ in told]
+    assert steps == sorted(set(steps)) and not {6, 12} & set(steps)
+    tokens = sum(float(agreed.weight) for _, agreed in told) + sum(float(agreed.weight) for agreed in met.values())
+    assert tokens == 12 * ROWS * 8
+    assert all(torch.isfinite(agreed.loss) and torch.isfinite(agreed.grad_norm) for _, agreed in told)
+    assert all(not lines and list(theirs) == [6, 12] for lines, theirs in others)
+
+
+def test_a_worker_that_asks_to_stop_makes_all_meet_after_the_step():
+    def work(group: ThreadGroup) -> dict[int, Agreed]:
+        return Dealt(group, Recipe(sync=server(2)), 40).walk(asks_at=5)
+
+    found = on_ranks(4, work)
+    ((step, agreed),) = found[0].items()
+    assert 5 <= step <= 7 and int(agreed.flags) >= 1
+    assert all([(step, int(agreed.flags))] == [(one, int(told.flags)) for one, told in met.items()] for met in found)
+
+
+def test_a_refused_push_moves_nothing_and_its_rows_go_to_another():
+    learners = dealt(4, 10, pauses_s=[0, 0.05], sync=server(1, max_staleness=2, stale="refuse"))
+    numbers = learners[0].numbers
+    assert numbers["refused_pushes"] == numbers["stale_pushes"] > 0
+    assert sum(one.loader.fingerprint for one in learners) % (1 << 64) == fingerprint(10, 3)
+    assert int(learners[0].engine.tokens) == 10 * ROWS * 8
+
+
+def test_what_is_too_old_weighs_less():
+    soft, hard = (ParameterServerOptions(max_staleness=4, stale=how) for how in ("downweight", "refuse"))
+    assert [soft.weight_of(staleness, 4) for staleness in (0, 4, 5, 8)] == [1, 1, 0.8, 0.5]
+    assert [hard.weight_of(staleness, 4) for staleness in (0, 4, 5)] == [1, 1, 0]
+    assert ParameterServerOptions().weight_of(8, 4) == 1 > ParameterServerOptions().weight_of(9, 4)
+
+
+def test_a_bound_that_refuses_nearly_all_is_refused():
+    with pytest.raises(ConfigError, match=r"=2 would refuse nearly all: 4 workers .*; set it to 3 or more"):
+        check_sync(server(1, max_staleness=2, stale="refuse"), 4, 100)
+    check_sync(server(1, max_staleness=2), 4, 100)
+    check_sync(server(1, stale="refuse"), 4, 100)
+
+
+def test_a_save_is_resumed_by_any_number_of_ranks(tmp_path: Path):
+    """With one worker the rest is that of one process too, whoever goes on."""
+    (unbroken,) = trained(1, 6)
+
+    def save(group: ThreadGroup) -> Path:
+        learner = Dealt(group, Recipe(sync=server(2)), 3)
+        learner.walk()
+        return learner.save(tmp_path)
+
+    folder = on_ranks(3, save)[0]
+    for ranks, sync in ((1, SyncOptions()), (2, SyncOptions())):
+        recipe = Recipe(sync=sync)
+        learners = on_ranks(ranks, lambda group, recipe=recipe: Learner(group, recipe, folder).train(3).weights())
+        assert all(furthest(found, held(unbroken)) <= 1e-5 for found in learners)
