@@ -348,6 +348,44 @@ def _report(parser: argparse.ArgumentParser) -> Run:
     return run
 
 
+def _compare(parser: argparse.ArgumentParser) -> Run:
+    add_recipe(parser, "settings of all runs")
+    parser.add_argument(
+        "--syncs", action="append", default=[], metavar="A,B,...",
+        help="ways to agree, with settings behind a colon: diloco,local_sgd:every=4,gossip:topology=ring; "
+        "default: all that have a name and fit",
+    )  # fmt: skip
+    parser.add_argument("--ranks", type=int, required=True, metavar="N")
+    parser.add_argument(
+        "--bandwidth", default="1gbit", metavar="RATE|scaled|memory",
+        help="of each rank's link, both ways: 1gbit (default), 100mbit; scaled: see --as-large-as; memory: no links",
+    )  # fmt: skip
+    parser.add_argument("--latency", default="0", metavar="TIME", help="from rank to rank: 1ms; default: 0")
+    scaled = parser.add_argument_group("with --bandwidth scaled: a large model's ratio of bytes to compute")
+    scaled.add_argument(
+        "--as-large-as", type=float, default=0.0, metavar="PARAMETERS", help="of the large model: 1.3e9"
+    )
+    scaled.add_argument("--large-link", default="100gbit", metavar="RATE", help="of its ranks; default: 100gbit")
+    scaled.add_argument(
+        "--large-step", type=float, default=0.0, metavar="S",
+        help="seconds that a step of it computes; default: as long as a step here",
+    )  # fmt: skip
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="table, picture and runs (default: runs/compare-RECIPE)"
+    )
+
+    def run(words: argparse.Namespace, world: World) -> int:
+        from hvdtrain.commands.compare import Asked, compare
+        from hvdtrain.commands.compare.scaled import Large
+
+        out = words.out or Path("runs") / f"compare-{Path(words.recipe).stem}"
+        large = Large(words.as_large_as, words.large_link, words.large_step)
+        of_link = words.bandwidth, words.latency, large
+        return compare(Asked(words.recipe, words.overrides, words.syncs, words.ranks, *of_link, out), world)
+
+    return run
+
+
 _OF_JOB = ("recipe", "run_dir", "data", "stage", "ranks_per_node", "max_clock_skew", "slow_factor", "json")
 
 
@@ -427,5 +465,6 @@ _COMMANDS = {
     "submit": _Command("train a recipe as a Slurm job", _submit),
     "status": _Command("where runs stand: state, step, loss, time left, restarts", _status, only_looks=True),
     "report": _Command("table and loss.png of one or several runs", _report, only_looks=True),
+    "compare": _Command("train a recipe by several ways to agree, on links of a given speed", _compare),
     "doctor": _Command("what is installed, and a real two-rank all-reduce; or a job's nodes", _doctor, only_looks=True),
 }

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
-from hosts import why_no_hosts
+
+from hvdtrain.machine.hosts import why_no_hosts
 
 
 def not_here(reason: str) -> NoReturn:

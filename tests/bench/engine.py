@@ -21,8 +21,11 @@ from pathlib import Path
 import numpy as np
 import table
 import yaml
-from link import NAMES, Network, slow_link
 
+from hvdtrain.machine.hosts import Network
+from hvdtrain.machine.link import Link, slow_link
+
+HOSTS = ("n1", "n2")
 WAYS = Path(__file__).parent / "ways"
 STEPS = int(os.environ.get("STEPS", "300"))
 PARTS = os.environ.get("PARTS", "one ranks link hf scaling memory").split()
@@ -102,8 +105,8 @@ def ddp_over_link(network: Network, folder: Path, rows: int, steps: int, **words
     settings = {"folder": str(folder), "threads": 1, "rows": rows, "steps": steps, "lr": LR, "warmup": warmup(steps)}
     words = {**settings, "way": "ddp", **words}
     ranks = []
-    for rank, name in enumerate(NAMES):
-        world = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": NAMES[0], "MASTER_PORT": "29517"}
+    for rank, name in enumerate(HOSTS):
+        world = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": HOSTS[0], "MASTER_PORT": "29517"}
         env = {**os.environ, **world, "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"}
         enter = network.hosts[name].enter(Path.cwd())
         command = [*enter, sys.executable, str(WAYS / "plain_train.py"), json.dumps(words)]
@@ -199,7 +202,7 @@ def main() -> None:
             add("2 ranks x 1 thread", results)
         if "link" in PARTS:
             data = store_rows(folder, "link", SIZES, 8192, 8, STEPS)
-            with slow_link(folder) as (network, mpirun):
+            with slow_link(HOSTS, Link(1e9), folder) as (network, mpirun):
                 over = [*mpirun, "-np", "2", "--bind-to", "none", "-x", "OMP_NUM_THREADS"]
                 results = {"torch DDP, gloo, same model code": ddp_over_link(network, data, 8, STEPS, evaluate=True)}
                 results["torch DDP, gloo, bf16 autocast, fp16 gradients"] = ddp_over_link(

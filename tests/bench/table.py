@@ -1,21 +1,13 @@
 """Markdown tables of measurements, with the machine and the versions that gave them."""
 
 import os
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 
+from hvdtrain.machine.about import machine
 from hvdtrain.version import versions
 
 RESULTS = Path(os.environ.get("RESULTS", Path(__file__).parent / "results"))
-
-
-def machine() -> str:
-    """Processor, usable cores and memory of this machine, in one line."""
-    info = Path("/proc/cpuinfo").read_text()
-    model = next((line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")), "?")
-    memory_gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    return f"{model}, {len(os.sched_getaffinity(0))} cores, {memory_gib:.0f} GiB, {platform.system()}"
 
 
 def write(

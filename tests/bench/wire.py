@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 BUCKETS, BUCKET_MIB = 4, 16
+HOSTS = ("n1", "n2")
 ROUNDS, REPEATS = 3, 3
 
 
@@ -63,13 +64,14 @@ def run(mpirun: list[str], forms: list[str], **knobs: str) -> dict[str, float]:
 
 
 def main() -> None:
-    from link import slow_link
     from table import write
+
+    from hvdtrain.machine.link import Link, slow_link
 
     mib = BUCKETS * BUCKET_MIB
     found: dict[tuple[str, str], list[float]] = {}
     ratios: dict[tuple[str, str], list[float]] = {}
-    with tempfile.TemporaryDirectory() as name, slow_link(Path(name)) as (_, over_link):
+    with tempfile.TemporaryDirectory() as name, slow_link(HOSTS, Link(1e9), Path(name)) as (_, over_link):
         for _ in range(ROUNDS):
             for place, mpirun in (("memory", ["mpirun", "--oversubscribe"]), ("1 Gbit/s", over_link)):
                 ours = run(mpirun, ["fp32", "bf16", "fp16"])

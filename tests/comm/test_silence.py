@@ -11,11 +11,11 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
-from hosts import Host, Network
 from not_here import require_hosts
 from threads import Scripted
 
 from hvdtrain.comm.silence import Silence, other_hosts, own_addresses
+from hvdtrain.machine.hosts import Host, Network
 
 ROOT = Path(__file__).resolve().parents[2]
 _READ = """

@@ -1,4 +1,4 @@
-"""A Slurm of two nodes on this one machine, for tests: real daemons, on hosts of their own (tests/hosts.py).
+"""A Slurm of two nodes on this one machine, for tests: real daemons, on hosts of their own (machine/hosts.py).
 
     pytest --- hub --- slurmctld, and munged, which signs every message of all
            |-- n1  --- slurmd --- slurmstepd --- a job's processes
@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from command import Arg, run, until
-from hosts import HUB, Host, Network, why_no_hosts
 from not_here import not_here
+
+from hvdtrain.machine.hosts import HUB, Host, Network, why_no_hosts
 
 TEMPLATE = Path(__file__).with_name("slurm.conf")
 NODES = ("n1", "n2")

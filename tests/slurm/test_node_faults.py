@@ -14,11 +14,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cluster import SlurmCluster
-from hosts import Host
 from launch import TRACE, Prepared, summary
 from test_preflight_job import DOCTOR, STEP, run
 from test_srun import TRAIN
 from test_train_job import LONG, Job
+
+from hvdtrain.machine.hosts import Host
 
 # A clock is the machine's, so hosts cannot have their own; programs that are told another time can be on one of them.
 _CLOCK = """

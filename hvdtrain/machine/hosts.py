@@ -9,6 +9,7 @@ that runs in them, then goes itself, and the kernel takes cables and mounts back
 networks at a time never meet, and nothing can be left behind.
 """
 
+import json
 import os
 import shutil
 import signal
@@ -21,8 +22,9 @@ from contextlib import AbstractContextManager, suppress
 from functools import cache
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 HUB = "hub"
+MOST_HOSTS = 253  # addresses that the hub leaves
 SHM = "128m"  # of a host's /dev/shm: a test can fill it
 _UNSHARE = ("unshare", "--mount", "--uts", "--ipc", "--net")
 _TMP = Path("/tmp")
@@ -32,7 +34,7 @@ _TMP = Path("/tmp")
 def why_no_hosts() -> str:
     """What keeps this machine from having hosts; empty: nothing."""
     if missing := [command for command in ("ip", "tc", "nsenter", "unshare") if shutil.which(command) is None]:
-        return f"no {', '.join(missing)} on this machine: run .ci/install-slurm"
+        return f"no {', '.join(missing)} on this machine (Debian has them in iproute2 and util-linux)"
     if os.geteuid() != 0:
         return f"hosts of their own need root, this is uid {os.geteuid()}"
     try_all = "ip link add type bridge && ip link add type veth && mount -t tmpfs tmpfs /tmp"
@@ -80,13 +82,15 @@ class Host:
 class Network(AbstractContextManager):
     """``with Network(["n1", "n2"], folder) as network:`` a hub and hosts that reach one another, by name too.
 
-    Of ``/tmp`` they share ``folder``, ``shared``, the checkout and this Python's environment. Errors: RuntimeError.
+    Of ``/tmp`` they share ``folder``, ``shared``, this package's folder and this Python's environment; with ``/tmp``
+    itself in ``shared``, all of it. Errors: RuntimeError.
     """
 
     def __init__(self, names: Sequence[str], folder: Path, shared: Sequence[Path] = ()):
         self.addresses = {HUB: "10.77.0.254"} | {name: f"10.77.0.{n}" for n, name in enumerate(names, start=1)}
         self._names, self.folder = list(names), folder.resolve()
         shared = [path.resolve() for path in (folder, *shared, ROOT, Path(sys.prefix))]
+        self._has_own_tmp = _TMP not in shared
         self._shared = [path for path in shared if _TMP in path.parents]
         self.hosts: dict[str, Host] = {}
 
@@ -120,6 +124,10 @@ class Network(AbstractContextManager):
         self.hub.run("ip", "link", "set", name, "master", "switch", "up")
         self._connect(host, "eth0")
         host.run("mount", "-t", "tmpfs", "-o", f"size={SHM}", "tmpfs", "/dev/shm")
+        if self._has_own_tmp:
+            self._give_tmp(host)
+
+    def _give_tmp(self, host: Host) -> None:
         # A new /tmp, with what is shared of the old one in it; made elsewhere, as it will cover the old one.
         host.run("mount", "-t", "tmpfs", "tmpfs", "/mnt")
         for path in self._shared:
@@ -145,15 +153,36 @@ class Network(AbstractContextManager):
         self.unplug(name)
         self.hosts[name].end()
 
-    def limit(self, name: str, rate: str) -> None:
-        """Both ways of its cable; ``rate`` in tc's words: 1gbit."""
-        shape = ("root", "tbf", "rate", rate, "burst", "256kb", "latency", "50ms")
-        self.hosts[name].run("tc", "qdisc", "replace", "dev", "eth0", *shape)
-        self.hub.run("tc", "qdisc", "replace", "dev", name, *shape)
+    def limit(self, name: str, bits_per_s: float, latency_s: float = 0.0) -> None:
+        """Both ways of its cable; latency_s: of what the host sends, see ``why_no_latency``."""
+        bytes_per_s = bits_per_s / 8
+        burst = min(max(2e-3 * bytes_per_s, 16 << 10), 4 << 20)  # of 2 ms: Linux may come late by so much
+        queue = max(50e-3 * bytes_per_s, 256 << 10)
+        shape = ("tbf", "rate", f"{bits_per_s:.0f}bit", "burst", f"{burst:.0f}", "limit", f"{queue + burst:.0f}")
+        place: tuple[str, ...] = ("root",)
+        if latency_s:
+            delay = ("netem", "delay", f"{latency_s * 1e6:.0f}us", "limit", "100000")
+            self.hosts[name].run("tc", "qdisc", "replace", "dev", "eth0", "root", "handle", "1:", *delay)
+            place = ("parent", "1:1")
+        self.hosts[name].run("tc", "qdisc", "replace", "dev", "eth0", *place, *shape)
+        self.hub.run("tc", "qdisc", "replace", "dev", name, "root", *shape)
+
+    def sent_bytes(self, name: str) -> int:
+        """By the host since it began, headers and all."""
+        (found,) = json.loads(self.hosts[name].run("ip", "-json", "-stats", "link", "show", "dev", "eth0"))
+        return int(found["stats64"]["tx"]["bytes"])
 
     def __exit__(self, *_: object) -> None:
         for host in reversed(self.hosts.values()):
             host.end()
+
+
+@cache
+def why_no_latency() -> str:
+    """What keeps a cable from being slow to answer, where there are hosts; empty: nothing."""
+    try_it = "ip link add v0 type veth && tc qdisc add dev v0 root netem delay 1ms"
+    done = subprocess.run(["unshare", "--net", "sh", "-c", try_it], capture_output=True, text=True, timeout=30)
+    return f"this kernel has no netem (sch_netem): {done.stderr.strip()}" if done.returncode else ""
 
 
 def _processes(pid: int | str) -> set[int]:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 from command import until
-from hosts import HUB, Network
 from not_here import require_hosts
+
+from hvdtrain.machine.hosts import HUB, Network
 
 NAMES = ("n1", "n2")
 
@@ -76,14 +77,13 @@ def test_a_killed_test_leaves_nothing(tmp_path: Path, network: Network):
     names = ["sh", "-c", f"ip -brief link; ip netns; mount | grep {tmp_path}"]
     before = subprocess.run(names, capture_output=True).stdout
     make = (
-        "import sys, time\nfrom pathlib import Path\nfrom hosts import Network\n"
+        "import sys, time\nfrom pathlib import Path\nfrom hvdtrain.machine.hosts import Network\n"
         "with Network(['n1', 'n2'], Path(sys.argv[1])) as own:\n"
         "    own.hosts['n1'].run('sh', '-c', 'setsid sleep 600 >/dev/null 2>&1 &')\n"
         "    found = [host.pid for host in own.hosts.values()] + [*own.hosts['n1'].processes()]\n"
         "    print(*found, flush=True)\n    time.sleep(600)\n"
     )
-    tests = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    with subprocess.Popen([sys.executable, "-c", make, tmp_path], env=tests, stdout=subprocess.PIPE) as maker:
+    with subprocess.Popen([sys.executable, "-c", make, tmp_path], stdout=subprocess.PIPE) as maker:
         pids = [int(word) for word in maker.stdout.readline().split()]
         maker.kill()
     assert len(pids) == 4
@@ -93,7 +93,6 @@ def test_a_killed_test_leaves_nothing(tmp_path: Path, network: Network):
 
 def test_where_the_kernel_refuses_that_is_said(network: Network):
     """As in most containers, whose root may not make namespaces."""
-    ask = (sys.executable, "-c", "import hosts; print(hosts.why_no_hosts())")
-    tests = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    said = subprocess.check_output(["setpriv", "--bounding-set=-all", "--inh-caps=-all", *ask], env=tests, text=True)
+    ask = (sys.executable, "-c", "from hvdtrain.machine.hosts import why_no_hosts; print(why_no_hosts())")
+    said = subprocess.check_output(["setpriv", "--bounding-set=-all", "--inh-caps=-all", *ask], text=True)
     assert said == "no hosts of their own here: unshare: unshare failed: Operation not permitted\n"

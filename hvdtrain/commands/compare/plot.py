@@ -1,0 +1,109 @@
+"""One picture of a comparison.
+
+validation loss against tokens  |  validation loss against time  |  which line is which
+bytes a step | seconds of a step | consensus distance or staleness        a bar for each way
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hvdtrain.commands.compare.results import Result
+from hvdtrain.errors import OutputError
+from hvdtrain.files import again
+
+_DASHES = ("-", "--", ":", "-.")
+_COLORS = 10
+_AGREEING = ("sync", "optimizer")  # parts of a step; weights are mixed where the optimizer moves them
+
+
+def draw(results: Sequence[Result], title: str, picture: Path) -> None:
+    """The first of the results is the baseline. Errors: OutputError."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shown = [result for result in results if result.losses]
+    height = 5 + max(2.6, 0.24 * len(shown) + 1.2)
+    figure = Figure(figsize=(16, height), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    curves, bars = figure.subfigures(2, 1, height_ratios=[5, height - 5])
+    figure.suptitle(title, fontsize=11)
+    _draw_losses(shown, curves)
+    _draw_bars(shown, bars)
+    for axes in figure.axes:
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    try:
+        again(lambda: figure.savefig(picture), picture)
+    except OSError as error:
+        raise OutputError(f"cannot write {picture}: {error.strerror or error}") from None
+
+
+def _look(number: int) -> dict[str, Any]:
+    """Of the number-th line: the baseline is black and thick."""
+    if number == 0:
+        return {"color": "black", "linestyle": "-", "lw": 2.4, "zorder": 3}
+    number -= 1
+    return {"color": f"C{number % _COLORS}", "linestyle": _DASHES[number // _COLORS % len(_DASHES)], "lw": 1.4}
+
+
+def _draw_losses(results: Sequence[Result], part: Any) -> None:
+    from matplotlib.ticker import EngFormatter
+
+    by_tokens, by_time = part.subplots(1, 2, sharey=True)
+    for number, result in enumerate(results):
+        label = f"{result.name}  {result.losses[-1]:.3f}"
+        by_tokens.plot(result.tokens, result.losses, marker="o", ms=2.5, label=label, **_look(number))
+        by_time.plot(result.seconds, result.losses, marker="o", ms=2.5, **_look(number))
+    by_tokens.set_xlabel("tokens")
+    by_tokens.set_ylabel("validation loss (nats per token)")
+    by_tokens.xaxis.set_major_formatter(EngFormatter(sep=""))  # 1.5M
+    by_time.set_xlabel("seconds of training, without evaluation and saving")
+    times = [result.seconds[-1] for result in results if result.seconds[-1] > 0]
+    if times and max(times) > 10 * min(times):
+        by_time.set_xscale("log")
+    losses = [loss for result in results for loss in result.losses]
+    if losses and max(losses) > 1.5 * min(losses) > 0:  # what matters is at the end
+        lowest = min(losses)
+        ends = sorted(result.losses[-1] for result in results)
+        top = max(1.35 * ends[len(ends) // 2], *(result.losses[min(1, len(result.losses) - 1)] for result in results))
+        by_tokens.set_ylim(lowest - 0.05 * (top - lowest), top)
+    part.legend(*by_tokens.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=9)
+
+
+def _draw_bars(results: Sequence[Result], part: Any) -> None:
+    sent, times, apart = part.subplots(1, 3, sharey=True)
+    places = list(range(len(results)))
+    colors = [_look(number)["color"] for number in places]
+    mib = [result.wire_mib if result.wire_mib is not None else (result.sent_mib or 0.0) for result in results]
+    sent.barh(places, mib, color=colors, height=0.7)
+    if any(mib):
+        least = min(value for value in mib if value)
+        if max(mib) > 10 * least:
+            sent.set_xscale("log")
+            sent.set_xlim(left=least / 2)
+    on_wire = any(result.wire_mib is not None for result in results)
+    sent.set_xlabel(f"MiB a step, {'on the wire of the busiest rank' if on_wire else 'sent by rank 0'}")
+    _label(sent, places, [f"{value:.3g}" if value else "0" for value in mib])
+    agreeing = [sum(result.of_step[part] for part in _AGREEING) for result in results]
+    rest = [result.step_s - seconds for result, seconds in zip(results, agreeing, strict=True)]
+    times.barh(places, rest, color="tab:gray", height=0.7)
+    times.barh(places, agreeing, left=rest, color="tab:red", height=0.7)
+    times.set_xlabel("seconds a step (red: agreeing, with the optimizer)")
+    for place, result in zip(places, results, strict=True):
+        times.text(result.step_s, place, f" {result.step_s:.3g}", va="center", fontsize=8)
+    ends = [result.apart_values[-1] if result.apart_values else 0.0 for result in results]
+    apart.barh(places, ends, color=colors, height=0.7)
+    apart.set_xlabel("consensus distance, or staleness, at the end")
+    of_server = [" (staleness)" if result.apart == "staleness" else "" for result in results]
+    _label(apart, places, [f"{value:.3g}{unit}" if value else "" for value, unit in zip(ends, of_server, strict=True)])
+    sent.set_yticks(places, [result.name for result in results], fontsize=9)
+    sent.invert_yaxis()  # shared by all three
+    for axes in (times, apart):
+        axes.set_xmargin(0.12)
+
+
+def _label(axes: Any, places: Sequence[int], texts: Sequence[str]) -> None:
+    """Beside each bar."""
+    axes.bar_label(axes.containers[0], labels=texts, padding=3, fontsize=8)
+    axes.set_xmargin(0.12)
