@@ -62,13 +62,17 @@ def _draw_losses(results: Sequence[Result], part: Any) -> None:
     times = [result.seconds[-1] for result in results if result.seconds[-1] > 0]
     if times and max(times) > 10 * min(times):
         by_time.set_xscale("log")
-    losses = [loss for result in results for loss in result.losses]
-    if losses and max(losses) > 1.5 * min(losses) > 0:  # what matters is at the end
-        lowest = min(losses)
-        ends = sorted(result.losses[-1] for result in results)
-        top = max(1.35 * ends[len(ends) // 2], *(result.losses[min(1, len(result.losses) - 1)] for result in results))
-        by_tokens.set_ylim(lowest - 0.05 * (top - lowest), top)
+    if results:
+        by_tokens.set_ylim(*_window(results))
     part.legend(*by_tokens.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=9)
+
+
+def _window(results: Sequence[Result]) -> tuple[float, float]:
+    """Of losses: where the lines end, which lie far below their beginnings; what ends far above is cut off."""
+    ends, lowest = sorted(result.losses[-1] for result in results), min(loss for r in results for loss in r.losses)
+    middle = ends[len(ends) // 2]
+    top = max(1.35 * middle, min(ends[-1], 1.6 * middle) * 1.03)
+    return lowest - 0.05 * (top - lowest), top
 
 
 def _draw_bars(results: Sequence[Result], part: Any) -> None:

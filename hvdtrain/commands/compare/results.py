@@ -13,7 +13,7 @@ from hvdtrain.watch.metrics import read_log
 
 _PARTS = ("data", "compute", "sync", "optimizer", "other")
 # How far replicas are from one another, or their gradients from the weights; the first that a run tells of.
-_APART = {"consensus_distance": "consensus distance", "staleness": "staleness", "staleness_mean": "staleness"}
+_APART = {"consensus_distance": "consensus distance", "staleness_mean": "staleness"}
 _MIB = 1 << 20
 
 
