@@ -188,6 +188,7 @@ def check(job: Job, template: str) -> list[str]:
     from hvdtrain import sizing
     from hvdtrain.config import flatten, load_config  # and torch with it, which asking the queue does not need
     from hvdtrain.cut.combinations import check_combination, note_on_nodes
+    from hvdtrain.sync import check_sync
 
     for name, number in (("--nodes", job.nodes), ("--ranks-per-node", job.ranks_per_node)):
         if number is not None and number < 1:
@@ -203,8 +204,10 @@ def check(job: Job, template: str) -> list[str]:
     check_combination(flatten(config.model_dump()))
     replicas = config.replicas_of(ranks)
     sizing.check_shareable(sizing.sized(config, replicas), replicas)
+    steps = None
     if not (config.train.epochs or config.schedule.warmup_epochs):  # those need the data, which may come later
-        sizing.scaled(config, replicas, 0)
+        steps = sizing.scaled(config, replicas, 0).steps
+    check_sync(config.sync, replicas, steps)
     _check_run_dir(job)
     names = list(config.data.mixture) or [config.data.dir]
     missing = [name for name in names if not seen(job.folder / name / "manifest.json")]

@@ -19,6 +19,7 @@ from hvdtrain.files import exists
 from hvdtrain.machine.matmul import use_fast_matmul
 from hvdtrain.planner.memory import Memory, memory
 from hvdtrain.planner.workload import Workload, check_ranks, workload
+from hvdtrain.sync import check_sync
 from hvdtrain.tasks import make_task
 
 _MIB = 1 << 20
@@ -64,6 +65,7 @@ def estimate(config: RunConfig, ranks: int, ranks_per_node: int = 0, vocab_size:
     facts, epoch_tokens, notes = read_facts(config, replicas, vocab_size)
     scaled = sizing.scaled(recipe, replicas, epoch_tokens)
     config = sizing.resolved(recipe, scaled)
+    check_sync(config.sync, replicas, config.train.steps)
     notes += [scaled.about, *scaled.notes] if scaled.factor != 1 else scaled.notes
     device = config.device
     if device == "auto":

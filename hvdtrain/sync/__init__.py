@@ -1,5 +1,6 @@
 """How replicas agree. A sync is one file and one line in this table."""
 
+import sys
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -70,11 +71,13 @@ class SyncOptions(Options):
         return self.parameter_server.workers_of(ranks) if self.servers else ranks
 
 
-def check_sync(options: SyncOptions, replicas: int, steps: int) -> None:
-    """Errors: ConfigError where the sync does not fit so many replicas, or a run of so many steps (local)."""
+def check_sync(options: SyncOptions, replicas: int, steps: int | None) -> None:
+    """Errors: ConfigError where the sync does not fit so many replicas, or a run of so many steps (local). None: nobody
+    knows yet how many.
+    """
     chosen, found = getattr(options, options.name), list[str]()
     if isinstance(chosen, ApartOptions):
-        found = chosen.problems(replicas, steps)
+        found = chosen.problems(replicas, steps or sys.maxsize)
     elif isinstance(chosen, ParameterServerOptions):
         found = chosen.problems(replicas)
     if found:

@@ -314,6 +314,15 @@ WRONG = {
     "share": ({"nodes": 5}, "train.global_batch=12 sequences cannot be shared evenly by 15 ranks"),
     "replicas": ({"overrides": ("mesh.pipeline=2",)}, "takes 2 ranks a replica, and 3 is not .*; start 2 or 4 ranks"),
     "cut": ({"overrides": ("mesh.tensor=3",)}, "mesh.tensor=3 does not divide model.heads="),
+    "topology": ({"overrides": ("sync.name=gossip", "sync.gossip.topology=torus")}, "torus does not fit 3 replicas"),
+    "no workers": (
+        {"overrides": ("sync.name=parameter_server", "sync.parameter_server.servers=3")},
+        "leaves none of",
+    ),
+    "longer": (
+        {"overrides": ("sync.name=local_sgd", "sync.local_sgd.every=13")},
+        "every=13 is longer than the run",
+    ),
     "scale": ({"overrides": ("scaling.rule=sqrt",)}, "scaling.rule=sqrt needs the batch"),
     "option": ({"options": ("--mem=4",)}, "--slurm --mem=4: expected an option of sbatch"),
     "own option": ({"options": ("ntasks-per-node=4",)}, "--slurm ntasks-per-node=4: use --ranks-per-node"),

@@ -92,6 +92,13 @@ def test_with_the_data_and_another_vocabulary(shards: str):
         (["optim.lrr=1"], 2, 0, ConfigError, "unknown key 'optim.lrr'"),
         ([], 0, 0, ConfigError, "--ranks 0: a job has 1 rank or more"),
         ([], 2, -3, ConfigError, "--ranks-per-node -3"),
+        (
+            ["sync.name=gossip", "sync.gossip.topology=torus"],
+            2,
+            0,
+            ConfigError,
+            "torus does not fit 2 replicas",
+        ),
         (["task.name=classify"], 2, 0, DataError, "task.name=classify reads shards of kind labels"),
         (["data.mixture={nowhere: 1.0}"], 2, 0, ConfigError, "no shards in nowhere"),
     ],
