@@ -103,13 +103,19 @@ class Laps:
 
     def __init__(self, stamps: Stamps, moments: list[tuple[str, Any]]):
         self._stamps, self._moments = stamps, moments
+        self._times: StepTimes | None = None
 
     def is_ready(self) -> bool:
         """Can they be read without waiting for the device?"""
-        return self._stamps.has_passed(self._moments[-1][1])
+        return self._times is not None or self._stamps.has_passed(self._moments[-1][1])
 
     def read(self) -> StepTimes:
-        """Once; waits for the device where it is not there yet."""
+        """Waits for the device where it is not there yet."""
+        if self._times is None:
+            self._times = self._measured()
+        return self._times
+
+    def _measured(self) -> StepTimes:
         times, seconds = StepTimes(), self._stamps.seconds
         (_, started), *_, (_, stopped) = self._moments
         for (_, before), (name, moment) in zip(self._moments, self._moments[1:-1], strict=False):

@@ -128,6 +128,7 @@ def test_laps_on_a_device(stream: Stream):
     stream.run(1)
     assert laps.is_ready()
     assert laps.read() == StepTimes(data=1.0, compute=2.0, sync=1.0, optimizer=1.0, total=6.0)
+    assert laps.is_ready() and laps.read() is laps.read()  # by now, other steps have its events
     assert stream.waited == 0
 
 
