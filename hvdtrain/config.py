@@ -35,6 +35,7 @@ from hvdtrain.options import Options, option
 from hvdtrain.strict_yaml import parse_yaml
 from hvdtrain.sync import SyncOptions
 from hvdtrain.tasks import TaskOptions
+from hvdtrain.watch.balance import BalanceOptions
 from hvdtrain.watch.metrics import MetricsOptions
 from hvdtrain.watch.stopping import StopOptions
 from hvdtrain.watch.watchdog import WatchdogOptions
@@ -83,6 +84,7 @@ class RunConfig(Options):
     mesh: MeshOptions = MeshOptions()
     cut: CutOptions = CutOptions()
     sync: SyncOptions = SyncOptions()
+    balance: BalanceOptions = BalanceOptions()
     stop: StopOptions = StopOptions()
     watchdog: WatchdogOptions = WatchdogOptions()
 
@@ -96,7 +98,7 @@ class RunConfig(Options):
         """
         whole = flatten(self.model_dump())
         may_change = re.compile(
-            r"device|tf32|compile|model\.(from|from_weights)|task\.\w+\.(scores|search\..*)|train\.(steps|tokens|epochs|microbatch)|(data|eval|checkpoint|metrics|mesh|cut|sync|recompute|ema|stop|watchdog)\..*"
+            r"device|tf32|compile|model\.(from|from_weights)|task\.\w+\.(scores|search\..*)|train\.(steps|tokens|epochs|microbatch)|(data|eval|checkpoint|metrics|mesh|cut|sync|balance|recompute|ema|stop|watchdog)\..*"
         )
         return {key: value for key, value in whole.items() if not may_change.fullmatch(key)}
 

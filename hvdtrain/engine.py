@@ -85,12 +85,15 @@ class Engine:
         seed = derive(self._seed, *(place or (step, self.mesh.number)), 2)
         self._passed = self.replica.forward_backward(microbatches, task, seed, scale)
 
-    def finish(self, flags: int = 0, is_shown: bool = True, is_saved: bool = True, is_scored: bool = True) -> None:
+    def finish(
+        self, flags: int = 0, is_shown: bool = True, is_saved: bool = True, is_scored: bool = True,
+        more: torch.Tensor | None = None,
+    ) -> None:  # fmt: skip
         """Wait for the sums over all replicas. flags: what this rank adds to the sum of flags; see ``Told``."""
         assert self._passed is not None, "forward_backward comes first"
         scale = None if self.update.loss_scale is None else self.update.loss_scale.scale
         passed = self._passed
-        self.sync.finish(Told(passed.loss, passed.weights, flags, scale, is_shown, is_saved, is_scored))
+        self.sync.finish(Told(passed.loss, passed.weights, flags, scale, is_shown, is_saved, is_scored, more))
 
     def step(self, lr: float, step: int) -> Agreed | None:
         """Move the weights; None where the replicas have told one another nothing."""

@@ -79,6 +79,7 @@ from hvdtrain.sync.sync import Sync
 from hvdtrain.tasks import make_task
 from hvdtrain.tasks.task import Evaluation, Task, Training
 from hvdtrain.version import versions
+from hvdtrain.watch.balance import Balance
 from hvdtrain.watch.log import Log
 from hvdtrain.watch.meter import StepClock
 from hvdtrain.watch.metrics import Metrics
@@ -475,6 +476,8 @@ def open_log(run: OpenRun, engine: Engine, watchdog: Watchdog) -> tuple[Log, Pea
     peak = find_peak(config.metrics.mfu, run.device, config.precision, config.tf32)
     metrics = Metrics(run.run_dir, config.metrics, run.last, run.is_main, step, engine, run.device)
     metrics.peak = peak.flops_per_s
+    balance = Balance(config.balance, run.mesh.number, run.mesh.replicas, run.device)
+    metrics.reports.append(balance.report)
     profiler = Profiler(parse_steps(config.metrics.profile), run.run_dir, group.rank, run.device)
     every, factor = config.watchdog.stragglers_every, config.watchdog.straggler_factor
     stragglers = None
@@ -482,4 +485,4 @@ def open_log(run: OpenRun, engine: Engine, watchdog: Watchdog) -> tuple[Log, Pea
         hosts = group.all_gather_object(socket.gethostname())
         stragglers = Stragglers(factor, hosts[: len(hosts) - run.mesh.servers], step)
     phases = Phases(StepClock(run.device), profiler, watchdog)
-    return Log(metrics, phases, group, stragglers, every, compiling), peak
+    return Log(metrics, phases, group, stragglers, every, compiling, balance), peak

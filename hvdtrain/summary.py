@@ -170,6 +170,7 @@ def _summary(run: OpenRun, engine: Engine, log: Log, progress: Progress, scores:
         "data_digest": run.data.corpora.data_digest,
         "sample_digest": f"{progress.fingerprint:016x}",
         **engine.report(),
+        "balance": log.balance.summary(),
         "fallbacks": [*run.notes, *log.notes],
         "file_troubles": dict(sum(map(Counter, group.all_gather_object(troubles())), Counter())),
         "versions": versions(),

@@ -84,7 +84,7 @@ def _walk(
             with phase("compute"):
                 engine.forward_backward(microbatches, run.task, step, loader.place)
             with phase("sync"):
-                engine.finish(run.stopping.asked(), is_shown, save_is_due, is_scored)
+                engine.finish(run.stopping.asked(), is_shown, save_is_due, is_scored, log.balance.told(step))
             with phase("optimizer"):
                 lr = run.lr(step)
                 agreed = engine.step(lr, step)
@@ -95,6 +95,9 @@ def _walk(
         log.add(step, loader.epoch, agreed, lr)
         if not agreed.is_met:  # the others train on
             continue
+        if dealt_anew := log.balance.decide(loader.rows_of_step):
+            loader.deal(log.balance.speeds)
+            log.say(f"hvdtrain: step {step}: {dealt_anew}")
         reason = None if is_last else run.stopping.agreed(agreed.flags)
         log.after("checkpoint")
         log.say_all(saver.poll())

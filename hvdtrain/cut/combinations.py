@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from hvdtrain.cut.checker import Costs, check
 from hvdtrain.cut.schedules import SCHEDULES, with_transfers
 from hvdtrain.errors import ConfigError, plural
+from hvdtrain.tasks import TASKS
 
 Settings = Mapping[str, Any]  # dotted key of the recipe -> value
 
@@ -74,13 +75,15 @@ COMPILE_BLOCKS, COMPILE_MODEL = (_is("compile", how) for how in ("blocks", "mode
 APART = _one_of("steps apart", "sync.name", "local_sgd", "gossip", "average")
 EMA = _above("ema.decay", 0)
 SKIP = _is("guard.policy", "skip")
+BALANCE = _above("balance.every", 0)
+LENGTHS = _one_of("rows that are not alike", "task.name", *(n for n, task in TASKS.items() if not task.rows_are_alike))
 
 _ONLY_WITH = {SEQUENCE: TENSOR, ONE_STAGE: PIPELINE, SEVERAL_STAGES: PIPELINE}
 _ONLY_WITH |= {ASYNCHRONOUS: SERVER, BESIDE_WORK: ASYNCHRONOUS, SEVERAL_SERVERS: ASYNCHRONOUS}
 
 COLUMNS = {"tensor": TENSOR, "sequence": SEQUENCE, **OF_SCHEDULES, "zero 1": ZERO_1, "zero 2": ZERO_2}
 COLUMNS |= {"async": ASYNCHRONOUS, "async, 2 up": SEVERAL_SERVERS}
-COLUMNS |= {"powersgd": POWERSGD, "sign": SIGN, "topk": TOPK, "apart": APART}
+COLUMNS |= {"powersgd": POWERSGD, "sign": SIGN, "topk": TOPK, "apart": APART, "balance": BALANCE}
 ROWS = (
     TENSOR,
     SEQUENCE,
@@ -107,6 +110,8 @@ ROWS = (
     Feature("model.lora", lambda s: any(key.startswith("model.lora.") for key in s), "model.lora"),
     Feature("optim.freeze", lambda s: s["optim.freeze"] != "", "optim.freeze"),
     RAMP,
+    LENGTHS,
+    BALANCE,
 )
 
 # --- what does not fit -------------------------------------------------------------------------------------------
@@ -221,6 +226,33 @@ REFUSED = (
     Refused(MOMENTUM, SIGN, "each rank has a momentum of its own already", "set optim.momentum=0"),
     Refused(CLIPS, SIGN, "signs have no size that could be clipped", "set optim.clip_norm=0"),
     Refused(SPIKES, SIGN, "all signs are of one size", "set guard.spike_norm=0"),
+    *(
+        Refused(
+            cut,
+            BALANCE,
+            "ranks of one replica wait for one another within a pass, so that no rank's time tells its speed",
+            "set balance.every=0",
+        )
+        for cut in (TENSOR, PIPELINE)
+    ),
+    Refused(BALANCE, ASYNCHRONOUS, "whoever is fast asks for more rows already", "set balance.every=0"),
+    Refused(BALANCE, SIGN, "a rank has one vote, however many rows it has", "set balance.every=0"),
+    Refused(
+        BALANCE,
+        APART,
+        "between two meetings no rank waits for another, and where they meet each counts alike",
+        "set balance.every=0",
+    ),
+    *(
+        Refused(how, BALANCE, "every new number of rows is compiled anew", "set compile=none, or balance.every=0")
+        for how in (COMPILE_BLOCKS, COMPILE_MODEL)
+    ),
+    Refused(
+        LENGTHS,
+        BALANCE,
+        "how many rows a rank has says little of the time that they take",
+        "set balance.every=0",
+    ),
 )
 
 

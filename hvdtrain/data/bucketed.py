@@ -41,6 +41,9 @@ class BucketSource(OfFeed):
     def batches(self, content: list[DocumentBatch], device: torch.device) -> list[DocumentBatch]:
         return [batch.to(device) for batch in content]
 
+    def deal(self, speeds: tuple[float, ...]) -> None:
+        raise NotImplementedError("its rows are of different lengths")
+
     def _step(self, turn: int) -> Step:
         feed = self._feed
         rows = self._sampler.batch(turn)

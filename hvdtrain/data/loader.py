@@ -14,6 +14,7 @@ from typing import Any, Protocol, Self
 import torch
 
 from hvdtrain.data.batch import AnyBatch
+from hvdtrain.data.dealing import dealt
 from hvdtrain.data.ramp import Ramp
 from hvdtrain.data.sampler import Share, share_of
 from hvdtrain.errors import ConfigError
@@ -27,7 +28,7 @@ class Feed:
 
     ``global_tokens``: padded tokens of a step, for rows of different lengths; 0: ``global_batch * context``.
     ``ramp``: of the batch's size, up to ``global_batch``.
-    ``pin``: put the batches into page-locked memory.
+    ``pin``: put the batches into page-locked memory. ``speeds``: of the ranks that share a step; none: all alike.
     """
 
     context: int
@@ -40,6 +41,7 @@ class Feed:
     pin: bool = False
     ramp: Ramp | None = None
     sharer: str = "rank"
+    speeds: tuple[float, ...] = ()
 
     @property
     def share(self) -> Share:
@@ -70,7 +72,11 @@ class Feed:
         return rows, self._share_of(rows), self.ramp.steps_alike(row, steps)
 
     def _share_of(self, rows: int) -> Share:
-        return share_of(rows, self.microbatch, self.rank, self.size, self.sharer)
+        if not self.speeds:
+            return share_of(rows, self.microbatch, self.rank, self.size, self.sharer)
+        counts = dealt(rows, self.speeds)
+        count = counts[self.rank]
+        return Share(sum(counts[: self.rank]), count, min(self.microbatch or count, count))
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,11 @@ class Source(Protocol):
     def for_rank(self, rank: int) -> "Source":
         """Of that rank's share. What is costly, the two have in common: only one of them is used at a time."""
 
+    def deal(self, speeds: tuple[float, ...]) -> None:
+        """From the next block on, which is number 0, ranks share a step in proportion to ``speeds``. Called where no
+        thread makes blocks. Only of rows that are alike.
+        """
+
 
 class OfFeed:
     """A source of the share that ``_feed`` names."""
@@ -123,6 +134,9 @@ class OfFeed:
         other = copy(self)
         other._feed = replace(self._feed, rank=rank)
         return other
+
+    def deal(self, speeds: tuple[float, ...]) -> None:
+        self._feed = replace(self._feed, speeds=speeds)
 
 
 class WithoutRows:
@@ -146,6 +160,9 @@ class WithoutRows:
     def for_rank(self, rank: int) -> Source:
         return self
 
+    def deal(self, speeds: tuple[float, ...]) -> None:
+        self._source.deal(speeds)
+
 
 BUFFERS = 3  # one that is read, one that waits, one that is filled
 
@@ -164,6 +181,7 @@ class TrainLoader:
     def __init__(self, source: Source, device: torch.device):
         self._source, self._device = source, device
         self.rows_consumed = 0
+        self.rows_of_step = 0  # of the last one, over all ranks
         self.fingerprint = 0
         self._ready: deque[Step] = deque()
         self._thread: _Thread | None = None
@@ -184,8 +202,19 @@ class TrainLoader:
             self._ready.extend(self._next_block())
         step = self._ready.popleft()
         self.rows_consumed += step.rows
+        self.rows_of_step = step.rows
         self.fingerprint = (self.fingerprint + step.fingerprint) & _MASK
         return self._source.batches(step.content, self._device)
+
+    def deal(self, speeds: tuple[float, ...]) -> None:
+        """From the next step on, ranks share its rows in proportion to ``speeds`` (local; on all ranks after the same
+        step). What was read ahead is dropped, and read anew by whoever has it now: no row is lost, none comes twice.
+        """
+        self.close()
+        self._ready.clear()
+        if self._device.type == "cuda":  # it may still fetch from buffers that will be filled anew
+            torch.cuda.current_stream(self._device).synchronize()
+        self._source.deal(speeds)
 
     def close(self) -> None:
         """End the thread (local)."""

@@ -1,6 +1,7 @@
 """Rows that are windows of the token stream (GPT style), gathered for many steps at once."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -61,15 +62,21 @@ class WindowSource(OfFeed):
     """
 
     def __init__(self, stream: TokenStream, sampler: RowSampler, feed: Feed):
-        self._stream, self._sampler, self._feed = stream, sampler, feed
-        rows_of_rank = feed.share.count
+        self._stream, self._sampler = stream, sampler
         self.rows_per_step = feed.global_batch
         self.rows_per_epoch = sampler.rows_per_epoch
         self._width = sampler.context + 1
-        steps_per_epoch = sampler.rows_per_epoch // feed.global_batch
-        self.steps_per_block = steps_per_block(rows_of_rank * self._width, steps_per_epoch)
         self._fingerprints = Fingerprints(self._width)
         self._pinned: dict[int, torch.Tensor] = {}
+        self._fit(feed)
+
+    def deal(self, speeds: tuple[float, ...]) -> None:
+        self._fit(replace(self._feed, speeds=speeds))
+
+    def _fit(self, feed: Feed) -> None:
+        self._feed, rows_of_rank = feed, feed.share.count
+        steps_per_epoch = self.rows_per_epoch // feed.global_batch
+        self.steps_per_block = steps_per_block(rows_of_rank * self._width, steps_per_epoch)
         self._wide = torch.empty(rows_of_rank, self._width, dtype=torch.int64)
         self._wide_batches = self._cut(self._wide)
 

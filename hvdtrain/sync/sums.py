@@ -53,7 +53,10 @@ class Sums:
             sums[0], sums[1] = told.loss.double(), sum(told.weights)
         sums[2] = told.flags
         parts.tell(sums[_OF_PARTS], told.weights, is_complete)
-        for pending in [group.all_reduce_sum_async(tensor, "hvdtrain.sums") for group, tensor in tensors.items()]:
+        under_way = [group.all_reduce_sum_async(tensor, "hvdtrain.sums") for group, tensor in tensors.items()]
+        if told.more is not None:
+            under_way.append(self._mesh.world.all_reduce_sum_async(told.more, "hvdtrain.more"))
+        for pending in under_way:
             pending.wait()
         users = torch.zeros(len(used), dtype=torch.float64, device=self._device)
         for group, numbers in self._numbers.items():

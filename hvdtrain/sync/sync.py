@@ -20,7 +20,8 @@ class Told:
     loss; flags: what it adds to a sum of integers (see watch/stopping.py). loss_scale: what its gradients were
     multiplied by, alike on all ranks that meet in every step; None: nothing.
     is_shown, is_saved, is_scored: does somebody read this step's numbers, does a checkpoint follow it, an evaluation?
-    Alike on all ranks.
+    Alike on all ranks. more: fp64 numbers on the device, as many on all ranks, which become their sums; only of ranks
+    that meet in every step. None: on no rank.
     """
 
     loss: torch.Tensor
@@ -30,6 +31,7 @@ class Told:
     is_shown: bool = True
     is_saved: bool = True
     is_scored: bool = True
+    more: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from hvdtrain.comm.group import Group
 from hvdtrain.cut.compiling import CompileClock
 from hvdtrain.optim.update import Agreed
+from hvdtrain.watch.balance import Balance
 from hvdtrain.watch.metrics import Metrics
 from hvdtrain.watch.phases import Phases
 from hvdtrain.watch.stragglers import Stragglers, own_seconds
@@ -33,8 +34,9 @@ class Log(contextlib.AbstractContextManager):
         stragglers: Stragglers | None,
         stragglers_every: int,
         compiling: CompileClock | None,
+        balance: Balance,
     ):
-        self.metrics, self.compiling, self.notes = metrics, compiling, list[str]()
+        self.metrics, self.compiling, self.balance, self.notes = metrics, compiling, balance, list[str]()
         self.startup_s: float | None = None
         self._phases, self._group = phases, group
         self._stragglers, self._stragglers_every = stragglers, stragglers_every
@@ -49,6 +51,7 @@ class Log(contextlib.AbstractContextManager):
 
     def add(self, step: int, epoch: int, agreed: Agreed, lr: float) -> None:
         """What came of a step. Errors: DivergedError, on all ranks alike."""
+        self.balance.note(self._times)
         self.metrics.add(step, epoch, agreed, lr, self._times)
         if self._stragglers is not None and step % self._stragglers_every == 0:
             seconds = self._group.all_gather_object(own_seconds(self.metrics.spent))

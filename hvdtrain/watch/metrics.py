@@ -87,6 +87,7 @@ class Metrics:
         self._learner = learner
         self._device = device or torch.device("cpu")
         self.peak: float | None = None
+        self.reports = [learner.report]  # of what else a line tells
         self.tokens = int(learner.tokens)  # as of the last line
         self._started = time.perf_counter()
         self._unread: deque[StepTimes | Laps] = deque()
@@ -190,7 +191,8 @@ class Metrics:
             grad += f"  skipped {self.skipped}" if self.skipped else ""
         if (noise := self._learner.noise.value()) is not None:
             line["noise_scale_tokens"] = round(noise, 1)
-        line |= self._learner.report()
+        for report in self.reports:
+            line |= report()
         speed = f"{rate:,.0f} tokens/s"
         if self._flops_since and self._since.total:
             flops_per_s = self._flops_since / self._since.total

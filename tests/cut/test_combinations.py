@@ -49,6 +49,10 @@ ZERO = {"sync__name": "zero"}
         ({"mesh__tensor": 2, "sync__name": "powersgd"}, "tensor=2 does not go with sync.name=powersgd: .*=allreduce$"),
         ({"sync__name": "sign"}, "optim.name=adamw does not go with sync.name=sign: .*optim.name=sgd.*clip_norm=0$"),
         ({"sync__name": "sign", "optim__name": "sgd", "optim__clip_norm": 0.0}, ".*; set optim.momentum=0$"),
+        ({"mesh__tensor": 2, "balance__every": 5}, "tensor=2 does not go with balance.every=5: .*every=0$"),
+        ({"balance__every": 5, "sync__name": "gossip"}, "every=5 does not go with sync.name=gossip: .*every=0$"),
+        ({"balance__every": 5, "compile": "blocks"}, "compile=blocks does not go with .*=none, or balance.every=0$"),
+        ({"balance__every": 5, "task__name": "span_qa"}, "task.name=span_qa does not go with balance.every=5: .*=0$"),
         (
             {"mesh__tensor": 3},
             "mesh.tensor=3 does not divide model.heads=4; set mesh.tensor=1, 2 or 4, or model.heads=6",
@@ -78,6 +82,7 @@ def test_all_that_does_not_fit_is_said_at_once():
         {"compile": "model", "cut__schedule": "interleaved", "cut__stages_per_rank": 3},  # nobody reads cut.* here
         {**ZERO, "sync__zero__stage": 2, "mesh__tensor": 4},
         {**ZERO, "sync__zero__stage": 1, **PIPELINE},
+        {**ZERO, "sync__zero__stage": 2, "balance__every": 5, "task__name": "mlm"},
         {**PIPELINE, "cut__schedule": "interleaved", "cut__stages_per_rank": 2, "compile": "blocks"},
         {"mesh__tensor": 2, "model__heads": 8, "model__kv_heads": 2},
     ],

@@ -336,6 +336,33 @@ def test_a_closed_loader_goes_on_where_it_was():
                 loader.close()
 
 
+@pytest.mark.parametrize("dealt_after", [0, 1, 3, 4, 8])
+def test_new_shares_begin_with_the_very_next_step(dealt_after: int):
+    """Within a block and at its end, with blocks read ahead for the old shares, whose thread is gone."""
+
+    class Dealt(Ring):
+        speeds = ()
+
+        def block(self, first_row: int, steps: int, number: int) -> list[Step]:
+            return [Step((step.content, self.speeds), 1, 10) for step in super().block(first_row, steps, number)]
+
+        def deal(self, speeds: tuple[float, ...]) -> None:
+            self.speeds = speeds
+
+    with closing(TrainLoader(Dealt(steps_per_block=3), CPU)) as loader:
+        threads = set()
+        for step in range(12):
+            if step == dealt_after:
+                loader.deal((1.0, 2.0))
+            (buffer, at), speeds = loader.next_step()
+            assert buffer[at] == 10 * step
+            assert speeds == ((1.0, 2.0) if step >= dealt_after else ())
+            threads.add(loader._thread)
+        assert loader.rows_of_step == 10
+        assert [thread.is_alive() for thread in threads].count(True) == 1
+    assert loader.fingerprint == 12
+
+
 def test_the_thread_of_a_dropped_loader_ends_by_itself():
     loader = TrainLoader(Ring(), CPU)
     loader.next_step()
