@@ -54,8 +54,17 @@ class Dealt(Learner):
     this one alone was told in between; tickets: how many it had.
     """
 
-    def __init__(self, group: Group, recipe: Recipe, steps: int, folder: Path | None = None, pause_s: float = 0):
-        super().__init__(group, replace(recipe, course=Course(0, steps)), folder)
+    def __init__(
+        self,
+        group: Group,
+        recipe: Recipe,
+        steps: int,
+        folder: Path | None = None,
+        pause_s: float = 0,
+        done: int = 0,
+    ):
+        super().__init__(group, replace(recipe, course=Course(done, steps)), folder)
+        self.done = done
         assert isinstance(self.sync, AsyncServerSync)
         self.loader = TicketLoader(Rows(self, pause_s=pause_s), CPU, self.sync)
         self.told: list[tuple[int, Agreed]] = []

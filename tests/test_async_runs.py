@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from launch import Prepared, launch, succeed, summary
+from launch import Prepared, launch_rows, succeed, summary
 
 from hvdtrain.errors import EXIT_USAGE
 from hvdtrain.watch.metrics import read_log
@@ -35,12 +35,16 @@ def test_three_workers_and_a_server_and_later_two_consume_the_rows_of_one_proces
 
 
 def test_what_makes_no_sense_is_refused(prepared: Prepared, tmp_path: Path):
+    """Of what is chosen, before anything else: with any number of ranks."""
     words = ("train", prepared.recipe, *ASYNC, "--run-dir", tmp_path / "run")
-    beside = launch(*words, "sync.parameter_server.servers=0", how="mpirun", ranks=2)
-    ramp = launch(*words, "train.ramp_start=6", "train.ramp_increment=6", "train.ramp_tokens=192")
+    ramp = ("train.ramp_start=6", "train.ramp_increment=6", "train.ramp_tokens=192")
+    beside, ramped = launch_rows([[*words, "sync.parameter_server.servers=0"], [*words, *ramp]])
     for done, reason in (
         (beside, "servers=0 does not go with sync.parameter_server.mode=asynchronous: a rank that computes its own"),
-        (ramp, "train.ramp_start=6 does not go with sync.parameter_server.mode=asynchronous: rows are dealt in shares"),
+        (
+            ramped,
+            "train.ramp_start=6 does not go with sync.parameter_server.mode=asynchronous: rows are dealt in shares",
+        ),
     ):
         assert done.exit_code == EXIT_USAGE
         (message,) = done.messages

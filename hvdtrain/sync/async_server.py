@@ -187,7 +187,7 @@ class Worker:
         return self._pushes.sent_bytes
 
     def next_turn(self) -> Turn | None:
-        if self.meets and self.reached == self._course.steps:
+        if self.reached == self._course.steps and (self.meets or self.reached == self._course.done):
             return None
         if self._next is None:
             self._expect_order()

@@ -33,6 +33,21 @@ def test_with_one_worker_it_is_one_process(servers: int, name: str):
 
 
 @pytest.mark.parametrize("servers", [1, 2])
+def test_at_a_small_rate_four_workers_go_the_way_of_one_process(servers: int):
+    """Then it matters little which weights a gradient is of: four pushes at a quarter of the rate are one step, in any
+    order. 2 % of the way: a thousandth of a step times what the gradients change along it, with room.
+    """
+    common = {"optim": OptimOptions(name="sgd", lr=1e-3, momentum=0.0, weight_decay=0.0, clip_norm=0.0)}
+    (start,), (alone,) = trained(1, 0, **common), trained(1, 6, **common)
+    learners = dealt(4 + servers, 6, pauses_s=[0, 0.02], **common, sync=server(servers, rate="linear"))
+    began = held(start)
+    expected = {name: tensor - began[name] for name, tensor in held(alone).items()}
+    way = {name: tensor - began[name] for name, tensor in held(learners[0]).items()}
+    total = torch.cat([way[name].flatten() - expected[name].flatten() for name in way])
+    assert total.norm() <= 0.02 * torch.cat([one.flatten() for one in expected.values()]).norm()
+
+
+@pytest.mark.parametrize("servers", [1, 2])
 def test_several_workers_consume_each_row_once_and_meet_in_one_model(servers: int):
     """One of three is slow. All but the first of their pushes are of weights that others have moved since."""
     learners = dealt(3 + servers, 8, pauses_s=[0, 0.03], sync=server(servers))
@@ -59,6 +74,11 @@ def test_rank_0_is_told_of_steps_in_between_and_nobody_waits_for_it():
     assert tokens == 12 * ROWS * 8
     assert all(torch.isfinite(agreed.loss) and torch.isfinite(agreed.grad_norm) for _, agreed in told)
     assert all(not lines and list(theirs) == [6, 12] for lines, theirs in others)
+
+
+def test_a_run_that_has_all_its_steps_behind_it_asks_for_no_rows():
+    """Killed after its last step, before its summary."""
+    assert on_ranks(3, lambda group: Dealt(group, Recipe(sync=server(1)), 5, done=5).walk()) == [{}] * 3
 
 
 def test_a_worker_that_asks_to_stop_makes_all_meet_after_the_step():
@@ -91,6 +111,19 @@ def test_a_bound_that_refuses_nearly_all_is_refused():
         check_sync(server(1, max_staleness=2, stale="refuse"), 4, 100)
     check_sync(server(1, max_staleness=2), 4, 100)
     check_sync(server(1, stale="refuse"), 4, 100)
+
+
+def test_survival_needs_one_server_and_a_launcher_that_lets_the_others_live(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("OMPI_MCA_orte_enable_recovery", raising=False)
+    with pytest.raises(
+        ConfigError, match=r"=2, half of .*servers=1; .*ends all ranks when one dies; start with `mpirun"
+    ):
+        check_sync(server(2, survive=True), 3, 100)
+    monkeypatch.setenv("OMPI_MCA_orte_enable_recovery", "1")
+    check_sync(server(1, survive=True), 3, 100)
+    waits = ParameterServerOptions(servers=1, survive=True)
+    with pytest.raises(ConfigError, match=r"synchronous steps need every worker; set .*=asynchronous"):
+        check_sync(SyncOptions(name="parameter_server", parameter_server=waits), 3, 100)
 
 
 def test_a_save_is_resumed_by_any_number_of_ranks(tmp_path: Path):
