@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from hvdtrain.checkpoint.manifest import Progress
-from hvdtrain.checkpoint.state import run_state
+from hvdtrain.checkpoint.reader import Checkpoint, load_own
+from hvdtrain.checkpoint.state import own_state, run_state
 from hvdtrain.comm.group import Group
 from hvdtrain.comm.mesh import Mesh
 from hvdtrain.comm.ranks import Ranks
@@ -56,6 +57,7 @@ class Engine:
         self._checks = ReplicaCheck(mesh.replica, mesh.world.rank)
         self._copies = ReplicaCheck(mesh.tensor, mesh.world.rank)
         self._passed: Passed | None = None
+        self._own: list[Slice] = []
         self._take_up(self._start)
 
     @property
@@ -122,11 +124,14 @@ class Engine:
             self._checks.check({piece.name: piece.tensor for piece in slices}, step)
             self._copies.check({piece.name: piece.tensor for piece in slices if piece.is_whole}, step)
 
-    def check(self, step: int) -> None:
+    def check(self, step: int, is_extra: bool = False) -> None:
         """Before a save: make one model of the replicas. Are they equal then, and the weights numbers?
 
+        is_extra: the run saves only because it stops here. Then ``state`` also has what each rank had before.
         Errors: ReplicaError, DivergedError, on all ranks alike.
         """
+        own = own_state(self.sync.own(self.update), self.mesh.replica) if is_extra else []
+        self._own = [replace(piece, tensor=piece.tensor.clone()) for piece in own]
         self.sync.settle(self.update)
         self.replica.publish()
         self.check_replicas(step)
@@ -139,7 +144,16 @@ class Engine:
     def state(self) -> list[Slice]:
         """This rank's slices of what a checkpoint saves; the tensors themselves (local)."""
         learned = run_state(self.replica.slices, self.update.optimizer, self.ema, self.sync.moves)
-        return [*learned, *self.sync.state()]
+        return [*learned, *self.sync.state(), *self._own]
+
+    def take_up_own(self, saved: Checkpoint) -> str:
+        """Go on from what this rank had of its own, where the run stopped between two saves. Returns what has to be
+        said about it.
+        """
+        own = own_state(self.sync.own(self.update), self.mesh.replica)
+        said = self.mesh.world.together(lambda: load_own(saved, own))
+        self.replica.publish()
+        return said
 
     def progress(
         self, step: int, loader: TrainLoader | TicketLoader, group: Ranks | None = None, **settings: Any

@@ -378,6 +378,7 @@ def open_engine(run: OpenRun) -> Engine:
     moved = [piece.tensor for piece in sync.moves]
     optimizer = make_optimizer(moved, config.optim, sync.norms, [shares[piece.name] for piece in sync.moves])
     ema = make_ema(sync.moves, config.ema)
+    saved = None
     if (folder := start.checkpoint) is not None:
         saved = mesh.world.together(lambda: load(folder, replica.slices, optimizer, ema, moves=sync.moves))
         if anew := mesh.world.together(lambda: load_kept(saved, sync.state())):
@@ -388,6 +389,8 @@ def open_engine(run: OpenRun) -> Engine:
     loss_scale = LossScale(run.device) if precision.scaled else None
     update = Update(optimizer, config.optim.clip_norm, Guard(config.guard, run.device), loss_scale)
     engine = Engine(replica, sync, update, mesh, config.seed, ema, start.progress)
+    if saved is not None and (said := engine.take_up_own(saved)):
+        run.notes.append(said)
     if ema is not None and start.origin is not None:
         ema.restart(0)  # with what the engine has handed out
     return engine

@@ -110,7 +110,7 @@ def _walk(
         log.after("checkpoint")
         if save_is_due or reason:
             log.metrics.doing("saving")
-            engine.check(step)
+            engine.check(step, is_extra=not save_is_due)
             progress = engine.progress(step, loader, **run.settings)
             log.say_all(saver.save(engine.state(), progress, score, last=is_last or bool(reason)))
             run.stopping.keep_free("saving", saver.save_s)

@@ -72,6 +72,24 @@ def load_kept(saved: "Checkpoint", kept: Sequence[Slice]) -> list[str]:
     return [piece.name for piece in kept if piece.name not in saved]
 
 
+@torch.no_grad()
+def load_own(saved: "Checkpoint", own: Sequence[Slice]) -> str:
+    """Copy into what this rank has of its own what a run that stopped between two saves had there (local). Returns
+    what has to be said about it: that other ranks, or another sync, go on from what all had in the mean.
+    """
+    names = {name for name in saved if name.startswith("own.")}
+    if not names:
+        return ""
+    if names != {piece.name for piece in own} or any(saved.whole(piece.name)[0] != piece.whole for piece in own):
+        return (
+            f"{saved.folder} is of {saved.progress.world_size} ranks that stopped between two saves, each with numbers "
+            "of its own: this run goes on from their mean"
+        )
+    for piece in own:
+        _copy(saved, piece.name, piece, piece.tensor)
+    return ""
+
+
 class Checkpoint:
     """The tensors of one checkpoint, whose files were checked before (local).
 

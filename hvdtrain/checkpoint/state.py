@@ -4,15 +4,18 @@ model.NAME             a parameter, whatever the rank holds of it; a tied one on
 optimizer.KEY.NAME     what the optimizer keeps of it: at its places where it has its shape, else whole
 ema.NAME               its average, where weights are averaged
 ema_began              the step that the average began with (int64 scalar)
+sync.NAME              what a sync keeps from step to step
+own.NAME               what each rank had of its own, [ranks, ...]: of a run that stopped between two saves
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 
+from hvdtrain.comm.group import Group
 from hvdtrain.optim.ema import Ema
-from hvdtrain.slices import Slice, whole_slice
+from hvdtrain.slices import Rect, Slice, whole_slice
 
 
 def run_state(
@@ -31,6 +34,17 @@ def run_state(
         state += [replace(average, name=f"ema.{average.name}") for average in ema.averages()]
         state.append(whole_slice("ema_began", torch.tensor(ema.began), slices[0].holders))
     return state
+
+
+def own_state(own: Mapping[str, torch.Tensor], ranks: Group) -> list[Slice]:
+    """Of what each of ``ranks`` has of its own, this one's (local)."""
+    found = []
+    for name, tensor in own.items():
+        place = Rect((ranks.rank, *(0,) * tensor.dim()), (1, *tensor.shape))
+        found.append(
+            Slice(f"own.{name}", tensor.unsqueeze(0), torch.Size((ranks.size, *tensor.shape)), (place,), ranks)
+        )
+    return found
 
 
 def optimizer_state(slices: Sequence[Slice], optimizer: torch.optim.Optimizer) -> list[Slice]:

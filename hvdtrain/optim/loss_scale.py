@@ -1,5 +1,7 @@
 """Dynamic loss scaling, for gradients that fp16 would round to 0."""
 
+from collections.abc import Mapping
+
 import torch
 
 
@@ -23,6 +25,11 @@ class LossScale:
         factor = torch.where(overflowed, 0.5, torch.where(grows, 2.0, 1.0))
         self.scale.mul_(factor)
         self._good.copy_(torch.where(grows, 0, good))
+
+    @property
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        """All that it is made of: the tensors themselves."""
+        return {"scale": self.scale, "good": self._good}
 
     def state(self) -> tuple[float, int]:
         """For a checkpoint: (scale, good steps since it last changed)."""

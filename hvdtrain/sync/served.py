@@ -5,7 +5,7 @@ workers    have all of them, as of their last pull
 servers    have their own part; the others' after ``make_whole``
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -41,6 +41,9 @@ class Served:
 
     def settle(self, update: Update) -> None:
         self.make_whole()
+
+    def own(self, update: Update) -> Mapping[str, torch.Tensor]:
+        return {}
 
     def viewed(self) -> AbstractContextManager[None]:
         self.make_whole()

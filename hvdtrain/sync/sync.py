@@ -71,6 +71,11 @@ class Sync(Protocol):
     def settle(self, update: Update) -> None:
         """ONE model and ONE optimizer state, before a save; training goes on from it, interrupted or not."""
 
+    def own(self, update: Update) -> Mapping[str, torch.Tensor]:
+        """What each rank has of its own, and ``settle`` makes alike: the tensors themselves, by the same names and in
+        the same shapes on all ranks. A run that stops between two saves keeps it, and as many ranks go on from it.
+        """
+
     def viewed(self) -> AbstractContextManager[None]:
         """Within: the one model, to be evaluated; afterwards training goes on as if nobody had looked."""
 

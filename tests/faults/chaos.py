@@ -25,6 +25,7 @@ from typing import Any
 from command import until
 from dying import PLACES, PLACES_OF_MAIN
 from launch import HVDTRAIN, Done, Prepared, launch, snapshot, succeed, summary
+from modes import MODES
 from not_here import small_disk
 
 STEPS, EVERY, KEPT = 40, 5, 3
@@ -159,7 +160,9 @@ KINDS: dict[str, Any] = {
 
 @dataclass
 class Record:
-    """What came of a trial. ``lost``: steps made again; ``wrong``: what should not be; ``hangs``: endless starts."""
+    """What came of a trial. ``lost``: steps made again; ``wrong``: what should not be; ``hangs``: endless starts.
+    ``mode``: of modes.MODES, how the ranks agree.
+    """
 
     trial: int
     kind: str
@@ -171,24 +174,27 @@ class Record:
     hangs: int = 0
     wrong: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    mode: str = "allreduce"
 
     @property
     def good(self) -> bool:
         return not self.wrong and not self.hangs
 
 
-def unbroken(prepared: Prepared, run_dir: Path) -> Path:
-    """The run that all trials are compared with; it keeps every checkpoint."""
-    words = ("train", prepared.recipe, *WORDS, "checkpoint.keep_last=0", "--run-dir", run_dir)
+def unbroken(prepared: Prepared, run_dir: Path, mode: str = "allreduce") -> Path:
+    """The run that all trials of a mode are compared with; it keeps every checkpoint."""
+    words = ("train", prepared.recipe, *WORDS, *MODES[mode], "checkpoint.keep_last=0", "--run-dir", run_dir)
     succeed(*words, how="mpirun", ranks=2, timeout_s=LIMIT_S)
     return run_dir
 
 
-def run_trial(kind: str, number: int, seed: int, prepared: Prepared, reference: Path, folder: Path) -> Record:
-    """Trial ``number`` of ``seed``, in ``folder``, which is empty."""
+def run_trial(
+    kind: str, number: int, seed: int, prepared: Prepared, reference: Path, folder: Path, mode: str = "allreduce"
+) -> Record:
+    """Trial ``number`` of ``seed``, in ``folder``, which is empty. reference: ``unbroken`` of the mode."""
     chance = random.Random(f"{seed} {number} {kind}")
     fault, asynchronous = KINDS[kind](chance), chance.random() < 0.5
-    record, began_s = Record(number, kind, asynchronous, asdict(fault)), time.monotonic()
+    record, began_s = Record(number, kind, asynchronous, asdict(fault), mode=mode), time.monotonic()
     with _disk(folder / "disk", fault.full) as disk:
         trial = Trial(prepared, reference, folder, disk, fault, record)
         try:
@@ -219,6 +225,7 @@ class Trial:
             "train",
             prepared.recipe,
             *WORDS,
+            *MODES[record.mode],
             f"checkpoint.keep_last={KEPT}",
             f"checkpoint.asynchronous={str(record.asynchronous).lower()}",
             f"data.dir={self.shards}",
