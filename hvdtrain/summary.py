@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from hvdtrain.comm.mesh_map import describe_mesh, draw
 from hvdtrain.comm.world import node_name
 from hvdtrain.config import flatten
 from hvdtrain.cut.combinations import bubble, notes_on
+from hvdtrain.cut.precision import PRECISIONS
 from hvdtrain.cut.stages import balance_of
 from hvdtrain.data.corpora import CorpusFacts
 from hvdtrain.engine import Engine
@@ -23,7 +24,12 @@ from hvdtrain.files import troubles, write_json
 from hvdtrain.jobs.slurm import read_object
 from hvdtrain.machine.peaks import Peak, find_peak, worth_measuring
 from hvdtrain.opening import OpenRun
-from hvdtrain.planner.workload import sent_bytes, workload
+from hvdtrain.optim.optimizer import state_bytes
+from hvdtrain.planner.workload import workload
+from hvdtrain.slices import Slice
+from hvdtrain.sync import needs_of
+from hvdtrain.sync.needs import Trained
+from hvdtrain.sync.traffic import mib
 from hvdtrain.version import git_state, versions
 from hvdtrain.watch.log import Log
 from hvdtrain.watch.meter import memory_peak_mib
@@ -74,10 +80,9 @@ def _announce_stages(run: OpenRun, log: Log) -> None:
 
 def _mesh_fields(run: OpenRun) -> dict[str, Any]:
     """Of a run whose model is spread over ranks, for its summary (collective)."""
-    config, manifest, mesh = run.config, run.data.corpora.manifest, run.config.mesh
+    config, mesh = run.config, run.config.mesh
     hosts = run.mesh.world.all_gather_object(node_name())
-    facts = CorpusFacts(manifest.vocab_size, max(1, len(manifest.label_names)))
-    microbatches = workload(config, facts, len(hosts)).microbatches
+    microbatches = _microbatches(run)
     return {
         "tensor": mesh.tensor,
         "pipeline": mesh.pipeline,
@@ -96,14 +101,37 @@ def _balance(run: OpenRun) -> float:
     return balance_of([sum(costs[rank::ranks]) for rank in range(ranks)])
 
 
+def _microbatches(run: OpenRun) -> int:
+    """Of the largest step (local)."""
+    manifest = run.data.corpora.manifest
+    facts = CorpusFacts(manifest.vocab_size, max(1, len(manifest.label_names)))
+    return workload(run.config, facts, run.mesh.world.size).microbatches
+
+
 def _parameters(run: OpenRun, engine: Engine) -> str:
     """How many, and what freezing some saves (collective)."""
     count, trained = _counts(engine)
     if trained == count:
         return f"{count:,} parameters"
-    sent, otherwise = (sent_bytes(n, run.mesh.replicas, run.config.sync.allreduce) / 2**20 for n in (trained, count))
+    sent, otherwise = (_sent_mib(run, some) for some in (_trained_slices(engine), engine.replica.slices))
     less = f" (a rank sends {sent:.3g} MiB a step, not {otherwise:.3g})" if otherwise else ""
     return f"{count:,} parameters, {trained:,} of them trained{less}"
+
+
+def _trained_slices(engine: Engine) -> list[Slice]:
+    return [piece for piece in engine.replica.slices if piece.tensor.requires_grad]
+
+
+def _sent_mib(run: OpenRun, slices: Sequence[Slice], microbatches: int = 1) -> float:
+    """By the plan: what a rank that trains these sends in a step (local)."""
+    config, held = run.config, Counter[int]()
+    for piece in slices:
+        held[piece.holders.size] += piece.tensor.numel()
+    narrow = bool(PRECISIONS[config.precision].weights)
+    ranks = run.mesh.world.size // config.mesh.ranks
+    shapes = [tuple(piece.tensor.shape) for piece in slices]
+    trained = Trained(shapes, state_bytes(config.optim), ranks, run.last, microbatches, narrow, held)
+    return mib(needs_of(config.sync, trained).sent)
 
 
 def _counts(engine: Engine) -> tuple[int, int]:
@@ -170,6 +198,7 @@ def _summary(run: OpenRun, engine: Engine, log: Log, progress: Progress, scores:
         "data_digest": run.data.corpora.data_digest,
         "sample_digest": f"{progress.fingerprint:016x}",
         **engine.report(),
+        "sent_planned_mib": _sent_mib(run, _trained_slices(engine), _microbatches(run)),
         "balance": log.balance.summary(),
         "fallbacks": [*run.notes, *log.notes],
         "file_troubles": dict(sum(map(Counter, group.all_gather_object(troubles())), Counter())),

@@ -177,7 +177,7 @@ def as_text(recipe: str, found: Estimate) -> str:
 
 
 _SENT = {
-    "replica": ("sent", "MiB a step and rank ({wire}): gradients"),
+    "replica": ("sent", "MiB a step and rank: {sync}"),
     "tensor": ("sent in layers", "MiB: sums over mesh.tensor={tensor}"),
     "pipe": ("sent by stages", "MiB: activations and their gradients"),
 }
@@ -185,7 +185,8 @@ _SENT = {
 
 def _of_mesh(found: Estimate) -> list[tuple[str, str, str]]:
     config, mesh, cut = found.config, found.config.mesh, found.config.cut
-    words = {"wire": config.sync.allreduce.wire, "tensor": mesh.tensor}
+    name, wire = config.sync.name, config.sync.allreduce.wire
+    words = {"sync": f"gradients ({wire})" if name == "allreduce" else f"sync.name={name}", "tensor": mesh.tensor}
     rows = [
         (name, f"{size / _MIB:,.1f}", said.format_map(words))
         for axis, (name, said) in _SENT.items()

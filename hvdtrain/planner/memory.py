@@ -19,10 +19,9 @@ from hvdtrain.models.losses import chunk_rows
 from hvdtrain.optim.optimizer import state_bytes
 from hvdtrain.planner.dry_run import AttentionKind, Footprint, dry_stages
 from hvdtrain.planner.shares import Share, balance, shares_of
-from hvdtrain.planner.workload import Workload, sent_bytes
-from hvdtrain.sync.allreduce import AllReduceOptions
-from hvdtrain.sync.wire import FORMS
-from hvdtrain.sync.zero import ZeroBytes, bytes_of
+from hvdtrain.planner.workload import Workload
+from hvdtrain.sync import needs_of
+from hvdtrain.sync.needs import Needs, Trained
 from hvdtrain.tasks import make_task
 
 # Of a process that has taken its first steps with a model of no size: Python, torch and its kernels, numpy, HDF5.
@@ -85,8 +84,11 @@ def memory(config: RunConfig, facts: CorpusFacts, load: Workload, device: str, m
     for rank, share in enumerate(shares):
         evaluation = max(evaluations[number].peak for number in share.stages)
         kept, peak = alive(passes[rank], steps) if len(shares) > 1 else (steps[0].kept, steps[0].peak)
-        parts = _parts(config, share, load)
-        parts |= {"activations": kept, "temporaries": peak - kept, "evaluation": max(0, evaluation - peak)}
+        needs = _needs(config, share, load)
+        parts = _parts(config, share, needs)
+        at_most = max(peak, needs.passing)
+        parts |= {"activations": kept, "temporaries": at_most - kept}
+        parts["evaluation"] = max(0, evaluation + needs.viewed - at_most)
         if len(shares) > 1:
             parts["transfers"] = 2 * sum(_handed(steps, number) for number in share.stages)
         if device == "cpu":
@@ -95,7 +97,10 @@ def memory(config: RunConfig, facts: CorpusFacts, load: Workload, device: str, m
         else:
             parts |= _OF_GPU
         of_layer = max(steps[number].of_layer for number in share.stages)
-        found.append(Memory(device, parts, of_layer, sent=_sent(config, load, share, steps)))
+        sent = _sent(load, share, steps, needs)
+        found.append(Memory(device, parts, of_layer, sent=sent))
+        if needs.server is not None:
+            found.append(_of_server(config, share, load, needs.server, device))
     most = max(found, key=lambda one: one.total)
     return replace(most, assumptions=_assumptions(config, load, device), balance=balance(shares))
 
@@ -117,31 +122,39 @@ def alive(passes: Sequence[Pass], steps: Sequence[Footprint]) -> tuple[int, int]
     return kept, peak
 
 
-def _parts(config: RunConfig, share: Share, load: Workload) -> dict[str, int]:
+def _parts(config: RunConfig, share: Share, needs: Needs) -> dict[str, int]:
     """Weights, and what belongs to each of them."""
-    precision, trained = PRECISIONS[config.precision], share.trained
-    parts = {
+    precision = PRECISIONS[config.precision]
+    return {
         "weights": 4 * share.count + share.buffer_bytes,
-        "gradients": 4 * trained,
-        "optimizer state": state_bytes(config.optim) * trained,
+        "gradients": needs.gradients,
+        "optimizer state": state_bytes(config.optim) * needs.moved,
         "16-bit weights": 2 * share.count if precision.weights else 0,
-        "averaged weights": 4 * trained if config.ema.decay > 0 else 0,
-        "wire buffers": wire_bytes(trained, share.largest, load.replicas, config.sync.allreduce),
+        "averaged weights": 4 * needs.moved if config.ema.decay > 0 else 0,
+        "kept to agree": needs.kept,
+        "wire buffers": needs.buffers,
     }
-    if (zero := _zero(config, load, share)) is not None:
-        averaged = parts["averaged weights"] // load.replicas
-        parts |= {"gradients": zero.gradients, "optimizer state": zero.state, "averaged weights": averaged}
-        parts["wire buffers"] = 0  # counted among the gradients
-    return parts
 
 
-def _zero(config: RunConfig, load: Workload, share: Share) -> ZeroBytes | None:
-    """None: the replicas do not share the optimizer's state."""
-    if config.sync.name != "zero" or load.replicas == 1:
-        return None
-    narrow = bool(PRECISIONS[config.precision].weights)
-    sizes = share.trained, share.largest, state_bytes(config.optim), load.replicas
-    return bytes_of(*sizes, config.sync.zero, load.microbatches, narrow)
+def _needs(config: RunConfig, share: Share, load: Workload) -> Needs:
+    """Of the way in which replicas agree."""
+    ranks = load.ranks // config.mesh.ranks
+    trained = Trained(
+        [tuple(parameter.shape) for parameter in share.parameters.values() if parameter.requires_grad],
+        state_bytes(config.optim),
+        ranks,
+        load.steps,
+        load.microbatches,
+        bool(PRECISIONS[config.precision].weights),
+        {holders * ranks: count for holders, count in share.by_holders().items()},
+    )
+    return needs_of(config.sync, trained)
+
+
+def _of_server(config: RunConfig, share: Share, load: Workload, needs: Needs, device: str) -> Memory:
+    """Of a rank that takes no rows."""
+    parts = {**_parts(config, share, needs), "process": int(sum(_process_mib(config, load.ranks).values()) * _MIB)}
+    return Memory(device, parts, 0, sent={"replica": round(needs.sent), "tensor": 0, "pipe": 0})
 
 
 def _of_process(
@@ -188,31 +201,15 @@ def _handed(steps: Sequence[Footprint], number: int) -> int:
     return (steps[number - 1].handed_on if number else 0) + steps[number].handed_on
 
 
-def _sent(config: RunConfig, load: Workload, share: Share, steps: Sequence[Footprint]) -> dict[str, int]:
-    """Bytes that a rank sends in a step, by axis: gradients to other replicas, sums within layers, activations and
-    their gradients to the stages behind and before.
+def _sent(load: Workload, share: Share, steps: Sequence[Footprint], needs: Needs) -> dict[str, int]:
+    """Bytes that a rank sends in a step, by axis: to other replicas, sums within layers, activations and their
+    gradients to the stages behind and before.
     """
-    zero = _zero(config, load, share)
-    of_gradients = [
-        sent_bytes(count, holders * load.replicas, config.sync.allreduce)
-        for holders, count in share.by_holders().items()
-    ]
     return {
-        "replica": sum(of_gradients) if zero is None else zero.sent,
+        "replica": round(needs.sent),
         "tensor": load.microbatches * sum(steps[number].summed for number in share.stages),
         "pipe": load.microbatches * sum(_handed(steps, number) for number in share.stages),
     }
-
-
-def wire_bytes(parameters: int, largest: int, ranks: int, options: AllReduceOptions) -> int:
-    """Buffers of a two-byte wire (sync/wire.py): two numbers of 2 bytes for each parameter, and room for the
-    ranks' fp32 numbers of the largest bucket's part and their sum. ``largest``: parameters in the largest tensor.
-    """
-    form = FORMS[options.wire]
-    if ranks == 1 or form is None:
-        return 0
-    bucket = min(parameters, max(largest, int(options.bucket_mib * _MIB) // 4))
-    return 2 * form.dtype.itemsize * parameters + 4 * (ranks + 1) * -(-bucket // ranks)
 
 
 def loader_bytes(config: RunConfig, facts: CorpusFacts, load: Workload) -> int:

@@ -14,8 +14,6 @@ from hvdtrain.models.lora import adapt
 from hvdtrain.models.pieces import Staged
 from hvdtrain.models.recompute import use_recompute
 from hvdtrain.sizing import feed_of
-from hvdtrain.sync.allreduce import AllReduceOptions
-from hvdtrain.sync.wire import FORMS
 from hvdtrain.tasks import make_task
 
 
@@ -102,14 +100,6 @@ def check_ranks(ranks: int, ranks_per_node: int) -> None:
         raise ConfigError(f"--ranks {ranks}: a job has 1 rank or more")
     if ranks_per_node < 0:
         raise ConfigError(f"--ranks-per-node {ranks_per_node}: give 1 or more, or leave it out for one node")
-
-
-def sent_bytes(parameters: int, ranks: int, options: AllReduceOptions) -> int:
-    """By one rank in one step: a ring all-reduce of n bytes sends 2 (ranks - 1) / ranks * n of them, and so do the
-    all-to-all and the all-gather of a two-byte wire together.
-    """
-    form = FORMS[options.wire]
-    return 2 * (ranks - 1) * parameters * (4 if form is None else form.dtype.itemsize) // ranks
 
 
 def build_model(config: RunConfig, facts: CorpusFacts) -> Staged:

@@ -1,7 +1,7 @@
 """How replicas agree. A sync is one file and one line in this table."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -10,18 +10,19 @@ from hvdtrain.comm.mesh import Mesh
 from hvdtrain.errors import ConfigError
 from hvdtrain.options import Options, option
 from hvdtrain.slices import Slice
-from hvdtrain.sync.allreduce import AllReduceOptions, AllReduceSync
+from hvdtrain.sync.allreduce import AllReduceOptions, AllReduceSync, needs_of_allreduce
 from hvdtrain.sync.apart import ApartOptions, ApartSync, Course
 from hvdtrain.sync.async_server import AsyncServerSync
-from hvdtrain.sync.average import AverageOptions, AverageSync
-from hvdtrain.sync.gossip import GossipOptions, GossipSync
-from hvdtrain.sync.local_sgd import LocalSgdOptions, LocalSgdSync
-from hvdtrain.sync.parameter_server import ParameterServerOptions, ParameterServerSync
-from hvdtrain.sync.powersgd import PowerSgdOptions, PowerSgdSync
-from hvdtrain.sync.sign import SignOptions, SignSync
+from hvdtrain.sync.average import AverageOptions, AverageSync, needs_of_average
+from hvdtrain.sync.gossip import GossipOptions, GossipSync, needs_of_gossip
+from hvdtrain.sync.local_sgd import LocalSgdOptions, LocalSgdSync, needs_of_local_sgd
+from hvdtrain.sync.needs import Needs, Trained
+from hvdtrain.sync.parameter_server import ParameterServerOptions, ParameterServerSync, needs_of_parameter_server
+from hvdtrain.sync.powersgd import PowerSgdOptions, PowerSgdSync, needs_of_powersgd
+from hvdtrain.sync.sign import SignOptions, SignSync, needs_of_sign
 from hvdtrain.sync.sync import Sync
-from hvdtrain.sync.topk import TopkOptions, TopkSync
-from hvdtrain.sync.zero import ZeroOptions, ZeroSync
+from hvdtrain.sync.topk import TopkOptions, TopkSync, needs_of_topk
+from hvdtrain.sync.zero import ZeroOptions, ZeroSync, needs_of_zero
 
 SYNCS: dict[str, Any] = {
     "allreduce": AllReduceSync,
@@ -33,6 +34,19 @@ SYNCS: dict[str, Any] = {
     "gossip": GossipSync,
     "average": AverageSync,
     "parameter_server": ParameterServerSync,
+}
+
+# What each will need, from its options and what a rank trains.
+NEEDS: dict[str, Callable[[Any, Trained], Needs]] = {
+    "allreduce": needs_of_allreduce,
+    "powersgd": needs_of_powersgd,
+    "sign": needs_of_sign,
+    "topk": needs_of_topk,
+    "zero": needs_of_zero,
+    "local_sgd": needs_of_local_sgd,
+    "gossip": needs_of_gossip,
+    "average": needs_of_average,
+    "parameter_server": needs_of_parameter_server,
 }
 
 
@@ -84,6 +98,13 @@ def check_sync(options: SyncOptions, replicas: int, steps: int | None) -> None:
         raise ConfigError("; ".join(found))
 
 
+def needs_of(options: SyncOptions, trained: Trained) -> Needs:
+    """What the sync will need of a rank (local; nothing is made)."""
+    if options.name == "zero" and trained.ranks == 1:
+        return needs_of_allreduce(_like_zero(options.zero), trained)
+    return NEEDS[options.name](getattr(options, options.name), trained)
+
+
 def make_sync(
     options: SyncOptions,
     slices: Sequence[Slice],
@@ -98,13 +119,14 @@ def make_sync(
     Errors: ConfigError where the options do not fit the mesh.
     """
     if options.name == "zero" and mesh.replicas == 1:
-        zero = options.zero
-        alone = AllReduceSync(
-            slices, computing, mesh, AllReduceOptions(bucket_mib=zero.bucket_mib, wire=zero.wire), uses
-        )
+        alone = AllReduceSync(slices, computing, mesh, _like_zero(options.zero), uses)
         alone.notes.append("sync.name=zero: there is one replica, which shares its optimizer's state with nobody")
         return alone
     kind = AsyncServerSync if options.deals_rows else SYNCS[options.name]
     more = (course or Course(),) if issubclass(kind, (ApartSync, AsyncServerSync)) else ()
     made: Sync = kind(slices, computing, mesh, getattr(options, options.name), uses, *more)
     return made
+
+
+def _like_zero(options: ZeroOptions) -> AllReduceOptions:
+    return AllReduceOptions(bucket_mib=options.bucket_mib, wire=options.wire)

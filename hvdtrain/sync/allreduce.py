@@ -27,6 +27,7 @@ from hvdtrain.optim.update import Agreed, Gradient, Summed, Update
 from hvdtrain.options import Options, option
 from hvdtrain.slices import Slice
 from hvdtrain.sync.buckets import Bucket, Buckets, make_runs
+from hvdtrain.sync.needs import Needs, Trained
 from hvdtrain.sync.norms import SpreadNorms
 from hvdtrain.sync.sums import Sums
 from hvdtrain.sync.sync import EXACT, Drift, Told
@@ -38,6 +39,35 @@ class AllReduceOptions(Options):
     bucket_mib: float = option(16.0, "gradients sent as one all-reduce (MiB)", gt=0)
     wire: Literal["fp32", "bf16", "fp16"] = option(
         "fp32", "numbers in which gradients travel between ranks; the two-byte ones are for slow links"
+    )
+
+
+def wire_bytes(parameters: int, largest: int, ranks: int, options: AllReduceOptions) -> int:
+    """Buffers of a two-byte wire (sync/wire.py): two numbers of 2 bytes for each parameter, and room for the
+    ranks' fp32 numbers of the largest bucket's part and their sum. ``largest``: parameters in the largest tensor.
+    """
+    form = FORMS[options.wire]
+    if ranks == 1 or form is None:
+        return 0
+    bucket = min(parameters, max(largest, int(options.bucket_mib * (1 << 20)) // 4))
+    return 2 * form.dtype.itemsize * parameters + 4 * (ranks + 1) * -(-bucket // ranks)
+
+
+def sent_bytes(parameters: int, ranks: int, options: AllReduceOptions) -> int:
+    """By one rank in one step: a ring all-reduce of n bytes sends 2 (ranks - 1) / ranks * n of them, and so do the
+    all-to-all and the all-gather of a two-byte wire together.
+    """
+    form = FORMS[options.wire]
+    return 2 * (ranks - 1) * parameters * (4 if form is None else form.dtype.itemsize) // ranks
+
+
+def needs_of_allreduce(options: AllReduceOptions, trained: Trained) -> Needs:
+    holders = {trained.ranks: trained.count} if trained.holders is None else trained.holders
+    return Needs(
+        gradients=4 * trained.count,
+        moved=trained.count,
+        buffers=wire_bytes(trained.count, trained.largest, trained.ranks, options),
+        sent=sum(sent_bytes(count, ranks, options) for ranks, count in holders.items()),
     )
 
 
@@ -108,6 +138,9 @@ class AllReduceSync:
 
     def settle(self, update: Update) -> None:
         """They are one after every step."""
+
+    def own(self, update: Update) -> Mapping[str, torch.Tensor]:
+        return {}
 
     def viewed(self) -> AbstractContextManager[None]:
         return nullcontext()

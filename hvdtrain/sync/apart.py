@@ -25,6 +25,7 @@ from hvdtrain.options import Options
 from hvdtrain.slices import Slice
 from hvdtrain.sync.allreduce import AllReduceOptions, AllReduceSync
 from hvdtrain.sync.means import put_mean
+from hvdtrain.sync.needs import Needs, Trained
 from hvdtrain.sync.sync import Drift, Told
 from hvdtrain.sync.traffic import mib, of_all_reduce
 
@@ -50,6 +51,13 @@ class ApartOptions(Options):
     def problems(self, replicas: int, steps: int) -> list[str]:
         """What does not fit so many replicas, or a run of so many steps."""
         return []
+
+
+def needs_apart(trained: Trained, kept: int = 0, buffers: int = 0, passing: int = 0, sent: float = 0.0) -> Needs:
+    """Of any of them, with what one needs besides. All that replicas average is copied into what is sent."""
+    weights, state = 4 * trained.count, trained.state_bytes * trained.count
+    averaging = max(2 * weights, state)  # to look at the mean of the weights, or to settle
+    return Needs(weights, trained.count, kept, buffers, max(averaging, passing), weights, sent)
 
 
 class ApartSync:
@@ -101,6 +109,12 @@ class ApartSync:
             self._put_mean_of_weights()
         if self._states_are_apart:
             self._put_mean_of_states(update)
+
+    def own(self, update: Update) -> Mapping[str, torch.Tensor]:
+        if self._mesh.replicas == 1:
+            return {}
+        found = {f"model.{piece.name}": weight for piece, weight in zip(self.moves, self._weights, strict=True)}
+        return {**found, **self._own_states(update)}
 
     @contextlib.contextmanager
     def viewed(self) -> Iterator[None]:
@@ -190,6 +204,19 @@ class ApartSync:
         if update.loss_scale is not None:  # the lowest suits all
             update.loss_scale.load(min(self._mesh.replica.all_gather_object(update.loss_scale.state())))
         self._states_are_apart = False
+
+    def _own_states(self, update: Update) -> dict[str, torch.Tensor]:
+        """What this replica's optimizer keeps, and its scale of the loss (collective)."""
+        self._complete_states(update)
+        states = update.optimizer.state
+        found = {
+            f"optimizer.{key}.{piece.name}": value
+            for piece in self.moves
+            for key, value in states.get(piece.tensor, {}).items()
+        }
+        if update.loss_scale is not None:
+            found |= {f"loss_scale.{name}": value for name, value in update.loss_scale.tensors.items()}
+        return found
 
     def _complete_states(self, update: Update) -> None:
         """Begin what an optimizer keeps of a parameter that only other replicas have had a gradient of, as zeros."""

@@ -20,8 +20,9 @@ from hvdtrain.comm.mesh import Mesh
 from hvdtrain.optim.update import Update
 from hvdtrain.options import option
 from hvdtrain.slices import Slice
-from hvdtrain.sync.apart import ApartOptions, ApartSync, Course
+from hvdtrain.sync.apart import ApartOptions, ApartSync, Course, needs_apart
 from hvdtrain.sync.means import put_mean
+from hvdtrain.sync.needs import Needs, Trained
 from hvdtrain.sync.sync import Drift
 from hvdtrain.sync.traffic import of_all_reduce
 
@@ -30,6 +31,10 @@ class AverageOptions(ApartOptions):
     fuse: Literal["mean", "soup"] = option(
         "mean", "how one model is made of all; mean: of all weights; soup: of those that lower the validation loss"
     )
+
+
+def needs_of_average(options: AverageOptions, trained: Trained) -> Needs:
+    return needs_apart(trained)
 
 
 class AverageSync(ApartSync):

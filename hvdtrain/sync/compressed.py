@@ -104,6 +104,11 @@ class CompressedSync(Sync):
         for number, kept in enumerate(self._kept):
             self._group.all_reduce_sum(kept, f"hvdtrain.{self.keeps}.{number}").div_(self._group.size)
 
+    def own(self, update: Update) -> Mapping[str, torch.Tensor]:
+        if self._group.size == 1:
+            return {}
+        return {piece.name: piece.tensor for piece in CompressedSync.state(self)}
+
     def viewed(self) -> AbstractContextManager[None]:
         return nullcontext()
 

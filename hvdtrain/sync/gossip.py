@@ -14,18 +14,19 @@ way. Each replica has a share s_i of the mass, and what computes is x_i / s_i:
 Weights and shares add up to those of all, on their way or not: the one model is sum x / sum s.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from hvdtrain.comm.mesh import Mesh
-from hvdtrain.comm.ranks import Pending
+from hvdtrain.comm.ranks import Done, Pending
 from hvdtrain.optim.update import Agreed, Update
 from hvdtrain.options import option
 from hvdtrain.slices import Slice
-from hvdtrain.sync.apart import ApartOptions, ApartSync, Course
+from hvdtrain.sync.apart import ApartOptions, ApartSync, Course, needs_apart
+from hvdtrain.sync.needs import Needs, Trained
 from hvdtrain.sync.sync import Drift, Told
 from hvdtrain.sync.topologies import counts_near, fits, matrices, spectral_gap
 
@@ -54,11 +55,24 @@ class GossipOptions(ApartOptions):
         return found
 
 
+def needs_of_gossip(options: GossipOptions, trained: Trained) -> Needs:
+    if trained.ranks == 1:
+        return needs_apart(trained)
+    message, mixing = 4 * (trained.count + 1), matrices(options.topology, trained.ranks)
+    targets = [len(_others(matrix[:, 0], 0)) for matrix in mixing]  # of rank 0; all have as many
+    rooms = 2 if options.push else 1
+    return needs_apart(
+        trained,
+        buffers=message * (rooms * max(targets) + 1),
+        passing=rooms * message,
+        sent=message * sum(targets) / len(targets) / options.every,
+    )
+
+
 class GossipSync(ApartSync):
     """See ``Sync`` and ``ApartSync``. Messages go through the host's memory.
 
-    A save puts the mean in place of every replica's weights and optimizer state. A run that is asked to stop between
-    two saves so has one mean more than the run that goes on.
+    A save puts the mean in place of every replica's weights and optimizer state.
     """
 
     drift = Drift(False, "a replica mixes with its neighbours only: they are as far apart as consensus_distance says")
@@ -89,7 +103,8 @@ class GossipSync(ApartSync):
         self._sent_flat, self._sends = torch.empty(numbers), list[Pending]()
         self._coming: list[_Message] = []
         self._came: list[_Message] = []  # of the exchange before
-        self._share, self._away = 1.0, 0.0  # of the mass: here; of what was sent last, on its way
+        # The share of the mass that is here; how much of what was sent last is on its way.
+        self._mass = torch.tensor([1.0, 0.0], dtype=torch.float64)
 
     def begin(self, passes: int) -> None:
         super().begin(passes)
@@ -108,15 +123,15 @@ class GossipSync(ApartSync):
             # The step is made by what computes, and moves the whole replica, be its mass here or on its way.
             moved = torch._foreach_sub(self._weights, before)
             torch._foreach_copy_(self._weights, before)
-            torch._foreach_mul_(self._weights, self._share)
+            self._times_share()
             torch._foreach_add_(self._weights, moved)
             self._take_in(self._came)
-            torch._foreach_div_(self._weights, self._share)
+            torch._foreach_div_(self._weights, float(self._mass[0]))
         else:
             if self._coming:
-                torch._foreach_mul_(self._weights, self._share)
+                self._times_share()
                 self._take_in(self._coming)
-                self._share, self._away = 1.0, 0.0
+                self._all_is_here()
             self._step_alone(update, lr)
         if not (self._told.is_shown or self._told.is_saved):
             return None
@@ -127,8 +142,20 @@ class GossipSync(ApartSync):
         for pending in (*self._sends, *(message.pending for message in self._coming)):
             pending.wait()
         self._collect()
-        self._sends, self._coming, self._share, self._away = [], [], 1.0, 0.0
+        self._sends, self._coming = [], []
+        self._all_is_here()
         super().settle(update)
+
+    def own(self, update: Update) -> Mapping[str, torch.Tensor]:
+        """With ``push`` also what is on its way, of the exchange before this or the next step."""
+        found = dict(super().own(update))
+        if self._pushes:
+            for message in self._coming:
+                message.pending.wait()
+            arriving = self._messages(self._step // self._options.every, lambda flat, source: Done())
+            found |= {f"sync.gossip.coming.{number}": message.flat for number, message in enumerate(arriving)}
+            found |= {"sync.gossip.sent": self._sent_flat, "sync.gossip.mass": self._mass}
+        return found
 
     @property
     def _exchanges(self) -> bool:
@@ -140,25 +167,38 @@ class GossipSync(ApartSync):
         for pending in self._sends:  # of the exchange before, from the same memory
             pending.wait()
         number, rank = self._step // self._options.every, self._mesh.number
-        matrix = self._mixing[number % len(self._mixing)]
-        self._came, room = self._coming, self._room[number % len(self._room)]
-        self._coming = [
-            _Message(float(matrix[rank, source]), flat, self._axis.receive(flat, source))
-            for source, flat in zip(_others(matrix[rank], rank), room, strict=False)
-        ]
-        torch._foreach_copy_(self._parts(self._sent_flat), torch._foreach_mul(self._weights, self._share))
-        self._sent_flat[-1] = self._share
+        matrix, (share, away) = self._mixing[number % len(self._mixing)], self._mass.tolist()
+        if away and not self._coming:  # it came to a run that stopped, and this one goes on from there
+            self._coming = self._messages(number - 1, lambda flat, source: Done())
+        self._came, self._coming = self._coming, self._messages(number, self._axis.receive)
+        torch._foreach_copy_(self._parts(self._sent_flat), torch._foreach_mul(self._weights, share))
+        self._sent_flat[-1] = share
         targets = _others(matrix[:, rank], rank)
         self._sends = [self._axis.send(self._sent_flat, target) for target in targets]
         self._sent_bytes += self._sent_flat.nbytes * len(targets)
         kept = float(matrix[rank, rank])
-        self._share, self._away = self._share * kept, 1 - kept
+        self._mass[0], self._mass[1] = share * kept, 1 - kept
+
+    def _messages(self, number: int, receive: Callable[[torch.Tensor, int], Pending]) -> list["_Message"]:
+        """To this replica, of one exchange."""
+        rank, room = self._mesh.number, self._room[number % len(self._room)]
+        weights = self._mixing[number % len(self._mixing)][rank]
+        return [
+            _Message(float(weights[source]), flat, receive(flat, source))
+            for source, flat in zip(_others(weights, rank), room, strict=False)
+        ]
+
+    def _times_share(self) -> None:
+        torch._foreach_mul_(self._weights, float(self._mass[0]))
+
+    def _all_is_here(self) -> None:
+        self._mass[0], self._mass[1] = 1.0, 0.0
 
     def _take_in(self, messages: list["_Message"]) -> None:
         """Add what has come to the weights, times their share, and to the share (local)."""
         for message in messages:
             self._add(message.flat, message.factor)
-            self._share += message.factor * float(message.flat[-1])
+            self._mass[0] += message.factor * float(message.flat[-1])
         messages.clear()
 
     def _add(self, flat: torch.Tensor, factor: float) -> None:
@@ -172,9 +212,9 @@ class GossipSync(ApartSync):
 
     def _collect(self) -> None:
         """Put all of this replica's mass into its weights, with what is on its way: their mean is the one model."""
-        if self._away:
-            torch._foreach_mul_(self._weights, self._share)
-            self._add(self._sent_flat, self._away)
+        if away := float(self._mass[1]):
+            self._times_share()
+            self._add(self._sent_flat, away)
 
     def _view(self) -> None:
         self._collect()

@@ -30,8 +30,10 @@ from hvdtrain.optim.update import Agreed, Update
 from hvdtrain.options import option
 from hvdtrain.slices import Slice, whole_slice
 from hvdtrain.sync.allreduce import AllReduceOptions, AllReduceSync
-from hvdtrain.sync.apart import ApartOptions, ApartSync, Course
+from hvdtrain.sync.apart import ApartOptions, ApartSync, Course, needs_apart
+from hvdtrain.sync.needs import Needs, Trained
 from hvdtrain.sync.sync import Drift
+from hvdtrain.sync.traffic import of_all_reduce
 
 # Of each outer step (learning rate, momentum), where a recipe says nothing: the papers'.
 _OUTER = {"none": (1.0, 0.0), "slowmo": (1.0, 0.7), "nesterov": (0.7, 0.9)}
@@ -73,12 +75,21 @@ class LocalSgdOptions(ApartOptions):
         return []
 
 
+def needs_of_local_sgd(options: LocalSgdOptions, trained: Trained) -> Needs:
+    """sent: where H falls, at least."""
+    first, weights = options.begins_after(trained.steps), 4 * trained.count
+    averaged = weights + (trained.state_bytes * trained.count if options.optimizer == "averaged" else 0)
+    numbers = (first * weights + (trained.steps - first) / options.every * averaged) / max(1, trained.steps)
+    kept = 2 * weights if options.outer != "none" else 0
+    return needs_apart(trained, kept=kept, sent=of_all_reduce(numbers, trained.ranks))
+
+
 class LocalSgdSync(ApartSync):
     """See ``Sync`` and ``ApartSync``.
 
     A save within a round puts the mean of the weights in place of each replica's own, and the round goes on from there;
     at a round's end it changes nothing but an optimizer's state that is ``kept``. A run that is asked to stop does so
-    at a round's end or at a save, so with ``averaged`` and ``reset`` it goes on as if it had not been stopped.
+    at a round's end or at a save.
     """
 
     def __init__(
@@ -115,6 +126,7 @@ class LocalSgdSync(ApartSync):
 
     def step(self, update: Update, lr: float) -> Agreed | None:
         if self._step <= self._begins_after:
+            self._sent_bytes += of_all_reduce(self._bytes, self._mesh.replicas)
             return self._own.step(update, lr)
         self._step_alone(update, lr)
         self._round[0] += 1
@@ -128,6 +140,11 @@ class LocalSgdSync(ApartSync):
         if ends and self._options.adaptive:
             self._choose_length(float(agreed.loss))
         return agreed
+
+    def own(self, update: Update) -> Mapping[str, torch.Tensor]:
+        """A run is asked to stop at a round's end, where weights are alike (see ``step``)."""
+        is_apart = self._options.optimizer == "kept" and self._step > self._begins_after and self._mesh.replicas > 1
+        return self._own_states(update) if is_apart else {}
 
     def state(self) -> Sequence[Slice]:
         everyone = self.moves[0].holders

@@ -28,11 +28,13 @@ from hvdtrain.optim.update import Agreed, Gradient, Summed, Update
 from hvdtrain.options import Options, option
 from hvdtrain.slices import Slice
 from hvdtrain.sync.buckets import Bucket, Buckets
+from hvdtrain.sync.needs import Needs, Trained
 from hvdtrain.sync.norms import SpreadNorms
-from hvdtrain.sync.served import MIB, Served
-from hvdtrain.sync.server_messages import Pushes
+from hvdtrain.sync.served import Served
+from hvdtrain.sync.server_messages import AT_ONCE, Pushes, Roles
 from hvdtrain.sync.sums import Sums
 from hvdtrain.sync.sync import EXACT, Told
+from hvdtrain.sync.traffic import mib
 
 _RECOVERY = "OMPI_MCA_orte_enable_recovery"  # `mpirun --enable-recovery` tells its ranks
 
@@ -116,6 +118,17 @@ class ParameterServerOptions(Options):
         return found
 
 
+def needs_of_parameter_server(options: ParameterServerOptions, trained: Trained) -> Needs:
+    n, ranks = trained.count, trained.ranks
+    roles, bucket = Roles(ranks, options.servers), trained.bucket(options.bucket_mib)
+    part, keepers, workers = -(-n // len(roles.keepers)), len(roles.keepers), len(roles.workers)
+    room = 4 * workers * -(-bucket // keepers) * min(AT_ONCE, max(1, -(-n // bucket)))
+    if not options.servers:
+        return Needs(4 * n + 4 * part, part, buffers=room, sent=8 * (n - part))
+    server = Needs(4 * part, part, buffers=room, sent=4 * workers * part)
+    return Needs(4 * n, 0, sent=4 * n, server=server)
+
+
 class ParameterServerSync(Served):
     """See ``Sync``, and ``AllReduceSync`` for its arguments: of several ranks, whose replicas are whole."""
 
@@ -171,9 +184,8 @@ class ParameterServerSync(Served):
         return agreed
 
     def report(self) -> Mapping[str, float]:
-        """``sent_mib``: by this rank in a step."""
         sent = self._pushes.sent_bytes + self.pulls.sent_bytes(self.roles.workers)
-        return {"servers": self.roles.servers, "sent_mib": round(sent / MIB, 3)}
+        return {"servers": self.roles.servers, "sent_mib": mib(sent)}
 
     def close(self) -> None:
         if self._buckets is not None:

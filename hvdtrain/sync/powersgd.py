@@ -23,6 +23,7 @@ from hvdtrain.data.sampler import derive
 from hvdtrain.options import Options, option
 from hvdtrain.slices import Slice, whole_slice
 from hvdtrain.sync.compressed import CompressedSync
+from hvdtrain.sync.needs import Needs, Trained
 from hvdtrain.sync.sums import Totals
 from hvdtrain.sync.sync import Drift, Told
 from hvdtrain.sync.traffic import of_all_reduce
@@ -43,6 +44,19 @@ def is_factored(shape: Sequence[int], rank: int) -> bool:
 def numbers_sent(shapes: Iterable[Sequence[int]], rank: int) -> int:
     """That ranks sum up in a step, of gradients of these shapes."""
     return sum((shape[0] + prod(shape[1:])) * rank if is_factored(shape, rank) else prod(shape) for shape in shapes)
+
+
+def needs_of_powersgd(options: PowerSgdOptions, trained: Trained) -> Needs:
+    n, sent = trained.count, numbers_sent(trained.shapes, options.rank)
+    factored = [shape for shape in trained.shapes if is_factored(shape, options.rank)]
+    bases = 2 * options.rank * sum(prod(shape[1:]) for shape in factored)
+    return Needs(
+        gradients=4 * n,
+        moved=n,
+        kept=4 * n,
+        buffers=4 * (n + sent + bases),
+        sent=of_all_reduce(4 * sent, trained.ranks),
+    )
 
 
 @dataclass(frozen=True)

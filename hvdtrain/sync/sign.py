@@ -24,6 +24,7 @@ from hvdtrain.options import Options, option
 from hvdtrain.slices import Slice, whole_slice
 from hvdtrain.sync.buckets import Bucket
 from hvdtrain.sync.compressed import CompressedSync
+from hvdtrain.sync.needs import Needs, Trained
 from hvdtrain.sync.sums import Totals
 from hvdtrain.sync.sync import Drift, Told
 from hvdtrain.sync.traffic import of_all_gather, of_all_to_all
@@ -33,6 +34,23 @@ _BITS = 32  # of a word
 
 class SignOptions(Options):
     momentum: float = option(0.9, "decay of the momentum that each rank keeps of its own gradients", ge=0, lt=1)
+
+
+def needs_of_sign(options: SignOptions, trained: Trained) -> Needs:
+    n, words = trained.count, 4 * _words_of(trained.count, trained.ranks)
+    return Needs(
+        gradients=4 * n,
+        moved=n,
+        kept=4 * n,
+        buffers=4 * n + 2 * trained.ranks * words,
+        passing=n,
+        sent=of_all_to_all(trained.ranks * words, trained.ranks) + of_all_gather(words, trained.ranks),
+    )
+
+
+def _words_of(count: int, ranks: int) -> int:
+    """Of one of as many parts as there are ranks."""
+    return -(-count // (_BITS * ranks))
 
 
 class SignSync(CompressedSync):
@@ -52,7 +70,10 @@ class SignSync(CompressedSync):
         self.drift = Drift(False, "signs: at a third of AdamW's learning rate the validation loss is within 3 %")
         self._momentum = options.momentum
         self._lengths = [bucket.run.length for bucket in self._buckets.all]
-        ranks, words = self._group.size, -(-sum(self._lengths) // (_BITS * self._group.size))
+        ranks, words = self._group.size, _words_of(sum(self._lengths), self._group.size)
+        # Side by side, for all buckets at once are voted on; behind them up to the last word's end, zeros.
+        self._momenta = torch.zeros(ranks * words * _BITS, device=self._device)
+        self._next = list(self._momenta[: sum(self._lengths)].split(self._lengths))
         self._votes = torch.zeros(ranks, words, dtype=torch.int32, device=self._device)
         self._arrived = torch.zeros_like(self._votes)
         self._turn = torch.zeros((), dtype=torch.int64)
@@ -86,29 +107,24 @@ class SignSync(CompressedSync):
         ranks, words = self._votes.shape
         turn = int(self._turn) % 2
         self._turn += 1
-        momenta = torch.zeros(ranks * words * _BITS, device=self._device)
-        torch.cat(self._next, out=momenta[: sum(self._lengths)])
-        # What is 0 counts as a number above 0 in half of the places; the other half, on every second rank.
-        by_turns = (torch.arange(_BITS, device=self._device) + turn) % 2 == 1
-        momenta_pbw = momenta.view(ranks, _BITS, words)
-        undecided = (by_turns ^ bool(self._group.rank % 2)).view(1, _BITS, 1)
-        self._votes.copy_(_packed((momenta_pbw > 0) | ((momenta_pbw == 0) & undecided)))
+        momenta_pbw = self._momenta.view(ranks, _BITS, words)
+        self._votes.zero_()
+        most = torch.zeros(1, words, dtype=torch.int32, device=self._device)
+        for bit in range(_BITS):
+            # What is 0 counts as a number above 0 in half of the places; the other half, on every second rank.
+            is_up = (bit + turn + self._group.rank) % 2 == 1
+            of_bit = momenta_pbw[:, bit]
+            self._votes |= (of_bit >= 0 if is_up else of_bit > 0).to(torch.int32) << bit
         self._group.all_to_all_async(self._votes, self._arrived, "hvdtrain.sign.votes").wait()
-        twice = 2 * _opened(self._arrived).sum(dim=0, dtype=torch.int32)
-        most = _packed(((twice > ranks) | ((twice == ranks) & by_turns.view(_BITS, 1))).unsqueeze(0))
+        for bit in range(_BITS):
+            least = (ranks + 1) // 2 if (bit + turn) % 2 == 1 else ranks // 2 + 1  # votes that carry a number
+            count = ((self._arrived >> bit) & 1).sum(dim=0, keepdim=True)
+            most |= (count >= least).to(torch.int32) << bit
         self._group.all_gather_async(most, self._arrived, "hvdtrain.sign.most").wait()
         self._sent_bytes = of_all_to_all(self._votes.nbytes, ranks) + of_all_gather(most.nbytes, ranks)
 
 
 # p ranks, b bits of a word, w words of a rank's part. Bit b of word w is number b * (words of a part) + w of the part.
-
-
-def _packed(bits_pbw: torch.Tensor) -> torch.Tensor:
-    """[p, b, w] bool -> [p, w] int32."""
-    words = torch.zeros(len(bits_pbw), bits_pbw.shape[2], dtype=torch.int32, device=bits_pbw.device)
-    for bit in range(_BITS):
-        words |= bits_pbw[:, bit].to(torch.int32) << bit
-    return words
 
 
 def _opened(words_pw: torch.Tensor) -> torch.Tensor:

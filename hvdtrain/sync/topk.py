@@ -18,6 +18,7 @@ from hvdtrain.comm.mesh import Mesh
 from hvdtrain.options import Options, option
 from hvdtrain.slices import Slice
 from hvdtrain.sync.compressed import CompressedSync
+from hvdtrain.sync.needs import Needs, Trained
 from hvdtrain.sync.sums import Totals
 from hvdtrain.sync.sync import Drift, Told
 from hvdtrain.sync.traffic import of_all_gather
@@ -25,6 +26,19 @@ from hvdtrain.sync.traffic import of_all_gather
 
 class TopkOptions(Options):
     share: float = option(0.01, "of the numbers of each gradient bucket, the largest of which are sent", gt=0, le=1)
+
+
+def needs_of_topk(options: TopkOptions, trained: Trained) -> Needs:
+    n, row = trained.count, 8 * math.ceil(trained.count * options.share)
+    bucket = trained.bucket()
+    return Needs(
+        gradients=4 * n,
+        moved=n,
+        kept=4 * n,
+        buffers=4 * n + (trained.ranks + 1) * row,
+        passing=4 * bucket + 12 * math.ceil(bucket * options.share),
+        sent=of_all_gather(row, trained.ranks),
+    )
 
 
 class TopkSync(CompressedSync):

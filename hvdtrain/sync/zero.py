@@ -35,6 +35,7 @@ from hvdtrain.optim.update import Agreed, Gradient, Summed, Update
 from hvdtrain.options import Options, option
 from hvdtrain.slices import Slice
 from hvdtrain.sync.buckets import Run, make_runs
+from hvdtrain.sync.needs import Needs, Trained
 from hvdtrain.sync.norms import SpreadNorms
 from hvdtrain.sync.sharded import AT_ONCE, KeptGradients, PassedGradients, ShardedGradients
 from hvdtrain.sync.shards import Shares, in_one, shard_of
@@ -86,6 +87,12 @@ def bytes_of(
         gradients, rounds = 4 * mine + 3 * bucket, microbatches
     sent = (parameters - mine) * (rounds * of_number + (2 if narrow_weights else 4))
     return ZeroBytes(state_bytes * mine, gradients, sent)
+
+
+def needs_of_zero(options: ZeroOptions, trained: Trained) -> Needs:
+    sizes = trained.count, trained.largest, trained.state_bytes, trained.ranks
+    found = bytes_of(*sizes, options, trained.microbatches, trained.narrow_weights)
+    return Needs(found.gradients, -(-trained.count // trained.ranks), sent=found.sent)
 
 
 class ZeroSync:
@@ -159,6 +166,9 @@ class ZeroSync:
 
     def settle(self, update: Update) -> None:
         self._make_whole()
+
+    def own(self, update: Update) -> Mapping[str, torch.Tensor]:
+        return {}
 
     def viewed(self) -> AbstractContextManager[None]:
         self._make_whole()

@@ -23,9 +23,9 @@ from hvdtrain.errors import ConfigError
 from hvdtrain.models.flops import decoder_flops
 from hvdtrain.optim.optimizer import OptimOptions, make_optimizer, state_bytes
 from hvdtrain.planner.dry_run import dry_run
-from hvdtrain.planner.memory import loader_bytes, memory, wire_bytes
+from hvdtrain.planner.memory import loader_bytes, memory
 from hvdtrain.planner.workload import build_model, workload
-from hvdtrain.sync.allreduce import AllReduceOptions
+from hvdtrain.sync.allreduce import AllReduceOptions, wire_bytes
 from hvdtrain.sync.wire import FORMS, _Exchange, _TwoPhases
 
 FACTS = CorpusFacts(vocab_size=50, classes=3)

@@ -24,7 +24,7 @@ from hvdtrain.optim.update import Update
 from hvdtrain.slices import whole_slices
 from hvdtrain.sync import SyncOptions, make_sync
 from hvdtrain.sync.powersgd import PowerSgdOptions, is_factored, numbers_sent
-from hvdtrain.sync.sign import SignOptions, _opened, _packed
+from hvdtrain.sync.sign import SignOptions, _opened
 from hvdtrain.sync.sync import Sync, Told
 from hvdtrain.sync.topk import TopkOptions
 
@@ -333,14 +333,11 @@ def test_topk_sums_what_each_rank_finds_largest():
 # --- Signum --------------------------------------------------------------------------------------------------------
 
 
-def test_bits_there_and_back():
-    bits = noise(0, 3, 32, 7) > 0
-    words = _packed(bits)
-    assert words.shape == (3, 7) and words.dtype == torch.int32
-    assert torch.equal(_opened(words), bits.to(torch.uint8))
-    one = torch.zeros(1, 32, 1, dtype=torch.bool)
-    one[0, 5] = True
-    assert _packed(one).item() == 1 << 5
+def test_bits_are_opened_in_their_order():
+    words = torch.tensor([[1 << 5, -1, 0, -(1 << 31)]], dtype=torch.int32)
+    bits = _opened(words)
+    assert bits.shape == (1, 32, 4) and bits.dtype == torch.uint8
+    assert [bits[0, :, word].nonzero().flatten().tolist() for word in range(4)] == [[5], list(range(32)), [], [31]]
 
 
 def signs_by_plain_torch(ranks: int, steps: int, momentum: float) -> list[torch.Tensor]:

@@ -1,0 +1,56 @@
+"""What a way to agree will need of a rank, from its settings and the shapes of a model: bytes held, bytes sent."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a rank trains, and in what company.
+
+    shapes: of its tensors. state_bytes: of the optimizer, a parameter. ranks: that agree, servers among them; steps: of
+    the run, microbatches: of a step. narrow_weights: a copy in two bytes computes. holders: how many of its numbers are
+    summed over how many ranks, where a replica is cut; None: all, over all ranks.
+    """
+
+    shapes: Sequence[Sequence[int]]
+    state_bytes: int
+    ranks: int
+    steps: int = 1
+    microbatches: int = 1
+    narrow_weights: bool = False
+    holders: Mapping[int, int] | None = None
+
+    @property
+    def count(self) -> int:
+        return sum(map(math.prod, self.shapes))
+
+    @property
+    def largest(self) -> int:
+        """Numbers of the largest tensor."""
+        return max(map(math.prod, self.shapes), default=0)
+
+    def bucket(self, mib: float = 16.0) -> int:
+        """Numbers of the largest bucket, where tensors are gathered up to so many MiB."""
+        return min(self.count, max(self.largest, int(mib * (1 << 20)) // 4))
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Of one rank, in bytes; ``moved`` alone is numbers: those that its optimizer moves, and keeps its state of.
+
+    gradients; kept: what the sync keeps from step to step; buffers: to send from and receive in; passing: what comes
+    and goes while replicas agree, when the step's activations have gone; viewed: what an evaluation takes beside its
+    own. sent: in a step, in the mean of many, without what saves and evaluations take; headers are not counted.
+    server: of a rank that only keeps parameters.
+    """
+
+    gradients: int
+    moved: int
+    kept: int = 0
+    buffers: int = 0
+    passing: int = 0
+    viewed: int = 0
+    sent: float = 0.0
+    server: "Needs | None" = None
