@@ -14,7 +14,18 @@ from typing import NamedTuple
 
 from hvdtrain.comm.ancestors import Launcher
 from hvdtrain.comm.world import World
-from hvdtrain.commands.arguments import Parser, TrainHelp, add_choice, add_data, add_mesh, add_recipe, add_texts, given
+from hvdtrain.commands.arguments import (
+    Parser,
+    TrainHelp,
+    add_choice,
+    add_data,
+    add_mesh,
+    add_outlook,
+    add_recipe,
+    add_texts,
+    check_outlook,
+    given,
+)
 from hvdtrain.errors import EXIT_CRASH, EXIT_OK, EXIT_STOPPED_EARLY, ConfigError
 from hvdtrain.version import __version__
 
@@ -257,11 +268,26 @@ def _plan(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument(
         "--memory", default="", metavar="SIZE", help="of a rank, like 80GiB: propose meshes with which the model fits"
     )
+    add_outlook(parser)
     parser.add_argument("--json", action="store_true", help="for programs")
 
     def run(words: argparse.Namespace, world: World) -> int:
         from hvdtrain.planner.estimate import plan
 
+        check_outlook(words)
+        if words.fit:
+            from hvdtrain.planner.fastest import plan_fastest
+
+            place = words.ranks, words.cluster, words.ranks_per_node, words.vocab_size
+            print(plan_fastest(words.recipe, words.overrides, *place, words.json, words.run_dir))
+            return EXIT_OK
+        if words.runs or words.cluster:
+            from hvdtrain.planner.outlook import Asked, plan_time
+
+            size = words.ranks, words.ranks_per_node, words.vocab_size, words.run_dir
+            asked = Asked(words.recipe, words.overrides, *size, words.runs, words.cluster, words.simulate, words.link)
+            print(plan_time(asked, words.json))
+            return EXIT_OK
         if words.memory:
             from hvdtrain.planner.proposals import plan_meshes
 

@@ -118,3 +118,37 @@ def add_texts(parser: argparse.ArgumentParser) -> None:
 def given(words: argparse.Namespace) -> dict[str, object]:
     """What of the search stands on the command line."""
     return {name: value for name in _SEARCH if (value := getattr(words, name)) is not None}
+
+
+def add_outlook(parser: argparse.ArgumentParser) -> None:
+    """How long a step and the run will take."""
+    group = parser.add_argument_group("time")
+    group.add_argument(
+        "--from", dest="runs", type=Path, nargs="+", action="extend", default=[], metavar="RUN",
+        help="folders of short runs on a few nodes: predict the step on --ranks from them",
+    )  # fmt: skip
+    group.add_argument("--cluster", default="", metavar="NAME|FILE", help="predict the step from a cluster's figures")
+    group.add_argument(
+        "--fit", action="store_true", help="list the meshes that fit the cluster's memory, fastest first"
+    )
+    group.add_argument("--simulate", action="store_true", help="the whole run, with what fails and waits in between")
+    group.add_argument(
+        "--link", action="append", default=[], metavar="TIME=WAIT",
+        help="of --simulate: wall time of a job and its median wait, like 24h=2h; again for each to be compared",
+    )  # fmt: skip
+
+
+def check_outlook(words: argparse.Namespace) -> None:
+    """Errors: ConfigError for words of ``add_outlook`` that do not go together."""
+    if swallowed := [str(word) for word in words.runs if "=" in str(word) and not word.exists()]:
+        raise ConfigError(f"--from {swallowed[0]}: no such folder; settings stand before --from")
+    if words.fit and not words.cluster:
+        raise ConfigError("--fit needs --cluster: how much memory a rank has, and how fast it is")
+    if words.simulate and not words.cluster:
+        raise ConfigError("--simulate needs --cluster: how often ranks are lost, how fast checkpoints are written")
+    if words.link and not words.simulate:
+        raise ConfigError("--link is of --simulate")
+    for one, other in (("fit", "simulate"), ("fit", "runs"), ("memory", "cluster"), ("memory", "runs")):
+        if getattr(words, one) and getattr(words, other):
+            name = "from" if other == "runs" else other
+            raise ConfigError(f"--{one} and --{name} are two questions; ask one at a time")
