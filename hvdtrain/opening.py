@@ -65,6 +65,7 @@ from hvdtrain.models.frozen import freeze
 from hvdtrain.models.lora import adapt
 from hvdtrain.models.pieces import Staged
 from hvdtrain.models.recompute import use_recompute
+from hvdtrain.models.weightless import weightless
 from hvdtrain.optim.ema import make_ema
 from hvdtrain.optim.guard import Guard
 from hvdtrain.optim.loss_scale import LossScale
@@ -234,7 +235,7 @@ def _make_stages(config: RunConfig, task: Task, data: Data, ranks: int) -> list[
     """Of a pipeline over so many ranks. Errors: ConfigError where the model has fewer pieces."""
     if ranks == 1:
         return []
-    with torch.device("meta"):
+    with weightless():
         model = _make_model(config, task, data)
     return make_stages(model, task, ranks, config.cut.stages_per_rank)
 

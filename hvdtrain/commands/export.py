@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-import torch
 from torch import nn
 
 from hvdtrain.checkpoint.parameters import Parameters, without_adapters
@@ -24,6 +23,7 @@ from hvdtrain.models.frozen import freeze
 from hvdtrain.models.hf.adapter import write_adapter
 from hvdtrain.models.hf.writing import DTYPES, Exported, Writer
 from hvdtrain.models.lora import adapt
+from hvdtrain.models.weightless import weightless
 from hvdtrain.tasks import make_task
 from hvdtrain.trained import Run, find_run
 
@@ -81,7 +81,7 @@ def _write_adapter(run: Run, parameters: Parameters) -> tuple[Callable[[Path], N
     if lora is None:
         raise ConfigError(f"--adapter: {run.dir} has no adapters (model.lora); without it all is written")
     model = _model(run)
-    with torch.device("meta"):
+    with weightless():
         adapt(model, run.config.model, lora)
     freeze(model, run.config.optim.freeze, lora, make_task(run.config.task).predicts_tokens)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -103,7 +103,7 @@ def _exported(run: Run) -> Exported:
 
 def _model(run: Run) -> nn.Module:
     """Without numbers, and without adapters."""
-    with torch.device("meta"):
+    with weightless():
         return make_task(run.config.task).make_model(run.config.model, run.learned_from().corpora.manifest)
 
 

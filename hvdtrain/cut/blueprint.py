@@ -21,6 +21,7 @@ from hvdtrain.models.lora import initial_adapters
 from hvdtrain.models.pieces import Staged
 from hvdtrain.models.positions import Sinusoids
 from hvdtrain.models.transformer import Transformer
+from hvdtrain.models.weightless import weightless
 from hvdtrain.slices import Rect, Slice, whole_rect
 
 
@@ -40,7 +41,7 @@ class Blueprint:
     """``model``: the whole one, on the meta device. make: makes it there, with what is frozen marked."""
 
     def __init__(self, make: Callable[[], Staged]):
-        with torch.device("meta"):
+        with weightless():
             self.model = make()
         first: dict[int, str] = {}
         # Each way to a parameter -> its name. A tied one has several ways, and the name of the first.

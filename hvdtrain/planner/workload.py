@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from hvdtrain.config import RunConfig
 from hvdtrain.data.corpora import CorpusFacts
 from hvdtrain.data.shards import Manifest, token_dtype
@@ -13,6 +11,7 @@ from hvdtrain.models.frozen import freeze
 from hvdtrain.models.lora import adapt
 from hvdtrain.models.pieces import Staged
 from hvdtrain.models.recompute import use_recompute
+from hvdtrain.models.weightless import weightless
 from hvdtrain.sizing import feed_of
 from hvdtrain.tasks import make_task
 
@@ -66,7 +65,7 @@ def workload(config: RunConfig, facts: CorpusFacts, ranks: int, ranks_per_node: 
         mine = -(-rows // replicas)
         microbatch = min(feed.microbatch or mine, mine)
     microbatches = -(-mine // microbatch)
-    with torch.device("meta"):
+    with weightless():
         model, batch = build_model(config, facts), task.example(microbatch, positions)
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

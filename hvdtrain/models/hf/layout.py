@@ -21,6 +21,7 @@ from hvdtrain.models.encoder import Classifier, MaskedLanguageModel, SpanModel
 from hvdtrain.models.hf.family import Architecture, Family
 from hvdtrain.models.options import TransformerOptions
 from hvdtrain.models.seq2seq import Seq2Seq
+from hvdtrain.models.weightless import weightless
 
 _OVER_TOKENS = ("Decoder", "Seq2Seq", "MaskedLanguageModel")  # models whose head scores the vocabulary
 
@@ -127,7 +128,7 @@ def _numbered(pattern: str, numbers: list[str]) -> str:
 
 def _make_model(model: str, options: TransformerOptions, vocab_size: int, classes: int) -> nn.Module:
     """Names and shapes alone: on the meta device it holds nothing."""
-    with torch.device("meta"):
+    with weightless():
         if model == "Classifier":
             return Classifier(options, vocab_size, classes)
         kinds = {
