@@ -6,6 +6,7 @@ At one rank there is nothing to cut. At two each axis stands alone; at four ther
 from dataclasses import dataclass, replace
 
 import pytest
+import torch
 from conftest import WORLD
 from cuts import Outcome, Trial, alone, distances, mesh_of, run
 
@@ -133,6 +134,19 @@ def test_fewer_bits_are_as_near_to_fp32_as_uncut(group: Group, cut: Cut, precisi
         return sum(float((one.gradients[n] - g).norm()) ** 2 for n, g in exact.gradients.items()) ** 0.5
 
     assert distance(found) <= 1.1 * distance(uncut)
+
+
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning", "ignore:The .grad attribute")  # inside torch
+@pytest.mark.parametrize("cut", [cut for cut in CUTS if WORLD.size == 2 and cut in (Cut(2), Cut(pipeline=2))], ids=str)
+def test_compiled_blocks(group: Group, cut: Cut, monkeypatch: pytest.MonkeyPatch):
+    """Traced, and run as traced: what is made of the graphs in C++ no cut changes."""
+    compiled = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled(module, backend="aot_eager"))
+    torch._dynamo.reset()
+    trial = Trial("lm", compile="blocks", microbatch=4)
+    check_equal(cut, cut_run(group, cut, trial, 3), alone(replace(trial, compile="none"), 3))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("cut", TWO_AXES[:1], ids=str)

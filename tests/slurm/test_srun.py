@@ -1,5 +1,6 @@
 """Training on the two nodes of a real Slurm: by srun, by mpirun in the job, by an srun that tells the ranks nothing."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -35,6 +36,21 @@ def test_two_nodes_train_what_one_process_trains(
         assert found[key] == expected[key], key
     assert found["val_loss"] == pytest.approx(expected["val_loss"], abs=1e-4)  # as in test_launchers
     assert done.stdout.count(f"hvdtrain: 2 ranks ({launcher}, mpi)") == 1
+
+
+def test_a_layer_that_is_spread_over_two_nodes_is_warned_of(
+    slurm: SlurmCluster, prepared: Prepared, trained: Path, tmp_path: Path
+):
+    """With what it costs, measured; by submit before there is anything to measure."""
+    words = (prepared.recipe, "mesh.tensor=2", "--run-dir", tmp_path / "run")
+    done = _run(slurm, *SRUN, "--mpi=pmix", "--kill-on-bad-exit=1", *TRAIN, *words)
+    assert done.exit_code == 0, done
+    note = r"note: parts of a layer are on several nodes \(n1: 0, n2: 1\), .* \(64 KB summed in [\d.]+ ms\)"
+    assert len(re.findall(note, done.stdout)) == 1, done
+    assert "parts over mpi" in done.stdout
+    assert summary(tmp_path / "run")["val_loss"] == pytest.approx(summary(trained)["val_loss"], abs=1e-4)
+    done = _run(slurm, *TRAIN[:-1], "submit", *words, "--nodes", 2, "--ranks-per-node", 1, "--dry-run")
+    assert "mesh.tensor=2 does not divide the 1 rank of a node" in done.messages[0], done
 
 
 def test_sruns_exit_code_is_that_of_the_ranks(slurm: SlurmCluster, prepared: Prepared, tmp_path: Path):

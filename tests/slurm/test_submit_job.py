@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from cluster import SlurmCluster
 from launch import HVDTRAIN, Done, Prepared, environment, summary
 
@@ -54,6 +55,22 @@ def test_a_submitted_job_trains_to_its_end(
     assert (again["JobState"], again["ExitCode"]) == ("COMPLETED", "0:0"), log.read_text()
     assert f"{run} is finished (12 steps)" in log.read_text()
     assert list(elsewhere.iterdir()) == []
+
+
+def test_a_layer_is_spread_over_the_ranks_of_a_node(
+    slurm: SlurmCluster, prepared: Prepared, trained: Path, tmp_path: Path
+):
+    words = (prepared.recipe, "mesh.tensor=2", "--nodes", 1, "--ranks-per-node", 2, "--run-dir", "run")
+    done = _hvdtrain(slurm, tmp_path, "submit", *words, HVDTRAIN_LAUNCHER="pmix", HVDTRAIN_PREFLIGHT="0")
+    rows = _rows(done)
+    assert (rows["job"].partition(" ")[2], done.messages) == ("(2 ranks on 1 node)", []), done
+    job, log = slurm.wait(int(rows["job"].split()[0]), timeout_s=180), Path(rows["log"])
+    assert (job["JobState"], job["NumNodes"], job["NumTasks"]) == ("COMPLETED", "1", "2"), log.read_text()
+    result, expected = summary(tmp_path / "run"), summary(trained)
+    assert result["mesh"]["hosts"] == [f"replica 0  stage 0  {job['NodeList']}: 0-1"]
+    assert result["sample_digest"] == expected["sample_digest"]
+    assert result["val_loss"] == pytest.approx(expected["val_loss"], abs=1e-4)  # as in test_launchers
+    assert not [note for note in result["fallbacks"] if "several nodes" in note]
 
 
 def test_jobs_that_are_submitted_in_a_step_of_another_one(slurm: SlurmCluster, prepared: Prepared, tmp_path: Path):
