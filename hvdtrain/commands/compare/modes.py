@@ -35,6 +35,7 @@ MODES = {
     "gossip_one_peer": "gossip:topology=exponential",
     "average": "average",
     "server": "parameter_server",
+    "async_server": "parameter_server:mode=asynchronous,servers=1",
 }
 
 

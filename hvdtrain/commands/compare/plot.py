@@ -79,35 +79,35 @@ def _draw_bars(results: Sequence[Result], part: Any) -> None:
     sent, times, apart = part.subplots(1, 3, sharey=True)
     places = list(range(len(results)))
     colors = [_look(number)["color"] for number in places]
-    mib = [result.wire_mib if result.wire_mib is not None else (result.sent_mib or 0.0) for result in results]
+    mib = [result.sent_mib or 0.0 for result in results]
     sent.barh(places, mib, color=colors, height=0.7)
-    if any(mib):
-        least = min(value for value in mib if value)
-        if max(mib) > 10 * least:
-            sent.set_xscale("log")
-            sent.set_xlim(left=least / 2)
-    on_wire = any(result.wire_mib is not None for result in results)
-    sent.set_xlabel(f"MiB a step, {'on the wire of the busiest rank' if on_wire else 'sent by rank 0'}")
-    _label(sent, places, [f"{value:.3g}" if value else "0" for value in mib])
+    on_wire = [(result.wire_mib, place) for result, place in zip(results, places, strict=True) if result.wire_mib]
+    if on_wire:
+        sent.plot(*zip(*on_wire, strict=True), linestyle="", marker="|", ms=11, mew=2, color="tab:red")
+    ends = [max(value, result.wire_mib or 0.0) for value, result in zip(mib, results, strict=True)]
+    _label(sent, ends, [f"{value:.3g}" for value in mib])
+    known = [value for value in (*mib, *(value for value, _ in on_wire)) if value]
+    if known and max(known) > 10 * min(known):
+        sent.set_xscale("log")
+        sent.set_xlim(min(known) / 2, max(known) * 3)
+    sent.set_xlabel("MiB a step, of rank 0" + (" (red: on the wire, with all that is no step)" if on_wire else ""))
     agreeing = [sum(result.of_step[part] for part in _AGREEING) for result in results]
     rest = [result.step_s - seconds for result, seconds in zip(results, agreeing, strict=True)]
     times.barh(places, rest, color="tab:gray", height=0.7)
     times.barh(places, agreeing, left=rest, color="tab:red", height=0.7)
     times.set_xlabel("seconds a step (red: agreeing, with the optimizer)")
-    for place, result in zip(places, results, strict=True):
-        times.text(result.step_s, place, f" {result.step_s:.3g}", va="center", fontsize=8)
+    _label(times, [result.step_s for result in results], [f"{result.step_s:.3g}" for result in results])
     ends = [result.apart_values[-1] if result.apart_values else 0.0 for result in results]
     apart.barh(places, ends, color=colors, height=0.7)
     apart.set_xlabel("consensus distance, or staleness, at the end")
     of_server = [" (staleness)" if result.apart == "staleness" else "" for result in results]
-    _label(apart, places, [f"{value:.3g}{unit}" if value else "" for value, unit in zip(ends, of_server, strict=True)])
+    _label(apart, ends, [f"{value:.3g}{unit}" if value else "" for value, unit in zip(ends, of_server, strict=True)])
     sent.set_yticks(places, [result.name for result in results], fontsize=9)
     sent.invert_yaxis()  # shared by all three
-    for axes in (times, apart):
-        axes.set_xmargin(0.12)
 
 
-def _label(axes: Any, places: Sequence[int], texts: Sequence[str]) -> None:
-    """Beside each bar."""
-    axes.bar_label(axes.containers[0], labels=texts, padding=3, fontsize=8)
-    axes.set_xmargin(0.12)
+def _label(axes: Any, ends: Sequence[float], texts: Sequence[str]) -> None:
+    """Behind the end of each bar."""
+    for place, (end, text) in enumerate(zip(ends, texts, strict=True)):
+        axes.annotate(text, (end, place), (6, 0), textcoords="offset points", va="center", fontsize=8)
+    axes.set_xmargin(0.15)
