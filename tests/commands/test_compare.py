@@ -200,6 +200,8 @@ def many(count: int) -> list[Result]:
 
 def test_a_picture_of_fourteen(tmp_path: Path):
     draw(many(len(MODES)), "shakespeare-char: 4 ranks, links of 100 Mbit/s", tmp_path / "all.png")
+    nothing = replace(many(1)[0], sent_mib=0.0, wire_mib=None)
+    draw([*many(6), nothing], "one sends nothing", tmp_path / "nothing.png")
     draw([replace(many(1)[0], losses=[], tokens=[], seconds=[]), *many(2)], "two", tmp_path / "two.png")
     assert all((tmp_path / name).stat().st_size > 30_000 for name in ("all.png", "two.png"))
 
@@ -215,7 +217,7 @@ def test_a_comparison_that_is_stopped_goes_on(prepared: Prepared, tmp_path: Path
     """Two ranks in memory. Ctrl-C in the second run: the first is kept, the second is begun anew."""
     out = tmp_path / "out"
     words = [str(prepared.recipe), "--ranks", "2", "--bandwidth", "memory", "--out", str(out)]
-    words += ["--syncs", "gossip:topology=ring", "train.steps=300", "eval.every=100", "metrics.every=20"]
+    words += ["--syncs", "gossip:topology=ring", "train.steps=150", "eval.every=50", "metrics.every=20"]
     with open(tmp_path / "log", "wb") as log:
         first = subprocess.Popen([*HVDTRAIN, "compare", *words], env=environment(), stdout=log, stderr=log)
     try:
@@ -231,7 +233,7 @@ def test_a_comparison_that_is_stopped_goes_on(prepared: Prepared, tmp_path: Path
     assert "1 of 2: allreduce is there" in done.text
     assert (out / "runs" / "allreduce" / "summary.json").stat().st_mtime_ns == saved
     base, gossip = results_of(out).values()
-    assert (base["status"], gossip["status"], base["steps"], gossip["steps"]) == ("finished", "finished", 300, 300)
+    assert (base["status"], gossip["status"], base["steps"], gossip["steps"]) == ("finished", "finished", 150, 150)
     assert base["sample_digest"] == gossip["sample_digest"] == summary(out / "runs" / "allreduce")["sample_digest"]
     assert len(base["losses"]) == 3
     assert gossip["apart"] == "consensus distance"

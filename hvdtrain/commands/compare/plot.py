@@ -84,12 +84,14 @@ def _draw_bars(results: Sequence[Result], part: Any) -> None:
     on_wire = [(result.wire_mib, place) for result, place in zip(results, places, strict=True) if result.wire_mib]
     if on_wire:
         sent.plot(*zip(*on_wire, strict=True), linestyle="", marker="|", ms=11, mew=2, color="tab:red")
-    ends = [max(value, result.wire_mib or 0.0) for value, result in zip(mib, results, strict=True)]
-    _label(sent, ends, [f"{value:.3g}" for value in mib])
     known = [value for value in (*mib, *(value for value, _ in on_wire)) if value]
+    least = 0.0
     if known and max(known) > 10 * min(known):
+        least = min(known) / 2
         sent.set_xscale("log")
-        sent.set_xlim(min(known) / 2, max(known) * 3)
+        sent.set_xlim(least, max(known) * 3)
+    ends = [max(value, result.wire_mib or least) for value, result in zip(mib, results, strict=True)]
+    _label(sent, ends, [f"{value:.3g}" for value in mib])
     sent.set_xlabel("MiB a step, of rank 0" + (" (red: on the wire, with all that is no step)" if on_wire else ""))
     agreeing = [sum(result.of_step[part] for part in _AGREEING) for result in results]
     rest = [result.step_s - seconds for result, seconds in zip(results, agreeing, strict=True)]
