@@ -52,10 +52,10 @@ with contextlib.ExitStack() as opened:
         group = group or opened.enter_context(open_group(world))
         yield group
 
-    def stopping(engine, microbatches, task, step):
+    def stopping(engine, microbatches, task, step, *place):
         if step == stop_at and rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return forward_backward(engine, microbatches, task, step)
+        return forward_backward(engine, microbatches, task, step, *place)
 
     train.open_group, Engine.forward_backward = open_once, stopping
     codes = []

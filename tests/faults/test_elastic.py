@@ -59,10 +59,10 @@ if elastic_rank.in_round():
     from hvdtrain.watch.stopping import Stopping
     forward_backward, check, asked = Engine.forward_backward, Engine.check, Stopping.asked
     now = []
-    def noted_forward_backward(engine, microbatches, task, step):
+    def noted_forward_backward(engine, microbatches, task, step, *place):
         now.append(step)
         note(engine, f"before-{step}")
-        return forward_backward(engine, microbatches, task, step)
+        return forward_backward(engine, microbatches, task, step, *place)
     def noted_check(engine, step):
         note(engine, f"saved-{step}")
         return check(engine, step)
