@@ -38,6 +38,7 @@ def train(folder: Path, name: str, cores: list[int], every: int, competes: bool)
     settings = {
         "data.dir": folder / "data", "train.steps": STEPS, "train.global_batch": RANKS * ROWS, "eval.every": 0,
         "checkpoint.every": 0, "metrics.every": 5, "metrics.tensorboard": False, "balance.every": every,
+        "schedule.name": "constant", "schedule.warmup_steps": 2,
         **{f"model.{key}": value for key, value in MODEL.items()},
     }  # fmt: skip
     words = [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in settings.items()]
