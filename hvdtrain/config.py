@@ -20,6 +20,7 @@ from pydantic_core import PydanticUndefined
 
 from hvdtrain.checkpoint.origin import ModelOptions, model_under
 from hvdtrain.checkpoint.writer import CheckpointOptions
+from hvdtrain.comm.horovod_group import TOPOLOGIES
 from hvdtrain.comm.mesh import MeshOptions
 from hvdtrain.cut.options import CutOptions
 from hvdtrain.data.corpora import DataOptions
@@ -145,22 +146,26 @@ def may_cut(recipe: str, overrides: Sequence[str]) -> bool:
     return any("mesh" in words for words in (text, *overrides))
 
 
+def topology_of(recipe: str, overrides: Sequence[str]) -> str:
+    """``sync.allreduce.topology`` of these settings, which Horovod has to know when it starts. Asked before the ranks
+    have met (local; what cannot be read is flat, and refused later).
+    """
+    try:
+        found: Any = _tree(recipe, overrides)
+    except ConfigError:
+        return "flat"
+    for key in ("sync", "allreduce", "topology"):
+        found = found.get(key) if isinstance(found, dict) else None
+    return found if isinstance(found, str) and found in TOPOLOGIES else "flat"
+
+
 def load_config(recipe: str, overrides: Sequence[str] = (), run_dirs: Sequence[Path] = ()) -> RunConfig:
     """A recipe's settings with ``key=value`` overrides on top, and under both the shape that ``model.from`` brings.
 
     run_dirs: of a run that may go on (see ``run_folders``): it knows what ``model.from`` brought.
     Errors: ConfigError, one message for all that is wrong; CheckpointError for a ``model.from`` that cannot be read.
     """
-    tree = parse_yaml(recipe_text(recipe), f"recipe {recipe}")
-    if tree is None:
-        tree = {}
-    if not isinstance(tree, dict):
-        raise ConfigError(f"recipe {recipe} must be a mapping of keys to values, not {type(tree).__name__}")
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"expected key=value (like optim.lr=3e-4), got {override!r}")
-        _set(tree, key, parse_yaml(text, f"value of {key}"))
+    tree = _tree(recipe, overrides)
     if isinstance(tree.get("model"), dict):
         tree["model"] = model_under(tree["model"], run_dirs)
     return make_config(tree, f"recipe {recipe}")
@@ -190,6 +195,21 @@ def _check_lengths(config: RunConfig) -> None:
 
 def dump_yaml(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+def _tree(recipe: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """What is written, of any keys. Errors: ConfigError."""
+    tree = parse_yaml(recipe_text(recipe), f"recipe {recipe}")
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"recipe {recipe} must be a mapping of keys to values, not {type(tree).__name__}")
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"expected key=value (like optim.lr=3e-4), got {override!r}")
+        _set(tree, key, parse_yaml(text, f"value of {key}"))
+    return tree
 
 
 def _set(tree: dict[str, Any], key: str, value: Any) -> None:

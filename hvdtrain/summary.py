@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,8 @@ def announce(run: OpenRun, engine: Engine, log: Log, peak: Peak) -> None:
         log.say(
             f"hvdtrain: training on {plural(group.size - servers, 'rank')}, parameters on {plural(servers, 'server')}"
         )
+    if group.all_reduce is not None:
+        log.say(f"hvdtrain: {group.all_reduce.about}")
     parameters = _parameters(run, engine)
     log.say(f"hvdtrain: {parameters}; {run.data.train.about}")
     if run.config.mesh.pipeline > 1:
@@ -192,6 +195,7 @@ def _summary(run: OpenRun, engine: Engine, log: Log, progress: Progress, scores:
         "threads_per_rank": torch.get_num_threads(),
         "launcher": run.world.launcher,
         "backend": group.backend,
+        "all_reduce": group.all_reduce and asdict(group.all_reduce),
         "device": run.device.type,
         "precision": run.config.precision,
         "matmul": run.matmul,

@@ -9,7 +9,7 @@ from hvdtrain.checkpoint.saver import Saver
 from hvdtrain.comm.session import open_group
 from hvdtrain.comm.silence import other_hosts
 from hvdtrain.comm.world import World
-from hvdtrain.config import flatten, load_config, may_cut, run_folders
+from hvdtrain.config import flatten, load_config, may_cut, run_folders, topology_of
 from hvdtrain.engine import Engine
 from hvdtrain.errors import EXIT_STOPPED_EARLY
 from hvdtrain.jobs.claim import Claim
@@ -37,7 +37,8 @@ def train(
     resume: ``auto`` continues what is in ``run_dir``, ``never`` refuses to, a path continues that run in ``run_dir``.
     timeline: file for a record of every collective; None: no record.
     """
-    with open_group(world, timeline is not None, parts=may_cut(recipe, overrides)) as group:
+    parts, topology = may_cut(recipe, overrides), topology_of(recipe, overrides)
+    with open_group(world, timeline is not None, parts, topology) as group:
         folders = run_folders(recipe, run_dir, resume)
         run_dir, config = folders[0], group.together(lambda: load_config(recipe, overrides, folders))
         group.agree(flatten(config.model_dump()), "the configuration")

@@ -17,6 +17,7 @@ from hvdtrain.config import (
     make_config,
     recipe_names,
     recipe_text,
+    topology_of,
 )
 from hvdtrain.errors import EXIT_USAGE, ConfigError
 from hvdtrain.strict_yaml import parse_yaml
@@ -249,6 +250,18 @@ def test_what_may_not(override: str):
     key = override.partition("=")[0]
     before, after = load_config("demo").identity(), load_config("demo", [override]).identity()
     assert [name for name in before if before[name] != after[name]] == [key]
+
+
+def test_the_topology_is_known_before_the_ranks_have_met(tmp_path: Path):
+    """Horovod has to be told when it starts; what is wrong is flat, and refused once all ranks can say so."""
+    recipe = tmp_path / "a.yaml"
+    recipe.write_text("sync: {allreduce: {topology: hierarchical}}\n", encoding="utf-8")
+    assert topology_of(str(recipe), []) == "hierarchical"
+    assert topology_of(str(recipe), ["sync.allreduce.topology=torus"]) == "torus"
+    assert topology_of("demo", []) == topology_of("demo", ["sync.name=zero"]) == "flat"
+    for wrong in (["sync.allreduce.topology=rong"], ["sync=1"], ["sync.allreduce.topology=[1]"], ["nothing"]):
+        assert topology_of("demo", wrong) == "flat"
+    assert topology_of("no such recipe", []) == "flat"
 
 
 def test_every_option_is_described():

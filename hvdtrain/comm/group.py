@@ -5,26 +5,59 @@ Every method that is not marked *local* is a collective: all ranks of the group 
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
 from hvdtrain.comm.axis import Axis
+from hvdtrain.comm.open_mpi import AllReduce
 from hvdtrain.comm.ranks import Pending, Ranks
 
 Sets = Sequence[Sequence[int]]  # of ranks: each in ascending order, no rank in two of them; the same on all ranks
 
 
+class Rows(Protocol):
+    """Ranks that exchange rows: as those of a group do, see there."""
+
+    size: int
+
+    def all_to_all_async(self, rows: torch.Tensor, received: torch.Tensor, name: str) -> Pending: ...
+
+    def all_gather_async(self, row: torch.Tensor, rows: torch.Tensor, name: str) -> Pending: ...
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """Ranks on several nodes, on each as many and more than one. near: those of this rank's node; far: those of its
+    place on all nodes.
+    """
+
+    near: Rows
+    far: Rows
+
+
 class Group(Ranks):
-    """``backend`` names what carries the bytes, for the run's record."""
+    """``backend`` names what carries the bytes, for the run's record; ``all_reduce``: by which algorithm, where there
+    was a choice. nodes: None where ranks do not stand so, or rows go another way.
+    """
 
     backend: str
+    all_reduce: AllReduce | None = None
+    nodes: Nodes | None = None
 
     @abstractmethod
     def all_reduce_sum_async(self, tensor: torch.Tensor, name: str) -> Pending:
         """Start summing ``tensor`` (contiguous; fp32, fp64, fp16 or integer) over all ranks, in place.
 
         Ranks may start their tensors in any order: they are matched by ``name``.
+        """
+
+    @abstractmethod
+    def adasum_async(self, tensor: torch.Tensor, name: str) -> Pending:
+        """Start to combine ``tensor`` (contiguous, fp32) over all ranks by Adasum (2006.02924), in place: of two that
+        agree their mean, of two that have nothing in common their sum. Over MPI, of 2^n ranks.
         """
 
     @abstractmethod
@@ -75,3 +108,17 @@ def set_of(rank: int, sets: Sets) -> Sequence[int]:
     assert len(set(everyone)) == len(everyone), f"a rank is in two sets: {sets}"
     assert all(list(ranks) == sorted(ranks) for ranks in sets), f"not in ascending order: {sets}"
     return next((ranks for ranks in sets if rank in ranks), (rank,))
+
+
+def neighbours(ranks: Sequence[int], hosts: Sequence[str]) -> tuple[Sets, Sets] | None:
+    """Those on one node; and those of one place on all nodes. None: one node, nodes of one rank, or of unequal many.
+
+    hosts: of each rank of the world.
+    """
+    of_host: dict[str, list[int]] = {}
+    for rank in ranks:
+        of_host.setdefault(hosts[rank], []).append(rank)
+    near = list(of_host.values())
+    if len(near) == 1 or {len(one) for one in near} != {len(near[0])} or len(near[0]) == 1:
+        return None
+    return near, [list(places) for places in zip(*near, strict=True)]

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import socket
 import time
 from collections.abc import MutableMapping, Sequence
 from pathlib import Path
@@ -13,9 +14,11 @@ from hvdtrain.comm.abort import end_all_ranks
 from hvdtrain.comm.axes import Axes
 from hvdtrain.comm.axis import Axis
 from hvdtrain.comm.gloo import check_own_address
-from hvdtrain.comm.group import Group, Sets, set_of
+from hvdtrain.comm.group import Group, Nodes, Sets, neighbours, set_of
 from hvdtrain.comm.local_group import LocalGroup
+from hvdtrain.comm.messages import Messages, can_serve
 from hvdtrain.comm.mpi import start_mpi
+from hvdtrain.comm.open_mpi import choose_all_reduce
 from hvdtrain.comm.ranks import Pending
 from hvdtrain.comm.staged import FromHost
 from hvdtrain.comm.world import World, check_sizes, shares_gpus
@@ -36,6 +39,9 @@ KNOBS = {
     "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "7260",
 }
 
+# How Horovod sums over NCCL: in one ring of all ranks; within nodes, and then between them; the same in two dimensions.
+TOPOLOGIES = {"flat": None, "hierarchical": "HOROVOD_HIERARCHICAL_ALLREDUCE", "torus": "HOROVOD_TORUS_ALLREDUCE"}
+
 # Between two looks whether a collective has ended. Horovod's own wait never sleeps: it takes a core away from the work.
 _POLL_S = 5e-5
 
@@ -44,6 +50,9 @@ class _OverHorovod(Group):
     """What a process set of Horovod's can do. world_ranks: its ranks as they are numbered in the world. has_parts:
     whether Horovod looks for new sets.
     """
+
+    # They carry rows of the host's memory; None: Horovod's collectives do.
+    _messages: Messages | None = None
 
     def __init__(self, process_set: Any, world_ranks: Sequence[int], through_host: bool, backend: str, has_parts: bool):
         import horovod.torch as hvd
@@ -63,10 +72,18 @@ class _OverHorovod(Group):
             handle = self._hvd.allreduce_async_(tensor, op=self._hvd.Sum, name=name, process_set=self._set)
         return _PendingCollective(self._hvd, handle)
 
+    def adasum_async(self, tensor: torch.Tensor, name: str) -> Pending:
+        self._let_python_run()
+        with _ranks_lost():
+            handle = self._hvd.allreduce_async_(tensor, op=self._hvd.Adasum, name=name, process_set=self._set)
+        return _PendingCollective(self._hvd, handle)
+
     def all_to_all_async(self, rows: torch.Tensor, received: torch.Tensor, name: str) -> Pending:
         if rows.is_cuda and self._through_host:
             on_host = torch.empty_like(received, device="cpu")
             return FromHost(self.all_to_all_async(rows.cpu(), on_host, name), on_host, received)
+        if self._messages is not None and not rows.is_cuda:
+            return self._messages.all_to_all_async(rows, received, name)
         # Horovod's public functions make a new tensor for each result. Those below them write into the one that they
         # are given, if it has the right size.
         even, counts = torch.empty(0, dtype=torch.int32), torch.empty(self.size, dtype=torch.int32)
@@ -77,6 +94,8 @@ class _OverHorovod(Group):
         if row.is_cuda and self._through_host:
             on_host = torch.empty_like(rows, device="cpu")
             return FromHost(self.all_gather_async(row.cpu(), on_host, name), on_host, rows)
+        if self._messages is not None and not row.is_cuda:
+            return self._messages.all_gather_async(row, rows, name)
         self._let_python_run()
         return _PendingCollective(self._hvd, self._ops._allgather_async(row, rows, name, self._set))
 
@@ -116,11 +135,14 @@ class HorovodGroup(_OverHorovod):
     never sleeps. parts: whether it may be ``split``. Horovod then looks for new sets of ranks in every cycle, all ranks
     together: see ``_let_python_run``.
 
+    topology: one of TOPOLOGIES, where gradients will be summed; None: they will not.
+
     Errors: LaunchError where Horovod joins another world than the launcher announced, or Gloo would crash here.
     """
 
-    def __init__(self, world: World, timeline: bool = False, parts: bool = False):
-        set_knobs(os.environ)
+    def __init__(self, world: World, timeline: bool = False, parts: bool = False, topology: str | None = None):
+        set_knobs(os.environ, topology)
+        self._is_recorded = timeline  # Horovod records its own collectives
         if parts:
             os.environ["HOROVOD_DYNAMIC_PROCESS_SETS"] = "1"
         if timeline:
@@ -138,10 +160,15 @@ class HorovodGroup(_OverHorovod):
                 f"{world.launcher} starts MPI ranks, but this Horovod was built without MPI; "
                 "use `horovodrun --gloo`, or build again with `make env`"
             )
+        over_nccl = _over_nccl(hvd)
+        if self._mpi is not None and topology is not None and not over_nccl:
+            self.all_reduce = choose_all_reduce(self._mpi)
         hvd.init()
         check_sizes(world, hvd.size(), "Horovod")
-        backend = _backend(hvd, gloo=self._mpi is None, nccl=not shares_gpus())
+        backend = "nccl" if over_nccl else "gloo" if self._mpi is None else "mpi"
         super().__init__(hvd.global_process_set, range(hvd.size()), shares_gpus(), backend, parts)
+        self._hosts = [] if self._mpi is None else self._mpi.COMM_WORLD.allgather(socket.gethostname())
+        self._connect(self)
         self._groups: dict[tuple[int, ...], Group] = {tuple(range(self.size)): self}
         self._axes = Axes(self, self._mpi)
 
@@ -151,12 +178,32 @@ class HorovodGroup(_OverHorovod):
             if len(ranks) > 1 and ranks not in self._groups:  # Horovod refuses a set that it has
                 assert self._has_parts, "it was not made to be split"
                 process_set = self._hvd.add_process_set(ranks)
-                group = _Part(self, process_set, ranks) if ranks == own else LocalGroup()
-                self._groups[ranks] = group
+                self._groups[ranks] = LocalGroup()
+                if ranks == own:
+                    self._groups[ranks] = part = _Part(self, process_set, ranks)
+                    self._connect(part)
         return self._groups[own] if own in self._groups else LocalGroup()
 
     def axis(self, sets: Sets, device: torch.device) -> Axis:
         return self._axes.make(sets, device)
+
+    def _connect(self, group: _OverHorovod) -> None:
+        """Let messages carry its rows, where they can (collective over its ranks)."""
+        if self._mpi is None or self._is_recorded:
+            return
+        group._messages = self._between(group._world_ranks)
+        if (sets := neighbours(group._world_ranks, self._hosts)) is None or torch.cuda.is_available():
+            return
+        near, far = (self._between(set_of(self.rank, of_kind)) for of_kind in sets)
+        if near is not None and far is not None:
+            group.nodes = Nodes(near, far)
+
+    def _between(self, ranks: Sequence[int]) -> Messages | None:
+        """Collective over them."""
+        if not can_serve(self._mpi, len(ranks)):
+            return None
+        world = self._mpi.COMM_WORLD
+        return Messages(self._mpi, world.Create_group(world.Get_group().Incl(list(ranks))))
 
     def start_timeline(self, path: Path) -> list[str]:
         self.on_main(lambda: _check_writable(path))
@@ -205,9 +252,10 @@ class _Part(_OverHorovod):
         self._whole.abort(exit_code)
 
 
-def set_knobs(environment: MutableMapping[str, str]) -> None:
+def set_knobs(environment: MutableMapping[str, str], topology: str | None = None) -> None:
     """Put into ``environment`` what the user has not set there (local; before Horovod starts)."""
-    for name, value in KNOBS.items():
+    asked = None if topology is None else TOPOLOGIES[topology]
+    for name, value in {**KNOBS, **({asked: "1"} if asked else {})}.items():
         environment.setdefault(name, value)
 
 
@@ -247,7 +295,6 @@ class _ranks_lost:
             raise RankLostError(f"lost contact with another rank during a collective ({error})") from None
 
 
-def _backend(hvd: Any, gloo: bool, nccl: bool) -> str:
-    if nccl and torch.cuda.is_available() and hvd.nccl_built():
-        return "nccl"
-    return "gloo" if gloo else "mpi"
+def _over_nccl(hvd: Any) -> bool:
+    """Will gradients of GPUs travel over NCCL?"""
+    return not shares_gpus() and torch.cuda.is_available() and bool(hvd.nccl_built())

@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from hvdtrain.comm.abort import end_all_ranks
+from hvdtrain.comm.open_mpi import allow_choice
 from hvdtrain.comm.ranks import Ranks
 from hvdtrain.comm.world import World, check_sizes
 from hvdtrain.errors import EXIT_CRASH, LaunchError, say_from
@@ -68,6 +69,7 @@ def _set_up_open_mpi(env: MutableMapping[str, str]) -> None:
     # A rank that waits spins. With as many ranks as cores it takes a core away from the work; yielding costs nothing
     # where cores are free.
     env.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
+    allow_choice(env)
     # Open MPI from the package index looks for its files where it was built. Its own mpirun tells the ranks the right
     # place; a rank of another launcher would die in MPI_Init, before the sizes can be compared.
     if exists(Path(sys.prefix, "bin", "orterun_wrapper")):

@@ -46,10 +46,13 @@ _LOST_S = 5.0  # in which the launcher ends a rank that has lost another one
 
 
 @contextmanager
-def open_group(world: World, timeline: bool = False, parts: bool = False) -> "Iterator[Group]":
+def open_group(
+    world: World, timeline: bool = False, parts: bool = False, topology: str | None = None
+) -> "Iterator[Group]":
     """Yield the group of all ranks (collective). Horovod and MPI are loaded only where there is more than one.
 
-    timeline: whether ``Group.start_timeline`` will be called; parts: whether ``Group.split`` may be.
+    timeline: whether ``Group.start_timeline`` will be called; parts: whether ``Group.split`` may be. topology: see
+    ``HorovodGroup``.
     """
     from hvdtrain.comm.horovod_group import HorovodGroup
     from hvdtrain.comm.local_group import LocalGroup
@@ -58,7 +61,7 @@ def open_group(world: World, timeline: bool = False, parts: bool = False) -> "It
         group: Group = LocalGroup()
     else:
         with _within(_JOIN_S, world, "not all ranks have started"):
-            group = HorovodGroup(world, timeline, parts)
+            group = HorovodGroup(world, timeline, parts, topology)
     with _in_good_order(group, world):
         yield group
 

@@ -15,7 +15,9 @@ of the bucket, then hand the sums round:
     rounded, sent   [ part 0 | part 1 | part 2 ]        all-gather: the same bits on all ranks, the adder's own too
 
 That moves half the bytes of a ring all-reduce of fp32, and two roundings happen, whatever the number of ranks: for
-unit roundoff u (2^-8 bf16, 2^-11 fp16) the error is at most 2u (1 + u) times the sum of the magnitudes.
+unit roundoff u (2^-8 bf16, 2^-11 fp16) the error is at most 2u (1 + u) times the sum of the magnitudes. A ring of
+two-byte numbers would send as many bytes, and round at each of its hops. Where nodes have several ranks, see
+over_nodes.py.
 
 fp16 holds 2^-24 .. 65,504. Before it is rounded, a rank's bucket (then: its part of the sum) is multiplied by the power
 of two that takes its largest magnitude to 2^14 .. 2^15; that power travels behind the numbers, so that the ranks need
@@ -30,8 +32,11 @@ from typing import Protocol
 
 import torch
 
-from hvdtrain.comm.group import Group
+from hvdtrain.comm.group import Group, Rows
 from hvdtrain.comm.ranks import Pending
+from hvdtrain.sync.flights import Flights
+from hvdtrain.sync.over_nodes import OverNodes
+from hvdtrain.sync.traffic import of_all_reduce
 
 # p ranks, c numbers of a part, w words (int32) of a part on the wire: c/2 of numbers, then 1 of the factor
 
@@ -45,6 +50,9 @@ class Wire(Protocol):
     """
 
     def start(self, flat: torch.Tensor, name: str) -> Pending: ...
+
+    def sent_bytes(self, numbers: int) -> float:
+        """By this rank, of a bucket of so many."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,11 @@ FORMS = {
 def make_wire(name: str, group: Group) -> Wire:
     """The wire of a name in FORMS. A process alone has none: nothing is rounded, whatever the name."""
     form = FORMS[name]
-    return _Plain(group) if form is None or group.size == 1 else _TwoPhases(group, form)
+    if form is None or group.size == 1:
+        return _Plain(group)
+    if (nodes := group.nodes) is not None:
+        return OverNodes(nodes.near, _TwoPhases(nodes.far, form))
+    return _TwoPhases(group, form)
 
 
 class _Plain:
@@ -75,45 +87,31 @@ class _Plain:
     def start(self, flat: torch.Tensor, name: str) -> Pending:
         return self._group.all_reduce_sum_async(flat, name)
 
+    def sent_bytes(self, numbers: int) -> float:
+        return of_all_reduce(4 * numbers, self._group.size)
 
-class _TwoPhases:
-    """Buckets under way; whenever the wire is touched, each of them goes on as far as it can without waiting."""
 
-    def __init__(self, group: Group, form: Form):
+class _TwoPhases(Flights["_Exchange"]):
+    def __init__(self, group: Rows, form: Form):
+        super().__init__()
         self._group, self._form = group, form
-        self._exchanges: dict[str, _Exchange] = {}
-        self._flying: list[_Exchange] = []
         self._work = torch.empty(0)
 
-    def start(self, flat: torch.Tensor, name: str) -> Pending:
-        assert flat.dtype == torch.float32 and flat.is_contiguous() and flat.dim() == 1
-        if name not in self._exchanges:
-            self._exchanges[name] = _Exchange(self._group, self._form, flat, name)
-        exchange = self._exchanges[name]
-        assert exchange not in self._flying, f"{name} is under way"
-        self._advance()
+    def sent_bytes(self, numbers: int) -> float:
+        return of_all_reduce(self._form.dtype.itemsize * numbers, self._group.size)
+
+    def _make(self, flat: torch.Tensor, name: str) -> "_Exchange":
+        return _Exchange(self._group, self._form, flat, name)
+
+    def _depart(self, exchange: "_Exchange", flat: torch.Tensor) -> None:
         exchange.send_parts(flat)
-        self._flying.append(exchange)
-        return _PendingExchange(self, exchange)
 
-    def finish(self, exchange: "_Exchange") -> None:
-        if exchange not in self._flying:  # waited for already
-            return
-        # The others meanwhile: when it is their turn, their sums shall be under way, too. Only as far as they come by
-        # themselves, because another rank may not have started them yet.
-        if not exchange.is_summed:
-            exchange.pending.wait()
-            exchange.send_sum(self._room(exchange))
-        self._advance()
-        exchange.pending.wait()
-        exchange.read_sums()
-        self._flying.remove(exchange)
-
-    def _advance(self) -> None:
-        for exchange in self._flying:
-            if not exchange.is_summed and exchange.pending.done():
-                exchange.pending.wait()
-                exchange.send_sum(self._room(exchange))
+    def _go_on(self, exchange: "_Exchange") -> bool:
+        if exchange.is_summed:
+            exchange.read_sums()
+            return True
+        exchange.send_sum(self._room(exchange))
+        return False
 
     def _room(self, exchange: "_Exchange") -> torch.Tensor:
         """[p + 1, c] fp32 to add up in: one for all buckets, as large as the largest needs."""
@@ -123,22 +121,10 @@ class _TwoPhases:
         return self._work[: (ranks + 1) * part].view(ranks + 1, part)
 
 
-@dataclass(frozen=True)
-class _PendingExchange:
-    wire: _TwoPhases
-    exchange: "_Exchange"
-
-    def done(self) -> bool:
-        return self.exchange not in self.wire._flying
-
-    def wait(self) -> None:
-        self.wire.finish(self.exchange)
-
-
 class _Exchange:
     """One bucket's way over the wire, and its buffers, kept from step to step: 4 bytes for each of its numbers."""
 
-    def __init__(self, group: Group, form: Form, flat: torch.Tensor, name: str):
+    def __init__(self, group: Rows, form: Form, flat: torch.Tensor, name: str):
         self._group, self._scaled, self._name = group, form.scaled, name
         part = -(-flat.numel() // (2 * group.size)) * 2  # even: two numbers a word
         self._full_parts, self._rest = divmod(flat.numel(), part)

@@ -73,3 +73,14 @@ def test_the_users_knobs_win():
     set_knobs(environment)
     assert environment == {**KNOBS, "HOROVOD_FUSION_THRESHOLD": "1024"}
     assert all(value.replace(".", "").isdigit() for value in KNOBS.values())
+
+
+@pytest.mark.parametrize(
+    ("topology", "variable"), [("torus", "HOROVOD_TORUS_ALLREDUCE"), ("hierarchical", "HOROVOD_HIERARCHICAL_ALLREDUCE")]
+)
+def test_horovod_is_told_its_topology(topology: str, variable: str):
+    environment: dict[str, str] = {}
+    set_knobs(environment, topology)
+    assert environment == {**KNOBS, variable: "1"}
+    set_knobs(flat := {}, "flat")
+    assert flat == KNOBS

@@ -36,7 +36,7 @@ def sent(lines: list[Wire], buckets: list[torch.Tensor]) -> list[torch.Tensor]:
     flats = [bucket.clone() for bucket in buckets]
     pending = [line.start(flat, "b") for line, flat in zip(lines, flats, strict=True)]
     for line in lines:
-        line._advance()
+        line.advance()
     for one in pending:
         one.wait()
     return flats
@@ -150,10 +150,10 @@ def test_buffers_are_kept():
         flats = [torch.ones(100), torch.ones(100)]
         pending = [line.start(flat, "b") for line, flat in zip(lines, flats, strict=True)]
         for line in lines:
-            line._advance()
+            line.advance()
         for one in pending:
             one.wait()
-        exchange = lines[0]._exchanges["b"]
+        exchange = lines[0]._known["b"]
         tensors = (exchange._out_pw, exchange._in_pw, exchange._sum_1w, lines[0]._work)
         seen.append([tensor.data_ptr() for tensor in tensors])
     assert seen[0] == seen[1] == seen[2]
@@ -177,7 +177,7 @@ def test_waiting_for_one_does_not_wait_for_others_that_a_rank_has_not_started():
     lines[0].start(flats[0], "a")
     pending = [line.start(flat, "b") for line, flat in zip(lines, flats[1:], strict=True)]
     for line in lines:
-        line._advance()
+        line.advance()
     assert [one.done() for one in pending] == [False, False]
     for one in pending:
         one.wait()
