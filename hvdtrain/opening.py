@@ -73,7 +73,7 @@ from hvdtrain.optim.optimizer import make_optimizer
 from hvdtrain.optim.scaling import Scaled
 from hvdtrain.optim.schedules import learning_rate
 from hvdtrain.optim.update import Update
-from hvdtrain.sync import check_sync, make_sync
+from hvdtrain.sync import check_sync, make_sync, notes_on_topology
 from hvdtrain.sync.apart import Course
 from hvdtrain.sync.async_server import AsyncServerSync
 from hvdtrain.sync.sync import Sync
@@ -198,7 +198,7 @@ def open_run(asked: Asked, world: World, group: Group, claim: Claim, signals: St
     torch.set_num_threads(cores.threads)
     task = make_task(config.task)
     group.together(lambda: _check_best(config.checkpoint.best, task))
-    notes += stopping.notes + notes_on_sync(settings)
+    notes += stopping.notes + notes_on_sync(settings) + notes_on_topology(config.sync, world)
     data = _open_data(config, task, mesh, world, pin=device.type == "cuda")
     notes += group.together(lambda: read_through_note(data.train.source.read_through))
     scaled = group.together(
@@ -206,7 +206,7 @@ def open_run(asked: Asked, world: World, group: Group, claim: Claim, signals: St
     )
     notes += scaled.notes
     config = sizing.resolved(recipe, scaled)
-    group.together(lambda: check_sync(config.sync, mesh.replicas, config.train.steps))
+    group.together(lambda: check_sync(config.sync, mesh.replicas, config.train.steps, group.backend))
     group.together(lambda: check_compiler(config.compile, device))
     use_tf32(config.tf32)
     matmul = "cuBLAS"

@@ -52,6 +52,9 @@ BAD = {
     "global batch": Bad(
         "train.global_batch=5", 2, "cannot be shared evenly by 2 ranks; set train.global_batch=4 or 6", (2,)
     ),
+    "a way of NCCL's": Bad(
+        "sync.allreduce.topology=torus", 2, "Horovod has it over NCCL alone, and gradients travel over mpi here", (2,)
+    ),
     "no whole replica": Bad(
         "mesh.pipeline=2", 2, "mesh.pipeline=2 takes 2 ranks a replica, and 1 is not a multiple of it; start 2 ranks"
     ),

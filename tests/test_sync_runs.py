@@ -4,7 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
-from launch import Prepared, launch_rows, snapshot, succeed, summary
+from launch import Prepared, launch, launch_rows, snapshot, succeed, summary
 
 LAST, SAVED = (Path(f"checkpoints/step-000000{step}") for step in ("12", "06"))
 DILOCO = ("sync.name=local_sgd", "sync.local_sgd.every=4", "sync.local_sgd.outer=nesterov")
@@ -31,6 +31,30 @@ def test_two_ranks_killed_within_a_round_and_resumed(prepared: Prepared, trained
     assert [line["step"] for line in lines if line["kind"] == "eval"] == [6, 12]
     rows = 12 * 16
     assert [line["tokens"] for line in lines if line["kind"] == "train"] == [step * rows for step in (1, 3, 6, 9, 12)]
+
+
+def test_adasum_between_two_ranks_by_open_mpis_ring(prepared: Prepared, trained: Path, tmp_path: Path):
+    """Also: who sums is measured where the user asks for it, said, and recorded."""
+    words = ("train", prepared.recipe, "sync.allreduce.combine=adasum", "--run-dir", tmp_path / "run")
+    done = succeed(*words, how="mpirun", ranks=2, env={"HVDTRAIN_ALLREDUCE": "measure"})
+    found = summary(tmp_path / "run")
+    assert found["all_reduce"]["algorithm"] in ("default", "ring")
+    assert found["all_reduce"]["ring_ms"] > 0
+    assert f"hvdtrain: all-reduce: {found['all_reduce']['algorithm']}; 4 MiB take " in done.text
+    one = summary(trained)
+    assert found["sample_digest"] == one["sample_digest"]
+    assert found["val_loss"] != one["val_loss"]
+    assert abs(found["val_loss"] - one["val_loss"]) < 0.5
+    assert one["all_reduce"] is None
+
+
+def test_adasum_between_three_ranks_is_refused(prepared: Prepared, tmp_path: Path):
+    words = ("train", prepared.recipe, "sync.allreduce.combine=adasum", "train.global_batch=12", "--run-dir", tmp_path)
+    done = launch(*words, how="mpirun", ranks=3)
+    assert done.exit_code == 2, done
+    (message,) = done.messages
+    assert "ConfigError: sync.allreduce.combine=adasum combines ranks two by two, and 3 are no power of two" in message
+    assert message.endswith("start 2 or 4 ranks, or set sync.allreduce.combine=sum")
 
 
 REFUSED = {

@@ -140,6 +140,11 @@ class ThreadGroup(Group):
         self.sent.append(name)
         return self._start(name, kind, tensor, tensor, lambda sent: reduce(torch.add, sent))
 
+    def adasum_async(self, tensor: torch.Tensor, name: str) -> Pending:
+        assert tensor.dtype == torch.float32 and self.size & (self.size - 1) == 0
+        self.sent.append(name)
+        return self._start(name, f"Adasum of {_shape(tensor)}", tensor, tensor, adasum)
+
     def all_to_all_async(self, rows: torch.Tensor, received: torch.Tensor, name: str) -> Pending:
         assert rows.shape == received.shape and len(rows) == self.size, (rows.shape, received.shape)
         assert rows.dtype == received.dtype == torch.int32
@@ -313,6 +318,17 @@ class _PendingMessage:
         else:
             self.tensor.copy_(next(value for value in values if value is not None))
         self.has_waited = True
+
+
+def adasum(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Of 2^n tensors, by the formula (2006.02924, equation 4), in fp64."""
+    if len(parts) == 1:
+        return parts[0]
+    half = len(parts) // 2
+    a, b = (adasum([part.double() for part in of_half]) for of_half in (parts[:half], parts[half:]))
+    dot = (a * b).sum()
+    both = [(1 - dot / (2 * square)) * one if (square := one.square().sum()) > 0 else one for one in (a, b)]
+    return (both[0] + both[1]).to(parts[0].dtype)
 
 
 def _sum(parts: Sequence[torch.Tensor]) -> torch.Tensor:

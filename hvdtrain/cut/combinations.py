@@ -72,6 +72,8 @@ MOMENTUM = _above("optim.momentum", 0, only_with=OPTIMIZERS["sgd"])
 CLIPS = _above("optim.clip_norm", 0)
 SPIKES = _above("guard.spike_norm", 0)
 COMPILE_BLOCKS, COMPILE_MODEL = (_is("compile", how) for how in ("blocks", "model"))
+ADASUM = _is("sync.allreduce.combine", "adasum")
+TWO_BYTES = [_is("sync.allreduce.wire", name) for name in ("bf16", "fp16")]
 APART = _one_of("steps apart", "sync.name", "local_sgd", "gossip", "average")
 EMA = _above("ema.decay", 0)
 SKIP = _is("guard.policy", "skip")
@@ -83,7 +85,7 @@ _ONLY_WITH |= {ASYNCHRONOUS: SERVER, BESIDE_WORK: ASYNCHRONOUS, SEVERAL_SERVERS:
 
 COLUMNS = {"tensor": TENSOR, "sequence": SEQUENCE, **OF_SCHEDULES, "zero 1": ZERO_1, "zero 2": ZERO_2}
 COLUMNS |= {"async": ASYNCHRONOUS, "async, 2 up": SEVERAL_SERVERS}
-COLUMNS |= {"powersgd": POWERSGD, "sign": SIGN, "topk": TOPK, "apart": APART, "balance": BALANCE}
+COLUMNS |= {"powersgd": POWERSGD, "sign": SIGN, "topk": TOPK, "apart": APART, "balance": BALANCE, "adasum": ADASUM}
 ROWS = (
     TENSOR,
     SEQUENCE,
@@ -106,7 +108,7 @@ ROWS = (
     SPIKES,
     EMA,
     SKIP,
-    *(_is("sync.allreduce.wire", name) for name in ("bf16", "fp16")),
+    *TWO_BYTES,
     Feature("model.lora", lambda s: any(key.startswith("model.lora.") for key in s), "model.lora"),
     Feature("optim.freeze", lambda s: s["optim.freeze"] != "", "optim.freeze"),
     RAMP,
@@ -158,6 +160,31 @@ REFUSED = (
         Refused(SERVER, other, "these are two ways to agree", "set sync.name to one of them")
         for other in (ZERO_1, ZERO_2, APART)
     ),
+    *(
+        Refused(
+            ADASUM,
+            cut,
+            "Horovod's Adasum is of all ranks, and these have different parts of a gradient",
+            "set sync.allreduce.combine=sum",
+        )
+        for cut in (TENSOR, PIPELINE)
+    ),
+    *(
+        Refused(
+            ADASUM,
+            other,
+            "only sync.name=allreduce combines whole gradients of all ranks at once",
+            "set sync.allreduce.combine=sum",
+        )
+        for other in (ZERO_1, ZERO_2, *COMPRESSED, APART, SERVER)
+    ),
+    Refused(
+        BALANCE,
+        ADASUM,
+        "each rank's mean counts as much, so that the model would depend on which rank is how fast",
+        "set sync.allreduce.combine=sum",
+    ),
+    *(Refused(ADASUM, wire, "Horovod's Adasum sends fp32", "set sync.allreduce.wire=fp32") for wire in TWO_BYTES),
     Refused(
         BESIDE_WORK,
         ASYNCHRONOUS,

@@ -7,9 +7,11 @@ from typing import Any, Literal
 import torch
 
 from hvdtrain.comm.mesh import Mesh
+from hvdtrain.comm.world import World
 from hvdtrain.errors import ConfigError
 from hvdtrain.options import Options, option
 from hvdtrain.slices import Slice
+from hvdtrain.sync.adasum import AdasumSync
 from hvdtrain.sync.allreduce import AllReduceOptions, AllReduceSync, needs_of_allreduce
 from hvdtrain.sync.apart import ApartOptions, ApartSync, Course
 from hvdtrain.sync.async_server import AsyncServerSync
@@ -85,15 +87,15 @@ class SyncOptions(Options):
         return self.parameter_server.workers_of(ranks) if self.servers else ranks
 
 
-def check_sync(options: SyncOptions, replicas: int, steps: int | None) -> None:
-    """Errors: ConfigError where the sync does not fit so many replicas, or a run of so many steps (local). None: nobody
-    knows yet how many.
+def check_sync(options: SyncOptions, replicas: int, steps: int | None, backend: str | None = None) -> None:
+    """Errors: ConfigError where the sync does not fit so many replicas, or a run of so many steps, or what carries the
+    gradients (see ``Group.backend``) (local). None: nobody knows yet.
     """
-    chosen, found = getattr(options, options.name), list[str]()
+    chosen, found = getattr(options, options.name), options.allreduce.problems(replicas, backend)
     if isinstance(chosen, ApartOptions):
-        found = chosen.problems(replicas, steps or sys.maxsize)
+        found += chosen.problems(replicas, steps or sys.maxsize)
     elif isinstance(chosen, ParameterServerOptions):
-        found = chosen.problems(replicas)
+        found += chosen.problems(replicas)
     if found:
         raise ConfigError("; ".join(found))
 
@@ -103,6 +105,14 @@ def needs_of(options: SyncOptions, trained: Trained) -> Needs:
     if options.name == "zero" and trained.ranks == 1:
         return needs_of_allreduce(_like_zero(options.zero), trained)
     return NEEDS[options.name](getattr(options, options.name), trained)
+
+
+def notes_on_topology(options: SyncOptions, world: World) -> list[str]:
+    """What a user should know of it on these nodes (local)."""
+    topology = options.allreduce.topology
+    if topology == "flat" or world.local_size < world.size:
+        return []
+    return [f"sync.allreduce.topology={topology}: all ranks are on one node, where Horovod goes round in one ring"]
 
 
 def make_sync(
@@ -123,6 +133,8 @@ def make_sync(
         alone.notes.append("sync.name=zero: there is one replica, which shares its optimizer's state with nobody")
         return alone
     kind = AsyncServerSync if options.deals_rows else SYNCS[options.name]
+    if kind is AllReduceSync and options.allreduce.combine == "adasum":
+        kind = AdasumSync
     more = (course or Course(),) if issubclass(kind, (ApartSync, AsyncServerSync)) else ()
     made: Sync = kind(slices, computing, mesh, getattr(options, options.name), uses, *more)
     return made

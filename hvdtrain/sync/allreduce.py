@@ -31,8 +31,8 @@ from hvdtrain.sync.needs import Needs, Trained
 from hvdtrain.sync.norms import SpreadNorms
 from hvdtrain.sync.sums import Sums
 from hvdtrain.sync.sync import EXACT, Drift, Told
-from hvdtrain.sync.traffic import mib, of_all_reduce
-from hvdtrain.sync.wire import FORMS, make_wire
+from hvdtrain.sync.traffic import mib
+from hvdtrain.sync.wire import make_wire
 
 
 class AllReduceOptions(Options):
@@ -40,6 +40,38 @@ class AllReduceOptions(Options):
     wire: Literal["fp32", "bf16", "fp16"] = option(
         "fp32", "numbers in which gradients travel between ranks; the two-byte ones are for slow links"
     )
+    topology: Literal["flat", "hierarchical", "torus"] = option(
+        "flat",
+        "how Horovod's NCCL goes round on several nodes: flat: one ring of all ranks; hierarchical: within nodes, and "
+        "between them; torus: the same, each GPU of a node with those of its number",
+    )
+    combine: Literal["sum", "adasum"] = option(
+        "sum",
+        "what becomes of the ranks' gradients; adasum: their mean where they agree, their sum where they have nothing "
+        "in common (over MPI, 2^n ranks); no one process's gradient",
+    )
+
+    def problems(self, replicas: int, backend: str | None) -> list[str]:
+        """What does not fit so many replicas whose gradients travel over ``backend``; None: over any."""
+        found = []
+        if self.topology != "flat" and backend not in ("nccl", None):
+            carrier = "nothing: there is one rank" if backend == "none" else backend
+            found.append(
+                f"sync.allreduce.topology={self.topology}: Horovod has it over NCCL alone, and gradients travel over "
+                f"{carrier} here; set sync.allreduce.topology=flat"
+            )
+        if self.combine == "adasum" and replicas & (replicas - 1):
+            below = 1 << (replicas.bit_length() - 1)
+            found.append(
+                f"sync.allreduce.combine=adasum combines ranks two by two, and {replicas} are no power of two; start "
+                f"{below} or {2 * below} ranks, or set sync.allreduce.combine=sum"
+            )
+        if self.combine == "adasum" and backend in ("gloo", "nccl"):
+            found.append(
+                f"sync.allreduce.combine=adasum: Horovod has it over MPI, and gradients travel over {backend} here; "
+                "set sync.allreduce.combine=sum"
+            )
+        return found
 
 
 def wire_bytes(parameters: int, largest: int, ranks: int, options: AllReduceOptions) -> int:
@@ -74,7 +106,7 @@ def needs_of_allreduce(options: AllReduceOptions, trained: Trained) -> Needs:
 class AllReduceSync:
     """Replicas are equal after every step: each applies the same global gradient. See ``Sync``.
 
-    slices: of the model, those that are not trained among them; computing, uses: see ``Buckets``.
+    slices: of the model, those that are not trained among them; computing, uses, holds: see ``Buckets``.
 
     A parameter that no rank used in the step ends with ``grad = None``, so that the optimizer leaves it alone; one that
     some ranks used gets the sum of theirs.
@@ -87,6 +119,7 @@ class AllReduceSync:
         mesh: Mesh,
         options: AllReduceOptions,
         uses: Sequence[int] | None = None,
+        holds: bool = False,
     ):
         trained = [number for number, piece in enumerate(slices) if piece.tensor.requires_grad]
         self.moves: Sequence[Slice] = [slices[number] for number in trained]
@@ -94,8 +127,6 @@ class AllReduceSync:
         self.notes: list[str] = []
         self._mesh, device = mesh, self.moves[0].tensor.device
         holders = dict.fromkeys(piece.holders for piece in self.moves)
-        form = FORMS[options.wire]
-        self._number_bytes = 4 if form is None else form.dtype.itemsize
         self._wires = {group: make_wire(options.wire, group) for group in holders}
         self.norms: Norms = whole_norms
         if mesh.tensor.size > 1:
@@ -109,7 +140,7 @@ class AllReduceSync:
             self._send,
             self._after_first_pass,
             uses and [uses[number] for number in trained],
-            holds=mesh.own.size > 1 and device.type == "cuda",
+            holds=holds or (mesh.own.size > 1 and device.type == "cuda"),
         )
         self._summed: Summed | None = None
 
@@ -154,7 +185,7 @@ class AllReduceSync:
     def report(self) -> Mapping[str, float]:
         sent = 0.0
         for bucket in self._buckets.all:
-            sent += of_all_reduce(bucket.flat.numel() * self._number_bytes, bucket.run.holders.size)
+            sent += self._wires[bucket.run.holders].sent_bytes(bucket.flat.numel())
         return {"sent_mib": mib(sent)}
 
     def close(self) -> None:

@@ -47,6 +47,12 @@ ZERO = {"sync__name": "zero"}
         ({"mesh__tensor": 2, "sync__name": "parameter_server"}, r"_server does not go with mesh.tensor=2: .*or zero$"),
         ({**PIPELINE, "sync__name": "parameter_server"}, r"_server does not go with mesh.pipeline=2: .*or zero$"),
         ({"mesh__tensor": 2, "sync__name": "powersgd"}, "tensor=2 does not go with sync.name=powersgd: .*=allreduce$"),
+        ({"sync__allreduce__combine": "adasum", **PIPELINE}, "adasum does not go with mesh.pipeline=2: .*combine=sum$"),
+        ({"sync__allreduce__combine": "adasum", **ZERO}, "adasum does not go with sync.zero.stage=1: .*combine=sum$"),
+        (
+            {"sync__allreduce__combine": "adasum", "sync__allreduce__wire": "bf16"},
+            "adasum does not go with sync.allreduce.wire=bf16: .*set sync.allreduce.wire=fp32$",
+        ),
         ({"sync__name": "sign"}, "optim.name=adamw does not go with sync.name=sign: .*optim.name=sgd.*clip_norm=0$"),
         ({"sync__name": "sign", "optim__name": "sgd", "optim__clip_norm": 0.0}, ".*; set optim.momentum=0$"),
         ({"mesh__tensor": 2, "balance__every": 5}, "tensor=2 does not go with balance.every=5: .*every=0$"),
