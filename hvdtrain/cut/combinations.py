@@ -6,6 +6,7 @@ A row is a thing that a recipe may ask for; a column is a cut of the model, or o
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from string import ascii_letters
 from typing import Any, NamedTuple
 
 from hvdtrain.cut.checker import Costs, check
@@ -370,7 +371,7 @@ def table() -> str:
         for column in COLUMNS.values():
             found = _refusal(row, column)
             reason = "" if found is None else f"{found.why}; {found.cure}"
-            cells.append(letters.setdefault(reason, chr(ord("a") + len(letters))) if reason else "yes")
+            cells.append(letters.setdefault(reason, ascii_letters[len(letters)]) if reason else "yes")
         lines.append(f"{row.name:<28}" + "".join(f"{cell:<13}" for cell in cells))
     lines += ["", *(f"{letter}  {reason}" for reason, letter in letters.items())]
     return "\n".join(line.rstrip() for line in lines)

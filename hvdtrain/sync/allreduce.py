@@ -32,7 +32,7 @@ from hvdtrain.sync.norms import SpreadNorms
 from hvdtrain.sync.sums import Sums
 from hvdtrain.sync.sync import EXACT, Drift, Told
 from hvdtrain.sync.traffic import mib
-from hvdtrain.sync.wire import make_wire
+from hvdtrain.sync.wire import FORMS, make_wire
 
 
 class AllReduceOptions(Options):

@@ -25,7 +25,7 @@ def test_the_page_shows_the_table():
 def test_the_table_has_a_letter_for_every_refusal():
     text = table()
     body, _, reasons = text.partition("\n\n")
-    letters = {letter for line in body.splitlines()[1:] for letter in re.findall(r" ([a-z])\b", line[27:])}
+    letters = {letter for line in body.splitlines()[1:] for letter in re.findall(r" ([a-zA-Z])\b", line[27:])}
     assert letters == {line[0] for line in reasons.splitlines()}
     assert len(reasons.splitlines()) == len({(one.why, one.cure) for one in REFUSED})
     assert len({one.name for one in ROWS}) == len(ROWS)
