@@ -412,8 +412,10 @@ class _Meeting:
             self._changed.notify_all()
 
     def is_complete(self, turn: tuple[str, int]) -> bool:
+        """Would ``collect`` return, or fail, at once? Who asks in a loop shall not do so for ever."""
         with self._changed:
-            return not self._exchanges[turn].absent()
+            absent = self._exchanges[turn].absent()
+            return not absent or self._end is not None or any(one in self._gone for one in absent)
 
     def collect(self, turn: tuple[str, int], rank: int) -> list[Any]:
         """What each rank has sent, as soon as all have.
