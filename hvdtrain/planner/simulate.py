@@ -171,11 +171,13 @@ def _slow_words(chain: Chain) -> str:
 
 
 def best_interval(chain: Chain, runs: int = RUNS, seed: int = 1) -> Outcome:
-    """The chain with the save interval that takes the least time, of those around Daly's."""
+    """The chain with the save interval that takes the least time, of those around Daly's; no save begins before the one
+    before it is safe.
+    """
     first = min(daly(chain.save_s, chain.mean_s), chain.work_s)
-    first = max(first, chain.save_s, 1.0)
-    tried = sorted({min(first * 2 ** (step / 2), chain.work_s) for step in range(-6, 7)})
-    return _best((replace(chain, save_every_s=every) for every in tried), runs, seed)
+    first = max(first, chain.save_s, chain.write_s, 1.0)
+    tried = {min(max(first * 2 ** (step / 2), chain.write_s), chain.work_s) for step in range(-6, 7)}
+    return _best((replace(chain, save_every_s=every) for every in sorted(tried)), runs, seed)
 
 
 def best_link(chain: Chain, links: Sequence[tuple[float, float]], runs: int = RUNS, seed: int = 1) -> Outcome:

@@ -81,6 +81,12 @@ def test_the_best_interval_is_near_daly_s():
         assert other.calendar_s.mean() > found.calendar_s.mean()
 
 
+def test_a_save_waits_until_the_one_before_is_safe():
+    slow = replace(ROUGH, save_s=0.1, write_s=900.0)
+    assert daly(slow.save_s, slow.mean_s) < 60
+    assert best_interval(slow, runs=50).chain.save_every_s >= 900.0
+
+
 def test_longer_jobs_pay_until_they_wait_too_long():
     links = [(2 * 3600.0, 600.0), (24 * 3600.0, 3600.0), (48 * 3600.0, 40 * 3600.0)]
     calm = replace(ROUGH, failures_per_rank_day=1e-6)

@@ -149,6 +149,7 @@ def test_where_the_ranks_of_a_part_are():
     """Eight ranks of two a replica on nodes of four: two replicas a node, and two groups share its link."""
     place = place_of(replace(WORK, ranks=8, replicas=4), CLUSTER)
     assert (place.nodes, place.per_node, place.sharing) == (2, 2, 2)
+    assert place.out.bytes_per_s == pytest.approx(5e9)
     place = place_of(replace(WORK, ranks=16, replicas=2), CLUSTER)  # a replica has two nodes
     assert (place.nodes, place.per_node, place.sharing) == (2, 1, 4)
     place = place_of(replace(WORK, ranks=8, replicas=8), CLUSTER)
