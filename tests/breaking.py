@@ -10,7 +10,6 @@ PLACES = {
     "data": "TrainLoader.next_step = breaking(TrainLoader.next_step, 3)",
     "first step": "Engine.forward_backward = breaking(Engine.forward_backward, 1)",
     "compute": "Engine.forward_backward = breaking(Engine.forward_backward, 3)",
-    "sync": "Engine.finish = breaking(Engine.finish, 3)",
     "pass back": "_Step._backward = breaking(_Step._backward, 10)",
     "evaluation": "Engine.evaluate = breaking(Engine.evaluate, 1)",
     "left": "from hvdtrain.comm import mpi; mpi.LEAVE_S = 4; sys.exit = breaking(sys.exit, 1)",

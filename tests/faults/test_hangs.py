@@ -55,14 +55,14 @@ def test_a_rank_that_is_stopped(prepared: Prepared, tmp_path: Path, how: str):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "place", "where"),
-    [("tensor", "compute", r"_crossed \(cut/crossings.py:\d+\)"), ("pipeline", "sync", r"\w+ \(sync/\w+.py:\d+\)")],
+    ("mesh", "where"),
+    [("mesh.tensor=2", r"_crossed \(cut/crossings.py:\d+\)"), ("mesh.tensor=1", r"\w+ \(sync/\w+.py:\d+\)")],
 )
-def test_a_rank_of_a_mesh_that_is_stopped(prepared: Prepared, tmp_path: Path, mesh: str, place: str, where: str):
-    """The other waits in an axis, which is no collective of Horovod's; or it has one for Horovod, whose thread keeps
-    the table of sets locked for ever.
+def test_a_rank_of_a_mesh_that_is_stopped(prepared: Prepared, tmp_path: Path, mesh: str, where: str):
+    """The other waits in an axis, which is no collective of Horovod's; or it has a gradient for Horovod, whose thread
+    keeps the table of sets of ranks locked for ever.
     """
-    done = _hang(prepared, tmp_path, "mpirun", "stop", place, f"mesh.{mesh}=2")
+    done = _hang(prepared, tmp_path, "mpirun", "stop", "compute", mesh)
     behind = r"behind: rank 1 on \S+ \(process \d+\), silent for \d+ s, last seen in "
     assert re.match(_told(0, 3, where, behind), done.messages[-1]), done
     assert len(done.messages) == 1, done
