@@ -182,7 +182,8 @@ def why_no_latency() -> str:
     """What keeps a cable from being slow to answer, where there are hosts; empty: nothing."""
     try_it = "ip link add v0 type veth && tc qdisc add dev v0 root netem delay 1ms"
     done = subprocess.run(["unshare", "--net", "sh", "-c", try_it], capture_output=True, text=True, timeout=30)
-    return f"this kernel has no netem (sch_netem): {done.stderr.strip()}" if done.returncode else ""
+    said = done.stderr.strip().removeprefix("Error: ").rstrip(".")
+    return f"this kernel has no netem (sch_netem): {said}" if done.returncode else ""
 
 
 def _processes(pid: int | str) -> set[int]:

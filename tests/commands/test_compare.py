@@ -43,6 +43,7 @@ def test_a_name_may_have_settings():
         "seed.x=1",
     )
     assert (modes[2].settings, modes[2].lr_times) == (("sync.name=gossip",), 0.5)
+    assert modes[2].said == ("sync.name=gossip", "lr_times=0.5")
     assert modes[0].folder == "diloco_every=32"
 
 

@@ -186,9 +186,9 @@ class _Folder:
         if (tree := self._tree["results"].get(name)) is None:
             return None
         found = from_tree(tree)
-        if found.settings != fitting.mode.settings:
+        if found.settings != fitting.mode.said:
             raise ConfigError(
-                f"--out {self.out} has {name} with {' '.join(found.settings)}, not {' '.join(fitting.mode.settings)}; "
+                f"--out {self.out} has {name} with {' '.join(found.settings)}, not {' '.join(fitting.mode.said)}; "
                 "name another folder"
             )
         return found if found.status in ("finished", "diverged") else None
@@ -248,7 +248,7 @@ def _run_all(asked: Asked, fittings: Sequence[Fitting], place: Place, folder: _F
         if kept[name] is not None:
             print(f"hvdtrain: {number} of {len(fittings)}: {name} is there", flush=True)
             continue
-        print(f"hvdtrain: {number} of {len(fittings)}: {name}: {' '.join(fitting.mode.settings)}", flush=True)
+        print(f"hvdtrain: {number} of {len(fittings)}: {name}: {' '.join(fitting.mode.said)}", flush=True)
         result, code = _run(asked, fitting, place)
         folder.add(result)
         codes.append(code)
@@ -270,7 +270,7 @@ def _run(asked: Asked, fitting: Fitting, place: Place) -> tuple[Result, int]:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
         said = [line for line in lines if line.startswith("hvdtrain: ")] or lines or ["it printed nothing"]
         say(f"{mode.name} ended with exit code {ran.exit_code}: {said[-1].removeprefix('hvdtrain: ')} (see {log})")
-    return read_result(mode.name, mode.settings, run_dir, ran.exit_code, ran.sent_bytes), ran.exit_code
+    return read_result(mode.name, mode.said, run_dir, ran.exit_code, ran.sent_bytes), ran.exit_code
 
 
 def _tell(asked: Asked, first: Fitting, place: Place, folder: _Folder) -> str:

@@ -48,6 +48,11 @@ class Mode:
     lr_times: float = 1.0
 
     @property
+    def said(self) -> tuple[str, ...]:
+        """For people: all that is its own."""
+        return (*self.settings, *([f"lr_times={self.lr_times:g}"] if self.lr_times != 1 else []))
+
+    @property
     def folder(self) -> str:
         return re.sub(r"[^\w.=-]+", "_", self.name)
 

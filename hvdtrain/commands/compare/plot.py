@@ -69,9 +69,10 @@ def _draw_losses(results: Sequence[Result], part: Any) -> None:
 
 def _window(results: Sequence[Result]) -> tuple[float, float]:
     """Of losses: where the lines end, which lie far below their beginnings; what ends far above is cut off."""
-    ends, lowest = sorted(result.losses[-1] for result in results), min(loss for r in results for loss in r.losses)
-    middle = ends[len(ends) // 2]
-    top = max(1.35 * middle, min(ends[-1], 1.6 * middle) * 1.03)
+    losses, ends = [loss for one in results for loss in one.losses], sorted(one.losses[-1] for one in results)
+    lowest, highest, middle = min(losses), max(losses), ends[len(ends) // 2]
+    top = min(max(1.35 * middle, min(ends[-1], 1.6 * middle)), highest)
+    top += 0.03 * (top - lowest) or 0.1
     return lowest - 0.05 * (top - lowest), top
 
 

@@ -182,7 +182,7 @@ def _row(result: Result, base: Result) -> list[str]:
         return [result.name, f"{loss} ({result.status})", *["-"] * 7]
     ahead = "" if result.loss is None or not base.loss else f"{result.loss / base.loss - 1:+.1%}"
     reached = None if base.loss is None or not base.train_s else result.seconds_to(base.loss)
-    apart = f"{result.apart} {result.apart_values[-1]:.3g}" if result.apart_values else "-"
+    apart = f"{result.apart} {result.apart_values[-1]:.3g}" if any(result.apart_values) else "-"
     return [
         result.name,
         loss,
