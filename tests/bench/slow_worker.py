@@ -2,7 +2,7 @@
 
     make bench BENCH=slow_worker          STEPS=200 SLOWER=4 ROUNDS=3 choose
 
-What a worker computes is a sleep, of 20 ms or SLOWER times that, beside a tiny model: so that five ranks on two cores
+What a worker computes is a sleep, of 60 ms or SLOWER times that, beside a tiny model: so that five ranks on two cores
 wait for one another only where the server makes them. A worker's speed is its tickets a second; the ways take turns in
 one job.
 """
@@ -15,8 +15,8 @@ import sys
 import time
 from pathlib import Path
 
-STEPS, ROUNDS = (int(os.environ.get(name, most)) for name, most in (("STEPS", 100), ("ROUNDS", 3)))
-SLOWER, PAUSE_S = float(os.environ.get("SLOWER", "4")), 0.02
+STEPS, ROUNDS = (int(os.environ.get(name, most)) for name, most in (("STEPS", 200), ("ROUNDS", 3)))
+SLOWER, PAUSE_S = float(os.environ.get("SLOWER", "4")), 0.06
 
 
 def measure() -> None:
