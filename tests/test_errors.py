@@ -19,6 +19,7 @@ def test_exit_codes_are_what_batch_scripts_read():
         "OutputError": 74,
         "DivergedError": 76,
         "RankLostError": 70,
+        "WithoutOthersError": 75,
         "ReplicaError": 70,
         "MemoryLimitError": 71,
     }

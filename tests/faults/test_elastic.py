@@ -63,9 +63,9 @@ if elastic_rank.in_round():
         now.append(step)
         note(engine, f"before-{step}")
         return forward_backward(engine, microbatches, task, step, *place)
-    def noted_check(engine, step):
+    def noted_check(engine, step, **how):
         note(engine, f"saved-{step}")
-        return check(engine, step)
+        return check(engine, step, **how)
     def held_asked(stopping):
         while stopping._is_main and now[-1] in held and not stopping._signals.flags:
             if Path(f"go-{now[-1]}").exists():
