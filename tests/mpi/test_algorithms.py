@@ -34,10 +34,7 @@ def is_by_ring(mpi) -> bool:
 def test_the_ring_is_taken_where_it_is_wished(group: HorovodGroup, mpi):
     assert not is_by_ring(mpi)
     assert choose_all_reduce(mpi, {WISH: "ring"}) == AllReduce("ring")
-    # Open MPI does not always obey for a communicator made late: whether it did, all ranks see alike.
-    found = is_by_ring(mpi)
-    assert group.all_gather_object(found) == [found] * group.size
-    assert group.size == 4 or not found
+    assert is_by_ring(mpi) == (group.size == 4)
 
 
 def test_on_one_host_nothing_is_measured(group: HorovodGroup, mpi, monkeypatch: pytest.MonkeyPatch):
