@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -66,6 +67,7 @@ def group(horovod: HorovodGroup) -> HorovodGroup:
 @pytest.fixture(scope="session")
 def horovod() -> Iterator[HorovodGroup]:
     """The group of all ranks, also of one: Horovod itself, where ``open_group`` would take a LocalGroup."""
+    assert "mpi4py.MPI" not in sys.modules, "a test file's import has started MPI, without what the package sets"
     group = HorovodGroup(WORLD, parts=True)
     torch.set_num_threads(1)  # enough for models this small
     yield group
@@ -77,6 +79,14 @@ def horovod() -> Iterator[HorovodGroup]:
 
     assert not MPI.Is_finalized()
     assert MPI.COMM_WORLD.allreduce(1) == WORLD.size
+
+
+@pytest.fixture(scope="session")
+def started_mpi(horovod: HorovodGroup) -> ModuleType:
+    """``mpi4py.MPI`` as the package has started it; to import it in a test file would start it without the settings."""
+    from mpi4py import MPI
+
+    return MPI
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Open MPI's all-reduce can be chosen while it runs, and the choice is the one that was measured to be faster."""
 
 from collections.abc import Iterator
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -11,11 +12,9 @@ from hvdtrain.comm.open_mpi import WISH, AllReduce, choose_all_reduce
 
 
 @pytest.fixture
-def mpi(group: HorovodGroup) -> Iterator:
-    from mpi4py import MPI
-
-    yield MPI
-    variable = open_mpi._Variable.find(MPI)
+def mpi(started_mpi: ModuleType) -> Iterator[ModuleType]:
+    yield started_mpi
+    variable = open_mpi._Variable.find(started_mpi)
     assert variable is not None, "Open MPI does not let its algorithms be chosen"
     variable.write(0)
 

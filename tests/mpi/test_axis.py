@@ -2,12 +2,11 @@
 
 import os
 from collections.abc import Iterator
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from contract import AxisContract
-from mpi4py import MPI
 
 from hvdtrain.comm.axis import Axis, LocalAxis
 from hvdtrain.comm.horovod_group import HorovodGroup
@@ -17,16 +16,16 @@ from hvdtrain.comm.torch_axis import TorchAxis, open_store
 
 
 @pytest.fixture(scope="module")
-def over_mpi(horovod: HorovodGroup) -> Iterator[Axis]:
-    axis = MpiAxis(MPI, MPI.COMM_WORLD.Dup()) if horovod.size > 1 else LocalAxis()
+def over_mpi(horovod: HorovodGroup, started_mpi: ModuleType) -> Iterator[Axis]:
+    axis = MpiAxis(started_mpi, started_mpi.COMM_WORLD.Dup()) if horovod.size > 1 else LocalAxis()
     yield axis
     axis.close()
 
 
 @pytest.fixture(scope="module")
-def in_memory(horovod: HorovodGroup) -> Iterator[Axis]:
+def in_memory(horovod: HorovodGroup, started_mpi: ModuleType) -> Iterator[Axis]:
     """With so little memory that it grows, and that most tensors take several pieces."""
-    axis = SharedAxis(MPI, MPI.COMM_WORLD.Dup(), 512, 4096) if horovod.size > 1 else LocalAxis()
+    axis = SharedAxis(started_mpi, started_mpi.COMM_WORLD.Dup(), 512, 4096) if horovod.size > 1 else LocalAxis()
     yield axis
     axis.close()
 
