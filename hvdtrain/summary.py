@@ -106,8 +106,7 @@ def _balance(run: OpenRun) -> float:
 
 def _microbatches(run: OpenRun) -> int:
     """Of the largest step (local)."""
-    manifest = run.data.corpora.manifest
-    facts = CorpusFacts(manifest.vocab_size, max(1, len(manifest.label_names)))
+    facts = CorpusFacts.of(run.data.corpora.manifest)
     return workload(run.config, facts, run.mesh.world.size).microbatches
 
 

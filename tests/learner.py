@@ -1,6 +1,6 @@
 """A tiny run on ranks, from its model to its checkpoints: what ``open_engine`` makes, without a recipe and shards."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -160,3 +160,12 @@ def distances(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Te
 
 def furthest(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> float:
     return max(distances(found, expected).values())
+
+
+def check_averages(learners: Sequence[Learner], whole: Learner) -> None:
+    """Each one's part of the averaged weights is that of ``whole``, which has all of them."""
+    expected = {average.name: average.tensor for average in whole.ema.averages()}
+    for piece in (piece for one in learners for piece in one.ema.averages()):
+        (place,) = piece.places
+        rows = tuple(slice(a, a + n) for a, n in zip(*place, strict=True))
+        torch.testing.assert_close(piece.tensor, expected[piece.name][rows], rtol=1e-4, atol=1e-6)

@@ -3,7 +3,6 @@
 import os
 import pickle
 import socket
-import time
 from collections.abc import MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from hvdtrain.comm.mpi import start_mpi
 from hvdtrain.comm.open_mpi import choose_all_reduce
 from hvdtrain.comm.ranks import Pending
 from hvdtrain.comm.staged import FromHost
+from hvdtrain.comm.waiting import nap
 from hvdtrain.comm.world import World, check_sizes, shares_gpus
 from hvdtrain.errors import LaunchError, OutputError, RankLostError
 
@@ -41,9 +41,6 @@ KNOBS = {
 
 # How Horovod sums over NCCL: in one ring of all ranks; within nodes, and then between them; the same in two dimensions.
 TOPOLOGIES = {"flat": None, "hierarchical": "HOROVOD_HIERARCHICAL_ALLREDUCE", "torus": "HOROVOD_TORUS_ALLREDUCE"}
-
-# Between two looks whether a collective has ended. Horovod's own wait never sleeps: it takes a core away from the work.
-_POLL_S = 5e-5
 
 
 class _OverHorovod(Group):
@@ -269,7 +266,7 @@ class _PendingCollective:
 
     def wait(self) -> None:
         while not self.done():
-            time.sleep(_POLL_S)
+            nap()  # Horovod's own wait never sleeps
         with _ranks_lost():
             self._hvd.synchronize(self._handle)
         self._waited = True

@@ -9,7 +9,6 @@ Ranks may start in any order: a message's tag is made of its name. Horovod's thr
 HOROVOD_CYCLE_TIME (1 ms), moves them on while Python computes (see mpi_axis.py).
 """
 
-import time
 import zlib
 from collections.abc import Sequence
 from types import ModuleType
@@ -18,11 +17,11 @@ from typing import Any
 import torch
 
 from hvdtrain.comm.ranks import Pending
+from hvdtrain.comm.waiting import nap
 from hvdtrain.errors import RankLostError
 
 MOST_RANKS = 64  # each bucket is 4 (ranks - 1) messages of Python's: at so many about a millisecond
 _TAGS = 1 << 31
-_POLL_S = 5e-5
 
 
 class Messages:
@@ -83,4 +82,4 @@ class _PendingMessages:
 
     def wait(self) -> None:
         while not self.done():
-            time.sleep(_POLL_S)
+            nap()

@@ -1,4 +1,4 @@
-"""Waiting for messages asleep: MPI's own wait takes a core away from the work of others."""
+"""Waiting for messages asleep: MPI's and Horovod's own waits take a core away from the work of others."""
 
 import time
 

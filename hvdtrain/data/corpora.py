@@ -73,6 +73,11 @@ class CorpusFacts:
     shard_bytes: int = 0
     documents: int = 0
 
+    @classmethod
+    def of(cls, manifest: Manifest) -> "CorpusFacts":
+        """Words and classes alone."""
+        return cls(manifest.vocab_size, max(1, len(manifest.label_names)))
+
 
 def open_corpora(options: DataOptions) -> Corpora:
     """Read and check manifests, tokenizers and the files' sizes; no shard is opened. Errors: see ``open_folders``."""

@@ -74,7 +74,7 @@ def tree(size: float, place: Place) -> float:
 def hierarchical(size: float, place: Place) -> float:
     """Seconds. The ranks of a node send at once, each its part, so that together they have all of the node's link."""
     inside = Place(1, place.per_node, place.inside, place.between)
-    between = 2 * (place.nodes - 1) * Link(place.out.latency_s, place.out.bytes_per_s).seconds(size / place.nodes)
+    between = 2 * (place.nodes - 1) * place.out.seconds(size / place.nodes)
     return ring(size, inside) + between
 
 

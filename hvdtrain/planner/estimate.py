@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,10 +111,9 @@ def read_facts(config: RunConfig, replicas: int, vocab_size: int = 0) -> tuple[C
     epoch_tokens, longest = sizing.epoch_tokens_of(config, training.source), training.longest_row
     shards = [info for _, one in corpora.entries for info in one.shards]
     tokens = sum(info.tokens for _, one in corpora.entries for info in one.split("train"))
-    facts = CorpusFacts(
-        manifest.vocab_size,
-        max(1, len(manifest.label_names)),
-        longest,
+    facts = replace(
+        CorpusFacts.of(manifest),
+        longest=longest,
         train_tokens=tokens if task.rows_are_alike else 0,
         shard_bytes=sum(info.file_bytes for info in shards),
         documents=sum(info.documents for info in shards),

@@ -27,7 +27,7 @@ from hvdtrain.optim.update import Agreed, Gradient, Summed, Update
 from hvdtrain.options import Options, option
 from hvdtrain.slices import Slice
 from hvdtrain.sync.buckets import Bucket, Buckets, make_runs
-from hvdtrain.sync.needs import Needs, Trained
+from hvdtrain.sync.needs import Needs, Trained, bucket_of
 from hvdtrain.sync.norms import SpreadNorms
 from hvdtrain.sync.sums import Sums
 from hvdtrain.sync.sync import EXACT, Drift, Told
@@ -81,7 +81,7 @@ def wire_bytes(parameters: int, largest: int, ranks: int, options: AllReduceOpti
     form = FORMS[options.wire]
     if ranks == 1 or form is None:
         return 0
-    bucket = min(parameters, max(largest, int(options.bucket_mib * (1 << 20)) // 4))
+    bucket = bucket_of(parameters, largest, options.bucket_mib)
     return 2 * form.dtype.itemsize * parameters + 4 * (ranks + 1) * -(-bucket // ranks)
 
 

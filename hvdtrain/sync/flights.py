@@ -7,7 +7,6 @@
 It comes by when another bucket leaves, and as long as it waits for one.
 """
 
-import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
@@ -15,8 +14,7 @@ from typing import Generic, Protocol, TypeVar
 import torch
 
 from hvdtrain.comm.ranks import Pending
-
-_POLL_S = 5e-5
+from hvdtrain.comm.waiting import nap
 
 
 class Flight(Protocol):
@@ -63,7 +61,7 @@ class Flights(ABC, Generic[AnyFlight]):
             if self._flying == [flight]:
                 flight.pending.wait()
             elif flight in self._flying and not flight.pending.done():
-                time.sleep(_POLL_S)
+                nap()
 
     @abstractmethod
     def sent_bytes(self, numbers: int) -> float:

@@ -5,6 +5,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 
+def bucket_of(count: int, largest: int, mib: float) -> int:
+    """Numbers of the largest bucket, of ``count`` fp32 numbers in tensors of at most ``largest``."""
+    return min(count, max(largest, int(mib * (1 << 20)) // 4))
+
+
 @dataclass(frozen=True)
 class Trained:
     """What a rank trains, and in what company.
@@ -33,7 +38,7 @@ class Trained:
 
     def bucket(self, mib: float = 16.0) -> int:
         """Numbers of the largest bucket, where tensors are gathered up to so many MiB."""
-        return min(self.count, max(self.largest, int(mib * (1 << 20)) // 4))
+        return bucket_of(self.count, self.largest, mib)
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from hvdtrain.optim.update import Agreed, Gradient, Summed, Update
 from hvdtrain.options import Options, option
 from hvdtrain.slices import Slice
 from hvdtrain.sync.buckets import Run, make_runs
-from hvdtrain.sync.needs import Needs, Trained
+from hvdtrain.sync.needs import Needs, Trained, bucket_of
 from hvdtrain.sync.norms import SpreadNorms
 from hvdtrain.sync.sharded import AT_ONCE, KeptGradients, PassedGradients, ShardedGradients
 from hvdtrain.sync.shards import Shares, in_one, shard_of
@@ -77,7 +77,7 @@ def bytes_of(
     """
     form = FORMS[options.wire]
     of_number = 4 if form is None else form.dtype.itemsize
-    bucket = 4 * min(parameters, max(largest, int(options.bucket_mib * _MIB) // 4))
+    bucket = 4 * bucket_of(parameters, largest, options.bucket_mib)
     mine = -(-parameters // replicas)
     if options.stage == 1:
         arriving = min(AT_ONCE, -(-4 * parameters // bucket)) * bucket

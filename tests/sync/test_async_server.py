@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from dealt import Dealt, dealt, fingerprint, server
-from learner import ROWS, Learner, Recipe, furthest, held, trained
+from learner import ROWS, Learner, Recipe, check_averages, furthest, held, trained
 from threads import ThreadGroup, on_ranks
 
 from hvdtrain.errors import ConfigError
@@ -25,11 +25,7 @@ def test_with_one_worker_it_is_one_process(servers: int, name: str):
     learners = dealt(1 + servers, 20, **common, sync=server(servers))
     assert all(furthest(held(one), held(alone)) <= 1e-5 for one in learners)
     assert learners[0].numbers["staleness_max"] == 0
-    expected = {average.name: average.tensor for average in alone.ema.averages()}
-    for piece in (piece for one in learners for piece in one.ema.averages()):
-        (place,) = piece.places
-        rows = tuple(slice(a, a + n) for a, n in zip(*place, strict=True))
-        torch.testing.assert_close(piece.tensor, expected[piece.name][rows], rtol=1e-4, atol=1e-6)
+    check_averages(learners, alone)
 
 
 @pytest.mark.parametrize("servers", [1, 2])

@@ -7,7 +7,7 @@ import torch
 from checkpoints import tensors_in
 from hypothesis import given
 from hypothesis import strategies as st
-from learner import Learner, Recipe, furthest, held, trained
+from learner import Learner, Recipe, check_averages, furthest, held, trained
 from threads import ThreadGroup, on_ranks
 from torch import nn
 
@@ -76,11 +76,7 @@ def test_what_else_moves_a_step(servers: int):
     whole, learners = trained(workers, 8, **common)[0], trained(4, 8, **common, sync=server(servers))
     assert all(furthest(held(one), held(whole)) <= 1e-5 for one in learners)
     assert all(one.engine.noise.state() == pytest.approx(whole.engine.noise.state(), rel=1e-4) for one in learners)
-    expected = {average.name: average.tensor for average in whole.ema.averages()}
-    for piece in (piece for one in learners for piece in one.ema.averages()):
-        (place,) = piece.places
-        rows = tuple(slice(a, a + n) for a, n in zip(*place, strict=True))
-        torch.testing.assert_close(piece.tensor, expected[piece.name][rows], rtol=1e-4, atol=1e-6)
+    check_averages(learners, whole)
 
 
 @pytest.mark.parametrize("servers", [0, 2])

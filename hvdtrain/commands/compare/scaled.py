@@ -54,8 +54,7 @@ def scaled_bandwidth(
 
     Errors: ConfigError where no link is as slow.
     """
-    manifest = corpora.manifest
-    facts = CorpusFacts(manifest.vocab_size, max(1, len(manifest.label_names)))
+    facts = CorpusFacts.of(corpora.manifest)
     parameters = workload(config, facts, place.ranks).trained
     share, time = parameters / large.parameters, 1.0
     how = f"{large.link} x {parameters:,} / {large.parameters:,.0f} parameters"
