@@ -117,16 +117,19 @@ def test_frozen_parameters_stay_out(options: SyncOptions):
 
 @ALL
 def test_a_resumed_run_is_the_unbroken_one(options: SyncOptions, tmp_path: Path):
-    """A save makes one state of the ranks' own, whether or not the run goes on; what is saved is alike on all."""
+    """A save makes one state of the ranks' own, whether or not the run goes on; what is saved is alike on all.
+
+    After an odd number of steps: signs go by turns.
+    """
 
     def work(group: ThreadGroup) -> tuple[dict, dict]:
-        unbroken = Learner(group, recipe(options)).train(4)
+        unbroken = Learner(group, recipe(options)).train(3)
         folder = unbroken.save(tmp_path)
         group.agree([piece.tensor.tolist() for piece in unbroken.sync.state()], "what is kept")
         resumed = Learner(group, recipe(options), folder).train(3)
         return held(unbroken.train(3)), held(resumed)
 
-    for unbroken, resumed in on_ranks(3, work):
+    for unbroken, resumed in on_ranks(2, work):
         assert all(torch.equal(unbroken[name], weight) for name, weight in resumed.items())
 
 
@@ -330,6 +333,15 @@ def test_topk_sums_what_each_rank_finds_largest():
     assert on_ranks(2, work) == [[[0.0, -7.0, 2.0, 1.5], [2.0, -7.0, 2.0, 0.0]]] * 2
 
 
+def test_what_waits_of_a_parameter_that_nobody_used_takes_no_place():
+    """Larger than any number of the other one, of which all would have to wait."""
+    hand = ByHand(LocalGroup(), SyncOptions(name="topk", topk=TopkOptions(share=0.5)), (4,), (4,))
+    large, waits, small = torch.tensor([[10.0, 20.0, 30.0, 40.0], [1.0, 2.0, 3.0, 4.0], [0.1, 0.2, 0.3, 0.4]])
+    assert [moved.tolist() for moved in hand.step(large, waits)] == [large.tolist(), [0.0] * 4]
+    assert torch.allclose(hand.step(small, None)[0], small, atol=1e-5)
+    assert hand.step(0 * small, 0 * waits)[1].tolist() == waits.tolist()
+
+
 # --- Signum --------------------------------------------------------------------------------------------------------
 
 
@@ -340,24 +352,32 @@ def test_bits_are_opened_in_their_order():
     assert [bits[0, :, word].nonzero().flatten().tolist() for word in range(4)] == [[5], list(range(32)), [], [31]]
 
 
+def targets_of(rank: int, step: int) -> int:
+    """Of a rank, in a step: not as many as in another one."""
+    return 1 + (3 * rank + 7 * step) % 10
+
+
 def signs_by_plain_torch(ranks: int, steps: int, momentum: float) -> list[torch.Tensor]:
     """What Bernstein et al. write, without bits; where no majority is, 0."""
     momenta, moves = [torch.zeros(37) for _ in range(ranks)], []
     for step in range(steps):
         for rank in range(ranks):
-            momenta[rank] = momentum * momenta[rank] + (1 - momentum) * noise(step + 10 * rank, 37) * 2.0 / (rank + 1)
+            mean = noise(step + 10 * rank, 37) / targets_of(rank, step)
+            momenta[rank] = momentum * momenta[rank] + (1 - momentum) * mean
         moves.append(sum(one.sign() for one in momenta).sign())
     return moves
 
 
 @pytest.mark.parametrize("ranks", [1, 3, 4])
 def test_sign_is_the_majority_of_momenta(ranks: int):
-    """Each rank's of its own mean: rank r has r + 1 targets. Ties go one way or the other, half of them each."""
+    """Each rank's of the mean of its own targets. Ties go one way or the other, half of them each."""
     expected = signs_by_plain_torch(ranks, 6, 0.9)
 
     def work(group: ThreadGroup) -> list[torch.Tensor]:
         hand = ByHand(group, SIGN, (37,))
-        return [hand.step(noise(step + 10 * group.rank, 37) * 2.0, weight=group.rank + 1)[0] for step in range(6)]
+        return [
+            hand.step(noise(step + 10 * group.rank, 37), weight=targets_of(group.rank, step))[0] for step in range(6)
+        ]
 
     for moves in on_ranks(ranks, work):
         ties = 0.0
@@ -381,6 +401,18 @@ def test_what_has_no_gradient_goes_nowhere_in_two_steps(ranks: int):
 
     for weights in on_ranks(ranks, work):
         assert weights.abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("way", [1.0, -1.0])
+def test_ranks_that_know_nothing_leave_it_to_those_that_do(way: float):
+    """Two of four have a gradient. The zeros of the others go up on one rank and down on the other."""
+
+    def work(group: ThreadGroup) -> torch.Tensor:
+        hand = ByHand(group, SIGN, (70,))
+        return hand.step(torch.full((70,), way if group.rank < 2 else 0.0))[0]
+
+    for moved in on_ranks(4, work):
+        assert moved.tolist() == [way] * 70
 
 
 def test_the_norm_of_signs_is_that_of_the_ranks_gradients():
