@@ -99,7 +99,7 @@ class RunConfig(Options):
         """
         whole = flatten(self.model_dump())
         may_change = re.compile(
-            r"device|tf32|compile|model\.(from|from_weights)|task\.\w+\.(scores|search\..*)|train\.(steps|tokens|epochs|microbatch)|(data|eval|checkpoint|metrics|mesh|cut|sync|balance|recompute|ema|stop|watchdog)\..*"
+            r"device|tf32|compile|optim\.muon\.(precision|share)|model\.(from|from_weights)|task\.\w+\.(scores|search\..*)|train\.(steps|tokens|epochs|microbatch)|(data|eval|checkpoint|metrics|mesh|cut|sync|balance|recompute|ema|stop|watchdog)\..*"
         )
         return {key: value for key, value in whole.items() if not may_change.fullmatch(key)}
 
@@ -188,7 +188,9 @@ def _check_lengths(config: RunConfig) -> None:
     train, scaling = config.train, config.scaling
     schedule = config.schedule
     open_ends = (train.tokens, train.epochs, schedule.warmup_tokens, schedule.warmup_epochs)
-    is_scaled = scaling.base_batch or scaling.base_tokens or scaling.per_rank or scaling.rule != "none"
+    base, own = scaling.base_tokens or scaling.base_batch * config.model.context, train.global_tokens
+    at_base = base == (own or train.global_batch * config.model.context) and schedule.warmup != "constant"
+    is_scaled = scaling.per_rank or (not at_base if base else scaling.rule != "none")
     Length("train.", train.steps, train.tokens, train.epochs)
     check_schedule(schedule, config.optim.lr, None if is_scaled or any(open_ends) else train.steps)
 

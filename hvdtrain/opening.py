@@ -58,11 +58,12 @@ from hvdtrain.jobs.slurm import read_object
 from hvdtrain.machine.cores import Cores, take_cores
 from hvdtrain.machine.device import pick_device
 from hvdtrain.machine.malloc import keep_freed_memory
-from hvdtrain.machine.matmul import use_fast_matmul, use_tf32
+from hvdtrain.machine.matmul import has_fast_bf16, use_fast_matmul, use_tf32
 from hvdtrain.machine.peaks import Peak, find_peak
 from hvdtrain.models.depth import rate_shares
 from hvdtrain.models.frozen import freeze
 from hvdtrain.models.lora import adapt
+from hvdtrain.models.matrices import block_matrices
 from hvdtrain.models.pieces import Staged
 from hvdtrain.models.recompute import use_recompute
 from hvdtrain.models.weightless import weightless
@@ -76,6 +77,7 @@ from hvdtrain.optim.update import Update
 from hvdtrain.sync import check_sync, make_sync, notes_on_topology
 from hvdtrain.sync.apart import Course
 from hvdtrain.sync.async_server import AsyncServerSync
+from hvdtrain.sync.matrices import make_matrices
 from hvdtrain.sync.sync import Sync
 from hvdtrain.tasks import make_task
 from hvdtrain.tasks.task import Evaluation, Task, Training
@@ -375,9 +377,7 @@ def open_engine(run: OpenRun) -> Engine:
         fill_slices(replica.slices, blueprint.initial(config.seed))
     _take_over(run, replica, type(blueprint.model).__name__)
     sync = _make_sync(run, replica)
-    shares = rate_shares(list(blueprint.wholes), config.optim.layer_decay)
-    moved = [piece.tensor for piece in sync.moves]
-    optimizer = make_optimizer(moved, config.optim, sync.norms, [shares[piece.name] for piece in sync.moves])
+    optimizer = _make_optimizer(run, blueprint, sync)
     ema = make_ema(sync.moves, config.ema)
     saved = None
     if (folder := start.checkpoint) is not None:
@@ -433,6 +433,19 @@ def _make_sync(run: OpenRun, replica: Replica) -> Sync:
     sync = make_sync(run.config.sync, replica.slices, replica.computing, run.mesh, replica.uses, course)
     run.notes += sync.notes
     return sync
+
+
+def _make_optimizer(run: OpenRun, blueprint: Blueprint, sync: Sync) -> torch.optim.Optimizer:
+    """Of what this rank moves (collective)."""
+    options, matrices = run.config.optim, None
+    if options.name == "muon":
+        parts = block_matrices(blueprint.wholes, run.config.model)
+        fast = has_fast_bf16(run.device)
+        matrices, notes = make_matrices(sync, parts, options.muon, run.mesh, run.device, fast)
+        run.notes += notes
+    shares = rate_shares(list(blueprint.wholes), options.layer_decay)
+    moved = [piece.tensor for piece in sync.moves]
+    return make_optimizer(moved, options, sync.norms, [shares[piece.name] for piece in sync.moves], matrices)
 
 
 def _make_model(config: RunConfig, task: Task, data: Data) -> Staged:

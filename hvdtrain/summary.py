@@ -24,6 +24,7 @@ from hvdtrain.errors import plural
 from hvdtrain.files import troubles, write_json
 from hvdtrain.jobs.slurm import read_object
 from hvdtrain.machine.peaks import Peak, find_peak, worth_measuring
+from hvdtrain.models.matrices import block_matrices
 from hvdtrain.opening import OpenRun
 from hvdtrain.optim.optimizer import state_bytes
 from hvdtrain.planner.workload import workload
@@ -131,8 +132,10 @@ def _sent_mib(run: OpenRun, slices: Sequence[Slice], microbatches: int = 1) -> f
         held[piece.holders.size] += piece.tensor.numel()
     narrow = bool(PRECISIONS[config.precision].weights)
     ranks = run.mesh.world.size // config.mesh.ranks
-    shapes = [tuple(piece.tensor.shape) for piece in slices]
-    trained = Trained(shapes, state_bytes(config.optim), ranks, run.last, microbatches, narrow, held)
+    shapes = {piece.name: tuple(piece.tensor.shape) for piece in slices}
+    in_blocks = sum(math.prod(shapes[name]) for name in block_matrices(shapes, config.model))
+    state = state_bytes(config.optim, held.total(), in_blocks)
+    trained = Trained(list(shapes.values()), state, ranks, run.last, microbatches, narrow, held)
     return mib(needs_of(config.sync, trained).sent)
 
 

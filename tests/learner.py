@@ -25,6 +25,7 @@ from hvdtrain.engine import Engine
 from hvdtrain.models.decoder import Decoder
 from hvdtrain.models.depth import rate_shares
 from hvdtrain.models.frozen import freeze
+from hvdtrain.models.matrices import block_matrices
 from hvdtrain.models.options import TransformerOptions
 from hvdtrain.optim.ema import EmaOptions, make_ema
 from hvdtrain.optim.guard import Guard, GuardOptions
@@ -33,6 +34,7 @@ from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
 from hvdtrain.optim.update import Agreed, Update
 from hvdtrain.sync import SyncOptions, make_sync
 from hvdtrain.sync.apart import Course
+from hvdtrain.sync.matrices import make_matrices
 from hvdtrain.tasks.lm import LanguageModel
 
 ROWS, CONTEXT, VOCAB = 8, 8, 50
@@ -81,7 +83,11 @@ class Learner:
         shares = rate_shares(list(blueprint.wholes), recipe.optim.layer_decay)
         moved = [piece.tensor for piece in self.sync.moves]
         of_moved = [shares[piece.name] for piece in self.sync.moves]
-        self.optimizer = make_optimizer(moved, recipe.optim, self.sync.norms, of_moved)
+        matrices, self.notes = None, list[str]()
+        if recipe.optim.name == "muon":
+            parts = block_matrices(blueprint.wholes, options)
+            matrices, self.notes = make_matrices(self.sync, parts, recipe.optim.muon, self.mesh, CPU, fast=False)
+        self.optimizer = make_optimizer(moved, recipe.optim, self.sync.norms, of_moved, matrices)
         self.ema = make_ema(self.sync.moves, EmaOptions(decay=recipe.ema))
         progress = Progress()
         if folder is not None:

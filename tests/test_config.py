@@ -104,7 +104,7 @@ def test_an_unknown_key_is_an_error_that_lists_the_valid_ones():
     message = fail("demo", "optim.weigth_decay=0.1")
     assert "unknown key 'optim.weigth_decay'" in message
     assert "did you mean optim.weight_decay" in message
-    assert "optim.lr, optim.beta1" in message
+    assert "optim.lr, optim.adamw_lr, optim.beta1" in message
 
 
 def test_an_unknown_top_key_lists_the_rooms_too(recipe):
@@ -157,6 +157,10 @@ def test_all_that_is_wrong_is_one_message(recipe):
 def test_wrong_values_are_named(override: str, part: str):
     """Nothing is coerced: true is no 1, 3.0 no 3, and no seed may be larger than torch can take."""
     assert part in fail("demo", override)
+
+
+def test_a_warm_up_at_the_base_rate_needs_no_more_than_the_base():
+    assert load_config("demo", ["schedule.warmup=constant"]).schedule.warmup_start == 0.0  # found with the rates
 
 
 def test_choices_are_listed():

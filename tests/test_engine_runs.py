@@ -14,6 +14,7 @@ MODES = {
     "fp16": ["precision=fp16"],
     "lamb": ["optim.name=lamb", "optim.lr=0.01"],
     "lars": ["optim.name=lars", "optim.lr=5.0"],
+    "muon": ["optim.name=muon", "optim.lr=0.005", "optim.adamw_lr=0.002", "optim.muon.share=always"],
     "sgd": ["optim.name=sgd", "optim.lr=0.03", "precision=bf16-weights"],
     "ema": ["ema.decay=0.9", "precision=bf16-weights"],
     "compiled": ["compile=blocks"],
@@ -46,7 +47,7 @@ def test_stopped_and_resumed_is_bit_equal(mode: str, prepared: Prepared, trained
     assert evaluated["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize("mode", ["bf16 wire", "fp16", "ema"])
+@pytest.mark.parametrize("mode", ["bf16 wire", "fp16", "ema", "muon"])
 def test_two_ranks(mode: str, prepared: Prepared, trained: Path, tmp_path: Path):
     words = {"bf16 wire": ["sync.allreduce.wire=bf16", "--timeline", tmp_path / "timeline.json"], **MODES}[mode]
     train = ("train", prepared.recipe, *words, "--run-dir")

@@ -184,16 +184,19 @@ def _copy(saved: Checkpoint, name: str, piece: Slice, target: torch.Tensor) -> N
 
 
 def _load_states(saved: Checkpoint, slices: Sequence[Slice], optimizer: torch.optim.Optimizer) -> None:
-    """An optimizer keeps the same things of every parameter that it has moved."""
+    """An optimizer keeps the same things of every parameter that it has moved in the same way."""
     keys = _state_keys(saved)
-    every = set[str]().union(*(keys[piece.name] for piece in slices))
     for piece in slices:
         for key in keys[piece.name]:
             optimizer.state[piece.tensor][key] = _read_state(saved, f"optimizer.{key}.{piece.name}", piece)
-    for piece in slices:
-        if (found := keys[piece.name]) and found != every:
-            missing = min(every - found)
-            raise CheckpointError(f"{saved.folder}: the optimizer's {missing} of {piece.name} is missing")
+    orthogonal = {id(w) for group in optimizer.param_groups if group.get("is_orthogonal") for w in group["params"]}
+    for way in (True, False):
+        alike = [piece for piece in slices if (id(piece.tensor) in orthogonal) == way]
+        every = set[str]().union(*(keys[piece.name] for piece in alike))
+        for piece in alike:
+            if (found := keys[piece.name]) and found != every:
+                missing = min(every - found)
+                raise CheckpointError(f"{saved.folder}: the optimizer's {missing} of {piece.name} is missing")
 
 
 def _state_keys(names: Iterable[str]) -> Mapping[str, set[str]]:

@@ -68,7 +68,7 @@ SEVERAL_SERVERS = _above("sync.parameter_server.servers", 1, only_with=ASYNCHRON
 POWERSGD, SIGN, TOPK = COMPRESSED = [_is("sync.name", name) for name in ("powersgd", "sign", "topk")]
 PRECISIONS = {name: _is("precision", name) for name in ("fp32", "bf16", "bf16-weights", "fp16")}
 RAMP = _above("train.ramp_start", 0)
-OPTIMIZERS = {name: _is("optim.name", name) for name in ("adamw", "lamb", "lars", "sgd")}
+OPTIMIZERS = {name: _is("optim.name", name) for name in ("adamw", "lamb", "lars", "muon", "sgd")}
 MOMENTUM = _above("optim.momentum", 0, only_with=OPTIMIZERS["sgd"])
 CLIPS = _above("optim.clip_norm", 0)
 SPIKES = _above("guard.spike_norm", 0)
@@ -200,6 +200,12 @@ REFUSED = (
             "set sync.parameter_server.servers=1, or optim.name=adamw",
         )
         for name in ("lamb", "lars")
+    ),
+    Refused(
+        OPTIMIZERS["muon"],
+        ASYNCHRONOUS,
+        "all workers would wait for a server that makes matrices orthogonal at every push",
+        "set optim.name=adamw, or sync.parameter_server.mode=synchronous",
     ),
     Refused(
         PRECISIONS["fp16"],

@@ -9,29 +9,20 @@ Biases and norms keep ratio 1, as in that code: they move as AdamW moves them.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hvdtrain.optim.lars import Layerwise, Norms, Run, trust_ratios, whole_norms
+from hvdtrain.optim.adam import AdamSteps, Moments
+from hvdtrain.optim.lars import Layerwise, Norms, trust_ratios, whole_norms
+from hvdtrain.optim.runs import Run
 
-_LATE = 2.0**40  # a step at which bias correction has gone
-
-
-@dataclass(frozen=True)
-class Moments:
-    """``eps``: added to the root of the second; ``bias_correction``: whether to divide by 1 - beta^t."""
-
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-6
-    bias_correction: bool = True
+_MOMENTS = Moments()
 
 
-class Lamb(Layerwise):
-    """LAMB. State of a parameter, as of torch's fused AdamW: ``exp_avg``, ``exp_avg_sq``, ``step`` (fp32 scalar).
+class Lamb(Layerwise, AdamSteps):
+    """LAMB. State of a parameter: see ``AdamSteps``.
 
     trust_clip: largest ratio, 0: any.
     """
@@ -40,7 +31,7 @@ class Lamb(Layerwise):
         self,
         groups: Iterable[Any],
         lr: float,
-        moments: Moments = Moments(),
+        moments: Moments = _MOMENTS,
         weight_decay: float = 0.0,
         trust_clip: float = 0.0,
         norms: Norms = whole_norms,
@@ -54,11 +45,10 @@ class Lamb(Layerwise):
             "bias_correction": moments.bias_correction,
         }
         super().__init__(groups, defaults, norms)
-        self._late: dict[torch.device, Tensor] = {}
 
     def _others(self, part: list[Run]) -> list[Tensor]:
         """What AdamW would go, without the rate."""
-        updates = self._room([weight for weights, _ in part for weight in weights])
+        updates = self._room.like([weight for weights, _ in part for weight in weights])
         rest = updates
         for weights, group in part:
             of_run, rest = rest[: len(weights)], rest[len(weights) :]
@@ -77,49 +67,3 @@ class Lamb(Layerwise):
 
     def _move(self, weights: list[Tensor], group: dict[str, Any]) -> None:
         self._adamw(weights, weights, group, group["lr"], group["weight_decay"])
-
-    def _adamw(
-        self,
-        moved: list[Tensor],
-        weights: list[Tensor],
-        group: dict[str, Any],
-        lr: float,
-        decay: float,
-    ) -> None:
-        """One step of AdamW on ``moved``, with gradients and moments of ``weights``."""
-        overflow = self._overflow(weights[0].device)
-        states = [self._state_of(weight) for weight in weights]
-        steps = [state["step"] for state in states]
-        torch._foreach_add_(steps, 1)
-        beta1, beta2 = group["betas"]
-        torch._fused_adamw_(
-            moved,
-            [weight.grad for weight in weights],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            steps if group["bias_correction"] else [self._late_step(weights[0].device)] * len(steps),
-            lr=lr,
-            beta1=beta1,
-            beta2=beta2,
-            weight_decay=decay,
-            eps=group["eps"],
-            amsgrad=False,
-            maximize=False,
-            found_inf=overflow,
-        )
-        if overflow is not None:
-            torch._foreach_sub_(steps, [overflow] * len(steps))
-
-    def _state_of(self, weight: Tensor) -> dict[str, Tensor]:
-        state = self.state[weight]
-        if not state:
-            state["step"] = torch.zeros((), device=weight.device)
-            state["exp_avg"] = torch.zeros_like(weight)
-            state["exp_avg_sq"] = torch.zeros_like(weight)
-        return state
-
-    def _late_step(self, device: torch.device) -> Tensor:
-        if device not in self._late:
-            self._late[device] = torch.full((), _LATE, device=device)
-        return self._late[device]

@@ -9,23 +9,19 @@ its size. Biases and norms keep ratio 1, as in MLPerf's references. As in the pa
 (in torch's SGD it is outside): what a step has added is not scaled again when the rate changes.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hvdtrain.optim.runs import InRuns, Run
+
 # Takes parameters and as many tensors of their shapes (gradients, updates); returns the fp32 norms of both [2,
 # parameters]. Where a parameter's parts lie on several ranks, it is to sum the squares of all: it is asked once a step,
 # by all ranks, of all that have trust ratios of their own.
 Norms = Callable[[list[Tensor], list[Tensor]], Tensor]
-Run = tuple[list[Tensor], dict[str, Any]]  # parameters that are updated together, and their group
-
-# Elements (4 bytes each) that are updated together. On a CPU: few, so that they are still in the cache when they are
-# needed again, or a step would read memory twice as often. On a GPU: many, for few kernels, but memory is not endless.
-_RUN = {"cpu": 1 << 18}
-_GPU_RUN = 1 << 26
 
 
 def whole_norms(weights: list[Tensor], others: list[Tensor]) -> Tensor:
@@ -46,22 +42,15 @@ def trust_ratios(above: Tensor, below: Tensor, clip: float) -> Tensor:
     return ratios.clamp(max=clip) if clip else ratios
 
 
-class Layerwise(torch.optim.Optimizer):
-    """Base of LARS and LAMB: goes through the parameters in runs, with room for a run's updates that is used again.
+class Layerwise(InRuns):
+    """Base of LARS and LAMB.
 
-    Parameters are fp32 and contiguous. A group has ``is_adapted``: whether its tensors have trust ratios of their own
-    or all have 1 (norms, biases). Nothing waits for the GPU. ``found_inf``, where it is set (fp32 scalar; 1: the
-    gradients overflowed), is what it is for torch's fused optimizers: 1 leaves everything as it is.
+    A group has ``is_adapted``: whether its tensors have trust ratios of their own or all have 1 (norms, biases).
     """
 
     def __init__(self, groups: Iterable[Any], defaults: dict[str, Any], norms: Norms):
-        # fused: how torch calls it that ``step`` counts on the parameter's device
-        super().__init__(groups, {"is_adapted": True, **defaults, "fused": True})
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        assert all(p.dtype == torch.float32 for p in parameters), "the fp32 weights are moved, not copies"
-        assert all(p.is_contiguous() for p in parameters)
+        super().__init__(groups, {"is_adapted": True, **defaults})
         self._norms = norms
-        self._rooms: dict[torch.device, Tensor] = {}
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -91,40 +80,6 @@ class Layerwise(torch.optim.Optimizer):
     def _move(self, weights: list[Tensor], group: dict[str, Any]) -> None:
         """By ratio 1."""
         raise NotImplementedError
-
-    def _runs(self, group: dict[str, Any]) -> Iterator[Run]:
-        """Those of its parameters that have gradients, in order, cut into runs on one device."""
-        weights: list[Tensor] = []
-        size = 0
-        for weight in group["params"]:
-            if weight.grad is None:
-                continue
-            is_full = size + weight.numel() > _RUN.get(weight.device.type, _GPU_RUN)
-            if weights and (is_full or weight.device != weights[0].device):
-                yield weights, group
-                weights, size = [], 0
-            weights.append(weight)
-            size += weight.numel()
-        if weights:
-            yield weights, group
-
-    def _room(self, weights: list[Tensor]) -> list[Tensor]:
-        """A tensor of any values for each of ``weights``, which are on one device, until the next call."""
-        if not weights:
-            return []
-        device = weights[0].device
-        sizes = [weight.numel() for weight in weights]
-        aligned = [-(-size // 32) * 32 for size in sizes]  # GPUs read four neighbours at once only where they may
-        total = sum(aligned)
-        room = self._rooms.get(device)
-        if room is None or room.numel() < total:
-            room = self._rooms[device] = torch.empty(total, device=device)
-        pieces = room[:total].split(aligned)
-        return [piece[:size].view(w.shape) for piece, size, w in zip(pieces, sizes, weights, strict=True)]
-
-    def _overflow(self, device: torch.device) -> Tensor | None:
-        found = getattr(self, "found_inf", None)
-        return None if found is None else found.to(device, non_blocking=True)
 
 
 class Lars(Layerwise):
@@ -167,7 +122,7 @@ class Lars(Layerwise):
 
     def _by_rates(self, weights: list[Tensor], group: dict[str, Any], rates: list[Tensor] | Tensor | float) -> None:
         momentum, decay = group["momentum"], group["weight_decay"]
-        updates = self._room(weights)
+        updates = self._room.like(weights)
         torch._foreach_copy_(updates, [weight.grad for weight in weights])
         if decay:
             torch._foreach_add_(updates, weights, alpha=decay)

@@ -1,14 +1,18 @@
 """A recipe at another batch than the one it was made for: learning rate, warm-up and length by a stated rule.
 
     what                     times, with k = batch / base batch           source
-    lr, min_lr               k (linear)                                   Goyal et al. 2017, section 2.1
-                             sqrt k (sqrt)                                You et al. 2020; Malladi et al. 2022
+    lr, adamw_lr, min_lr     k (linear): sgd, lars                        Goyal et al. 2017, section 2.1
+                             sqrt k (sqrt): adamw, lamb                   You et al. 2020; Malladi et al. 2022
+                             sqrt k (sqrt): muon                          none: as for AdamW, see below
     steps of warm-up, run    1 / k: the same tokens, hence epochs         Goyal et al. 2017, section 2.2
     1 - beta1, 1 - beta2     k (with ``betas``)                           Malladi et al. 2022, square root rule
     eps                      1 / sqrt k (with ``betas``)                  the same
     weight decay             sqrt k (with ``betas``)                      lr x weight decay x steps stays
 
 All of it is arithmetic on what the recipe says; nothing is measured. Where the base batch is not stated, nothing moves.
+
+Nobody has derived a rule for Muon. It is given AdamW's, because its updates are as large (Liu et al. 2025, 2502.16982)
+and its other parameters are AdamW's; make bench BENCH=large_batch compares rules with rates that are tuned.
 
 Sources: Goyal et al. 2017 (1706.02677), Hoffer et al. 2017 (1705.08741), You et al. 2020 (1904.00962), Malladi et al.
 2022 (2205.10287).
@@ -27,8 +31,10 @@ from hvdtrain.options import Options, option
 
 
 class ScalingOptions(Options):
-    rule: Literal["none", "linear", "sqrt"] = option(
-        "none", "how optim.lr and schedule.min_lr grow with the batch: linear for SGD and LARS, sqrt for Adam and LAMB"
+    rule: Literal["none", "auto", "linear", "sqrt"] = option(
+        "none",
+        "how optim.lr, optim.adamw_lr and schedule.min_lr grow with the batch; auto: as fits the optimizer: linear for "
+        "sgd and lars, sqrt for adamw, lamb and muon",
     )
     base_batch: int = option(
         0, "sequences of an update that lr, warm-up and length of the recipe were made for; 0: not stated", ge=0
@@ -63,6 +69,7 @@ class Scaled:
     warmup_steps: int
     warmup_start: float
     lr: float
+    adamw_lr: float
     min_lr: float
     beta1: float
     beta2: float
@@ -72,7 +79,7 @@ class Scaled:
     notes: tuple[str, ...]
 
     def optim(self, options: OptimOptions) -> OptimOptions:
-        names = ("lr", "beta1", "beta2", "eps", "weight_decay")
+        names = ("lr", "adamw_lr", "beta1", "beta2", "eps", "weight_decay")
         return options.model_copy(update={name: getattr(self, name) for name in names})
 
     def schedule(self, options: ScheduleOptions) -> ScheduleOptions:
@@ -98,7 +105,7 @@ class Unscaled:
 
 
 _ADAM_LIKE = ("adamw", "lamb")
-_FITS = {"adamw": "sqrt", "lamb": "sqrt", "sgd": "linear", "lars": "linear"}
+_FITS = {"adamw": "sqrt", "lamb": "sqrt", "muon": "sqrt", "sgd": "linear", "lars": "linear"}
 _LARGEST_ADAM_RATE, _LARGEST_RATE = 10.0, 1000.0  # an update of Adam moves a weight by about the rate
 
 
@@ -132,6 +139,10 @@ def scale(
     Errors: ConfigError where a rule has no base or two, the result is no learning rate that one would train with, or
     the warm-up is longer than the run.
     """
+    _check_base(given.scaling)
+    if given.scaling.rule == "auto":
+        fitting = given.scaling.model_copy(update={"rule": _FITS[given.optim.name]})
+        given = replace(given, scaling=fitting)
     options, optim, schedule = given.scaling, given.optim, given.schedule
     _check(options, optim)
     check_schedule(schedule, optim.lr, None)
@@ -141,7 +152,7 @@ def scale(
 
     steps = _steps(given.length, options.length, change, epoch_tokens, lengthened)
     warmup = _steps(warmup_length(schedule), options.warmup, change, epoch_tokens, lengthened)
-    lr, min_lr = _rates(options, optim, schedule.min_lr, change)
+    lr, adamw_lr, min_lr = _rates(options, optim, schedule.min_lr, change)
     beta1, beta2, eps, decay, beta_notes = _moments(options, optim, change)
     start = schedule.warmup_start
     if is_scaled and schedule.warmup == "constant" and not start:
@@ -160,6 +171,7 @@ def scale(
         warmup_steps=warmup,
         warmup_start=start,
         lr=lr,
+        adamw_lr=adamw_lr,
         min_lr=min_lr,
         beta1=beta1,
         beta2=beta2,
@@ -202,9 +214,13 @@ def _about(given: Unscaled, scaled: Scaled, change: _Change, epoch_tokens: int) 
     lengths = warmup_length(given.schedule), given.length
     base_warmup, base_steps = (length.in_steps(change.base, epoch_tokens) for length in lengths)
     source = {"none": "", "linear": ": Goyal et al. 2017", "sqrt": ": You et al. 2020"}[options.rule]
+    if (options.rule, optim.name) == ("sqrt", "muon"):
+        source = ": as for AdamW"
     if options.max_lr and scaled.lr == options.max_lr != optim.lr:
         source += ", at scaling.max_lr"
     parts = [f"scaling: {change.words}", f"lr {optim.lr:g} -> {scaled.lr:g} ({options.rule}{source})"]
+    if optim.name == "muon" and optim.adamw_lr:
+        parts[-1] += f", adamw_lr {optim.adamw_lr:g} -> {scaled.adamw_lr:g}"
     if options.betas:
         parts += [
             f"betas {optim.beta1:g}, {optim.beta2:g} -> {scaled.beta1:g}, {scaled.beta2:g}",
@@ -215,7 +231,7 @@ def _about(given: Unscaled, scaled: Scaled, change: _Change, epoch_tokens: int) 
     return ", ".join(parts)
 
 
-def _check(options: ScalingOptions, optim: OptimOptions) -> None:
+def _check_base(options: ScalingOptions) -> None:
     if options.base_batch and options.base_tokens:
         raise ConfigError(
             f"scaling.base_batch={options.base_batch} and scaling.base_tokens={options.base_tokens} are both given; "
@@ -227,6 +243,9 @@ def _check(options: ScalingOptions, optim: OptimOptions) -> None:
             f"scaling.rule={options.rule} needs the batch that optim.lr was made for: set scaling.base_batch "
             "(sequences) or scaling.base_tokens"
         )
+
+
+def _check(options: ScalingOptions, optim: OptimOptions) -> None:
     if options.betas and (options.rule != "sqrt" or optim.name not in _ADAM_LIKE):
         raise ConfigError(
             f"scaling.betas goes with scaling.rule=sqrt and optim.name={' or '.join(_ADAM_LIKE)}, "
@@ -252,20 +271,20 @@ def _steps(
     return lengthened(steps) if lengthened else steps
 
 
-def _rates(options: ScalingOptions, optim: OptimOptions, min_lr: float, change: _Change) -> tuple[float, float]:
-    """Peak and end of the schedule, scaled alike."""
+def _rates(options: ScalingOptions, optim: OptimOptions, min_lr: float, change: _Change) -> tuple[float, float, float]:
+    """Peak of the schedule, that of what muon leaves to AdamW, and its end, scaled alike."""
     gain = {"none": 1.0, "linear": float(change.factor), "sqrt": math.sqrt(change.factor)}[options.rule]
     lr = optim.lr * gain
     if gain > 1 and 0 < options.max_lr < lr:
         lr, gain = options.max_lr, options.max_lr / optim.lr
-    largest = _LARGEST_ADAM_RATE if optim.name in _ADAM_LIKE else _LARGEST_RATE
+    largest = _LARGEST_ADAM_RATE if _FITS[optim.name] == "sqrt" else _LARGEST_RATE
     if gain != 1 and not 0 < lr <= largest:
         raise ConfigError(
             f"scaling: {change.words} takes lr from {optim.lr:g} to {lr:g} ({options.rule}); {optim.name} "
             f"needs one above 0 and at most {largest:g}: set scaling.max_lr, another scaling.rule or a batch nearer to "
             "the base"
         )
-    return lr, min(lr, min_lr * gain)
+    return lr, optim.adamw_lr * gain, min(lr, min_lr * gain)
 
 
 def _moments(
@@ -299,7 +318,7 @@ def _fit_notes(options: ScalingOptions, optim: OptimOptions) -> list[str]:
     if options.rule == "linear" and _FITS.get(optim.name) == "sqrt":
         notes.append(
             f"scaling.rule=linear is for SGD; with {optim.name} the rate goes with the square root of the batch "
-            "(Malladi et al. 2022): scaling.rule=sqrt"
+            f"({'as for AdamW' if optim.name == 'muon' else 'Malladi et al. 2022'}): scaling.rule=sqrt"
         )
     if options.rule == "sqrt" and _FITS.get(optim.name) == "linear":
         notes.append(

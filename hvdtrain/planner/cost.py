@@ -193,8 +193,8 @@ def work_of(found: Estimate) -> Work:
     """What a plan says of a rank's step."""
     config, load, sent = found.config, found.load, found.memory.sent
     shards = load.replicas if config.sync.name == "zero" else 1
-    per_number = 4 * 2 + 4 + 2 * state_bytes(config.optim)  # weight and state are read and written, gradient is read
-    held = load.trained / config.mesh.ranks
+    state = state_bytes(config.optim, load.trained, load.matrices)
+    touched = (4 * 2 + 4) * load.trained + 2 * state  # weight and state are read and written, gradient is read
     return Work(
         flops=load.flops_of_step / load.microbatches,
         tokens=load.microbatch * load.positions,
@@ -214,8 +214,8 @@ def work_of(found: Estimate) -> Work:
         gradient_bytes=_summed_bytes(sent.get("replica", 0), load.replicas),
         bucket_bytes=config.sync.allreduce.bucket_mib * _MIB,
         hides=config.sync.name in _HIDES and not (config.mesh.ranks > 1 and found.memory.device == "cuda"),
-        touched_bytes=per_number * held / shards,
-        saved_bytes=(4 + state_bytes(config.optim)) * load.trained + 4 * (load.parameters - load.trained),
+        touched_bytes=touched / config.mesh.ranks / shards,
+        saved_bytes=4 * load.parameters + state,
         save_every=config.checkpoint.every,
         asynchronous=config.checkpoint.asynchronous,
     )

@@ -84,8 +84,9 @@ def memory(config: RunConfig, facts: CorpusFacts, load: Workload, device: str, m
     for rank, share in enumerate(shares):
         evaluation = max(evaluations[number].peak for number in share.stages)
         kept, peak = alive(passes[rank], steps) if len(shares) > 1 else (steps[0].kept, steps[0].peak)
-        needs = _needs(config, share, load)
-        parts = _parts(config, share, needs)
+        trained = _trained(config, share, load)
+        needs = needs_of(config.sync, trained)
+        parts = _parts(config, share, trained, needs)
         at_most = max(peak, needs.passing)
         parts |= {"activations": kept, "temporaries": at_most - kept}
         parts["evaluation"] = max(0, evaluation + needs.viewed - at_most)
@@ -100,7 +101,8 @@ def memory(config: RunConfig, facts: CorpusFacts, load: Workload, device: str, m
         sent = _sent(load, share, steps, needs)
         found.append(Memory(device, parts, of_layer, sent=sent))
         if needs.server is not None:
-            found.append(_of_server(config, share, load, needs.server, device))
+            of_server = _parts(config, share, trained, needs.server)
+            found.append(_of_server(config, load, of_server, needs.server, device))
     most = max(found, key=lambda one: one.total)
     return replace(most, assumptions=_assumptions(config, load, device), balance=balance(shares))
 
@@ -122,13 +124,13 @@ def alive(passes: Sequence[Pass], steps: Sequence[Footprint]) -> tuple[int, int]
     return kept, peak
 
 
-def _parts(config: RunConfig, share: Share, needs: Needs) -> dict[str, int]:
+def _parts(config: RunConfig, share: Share, trained: Trained, needs: Needs) -> dict[str, int]:
     """Weights, and what belongs to each of them."""
     precision = PRECISIONS[config.precision]
     return {
         "weights": 4 * share.count + share.buffer_bytes,
         "gradients": needs.gradients,
-        "optimizer state": state_bytes(config.optim) * needs.moved,
+        "optimizer state": -(-trained.state_bytes * needs.moved // max(1, trained.count)),
         "16-bit weights": 2 * share.count if precision.weights else 0,
         "averaged weights": 4 * needs.moved if config.ema.decay > 0 else 0,
         "kept to agree": needs.kept,
@@ -136,24 +138,23 @@ def _parts(config: RunConfig, share: Share, needs: Needs) -> dict[str, int]:
     }
 
 
-def _needs(config: RunConfig, share: Share, load: Workload) -> Needs:
-    """Of the way in which replicas agree."""
+def _trained(config: RunConfig, share: Share, load: Workload) -> Trained:
+    """What the way in which replicas agree has to know of this rank."""
     ranks = load.ranks // config.mesh.ranks
-    trained = Trained(
+    return Trained(
         [tuple(parameter.shape) for parameter in share.parameters.values() if parameter.requires_grad],
-        state_bytes(config.optim),
+        state_bytes(config.optim, share.trained, share.matrices),
         ranks,
         load.steps,
         load.microbatches,
         bool(PRECISIONS[config.precision].weights),
         {holders * ranks: count for holders, count in share.by_holders().items()},
     )
-    return needs_of(config.sync, trained)
 
 
-def _of_server(config: RunConfig, share: Share, load: Workload, needs: Needs, device: str) -> Memory:
-    """Of a rank that takes no rows."""
-    parts = {**_parts(config, share, needs), "process": int(sum(_process_mib(config, load.ranks).values()) * _MIB)}
+def _of_server(config: RunConfig, load: Workload, parts: Mapping[str, int], needs: Needs, device: str) -> Memory:
+    """Of a rank that takes no rows. parts: see ``_parts``."""
+    parts = {**parts, "process": int(sum(_process_mib(config, load.ranks).values()) * _MIB)}
     return Memory(device, parts, 0, sent={"replica": round(needs.sent), "tensor": 0, "pipe": 0})
 
 

@@ -5,7 +5,7 @@ pipe of 2, tensor of 2       rank 0, 1: stage 0      of a stage, the part of the
 """
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -19,6 +19,7 @@ from hvdtrain.cut.blueprint import Blueprint, Placed
 from hvdtrain.cut.stages import Stage, balance_of, make_stages
 from hvdtrain.cut.tensor import spread
 from hvdtrain.data.corpora import CorpusFacts
+from hvdtrain.models.matrices import block_matrices
 from hvdtrain.models.pieces import Staged, keep
 from hvdtrain.planner.workload import build_model
 from hvdtrain.tasks import make_task
@@ -44,12 +45,14 @@ _axis_of = cache(_PlanAxis)  # graphs know axes by number, so there shall be one
 class Share:
     """Of one rank of the pipe. stages: by number, on the meta device. holders: of each of its parameters, by the whole
     model's name, the ranks of a replica whose gradients of it add up. cost: of its stages, as stages.py counts it.
+    in_blocks: names of the matrices of blocks.
     """
 
     stages: Mapping[int, Staged]
     holders: Mapping[str, int]
     parameters: Mapping[str, nn.Parameter]
     cost: float
+    in_blocks: Collection[str] = ()
 
     @property
     def count(self) -> int:
@@ -58,6 +61,11 @@ class Share:
     @property
     def trained(self) -> int:
         return sum(p.numel() for p in self.parameters.values() if p.requires_grad)
+
+    @property
+    def matrices(self) -> int:
+        """Numbers in matrices of blocks that are trained."""
+        return sum(p.numel() for name, p in self.parameters.items() if p.requires_grad and name in self.in_blocks)
 
     @property
     def largest(self) -> int:
@@ -88,14 +96,16 @@ def shares_of(config: RunConfig, facts: CorpusFacts) -> list[Share]:
         cut = make_stages(blueprint.model, make_task(config.task), ranks, config.cut.stages_per_rank)
         stages, costs = list(_in_stages(blueprint, model, cut)), [stage.cost for stage in cut]
     named = [dict(_named(blueprint, stages[rank::ranks])) for rank in range(ranks)]
-    found = []
+    found, in_blocks = [], block_matrices(blueprint.wholes, config.model)
     for rank, own in enumerate(named):
         having = {name: sum(name in other for other in named) for name in own}
         for path, place in placed.items():
             if place.is_partial and (name := blueprint.names[path]) in having:
                 having[name] *= config.mesh.tensor
         numbers = range(rank, len(stages), ranks)
-        found.append(Share({number: stages[number] for number in numbers}, having, own, sum(costs[rank::ranks])))
+        found.append(
+            Share({number: stages[number] for number in numbers}, having, own, sum(costs[rank::ranks]), in_blocks)
+        )
     return found
 
 

@@ -9,6 +9,7 @@ from hvdtrain.data.shards import Manifest, token_dtype
 from hvdtrain.errors import ConfigError
 from hvdtrain.models.frozen import freeze
 from hvdtrain.models.lora import adapt
+from hvdtrain.models.matrices import block_matrices
 from hvdtrain.models.pieces import Staged
 from hvdtrain.models.recompute import use_recompute
 from hvdtrain.models.weightless import weightless
@@ -42,6 +43,7 @@ class Workload:
     epochs: float | None  # of the training tokens; None: not known
     parameters: int
     trained: int  # of them; others are frozen
+    matrices: int  # of those that are trained, in matrices of blocks
     flops_of_step: int  # model FLOPs of a rank, forward and backward, on average over the ranks of a replica
 
 
@@ -68,7 +70,7 @@ def workload(config: RunConfig, facts: CorpusFacts, ranks: int, ranks_per_node: 
     with weightless():
         model, batch = build_model(config, facts), task.example(microbatch, positions)
     parameters = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     tokens = config.train.steps * global_tokens
     return Workload(
         ranks=ranks,
@@ -88,7 +90,8 @@ def workload(config: RunConfig, facts: CorpusFacts, ranks: int, ranks_per_node: 
         tokens=tokens,
         epochs=tokens / facts.train_tokens if facts.train_tokens else None,
         parameters=parameters,
-        trained=trained,
+        trained=sum(trained.values()),
+        matrices=sum(trained[name] for name in block_matrices(trained, config.model)),
         flops_of_step=microbatches * task.training_flops(model, batch) // config.mesh.ranks,
     )
 

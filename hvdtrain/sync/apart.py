@@ -55,7 +55,7 @@ class ApartOptions(Options):
 
 def needs_apart(trained: Trained, kept: int = 0, buffers: int = 0, passing: int = 0, sent: float = 0.0) -> Needs:
     """Of any of them, with what one needs besides. All that replicas average is copied into what is sent."""
-    weights, state = 4 * trained.count, trained.state_bytes * trained.count
+    weights, state = 4 * trained.count, trained.state_bytes
     averaging = max(2 * weights, state)  # to look at the mean of the weights, or to settle
     return Needs(weights, trained.count, kept, buffers, max(averaging, passing), weights, sent)
 
@@ -223,16 +223,17 @@ class ApartSync:
         if self._states_are_complete:
             return
         states = update.optimizer.state
-        kept = {piece.name: states[piece.tensor] for piece in self.moves if states.get(piece.tensor)}
-        is_scalar = {key: value.dim() == 0 for state in kept.values() for key, value in state.items()}
-        found = self._mesh.replica.all_gather_object((list(kept), is_scalar))
-        names = {name for of_rank, _ in found for name in of_rank}
-        kinds = {key: scalar for _, of_rank in found for key, scalar in of_rank.items()}
+        kept = {
+            piece.name: {key: value.dim() == 0 for key, value in states[piece.tensor].items()}
+            for piece in self.moves
+            if states.get(piece.tensor)
+        }
+        names = {name: keys for of_rank in self._mesh.replica.all_gather_object(kept) for name, keys in of_rank.items()}
         for piece in self.moves:
             if piece.name in names and piece.name not in kept:
                 weight = piece.tensor.detach()
-                for key, scalar in kinds.items():
-                    states[piece.tensor][key] = weight.new_zeros(() if scalar else weight.shape)
+                for key, is_scalar in names[piece.name].items():
+                    states[piece.tensor][key] = weight.new_zeros(() if is_scalar else weight.shape)
         self._states_are_complete = len(names) == len(self.moves)
 
     def _sample_distance(self) -> None:

@@ -78,7 +78,7 @@ class LocalSgdOptions(ApartOptions):
 def needs_of_local_sgd(options: LocalSgdOptions, trained: Trained) -> Needs:
     """sent: where H falls, at least."""
     first, weights = options.begins_after(trained.steps), 4 * trained.count
-    averaged = weights + (trained.state_bytes * trained.count if options.optimizer == "averaged" else 0)
+    averaged = weights + (trained.state_bytes if options.optimizer == "averaged" else 0)
     numbers = (first * weights + (trained.steps - first) / options.every * averaged) / max(1, trained.steps)
     kept = 2 * weights if options.outer != "none" else 0
     return needs_apart(trained, kept=kept, sent=of_all_reduce(numbers, trained.ranks))

@@ -14,9 +14,9 @@ def bucket_of(count: int, largest: int, mib: float) -> int:
 class Trained:
     """What a rank trains, and in what company.
 
-    shapes: of its tensors. state_bytes: of the optimizer, a parameter. ranks: that agree, servers among them; steps: of
-    the run, microbatches: of a step. narrow_weights: a copy in two bytes computes. holders: how many of its numbers are
-    summed over how many ranks, where a replica is cut; None: all, over all ranks.
+    shapes: of its tensors. state_bytes: of the optimizer, for all of them. ranks: that agree, servers among them;
+    steps: of the run, microbatches: of a step. narrow_weights: a copy in two bytes computes. holders: how many of its
+    numbers are summed over how many ranks, where a replica is cut; None: all, over all ranks.
     """
 
     shapes: Sequence[Sequence[int]]

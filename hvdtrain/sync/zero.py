@@ -72,8 +72,8 @@ def bytes_of(
 ) -> ZeroBytes:  # fmt: skip
     """What ZeRO needs for ``parameters`` that a rank trains, from the settings alone.
 
-    largest: numbers in the largest tensor. state_bytes: of the optimizer, a parameter. narrow_weights: a copy in two
-    bytes computes.
+    largest: numbers in the largest tensor. state_bytes: of the optimizer, for all of them. narrow_weights: a
+    copy in two bytes computes.
     """
     form = FORMS[options.wire]
     of_number = 4 if form is None else form.dtype.itemsize
@@ -86,7 +86,7 @@ def bytes_of(
     else:  # one fills up, one is sent, one arrives; or half of one, half of one, and one is opened
         gradients, rounds = 4 * mine + 3 * bucket, microbatches
     sent = (parameters - mine) * (rounds * of_number + (2 if narrow_weights else 4))
-    return ZeroBytes(state_bytes * mine, gradients, sent)
+    return ZeroBytes(-(-state_bytes // replicas), gradients, sent)
 
 
 def needs_of_zero(options: ZeroOptions, trained: Trained) -> Needs:

@@ -54,7 +54,10 @@ CASES = {
     "policyqa": Case(
         ("--input", "/dev.json.gz", "--test-input", "/test.json.gz"),
         "squad",
-        ("train.epochs=0", "train.steps=300", "train.global_tokens=4096", "optim.lr=2e-4", "schedule.warmup_steps=30"),
+        (
+            *("train.epochs=0", "train.steps=300", "train.global_tokens=4096", "scaling.base_tokens=4096"),
+            *("optim.lr=2e-4", "schedule.warmup_steps=30"),
+        ),
         ("exact_match", "f1"),
         "trained on its dev questions alone",
     ),
@@ -67,6 +70,7 @@ CASES = {
         "finetune-sst2",
         (
             *("task.classify.threshold=0.3", "train.steps=600", "train.global_tokens=2048"),
+            "scaling.base_tokens=2048",
             *("optim.lr=3e-4", "schedule.warmup_steps=60"),
         ),
         ("macro_f1", "micro_f1"),

@@ -1,9 +1,16 @@
-"""How far may a batch grow before the loss suffers? `shakespeare-char` at equal tokens, like Goyal's Table 1.
+"""How far may a batch grow before the loss suffers? At equal tokens, every optimizer tuned at every batch.
 
-    make bench BENCH=large_batch      (an hour on two cores; RUNS=folder keeps the runs and goes on with them; SEEDS=3)
+    make bench BENCH=large_batch      (hours on two cores; goes on where it stopped)
+    MODELS=shakespeare-char BATCHES=1,16 OPTIMIZERS=adamw,muon SEEDS=1        some of it
+    ONLY=report                       the table and the picture of what is there
 
-The recipe's batch of 12 sequences against 48, 96 and 192: the base rate as it is, linear and square root scaling, LAMB;
-with gradual, constant and no warm-up (96: gradual alone). All see 1.5 million characters in the same order.
+1. tuned     rates from a grid of factors of 2, longer where its best is at an end; one seed. Without that, a comparison
+             of batches is one of rates (Shallue et al. 2019, 1811.03600).
+2. seeds     three at the best rate; gradual, constant and no warm-up
+3. rules     rates of the base batch alone, everything else by scaling.rule
+
+Two models, so that no rule is made for one: `shakespeare-char` by characters, and `demo` on the same text in 1,024
+pieces. Each run is a line of results/large_batch.jsonl, which is not made again; the table is made of them.
 """
 
 import json
@@ -12,128 +19,178 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
+import large_batch_report
 import table
 from running import run
 from shakespeare import SOURCE
 
-BASE = 12
-BATCHES = (48, 96, 192)
-CONTEXT = 64  # characters of a sequence
+RESULTS = table.RESULTS / "large_batch.jsonl"
+FOLDER = Path(os.environ.get("RUNS", "runs/large_batch"))  # prepared texts, and the run that is under way
+
+
+def chosen(name: str, among: str) -> list[str]:
+    return os.environ.get(name, among).split(",")
+
+
+MODELS = {"shakespeare-char": 12, "demo": 16}  # recipe -> its batch, which the others are multiples of
+TIMES = [int(word) for word in chosen("BATCHES", "1,4,8,16,32")]
 SEEDS = range(1, int(os.environ.get("SEEDS", "3")) + 1)
-RULES = {
-    "unscaled": ["scaling.rule=none"],
-    "linear": ["scaling.rule=linear"],
-    "sqrt": ["scaling.rule=sqrt"],
-    "LAMB, sqrt": ["scaling.rule=sqrt", "optim.name=lamb", "optim.lr=1e-2", "schedule.min_lr=1e-3"],
+WARMUPS = ("constant", "none")  # beside gradual
+# Where each grid begins: peak rates; of muon also what its other parameters have of the matrices' rate.
+GRIDS = {
+    "adamw": [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2],
+    "lamb": [5e-3, 1e-2, 2e-2, 4e-2, 8e-2],
+    "lars": [1.0, 2.0, 4.0, 8.0, 16.0],
+    "muon": [5e-3, 1e-2, 2e-2, 4e-2, 8e-2],
 }
-WARMUPS = {"gradual": [], "constant": ["schedule.warmup=constant"], "none": ["schedule.warmup_steps=0"]}
-COMMON = [f"scaling.base_batch={BASE}", "eval.every=0", "eval.rows=192", "checkpoint.every=0", "metrics.every=25"]
+OPTIMIZERS = chosen("OPTIMIZERS", ",".join(GRIDS))
+SHARES = {"muon": [0.1, 0.2, 0.4]}
+COMMON = ("eval.every=0", "eval.rows=192", "checkpoint.every=0", "metrics.every=100", "schedule.name=cosine")
 
 
-def prepare(folder: Path) -> Path:
-    """The text by characters, its last tenth for validation."""
-    if not (folder / "data" / "manifest.json").exists():
-        module = [sys.executable, "-m", "data_prep"]
-        source = ["--input", str(SOURCE)]
-        run([*module, "tokenizer", *source, "--kind", "char", "--out", f"{folder}/tokenizer.json"])
-        split = ["--val-split", "tail", "--val-fraction", "0.1", "--tokenizer", f"{folder}/tokenizer.json"]
-        run([*module, "text", *source, *split, "--out", f"{folder}/data"])
-    return folder / "data"
+@dataclass(frozen=True)
+class Trial:
+    """One run. times: its batch / the recipe's. base: the batch that its rates are for, times the recipe's. share:
+    adamw_lr / lr, of muon.
+    """
+
+    model: str
+    optimizer: str
+    times: int
+    lr: float
+    share: float = 0.0
+    base: int = 0
+    rule: str = "none"
+    warmup: str = "gradual"
+    seed: int = 1
+
+    def words(self) -> list[str]:
+        batch = MODELS[self.model]
+        words = [
+            f"data.dir={FOLDER}/{self.model}",
+            f"seed={self.seed}",
+            f"train.global_batch={batch * self.times}",
+            f"train.microbatch={min(48, batch * self.times // 2)}",  # two parts at least: the noise can be measured
+            f"optim.name={self.optimizer}",
+            f"optim.lr={self.lr}",
+            f"schedule.min_lr={self.lr / 10}",
+            f"scaling.rule={self.rule}",
+            f"scaling.base_batch={batch}",
+        ]
+        if self.optimizer == "muon":
+            words.append(f"optim.adamw_lr={self.lr * self.share}")
+        if self.warmup == "none":
+            words.append("schedule.warmup_steps=0")
+        elif self.warmup == "constant":  # at the rate that the rule would give the base batch
+            words += ["schedule.warmup=constant", f"schedule.warmup_start={self.times**-0.5}"]
+        return [*words, *COMMON]
 
 
-def train(folder: Path, name: str, batch: int, settings: list[str]) -> dict[int, dict[str, Any]]:
-    """Summaries by seed; a run that diverged has none. Runs that are there already are not made again."""
-    found = {}
-    for seed in SEEDS:
-        run_dir = folder / name / str(seed)
-        words = [f"data.dir={folder}/data", f"seed={seed}", f"train.global_batch={batch}", *COMMON, *settings]
-        words += [f"train.microbatch={min(48, batch // 2)}"]  # two parts at least: the noise can be measured
-        if not (run_dir / "summary.json").exists():
-            command = [sys.executable, "-m", "hvdtrain", "train", "shakespeare-char", *words, "--run-dir", str(run_dir)]
-            done = subprocess.run(command, text=True, capture_output=True, timeout=3600)
-            if done.returncode not in (0, 76):
-                sys.exit(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-        if (run_dir / "summary.json").exists():
-            found[seed] = json.loads((run_dir / "summary.json").read_text())
-    return found
+class Runs:
+    """What was run before, and what is run now."""
+
+    def __init__(self) -> None:
+        lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
+        self.known: dict[Trial, dict[str, float | None]] = {}
+        for line in map(json.loads, lines):
+            self.known[Trial(**line["trial"])] = line["found"]
+
+    def loss(self, trial: Trial) -> float:
+        """Validation loss at the end; infinite where the run diverged."""
+        if trial not in self.known:
+            found = train(trial)
+            self.known[trial] = found
+            with RESULTS.open("a") as file:
+                file.write(json.dumps({"trial": asdict(trial), "found": found}) + "\n")
+            print(f"{trial}: {found['val_loss']}", flush=True)
+        loss = self.known[trial]["val_loss"]
+        return math.inf if loss is None else loss
+
+
+def train(trial: Trial) -> dict[str, float | None]:
+    run_dir = FOLDER / "run"
+    subprocess.run(["rm", "-rf", str(run_dir)], check=True)
+    command = [sys.executable, "-m", "hvdtrain", "train", trial.model, *trial.words(), "--run-dir", str(run_dir)]
+    done = subprocess.run(command, text=True, capture_output=True, timeout=7200)
+    if done.returncode == 76:
+        return {"val_loss": None, "noise_scale_tokens": None, "step_s": None}
+    if done.returncode:
+        sys.exit(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    summary = json.loads((run_dir / "summary.json").read_text())
+    return {name: summary.get(name) for name in ("val_loss", "noise_scale_tokens", "tokens", "train_s")}
+
+
+def tuned(runs: Runs, model: str, optimizer: str, times: int) -> Trial:
+    """The best of the grid, which grows where its best is at an end."""
+
+    def trial(lr: float, share: float) -> Trial:
+        return Trial(model, optimizer, times, lr, share)
+
+    best = []
+    for share in SHARES.get(optimizer, [0.0]):
+        rates = list(GRIDS[optimizer])
+        while True:
+            losses = {lr: runs.loss(trial(lr, share)) for lr in rates}
+            least = min(losses, key=lambda lr: losses[lr])
+            if math.isinf(losses[least]) or least not in (rates[0], rates[-1]):
+                break
+            rates = [least / 2, *rates] if least == rates[0] else [*rates, least * 2]
+        best.append(trial(least, share))
+    return min(best, key=runs.loss)
+
+
+def mean(runs: Runs, trial: Trial) -> float:
+    return statistics.mean([runs.loss(Trial(**{**asdict(trial), "seed": seed})) for seed in SEEDS])
+
+
+def prepare(model: str) -> None:
+    """The text by characters or pieces, its last tenth for validation."""
+    out = FOLDER / model
+    if (out / "manifest.json").exists():
+        return
+    module, source = [sys.executable, "-m", "data_prep"], ["--input", str(SOURCE)]
+    kind = ["--kind", "char"] if model == "shakespeare-char" else ["--vocab-size", "1024"]
+    run([*module, "tokenizer", *source, *kind, "--out", f"{out}.json"])
+    split = ["--val-split", "tail", "--val-fraction", "0.1", "--tokenizer", f"{out}.json"]
+    run([*module, "text", *source, *split, "--out", str(out)])
+
+
+def experiment(runs: Runs, model: str) -> Iterator[Trial]:
+    """All that is to be run, in the order in which it says most soonest."""
+    best = {(name, times): tuned(runs, model, name, times) for times in TIMES for name in OPTIMIZERS}
+    for trial in best.values():
+        mean(runs, trial)
+        yield trial
+    for (name, times), trial in best.items():
+        base = best.get((name, TIMES[0]), trial)
+        for rule in ("none", "linear", "sqrt") if times > 1 else ():
+            by_rule = Trial(model, name, times, base.lr, base.share, TIMES[0], rule)
+            mean(runs, by_rule)
+            yield by_rule
+    for trial in best.values():
+        for warmup in WARMUPS:
+            if trial.times > 1:
+                other = Trial(**{**asdict(trial), "warmup": warmup})
+                mean(runs, other)
+                yield other
 
 
 def main() -> None:
     if not SOURCE.exists():
         sys.exit(f"needs tinyshakespeare.txt; set SHAKESPEARE=path (not at {SOURCE})")
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(os.environ.get("RUNS", temporary))
-        folder.mkdir(parents=True, exist_ok=True)
-        prepare(folder)
-        base = train(folder, "base", BASE, [])
-        measured = {("recipe", "gradual", BASE): base}
-        for warmup, how in WARMUPS.items():
-            for batch in BATCHES:
-                for rule, settings in RULES.items():
-                    if rule == "unscaled" and warmup == "constant":
-                        continue  # at the base rate: that is its rate, and the same as none
-                    if warmup != "gradual" and batch == 96:
-                        continue  # it only shows where the loss begins to suffer
-                    name = f"{rule}-{warmup}-{batch}".replace(", ", "-")
-                    measured[rule, warmup, batch] = train(folder, name, batch, [*settings, *how])
-                    print(name, sorted(f"{one['val_loss']:.4f}" for one in measured[rule, warmup, batch].values()))
-        report(measured)
-
-
-def report(measured: dict[tuple[str, str, int], dict[int, dict[str, Any]]]) -> None:
-    base = measured["recipe", "gradual", BASE]
-    reference = statistics.mean(one["val_loss"] for one in base.values())
-    rows = []
-    for (rule, warmup, batch), runs in measured.items():
-        losses = [one["val_loss"] for one in runs.values()]
-        mean = statistics.mean(losses) if losses else math.nan
-        spread = f"{min(losses):.4f} to {max(losses):.4f}" if losses else ""
-        ratio = f"{100 * (mean / reference - 1):+.1f} %" if losses else "diverged"
-        rows.append([str(batch), rule, warmup, str(len(losses)), f"{mean:.4f}", spread, ratio])
-    noises = [one["noise_scale_tokens"] for one in base.values() if one["noise_scale_tokens"]]
-    noise = statistics.median(noises)
-    note = (
-        f"The same {next(iter(base.values()))['tokens']:,} characters in every run; loss of the whole validation "
-        "split, mean and range over seeds. Gradient noise scale at the end of the base runs: "
-        f"{noise:,.0f} characters ({noise / CONTEXT:.0f} sequences)."
-    )
-    head = ["sequences", "rule", "warm-up", "seeds", "val loss", "range", "against base"]
-    command = "make bench BENCH=large_batch"
-    print(table.write("large_batch", "shakespeare-char at larger batches", command, head, rows, note))
-    draw(measured, reference, noise / CONTEXT)
-
-
-def draw(measured: dict[tuple[str, str, int], dict[int, dict[str, Any]]], reference: float, noise: float) -> None:
-    """``results/large_batch.png``: validation loss by batch, a panel for each warm-up. noise: scale, in sequences."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 4.5), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    base = [one["val_loss"] for one in measured["recipe", "gradual", BASE].values()]
-    for axes, warmup in zip(figure.subplots(1, 3, sharey=True), WARMUPS, strict=True):
-        for rule in RULES:
-            points = {BASE: base} if "LAMB" not in rule else {}
-            points |= {n: [one["val_loss"] for one in measured.get((rule, warmup, n), {}).values()] for n in BATCHES}
-            points = {batch: losses for batch, losses in points.items() if losses}
-            means = [statistics.mean(losses) for losses in points.values()]
-            below = [mean - min(losses) for mean, losses in zip(means, points.values(), strict=True)]
-            above = [max(losses) - mean for mean, losses in zip(means, points.values(), strict=True)]
-            axes.errorbar(list(points), means, yerr=[below, above], marker="o", ms=4, capsize=3, label=rule)
-        axes.axhspan(reference, 1.02 * reference, color="0.9", zorder=0, label="base to +2 %")
-        axes.axvline(noise, color="0.6", ls=":", lw=1, zorder=0, label="noise scale of the gradients")
-        axes.set_xscale("log", base=2)
-        axes.set_xticks([BASE, *BATCHES], [str(n) for n in (BASE, *BATCHES)])
-        axes.set_title(f"warm-up: {warmup}")
-        axes.set_xlabel("batch (sequences of 64 characters)")
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].set_ylabel("validation loss (nats per character)")
-    figure.axes[0].legend(frameon=False)
-    figure.savefig(table.RESULTS / "large_batch.png")
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    runs = Runs()
+    for model in chosen("MODELS", ",".join(MODELS)):
+        if os.environ.get("ONLY") != "report":
+            prepare(model)
+            for _ in experiment(runs, model):
+                pass
+    lines = [{"trial": asdict(trial), "found": found} for trial, found in runs.known.items()]
+    print(large_batch_report.write(lines, MODELS))
 
 
 if __name__ == "__main__":

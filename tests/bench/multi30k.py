@@ -26,7 +26,8 @@ VOCABULARY = 4000
 # The recipe's schedule is for 8,000 updates of twice the size; within 20 minutes this one learns more.
 SCHEDULE = (
     *("precision=bf16", "train.steps=7000", "train.global_tokens=2048", "model.dropout=0.2", "optim.clip_norm=1.0"),
-    *("optim.lr=3e-3", "schedule.name=cosine", "schedule.warmup_steps=1000", "eval.every=500", "checkpoint.every=250"),
+    *("scaling.base_tokens=2048", "optim.lr=3e-3", "schedule.name=cosine", "schedule.warmup_steps=1000"),
+    *("eval.every=500", "checkpoint.every=250"),
 )
 
 

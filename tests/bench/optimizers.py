@@ -11,11 +11,14 @@ from collections.abc import Callable
 import torch
 from table import write
 
+from hvdtrain.machine.matmul import has_fast_bf16
 from hvdtrain.models.decoder import Decoder
+from hvdtrain.models.matrices import block_matrices
 from hvdtrain.models.options import TransformerOptions
+from hvdtrain.optim.muon import NewtonSchulz, WholeMatrices
 from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
 
-NAMES = ("adamw", "sgd", "lars", "lamb")
+NAMES = ("adamw", "sgd", "lars", "lamb", "muon")
 ROUNDS = int(os.environ.get("ROUNDS", "30"))
 SIZES = {"layers": 8, "heads": 8, "width": 512, "context": 256, "bias": False}
 VOCABULARY = 8192
@@ -27,7 +30,11 @@ def make_step(name: str, device: torch.device) -> tuple[Callable[[], None], int]
     model = Decoder(TransformerOptions(**SIZES), VOCABULARY)
     model.initialise(1)
     model.to(device)
-    optimizer = make_optimizer(model.parameters(), OptimOptions(name=name, lr=1e-6))
+    named = dict(model.named_parameters())
+    parts = {named[matrix]: rows for matrix, rows in block_matrices(named, model.options).items()}
+    dtype = torch.bfloat16 if has_fast_bf16(device) else torch.float32
+    matrices = WholeMatrices(parts, NewtonSchulz(dtype))
+    optimizer = make_optimizer(named.values(), OptimOptions(name=name, lr=1e-6), matrices=matrices)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter) * 1e-3
 
@@ -71,7 +78,8 @@ def main() -> None:
     note = (
         f"GPT of {millions:.1f} M parameters ({SIZES['layers']} layers of {SIZES['width']}, vocabulary {VOCABULARY:,}) "
         f"on {where}. {ROUNDS} rounds, each optimizer once in a round; ratios within a round: median and middle half. "
-        "Gradients are there already; nothing else is computed."
+        "Gradients are there already; nothing else is computed. Muon makes all matrices on this one rank, "
+        f"in {'bf16' if has_fast_bf16(torch.device(device)) else 'fp32'}; ranks share them."
     )
     head = ["optimizer", "ms per million parameters", "time / adamw", "middle half"]
     print(write("optimizers", "A step of each optimizer", "make bench BENCH=optimizers", head, rows, note))

@@ -20,6 +20,7 @@ RECIPE = "summarise"
 MODEL = ("model.layers=2", "model.width=64", "model.heads=4", "model.context=16", "model.dropout=0.0")
 TRAIN = (
     "train.global_tokens=2048",
+    "scaling.base_tokens=2048",
     "optim.lr=3e-3",
     "schedule.name=cosine",
     "schedule.warmup_steps=100",

@@ -109,7 +109,8 @@ def labelled(folder: Path) -> tuple:
     succeed("tokenizer", "--input", texts, "--vocab-size", 300, *special, "--out", tokenizer, program=DATA_PREP)
     made = ("labels", "--input", texts, "--tokenizer", tokenizer, "--val-fraction", 0.1, "--out", out)
     succeed(*made, program=DATA_PREP, timeout_s=600)
-    sizes = ("model.layers=2", "model.heads=2", "model.width=64", "model.context=128", "train.global_tokens=2048")
+    sizes = ("model.layers=2", "model.heads=2", "model.width=64", "model.context=128")
+    sizes += ("train.global_tokens=2048", "scaling.base_tokens=2048")
     return ("sst2", f"data.dir={out}", *sizes, *WORDS)
 
 

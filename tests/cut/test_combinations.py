@@ -53,6 +53,10 @@ ZERO = {"sync__name": "zero"}
             {"sync__allreduce__combine": "adasum", "sync__allreduce__wire": "bf16"},
             "adasum does not go with sync.allreduce.wire=bf16: .*set sync.allreduce.wire=fp32$",
         ),
+        (
+            {"sync__name": "parameter_server", "sync__parameter_server__mode": "asynchronous", "optim__name": "muon"},
+            "optim.name=muon does not go with .*mode=asynchronous: .*optim.name=adamw, or .*mode=synchronous",
+        ),
         ({"sync__name": "sign"}, "optim.name=adamw does not go with sync.name=sign: .*optim.name=sgd.*clip_norm=0$"),
         ({"sync__name": "sign", "optim__name": "sgd", "optim__clip_norm": 0.0}, ".*; set optim.momentum=0$"),
         ({"mesh__tensor": 2, "balance__every": 5}, "tensor=2 does not go with balance.every=5: .*every=0$"),

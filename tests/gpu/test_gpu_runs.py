@@ -114,14 +114,16 @@ sys.exit(main(sys.argv[1:]))
 
 
 @pytest.mark.cuda
-def test_a_step_waits_for_the_gpu_nowhere(prepared, tmp_path: Path, record_property):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_waits_for_the_gpu_nowhere(prepared, tmp_path: Path, record_property, optimizer: str):
     """Whatever waits at the start and the end of a run: twenty more steps make it wait no more often."""
     waits = []
     for steps in (10, 30):
         words = ("train", prepared.recipe, f"train.steps={steps}", "eval.every=0", "checkpoint.every=0", "device=cuda")
-        more = ("metrics.every=1000", "watchdog.stragglers_every=0", "--run-dir", str(tmp_path / str(steps)))
+        more = (f"optim.name={optimizer}", "metrics.every=1000", "watchdog.stragglers_every=0")
+        run_dir = ("--run-dir", str(tmp_path / str(steps)))
         done = subprocess.run(
-            [sys.executable, "-c", WATCHED, *map(str, words), *more],
+            [sys.executable, "-c", WATCHED, *map(str, words), *more, *run_dir],
             env=environment(), capture_output=True, text=True, timeout=LIMIT_S,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr

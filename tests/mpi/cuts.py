@@ -18,6 +18,7 @@ from hvdtrain.data.batch import IGNORE, AnyBatch, Batch, LabelBatch, PairBatch
 from hvdtrain.data.sampler import even_parts
 from hvdtrain.data.shards import Manifest
 from hvdtrain.engine import Engine
+from hvdtrain.models.matrices import block_matrices
 from hvdtrain.models.options import TransformerOptions
 from hvdtrain.models.pieces import Staged
 from hvdtrain.models.recompute import RecomputeOptions, use_recompute
@@ -28,6 +29,7 @@ from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
 from hvdtrain.optim.update import Update
 from hvdtrain.slices import Slice
 from hvdtrain.sync import SyncOptions, make_sync
+from hvdtrain.sync.matrices import make_matrices
 from hvdtrain.tasks import TaskOptions, make_task
 
 CPU = torch.device("cpu")
@@ -68,7 +70,12 @@ class Trial:
         sync = make_sync(SyncOptions(**self.sync), replica.slices, replica.computing, mesh, replica.uses)
         # A small eps lets AdamW move a weight whose gradient is nearly nothing by what its rounding says.
         options = OptimOptions(**{"lr": LR, "eps": 1e-3, "clip_norm": 0.0, **self.optim})
-        optimizer = make_optimizer([piece.tensor for piece in sync.moves], options, sync.norms)
+        matrices = None
+        if options.name == "muon":
+            parts = block_matrices(blueprint.wholes, blueprint.model.options)
+            matrices, _ = make_matrices(sync, parts, options.muon, mesh, CPU, fast=False)
+        moved = [piece.tensor for piece in sync.moves]
+        optimizer = make_optimizer(moved, options, sync.norms, matrices=matrices)
         scale = LossScale(CPU) if precision.scaled else None
         update = Update(optimizer, options.clip_norm, Guard(GuardOptions(**self.guard), CPU), scale)
         return Engine(replica, sync, update, mesh, SEED, make_ema(sync.moves, EmaOptions(decay=self.ema)))

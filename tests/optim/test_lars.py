@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hvdtrain.optim import lars
+from hvdtrain.optim import runs
 from hvdtrain.optim.lamb import Lamb
 from hvdtrain.optim.lars import Lars, Layerwise, norms_of, trust_ratios, whole_norms
 
@@ -185,7 +185,7 @@ def test_parameters_without_a_gradient_are_left_alone(kind: type[Layerwise]):
 @pytest.mark.parametrize("run", [1, 1 << 10, 1 << 30])
 def test_together_is_one_by_one(kind: type[Layerwise], run: int, monkeypatch: pytest.MonkeyPatch):
     """Bit for bit, however the parameters are cut into runs."""
-    monkeypatch.setattr(lars, "_RUN", {"cpu": run})
+    monkeypatch.setattr(runs, "_CPU_RUN", run)
     together, alone = weights_of(), weights_of()
     optimizer = kind(together, lr=0.1, weight_decay=0.1)
     walk(optimizer, together)

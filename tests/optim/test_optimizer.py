@@ -16,8 +16,11 @@ from hvdtrain.checkpoint.reader import load
 from hvdtrain.checkpoint.writer import CheckpointOptions, save
 from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.data.batch import Batch
+from hvdtrain.models.decoder import Decoder
+from hvdtrain.models.matrices import block_matrices
 from hvdtrain.optim.lamb import Lamb
 from hvdtrain.optim.lars import Lars, whole_norms
+from hvdtrain.optim.muon import NewtonSchulz, WholeMatrices
 from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
 from hvdtrain.slices import whole_slices
 from hvdtrain.sync import SyncOptions
@@ -27,13 +30,20 @@ NAMES = typing.get_args(OptimOptions.model_fields["name"].annotation)
 EVERY = pytest.mark.parametrize("name", NAMES)
 
 
+def optimizer_of(model: Decoder, options: OptimOptions) -> torch.optim.Optimizer:
+    """With the matrices of its blocks, which one of them asks for."""
+    named = dict(model.named_parameters())
+    parts = {named[name]: rows for name, rows in block_matrices(named, model.options).items()}
+    return make_optimizer(named.values(), options, matrices=WholeMatrices(parts, NewtonSchulz()))
+
+
 def test_the_names():
     """The tests below are of all: here are those that there must be."""
-    assert NAMES == ("adamw", "lamb", "lars", "sgd")
+    assert NAMES == ("adamw", "lamb", "lars", "muon", "sgd")
     assert OptimOptions().name == "adamw"
 
 
-@EVERY
+@pytest.mark.parametrize("name", ["adamw", "lamb", "lars", "sgd"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_only_matrices_decay_and_have_trust_ratios(name: str, tied: bool):
     model = tiny_decoder(tied=tied)
@@ -164,13 +174,13 @@ def test_what_cannot_be_is_refused(wrong: dict):
 
 KEEP_ALL = CheckpointOptions(keep_last=0)
 # A rate at which each of them learns something in a few steps.
-RATES = {"adamw": 0.01, "lamb": 0.05, "lars": 5.0, "sgd": 0.5}
+RATES = {"adamw": 0.01, "lamb": 0.05, "lars": 5.0, "muon": 0.01, "sgd": 0.5}
 
 
 class Training:
     def __init__(self, name: str, precision: str = "fp32", seed: int = 0, **options):
         self.name, self.model = name, tiny_decoder(seed)
-        self.optimizer = make_optimizer(self.model.parameters(), OptimOptions(name=name, weight_decay=1e-3, **options))
+        self.optimizer = optimizer_of(self.model, OptimOptions(name=name, weight_decay=1e-3, **options))
         self.plan = InHalves(self.model, LocalGroup(), SyncOptions(), precision, 1)
 
     def run(self, first: int, last: int) -> list[float]:
@@ -191,6 +201,7 @@ STATES = {
     "adamw": {"step", "exp_avg", "exp_avg_sq"},
     "lamb": {"step", "exp_avg", "exp_avg_sq"},
     "lars": {"momentum_buffer"},
+    "muon": {"step", "exp_avg", "exp_avg_sq"},  # of an embedding; of a matrix of a block: momentum_buffer
     "sgd": {"momentum_buffer"},
 }
 

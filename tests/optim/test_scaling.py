@@ -248,17 +248,38 @@ def test_absurd_rates():
 # --- what does not fit -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["adamw", "lamb", "sgd", "lars"])
-@pytest.mark.parametrize("rule", ["none", "linear", "sqrt"])
+@pytest.mark.parametrize("name", ["adamw", "lamb", "muon", "sgd", "lars"])
+@pytest.mark.parametrize("rule", ["none", "auto", "linear", "sqrt"])
 def test_a_rule_with_an_optimizer_that_it_does_not_fit(name: str, rule: str):
     notes = scaled({"rule": rule, "base_batch": 8}, batch=16, optim=optim_of(name)).notes
-    wrong = {("linear", "adamw"), ("linear", "lamb"), ("sqrt", "sgd"), ("sqrt", "lars")}
+    wrong = {("linear", "adamw"), ("linear", "lamb"), ("linear", "muon"), ("sqrt", "sgd"), ("sqrt", "lars")}
     assert len(notes) == ((rule, name) in wrong)
     if notes:
         paper = "Malladi et al. 2022" if rule == "linear" else "Goyal et al. 2017"
+        paper = "as for AdamW" if name == "muon" else paper
         assert f"scaling.rule={rule}" in notes[0]
         assert f"with {name}" in notes[0]
         assert paper in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"), [("adamw", "sqrt"), ("lamb", "sqrt"), ("muon", "sqrt"), ("sgd", "linear"), ("lars", "linear")]
+)
+def test_auto_is_the_rule_that_fits_the_optimizer(name: str, rule: str):
+    by_itself, named = (
+        scaled({"rule": one, "base_batch": 8}, batch=32, optim=optim_of(name)) for one in ("auto", rule)
+    )
+    assert by_itself == named
+    assert f"({rule}: " in by_itself.about
+
+
+def test_both_rates_of_muon_grow_alike():
+    optim = optim_of("muon", lr=0.01, adamw_lr=0.002)
+    found = scaled({"rule": "auto", "base_batch": 12}, batch=192, optim=optim)
+    assert (found.lr, found.adamw_lr) == pytest.approx((0.04, 0.008), rel=1e-12)
+    assert "lr 0.01 -> 0.04 (sqrt: as for AdamW), adamw_lr 0.002 -> 0.008, warm-up" in found.about
+    assert found.optim(optim).adamw_lr == found.adamw_lr
+    assert scaled({"rule": "auto", "base_batch": 12}, batch=192, optim=optim_of("muon")).adamw_lr == 0.0  # as lr
 
 
 def test_moments_that_do_not_fit():
@@ -270,7 +291,7 @@ def test_moments_that_do_not_fit():
     fails(message + "sqrt and sgd", betas, batch=16, optim=optim_of("sgd"))
 
 
-@pytest.mark.parametrize("rule", ["linear", "sqrt"])
+@pytest.mark.parametrize("rule", ["auto", "linear", "sqrt"])
 def test_a_rule_needs_one_base(rule: str):
     missing = f"scaling.rule={rule} needs the batch that optim.lr was made for: set scaling.base_batch"
     fails(missing, {"rule": rule}, batch=8)

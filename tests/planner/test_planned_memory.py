@@ -21,6 +21,8 @@ from hvdtrain.data.loader import BUFFERS, Feed
 from hvdtrain.data.sampler import WindowSampler
 from hvdtrain.errors import ConfigError
 from hvdtrain.models.flops import decoder_flops
+from hvdtrain.models.matrices import block_matrices
+from hvdtrain.optim.muon import NewtonSchulz, WholeMatrices
 from hvdtrain.optim.optimizer import OptimOptions, make_optimizer, state_bytes
 from hvdtrain.planner.dry_run import dry_run
 from hvdtrain.planner.memory import loader_bytes, memory
@@ -120,13 +122,18 @@ def test_parameters_are_counted_and_not_made(task: str, options: dict):
 def test_state_of_every_optimizer(name: str, momentum: float):
     model = build_model(settings(), FACTS)
     options = OptimOptions(name=name, momentum=momentum)
-    optimizer = make_optimizer(model.parameters(), options)
+    named = dict(model.named_parameters())
+    parts = {named[n]: rows for n, rows in block_matrices(named, model.options).items()}
+    optimizer = make_optimizer(named.values(), options, matrices=WholeMatrices(parts, NewtonSchulz()))
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     tensors = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
     kept = sum(tensor.nbytes for tensor in tensors if tensor.dim())  # steps are scalars
-    assert kept == state_bytes(options) * sum(p.numel() for p in model.parameters())
+    counts = [sum(p.numel() for p in some) for some in (named.values(), parts)]
+    assert kept == state_bytes(options, *counts)
+    config = settings(optim={"name": name, "momentum": momentum})
+    assert kept == memory(config, FACTS, workload(config, FACTS, 1), "cpu").parts["optimizer state"]
 
 
 def test_what_options_add():

@@ -56,7 +56,8 @@ def held_bytes(sync: Sync, known: set[int]) -> int:
 
 def trained_by(learner: Learner, microbatches: int) -> Trained:
     shapes = [tuple(piece.tensor.shape) for piece in learner.engine.replica.slices]
-    return Trained(shapes, state_bytes(learner.recipe.optim), RANKS, STEPS, microbatches)
+    state = state_bytes(learner.recipe.optim, sum(map(math.prod, shapes)), 0)
+    return Trained(shapes, state, RANKS, STEPS, microbatches)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -90,5 +91,5 @@ def test_every_sync_tells_what_it_needs_of_a_rank_alone_too():
     shapes = [(20, 12), (5,)]
     for options in MODES.values():
         sync = SyncOptions.model_validate({**options, "parameter_server": {"servers": 0}})
-        needs = needs_of(sync, Trained(shapes, 8, 1, STEPS))
+        needs = needs_of(sync, Trained(shapes, 8 * 245, 1, STEPS))
         assert needs.sent == 0 and needs.moved == sum(map(math.prod, shapes))

@@ -209,7 +209,7 @@ def test_stage_2_keeps_a_share_and_three_buckets(ranks: int, wire: str):
                 x.sum().backward()
             assert all(parameter.grad is None for parameter in model.parameters())
             sync.finish(Told(torch.ones(()), [1] * passes))
-        planned = bytes_of(count * size, size, 8, ranks, options.zero, microbatches=3)
+        planned = bytes_of(count * size, size, 8 * count * size, ranks, options.zero, microbatches=3)
         return sync._gradients.room.peak_bytes, planned.gradients
 
     scales = 0 if wire == "fp32" else 2 * 4 * ranks  # a word for each part, sent and received
@@ -222,7 +222,7 @@ def test_bytes_are_those_that_were_planned(stage: int):
     """Of 20 KiB in buckets of four; the padding is what differs."""
     learner = trained(2, 1, sync=zero(stage), precision="bf16-weights")[0]
     count = sum(piece.whole.numel() for piece in learner.engine.replica.slices)
-    planned = bytes_of(count, 50 * 16, 8, 2, learner.recipe.sync.zero, microbatches=2, narrow_weights=True)
+    planned = bytes_of(count, 50 * 16, 8 * count, 2, learner.recipe.sync.zero, microbatches=2, narrow_weights=True)
     report = learner.sync.report()
     assert learner.sync._sent == pytest.approx(planned.sent, rel=0.02)
     assert report["sent_mib"] == round(learner.sync._sent / 2**20, 6)
