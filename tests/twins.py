@@ -23,7 +23,8 @@ def twins(folder: Path, options: dict, vocab_size: int, seed: int, deviation: fl
     ours = shaken(kind(TransformerOptions(**options), vocab_size), seed, deviation, end)
     special = {"pad": PAD, "bos": BEGIN, "eos": END}
     folder.mkdir(parents=True)
-    Writer(Exported(kind.__name__, ours.options, vocab_size, special)).write(folder, Held(ours), torch.float32, None)
+    exported = Exported(kind.__name__, ours.options, vocab_size, special, target_begin=BEGIN)
+    Writer(exported).write(folder, Held(ours), torch.float32, None)
     auto = AutoModelForCausalLM if kind is Decoder else AutoModelForSeq2SeqLM
     theirs = auto.from_pretrained(folder, dtype=torch.float32).eval()
     begin = {} if kind is Decoder else {"decoder_start_token_id": BEGIN}

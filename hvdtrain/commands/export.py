@@ -17,6 +17,7 @@ from hvdtrain.checkpoint.parameters import Parameters, without_adapters
 from hvdtrain.checkpoint.reader import Checkpoint, Weights
 from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.comm.world import World
+from hvdtrain.data.shards import target_begin
 from hvdtrain.errors import ConfigError, OutputError
 from hvdtrain.files import listed, make_folder, move_folder
 from hvdtrain.models.frozen import freeze
@@ -98,6 +99,7 @@ def _exported(run: Run) -> Exported:
         special_tokens=manifest.special_tokens,
         label_names=manifest.label_names,
         several_labels=manifest.has_several_labels,
+        target_begin=target_begin(manifest.special_tokens),
     )
 
 

@@ -151,6 +151,11 @@ def frame_tokens(special: Mapping[str, int]) -> tuple[int, int]:
     return first, last
 
 
+def target_begin(special: Mapping[str, int]) -> int | None:
+    """Id of what stands before each target of a pair: what begins a text, or else what ends one (role -> id)."""
+    return special.get("bos", special.get("eos"))
+
+
 def has_labels(kind: str) -> bool:
     """Does the manifest of such shards name labels?"""
     return kind == "labels"

@@ -13,7 +13,7 @@ from hvdtrain.data.bucketed import MakeBatch, eval_rows, pair_batch
 from hvdtrain.data.corpora import Corpora, CorpusFacts
 from hvdtrain.data.loader import BUFFERS, Feed
 from hvdtrain.data.records import Records
-from hvdtrain.data.shards import Manifest
+from hvdtrain.data.shards import Manifest, target_begin
 from hvdtrain.errors import ConfigError, DataError
 from hvdtrain.models.losses import LossTerms
 from hvdtrain.models.options import TransformerOptions
@@ -195,9 +195,8 @@ class Targets:
 
 
 def begin_of(manifest: Manifest, where: str = "the run's data") -> int:
-    """The token that begins each target: of a text, or else the one that ends them. Errors: DataError."""
-    special = manifest.special_tokens
-    begin = special.get("bos", special.get("eos"))
+    """The token that begins each target. Errors: DataError."""
+    begin = target_begin(manifest.special_tokens)
     if begin is None:
         raise DataError(f"{where}: nothing says which token begins or ends a text; prepare them with data_prep pairs")
     return begin

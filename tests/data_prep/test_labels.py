@@ -22,7 +22,7 @@ from data_prep.tables import TableReader
 from data_prep.tokenizer_file import load_tokenizer
 from hvdtrain.data.check import check_shards
 from hvdtrain.data.records import Records
-from hvdtrain.data.shards import Manifest, frame_tokens, read_manifest
+from hvdtrain.data.shards import Manifest, frame_tokens, read_manifest, target_begin
 from hvdtrain.errors import EXIT_BAD_DATA, EXIT_OK, ConfigError, HvdtrainError
 
 
@@ -154,6 +154,7 @@ def test_what_stands_around_a_text():
     assert frame_tokens({"eos": 0, "bos": 1, "cls": 2, "sep": 3}) == (2, 3)
     assert frame_tokens({"eos": 0, "bos": 1}) == (1, 0)
     assert frame_tokens({"eos": 7}) == (7, 7)
+    assert [target_begin(special) for special in ({"eos": 7, "bos": 1}, {"eos": 7}, {"cls": 0})] == [1, 7, None]
 
 
 def test_two_texts_make_one(tmp_path: Path, bpe: Path):

@@ -34,6 +34,7 @@ _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "
 @dataclass(frozen=True)
 class Exported:
     """What is written. model: its class. special_tokens: role -> id. several_labels: may a text have several, or none?
+    target_begin: the token that begins each target of a ``Seq2Seq``.
 
     bare: without its head; a classifier is a plain encoder with its pooler then.
     """
@@ -44,6 +45,7 @@ class Exported:
     special_tokens: Mapping[str, int]
     label_names: Sequence[str] = ()
     several_labels: bool = False
+    target_begin: int | None = None
     bare: bool = False
 
 
@@ -135,8 +137,8 @@ class Writer:
         found = {f"{role}_token_id": special.get(role) for role in ("bos", "eos", "pad")}
         if self._exported.model != "Seq2Seq":
             return found
-        eos = special.get("eos")
-        found |= {"pad_token_id": special.get("pad", eos), "decoder_start_token_id": special.get("bos", eos)}
+        pad = special.get("pad", special.get("eos"))
+        found |= {"pad_token_id": pad, "decoder_start_token_id": self._exported.target_begin}
         return found | dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id"))
 
     def _write_tokenizer(self, folder: Path, tokenizer: Path) -> None:

@@ -44,7 +44,6 @@ def write_folder(folder: Path, model: nn.Module, dtype: torch.dtype = torch.floa
     kind = type(model).__name__
     labels = LABELS if kind == "Classifier" else ()
     folder.mkdir()
-    Writer(Exported(kind, model.options, VOCAB, SPECIAL, labels, several_labels=True)).write(
-        folder, Held(model), dtype, None, **how
-    )
+    facts = {"label_names": labels, "several_labels": True, "target_begin": SPECIAL["bos"]}
+    Writer(Exported(kind, model.options, VOCAB, SPECIAL, **facts)).write(folder, Held(model), dtype, None, **how)
     return folder

@@ -146,9 +146,11 @@ def ours(folder: Path) -> tuple[nn.Module, Pretrained]:
 
 
 def export(model: nn.Module, found: Pretrained, folder: Path) -> Path:
-    exported = Exported(found.model, model.options, VOCAB, SPECIAL, found.label_names, bare=is_bare(found))
+    facts = {"label_names": found.label_names, "target_begin": SPECIAL["bos"], "bare": is_bare(found)}
     folder.mkdir()
-    Writer(exported).write(folder, Held(model), torch.float32, None)
+    Writer(Exported(found.model, model.options, VOCAB, SPECIAL, **facts)).write(
+        folder, Held(model), torch.float32, None
+    )
     return folder
 
 
