@@ -153,11 +153,21 @@ class Classifier(OnEncoder):
 
 
 class MaskedLanguageModel(OnEncoder):
-    """``forward(tokens, lengths) -> hidden`` of all positions; ``head`` is for those of them that were masked."""
+    """``forward(tokens, lengths) -> hidden`` of all positions; ``head`` is for those of them that were masked.
+
+    Where the head's scores are products with the embeddings, its own matrix begins as the identity: what attention
+    brings to a masked position then counts for its own token from the first step on. Behind a random matrix, BERT's
+    own beginning, that must be learned first, which takes a small model most of a short run.
+    """
 
     def __init__(self, options: TransformerOptions, vocab_size: int):
         super().__init__(options, vocab_size)
         self.head = MaskedHead(options, self.encoder.embedding)
+
+    def initial(self, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in super().initial(seed):
+            is_turned = name == "head.dense.weight" and self.options.tied
+            yield name, torch.eye(len(tensor), device="cpu") if is_turned else tensor
 
     def finish(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
         """[B, T, D], as it is."""

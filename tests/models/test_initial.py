@@ -3,8 +3,10 @@
 import math
 
 import pytest
+import torch
 from torch import Tensor
 
+from hvdtrain.models.encoder import MaskedLanguageModel
 from hvdtrain.models.options import TransformerOptions
 from hvdtrain.models.seq2seq import Seq2Seq
 
@@ -67,3 +69,15 @@ def test_unscaled_queries_start_smaller_in_any_way():
     for name, weight in scaled.items():
         factor = math.sqrt(HEAD) if name.endswith((".qkv.weight", ".q.weight")) else 1
         assert (unscaled[name][: HEADS * HEAD] * factor).allclose(weight[: HEADS * HEAD]), name
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_masked_models_head_hands_on_what_it_reads_where_scores_are_products_with_the_embeddings(tied: bool):
+    model = MaskedLanguageModel(TransformerOptions(layers=1, heads=HEADS, width=WIDTH, context=64, tied=tied), 400)
+    started = dict(model.initial(1))
+    if tied:
+        assert torch.equal(started.pop("head.dense.weight"), torch.eye(WIDTH))
+        assert "head.weight" not in started
+    for name in ("encoder.embedding.weight", "head.dense.weight", "head.weight"):
+        if name in started:
+            assert_deviation(started[name], 0.02, name)
