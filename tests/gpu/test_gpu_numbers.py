@@ -186,14 +186,15 @@ def test_compile(compare, precision: str, compile: str):
 )
 def test_optimizers(device: torch.device, record_property, optim: OptimOptions):
     """Three clipped steps and an average, in fp32. Adam divides small gradients by their own size, and what is rounding
-    in them becomes a part of the step: 2 % of the way, where the plain ones are within 0.1 %. Muon moves embeddings as
-    Adam does, and what is rounding in a matrix's smallest singular values grows by up to 3.4^5.
+    in them becomes a part of the step: 2 % of the way, where the plain ones are within 0.1 %. Muon lifts the
+    smallest singular values, which are rounding more than others are: noise of 1e-5 in the gradients takes it 2.6 %
+    off, where it takes Adam 1.1 %.
     """
     words = {"steps": 3, "optim": optim, "clip": 0.5, "ema": 0.9}
     truth, found = Trained(CPU, **words), Trained(device, **words)
     way = off(found.moved, truth.moved)
     record_property("moved_off", f"{way:.1e}")
-    assert way <= (2e-2 if optim.name in ("adamw", "lamb", "muon") else 1e-3)
+    assert way <= {"adamw": 2e-2, "lamb": 2e-2, "muon": 5e-2}.get(optim.name, 1e-3)
     averages = [torch.cat([t.cpu().flatten() for t in averages_of(one.ema).values()]) for one in (found, truth)]
     assert off(*averages) <= 1e-3
 
