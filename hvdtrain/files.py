@@ -184,6 +184,11 @@ def write_text(path: Path, text: str) -> None:
     write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+def write_bytes(path: Path, data: bytes) -> None:
+    """``write`` of what they are. Errors: OutputError."""
+    write(path, lambda temporary: temporary.write_bytes(data))
+
+
 def write(path: Path, fill: Callable[[Path], object]) -> None:
     """Write a file that is whole or not there: ``fill`` writes it under a name beside ``path``, then it is renamed.
 

@@ -348,7 +348,7 @@ def recorded(run: OpenRun) -> Iterator[None]:
 
     group.on_main(prepare_folder)
     folders = {str(folder): manifest.data_digest for folder, manifest in corpora.entries}
-    data = {**corpora.identity(), "folders": folders}
+    data = {**corpora.identity(), "folders": folders, "longest_row": run.data.train.longest_row}
     folder, notes = record_job(run.run_dir, run.asked.words, group, run.world, run.config, data, run.step, run.last)
     run.notes += notes
     try:

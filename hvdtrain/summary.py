@@ -146,10 +146,12 @@ def _counts(engine: Engine) -> tuple[int, int]:
     return sum(n for n, _ in pieces), sum(n for n, is_trained in pieces if is_trained)
 
 
-def sum_up(run: OpenRun, engine: Engine, log: Log, progress: Progress, scores: Mapping[str, float]) -> dict[str, Any]:
-    """Write and return the summary of a run that is finished (collective)."""
+def sum_up(
+    run: OpenRun, engine: Engine, log: Log, progress: Progress, scores: Mapping[str, float], save_s: float
+) -> dict[str, Any]:
+    """Write and return the summary of a run that is finished (collective). save_s: of the last checkpoint."""
     _measure_peak(run, log)
-    summary = _summary(run, engine, log, progress, scores)
+    summary = _summary(run, engine, log, progress, scores) | {"save_s": round(save_s, 3)}
     run.claim.check()
     group = run.mesh.world
     group.on_main(lambda: write_json(run.run_dir / "summary.json", summary))

@@ -124,7 +124,7 @@ def _walk(
     if not scores:  # resumed after the last step, but before its summary was written
         scores = _evaluate(run, engine, log, watchdog)
     run.notes += saver.failures
-    return sum_up(run, engine, log, progress, scores)
+    return sum_up(run, engine, log, progress, scores, saver.save_s)
 
 
 def _evaluate(run: OpenRun, engine: Engine, log: Log, watchdog: Watchdog) -> dict[str, float]:

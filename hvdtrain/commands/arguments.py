@@ -2,11 +2,14 @@
 
 import argparse
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from hvdtrain.comm.world import World
 from hvdtrain.errors import ConfigError
+
+Run = Callable[[argparse.Namespace, World], int]  # returns the exit code; errors: HvdtrainError
 
 
 class Parser(argparse.ArgumentParser):
@@ -152,3 +155,11 @@ def check_outlook(words: argparse.Namespace) -> None:
         if getattr(words, one) and getattr(words, other):
             name = "from" if other == "runs" else other
             raise ConfigError(f"--{one} and --{name} are two questions; ask one at a time")
+
+
+def numbers_in(text: str, option: str) -> list[int]:
+    """``1,2,4``. Errors: ConfigError."""
+    parts = text.split(",")
+    if not all(part.isascii() and part.isdecimal() and int(part) for part in parts):
+        raise ConfigError(f"{option} {text}: expected numbers above 0, like 1,2,4")
+    return [int(part) for part in parts]

@@ -6,25 +6,35 @@ from pathlib import Path
 from typing import Any
 
 from hvdtrain.checkpoint.retention import folder_of, steps_saved
+from hvdtrain.commands.page import png_of
 from hvdtrain.errors import CheckpointError, OutputError
-from hvdtrain.files import again, make_folder, read_text, seen
+from hvdtrain.files import make_folder, read_text, seen, write_bytes
 from hvdtrain.optim.noise_scale import advice
 from hvdtrain.watch.metrics import read_log
 
 
 def report(run_dirs: list[Path], out: Path | None) -> str:
     """Draw the loss curves of the runs into ``out`` (default: ``loss.png`` in the first run) and return the table."""
-    runs = [_read(run_dir, name) for run_dir, name in zip(run_dirs, _names(run_dirs), strict=True)]
+    runs = read_all(run_dirs)
     picture = out or run_dirs[0] / "loss.png"
-    _draw(runs, picture)
+    try:
+        make_folder(picture.parent)
+        write_bytes(picture, draw_losses(runs))
+    except OSError as error:
+        raise OutputError(f"cannot write {picture}: {error.strerror or error}") from None
     lines = [_table(runs), "", f"loss curve   {picture}"]
     for run in runs:
-        lines += _advice(run)
+        lines += advice_on(run)
         saved = steps_saved(run["dir"])
         board = run["dir"] / "tensorboard"
         lines += [f"tensorboard  {board}"] if seen(board) else []
         lines += [f"checkpoint   {folder_of(run['dir'], saved[0])}"] if saved else []
     return "\n".join(lines)
+
+
+def read_all(run_dirs: list[Path]) -> list[dict[str, Any]]:
+    """Errors: CheckpointError for a folder that is no run."""
+    return [_read(run_dir, name) for run_dir, name in zip(run_dirs, _names(run_dirs), strict=True)]
 
 
 def _names(run_dirs: list[Path]) -> list[str]:
@@ -56,6 +66,13 @@ def _read(run_dir: Path, name: str) -> dict[str, Any]:
 
 
 def _table(runs: list[dict[str, Any]]) -> str:
+    rows = table_of(runs)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def table_of(runs: list[dict[str, Any]]) -> list[list[str]]:
+    """A line for each run; the first is the head."""
     head = ["run", "status", "step", "tokens", "val loss", "best", "tokens/s", "MFU", "ranks", "sample digest"]
     rows = [[*head, "tokens/update", "lr"]]
     winner = _best(runs)
@@ -81,11 +98,10 @@ def _table(runs: list[dict[str, Any]]) -> str:
                 "-" if (lr := max((p.get("lr", 0.0) for p in run["train"]), default=0.0)) == 0 else f"{lr:.3g}",
             ]
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return rows
 
 
-def _advice(run: dict[str, Any]) -> list[str]:
+def advice_on(run: dict[str, Any]) -> list[str]:
     """What the noise of a run's gradients says of its batch."""
     train, summary = run["train"], run["summary"]
     noise = next((p["noise_scale_tokens"] for p in reversed(train) if "noise_scale_tokens" in p), None)
@@ -102,26 +118,17 @@ def _tokens_per_update(run: dict[str, Any]) -> float | None:
     return last["tokens"] / last["step"] if "tokens" in last else None
 
 
-def _draw(runs: list[dict[str, Any]], picture: Path) -> None:
-    """One run: loss against steps. Several: validation loss against tokens, steps and time, the best one marked."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def draw_losses(runs: list[dict[str, Any]]) -> bytes:
+    """As PNG. One run: loss against steps. Several: validation loss against tokens, steps and time, the best marked."""
     from matplotlib.figure import Figure
 
     several = len(runs) > 1
     figure = Figure(figsize=(14, 5) if several else (8, 5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
     if several:
         _draw_several(runs, figure.subplots(1, 3, sharey=True))
     else:
         _draw_one(runs[0], figure.add_subplot())
-    for axes in figure.axes:
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    try:
-        make_folder(picture.parent)
-        again(lambda: figure.savefig(picture), picture)
-    except OSError as error:
-        raise OutputError(f"cannot write {picture}: {error.strerror or error}") from None
+    return png_of(figure)
 
 
 def _draw_one(run: dict[str, Any], axes: Any) -> None:

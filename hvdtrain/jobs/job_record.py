@@ -30,6 +30,7 @@ from hvdtrain.comm.group import Group
 from hvdtrain.comm.world import World, node_name
 from hvdtrain.errors import HvdtrainError
 from hvdtrain.files import read_text, write
+from hvdtrain.machine.about import machine
 from hvdtrain.machine.asking import answer_of
 from hvdtrain.version import git_state
 
@@ -166,6 +167,7 @@ def _write_record(folder: Path, known: dict[str, Any], config: BaseModel, data: 
     fields |= {
         "python": {"version": platform.python_version(), "executable": sys.executable},
         "system": platform.platform(),
+        "machine": machine(),
         "packages": _packages(),
     }
     if state := git_state(Path(__file__).parent):

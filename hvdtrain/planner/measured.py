@@ -7,10 +7,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from hvdtrain.config import flatten
+from hvdtrain.config import RunConfig, flatten
 from hvdtrain.errors import CheckpointError, ConfigError
 from hvdtrain.files import again, listed, read_json
 from hvdtrain.planner.growth import Point
+from hvdtrain.planner.workload import share
 from hvdtrain.watch.metrics import read_log
 
 _PARTS = ("data", "compute", "sync", "optimizer", "other")
@@ -74,8 +75,8 @@ def read_run(run_dir: Path) -> Measured:
             f"{run_dir}: {len(lines)} lines in metrics.jsonl of its last job, and the first is of the start-up; let it "
             "train for 3 x metrics.every steps at least"
         )
-    settings = flatten(job["config"])
-    rows, microbatches = _shared(settings, job["world_size"])
+    longest = job.get("data", {}).get("longest_row", 0)
+    of_rank = share(RunConfig.model_validate(job["config"]), job["world_size"], longest)
     summary = run_dir / "summary.json"
     machine = {**(again(lambda: read_json(summary), summary) if summary.is_file() else {}), **job}
     return Measured(
@@ -84,10 +85,10 @@ def read_run(run_dir: Path) -> Measured:
         job["world_size"],
         {part: median(line[f"time_{part}_s"] for line in lines[1:]) for part in _PARTS},
         _spread(lines[1:]),
-        rows,
-        microbatches,
+        of_rank.microbatch,
+        of_rank.microbatches,
         (lines[-1]["tokens"] - lines[0]["tokens"]) / (lines[-1]["step"] - lines[0]["step"]),
-        settings,
+        flatten(job["config"]),
         {name: machine.get(name) for name in _OF_MACHINE},
     )
 
@@ -129,17 +130,6 @@ def points_of(runs: Sequence[Measured]) -> tuple[list[Point], str]:
         Point(run.nodes if by_node else run.ranks, run.step_s / run.microbatches, run.microbatches) for run in runs
     ]
     return points, "nodes" if by_node else "ranks"
-
-
-def _shared(settings: Mapping[str, Any], ranks: int) -> tuple[int, int]:
-    """Rows of a microbatch, and microbatches of a step."""
-    replicas = max(1, ranks // (settings["mesh.tensor"] * settings["mesh.pipeline"]))
-    batch = settings["train.global_batch"]
-    if settings["train.global_tokens"]:
-        batch = max(1, settings["train.global_tokens"] // settings["model.context"])
-    own = max(1, batch // replicas)
-    rows = min(settings["train.microbatch"] or own, own)
-    return rows, -(-own // rows)
 
 
 def _spread(lines: Sequence[Mapping[str, Any]]) -> float:

@@ -1,6 +1,6 @@
 """What a step and a whole run are for a rank, from the recipe and what is known of the data; no weight is allocated."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from hvdtrain.config import RunConfig
@@ -14,7 +14,7 @@ from hvdtrain.models.pieces import Staged
 from hvdtrain.models.recompute import use_recompute
 from hvdtrain.models.weightless import weightless
 from hvdtrain.sizing import feed_of
-from hvdtrain.tasks import make_task
+from hvdtrain.tasks import TASKS, make_task
 
 
 @dataclass(frozen=True)
@@ -47,42 +47,53 @@ class Workload:
     flops_of_step: int  # model FLOPs of a rank, forward and backward, on average over the ranks of a replica
 
 
+@dataclass(frozen=True)
+class Share:
+    """Of ``Workload``: how a step's rows are shared, for which no model need be known."""
+
+    global_batch: int
+    global_tokens: int
+    replicas: int
+    rows_of_rank: int
+    microbatch: int
+    microbatches: int
+    positions: int
+
+
+def share(config: RunConfig, ranks: int, longest: int = 0) -> Share:
+    """longest: see CorpusFacts. Errors: ConfigError where the ranks cannot share the batch."""
+    replicas = config.replicas_of(ranks)
+    feed = feed_of(config, 0, replicas)
+    if TASKS[config.task.name].rows_are_alike:
+        positions, rows = feed.context, feed.global_batch
+        mine, microbatch = feed.share.count, feed.share.microbatch
+        global_tokens = rows * positions
+    else:
+        positions = min(longest or feed.context, feed.context)
+        global_tokens = feed.global_tokens or feed.global_batch * feed.context
+        rows = max(1, global_tokens // positions)
+        mine = -(-rows // replicas)
+        microbatch = min(feed.microbatch or mine, mine)
+    return Share(rows, global_tokens, replicas, mine, microbatch, -(-mine // microbatch), positions)
+
+
 def workload(config: RunConfig, facts: CorpusFacts, ranks: int, ranks_per_node: int = 0) -> Workload:
     """What each of ``ranks`` does in a step. ``ranks_per_node``: 0: all on one node.
 
     Errors: ConfigError where the ranks cannot share the batch, or numbers of ranks are not above 0.
     """
     check_ranks(ranks, ranks_per_node)
-    replicas = config.replicas_of(ranks)
-    feed, task = feed_of(config, 0, replicas), make_task(config.task)
-    if task.rows_are_alike:
-        positions = feed.context
-        share = feed.share
-        rows, mine, microbatch = feed.global_batch, share.count, share.microbatch
-        global_tokens = rows * positions
-    else:
-        positions = min(facts.longest or feed.context, feed.context)
-        global_tokens = feed.global_tokens or feed.global_batch * feed.context
-        rows = max(1, global_tokens // positions)
-        mine = -(-rows // replicas)
-        microbatch = min(feed.microbatch or mine, mine)
-    microbatches = -(-mine // microbatch)
+    task, of_rank = make_task(config.task), share(config, ranks, facts.longest)
     with weightless():
-        model, batch = build_model(config, facts), task.example(microbatch, positions)
+        model, batch = build_model(config, facts), task.example(of_rank.microbatch, of_rank.positions)
     parameters = sum(p.numel() for p in model.parameters())
     trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
-    tokens = config.train.steps * global_tokens
+    tokens = config.train.steps * of_rank.global_tokens
     return Workload(
         ranks=ranks,
         nodes=-(-ranks // (ranks_per_node or ranks)),
         ranks_per_node=min(ranks, ranks_per_node or ranks),
-        global_batch=rows,
-        global_tokens=global_tokens,
-        replicas=replicas,
-        rows_of_rank=mine,
-        microbatch=microbatch,
-        microbatches=microbatches,
-        positions=positions,
+        **asdict(of_rank),
         lr=config.optim.lr,
         min_lr=config.schedule.min_lr,
         warmup_steps=config.schedule.warmup_steps,
@@ -92,7 +103,7 @@ def workload(config: RunConfig, facts: CorpusFacts, ranks: int, ranks_per_node: 
         parameters=parameters,
         trained=sum(trained.values()),
         matrices=sum(trained[name] for name in block_matrices(trained, config.model)),
-        flops_of_step=microbatches * task.training_flops(model, batch) // config.mesh.ranks,
+        flops_of_step=of_rank.microbatches * task.training_flops(model, batch) // config.mesh.ranks,
     )
 
 

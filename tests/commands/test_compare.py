@@ -11,12 +11,12 @@ from command import until
 from launch import HVDTRAIN, Prepared, environment, launch_rows, succeed, summary
 from not_here import require_hosts
 
-from hvdtrain.commands.compare import running
+from hvdtrain.commands import ranks_here as running
 from hvdtrain.commands.compare.modes import MODES, parse_modes
 from hvdtrain.commands.compare.plot import draw
 from hvdtrain.commands.compare.results import Result, as_tree, digest_notes, from_tree, read_result, table
-from hvdtrain.commands.compare.running import Place, possible
 from hvdtrain.commands.compare.scaled import Large, scaled_bandwidth
+from hvdtrain.commands.ranks_here import Place, possible
 from hvdtrain.config import load_config
 from hvdtrain.data.corpora import open_corpora
 from hvdtrain.errors import ConfigError
@@ -87,7 +87,7 @@ def test_rates_and_times_as_they_are_written():
 def test_what_this_machine_cannot_make_is_said(monkeypatch: pytest.MonkeyPatch):
     link = Link(1e9, 1e-3)
     monkeypatch.setattr(running, "why_no_hosts", lambda: "no tc on this machine")
-    assert possible(link, 4) == (None, ["no links of 1 Gbit/s: no tc on this machine; compared in memory"])
+    assert possible(link, 4) == (None, ["no links of 1 Gbit/s: no tc on this machine; in memory instead"])
     monkeypatch.setattr(running, "why_no_hosts", lambda: "")
     monkeypatch.setattr(running, "why_no_latency", lambda: "this kernel has no netem")
     limited, (note,) = possible(link, 4)

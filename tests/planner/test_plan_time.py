@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from measured_runs import write_measured_run
 
 from hvdtrain import cli
 from hvdtrain.comm.world import World
@@ -18,7 +19,6 @@ pytestmark = pytest.mark.usefixtures("torch_switches")
 
 SMALL = ["model.layers=2", "model.heads=2", "model.width=32", "model.context=16", "eval.rows=4", "device=cpu"]
 SMALL += ["train.steps=3000", "schedule.warmup_steps=3", "train.global_batch=16", "train.microbatch=2"]
-PARTS = ("data", "compute", "sync", "optimizer", "other")
 FIGURES = {
     "ranks_per_node": 2, "memory_gib": 4, "tflops": 0.05, "memory_gb_per_s": 10, "inside_gb_per_s": 5, "inside_us": 10,
     "between_gb_per_s": 1, "between_us": 50, "save_gb_per_s": 1, "failures_per_rank_day": 0.5, "restart_s": 5,
@@ -34,26 +34,9 @@ def plan(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 
 
 def measured(folder: Path, nodes: int, per_node: int, step_s: float, *words: str, lines: int = 5, **job: object) -> str:
-    """A run's folder as training leaves it; the first line is slow, as that of a start-up is."""
-    ranks = nodes * per_node
-    (folder / "jobs" / "1-0").mkdir(parents=True)
-    config = load_config("demo", [*SMALL, *words]).model_dump(mode="json")
-    seats = {f"n{node}": list(range(node * per_node, (node + 1) * per_node)) for node in range(nodes)}
-    backend = "mpi" if ranks > 1 else "none"
-    known = {
-        "started": "2026-01-01T00:00:00+00:00",
-        "step_began": 0,
-        "world_size": ranks,
-        "nodes": seats,
-        "backend": backend,
-    }
-    (folder / "jobs" / "1-0" / "job.json").write_text(json.dumps({**known, "config": config, **job}))
-    shares = dict(zip(PARTS, (0.0, 0.7, 0.2, 0.1, 0.0), strict=True))
-    with (folder / "metrics.jsonl").open("w") as file:
-        for number in range(1, lines + 1):
-            times = {f"time_{part}_s": share * step_s * (1 if number > 1 else 50) for part, share in shares.items()}
-            file.write(json.dumps({"kind": "train", "step": 10 * number, "tokens": 2560 * number, **times}) + "\n")
-    return str(folder)
+    """A run's folder as training leaves it."""
+    config = load_config("demo", [*SMALL, *words])
+    return str(write_measured_run(folder, config, nodes, per_node, step_s, lines, **job))
 
 
 @pytest.fixture

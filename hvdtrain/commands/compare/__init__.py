@@ -11,15 +11,12 @@ that is said. Given again, the command keeps what has finished and begins the ot
 would be no times. Ring all-reduce is the baseline: it always comes first.
 """
 
-import json
 import shlex
 import shutil
-import signal
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from hvdtrain.comm.ranks import OneRank
@@ -27,12 +24,20 @@ from hvdtrain.comm.world import World
 from hvdtrain.commands.compare.modes import BASELINE, MODES, Fitting, check_equal, fit, parse_modes
 from hvdtrain.commands.compare.plot import draw
 from hvdtrain.commands.compare.results import Result, as_tree, digest_notes, from_tree, read_result, table
-from hvdtrain.commands.compare.running import Place, check_launcher, possible, threads_of
 from hvdtrain.commands.compare.scaled import Large, scaled_bandwidth
+from hvdtrain.commands.kept import kept
+from hvdtrain.commands.ranks_here import (
+    Place,
+    check_launcher,
+    interrupting,
+    last_words,
+    possible,
+    threads_of,
+)
 from hvdtrain.config import RunConfig, flatten, load_config
 from hvdtrain.data.corpora import Corpora, open_corpora
-from hvdtrain.errors import EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED_EARLY, ConfigError, LaunchError, OutputError, say
-from hvdtrain.files import listed, make_folder, read_json, write_json, write_text
+from hvdtrain.errors import EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED_EARLY, ConfigError, OutputError, say
+from hvdtrain.files import make_folder, write_json, write_text
 from hvdtrain.jobs.claim import Claim
 from hvdtrain.machine.about import machine
 from hvdtrain.machine.link import Link, parse_bandwidth, parse_latency
@@ -40,7 +45,7 @@ from hvdtrain.version import versions
 
 MEMORY, SCALED = "memory", "scaled"  # instead of a bandwidth
 _EVALUATIONS = 10  # of a run, where its recipe asks for fewer
-_OURS = {"claim", "network"}  # what is there before comparison.json
+_OURS = ("claim", "network")  # what is there before comparison.json
 
 
 @dataclass(frozen=True)
@@ -81,17 +86,15 @@ def compare(asked: Asked, world: World) -> int:
     Returns 0, EXIT_STOPPED_EARLY after Ctrl-C or TERM, or the first exit code of a run that failed; one that diverges
     is a result. Errors: ConfigError for whatever cannot be, before any run; DataError; LaunchError under a launcher.
     """
-    if world.size > 1:
-        raise LaunchError(f"compare starts the ranks itself (--ranks); {world.launcher} started {world.size} of it")
+    check_launcher("compare", world)
     latency_s = parse_latency(asked.latency, "--latency")
     if asked.bandwidth not in (MEMORY, SCALED):
         parse_bandwidth(asked.bandwidth, "--bandwidth")
-    check_launcher()
     base = load_config(asked.recipe, asked.overrides)
     corpora = open_corpora(base.data)
     fittings, notes = _fittings(asked, corpora)
     folder = _Folder(asked.out, _identity(asked, fittings[0], corpora))
-    with _interrupting(), Claim(asked.out, OneRank()) as claim:
+    with interrupting(), Claim(asked.out, OneRank()) as claim:
         claim.take()
         try:
             make_folder(asked.out / "runs")
@@ -149,18 +152,7 @@ class _Folder:
 
     def __init__(self, out: Path, identity: Mapping[str, Any]):
         self.out, self._path = out, out / "comparison.json"
-        self._tree: dict[str, Any] = {"identity": json.loads(json.dumps(identity)), "results": {}}
-        if not self._path.exists():
-            if strangers := [path.name for path in listed(out) if path.name not in _OURS]:
-                raise ConfigError(f"--out {out} holds something else ({strangers[0]}); name a new folder")
-            return
-        before = read_json(self._path)
-        ours, theirs = self._tree["identity"], before.get("identity", {})
-        keys = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
-        if keys:
-            shown = ", ".join(f"{key} {theirs.get(key)} there and {ours.get(key)} here" for key in keys[:3])
-            raise ConfigError(f"--out {out} is of another comparison: {shown}; name another folder, or remove it")
-        self._tree = before
+        self._tree: dict[str, Any] = {"results": {}, **kept(self._path, identity, "comparison", _OURS)}
 
     @property
     def link(self) -> Link | None:
@@ -267,9 +259,7 @@ def _run(asked: Asked, fitting: Fitting, place: Place) -> tuple[Result, int]:
         shutil.rmtree(run_dir)  # of a run that did not finish
     ran = place.train([asked.recipe, *fitting.settings, "--run-dir", str(run_dir), "--resume", "never"], log)
     if ran.exit_code not in (EXIT_OK, EXIT_DIVERGED):
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-        said = [line for line in lines if line.startswith("hvdtrain: ")] or lines or ["it printed nothing"]
-        say(f"{mode.name} ended with exit code {ran.exit_code}: {said[-1].removeprefix('hvdtrain: ')} (see {log})")
+        say(f"{mode.name} ended with exit code {ran.exit_code}: {last_words(log)} (see {log})")
     return read_result(mode.name, mode.said, run_dir, ran.exit_code, ran.sent_bytes), ran.exit_code
 
 
@@ -287,17 +277,3 @@ def _tell(asked: Asked, first: Fitting, place: Place, folder: _Folder) -> str:
     write_text(folder.out / "compare.md", text)
     draw(results, f"{asked.recipe}: {place.about}", folder.out / "compare.png")
     return text
-
-
-@contextmanager
-def _interrupting() -> Iterator[None]:
-    """Within: TERM ends what runs as Ctrl-C does."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

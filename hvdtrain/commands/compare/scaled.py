@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hvdtrain.commands.compare.results import read_result
-from hvdtrain.commands.compare.running import Place
+from hvdtrain.commands.ranks_here import Place
 from hvdtrain.config import RunConfig
 from hvdtrain.data.corpora import Corpora, CorpusFacts
 from hvdtrain.errors import EXIT_OK, ConfigError, LaunchError

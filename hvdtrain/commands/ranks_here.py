@@ -1,4 +1,4 @@
-"""Where a comparison's ranks run, and how one training is started, and ended whatever happens.
+"""Where the ranks of a command that trains here run, and how one training is started, and ended whatever happens.
 
 Ctrl-C, TERM     mpirun is told to end its ranks; then the hosts go, with all that runs on them
 kill -9          of this process: the kernel tells mpirun, and every host goes by itself (machine/hosts.py)
@@ -9,12 +9,14 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 from hvdtrain.comm.ancestors import signal_at_parents_end
+from hvdtrain.comm.world import World
 from hvdtrain.errors import ConfigError, LaunchError
 from hvdtrain.machine.hosts import MOST_HOSTS, why_no_hosts, why_no_latency
 from hvdtrain.machine.link import Link, show_bandwidth, slow_link
@@ -94,10 +96,33 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def check_launcher() -> None:
-    """Errors: LaunchError where ranks cannot be started at all."""
+def check_launcher(command: str, world: World) -> None:
+    """Errors: LaunchError where ranks cannot be started at all, or a launcher has started several of the command."""
+    if world.size > 1:
+        raise LaunchError(f"{command} starts the ranks itself; {world.launcher} started {world.size} of it")
     if shutil.which("mpirun", path=_path()) is None:
-        raise LaunchError("compare starts its ranks with mpirun, which is not on the PATH (`hvdtrain doctor`)")
+        raise LaunchError(f"{command} starts its ranks with mpirun, which is not on the PATH (`hvdtrain doctor`)")
+
+
+@contextmanager
+def interrupting() -> Iterator[None]:
+    """Within: TERM ends what runs as Ctrl-C does."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def last_words(log: Path) -> str:
+    """What a training that has failed said at its end."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    said = [line for line in lines if line.startswith("hvdtrain: ")] or lines or ["it printed nothing"]
+    return said[-1].removeprefix("hvdtrain: ")
 
 
 def _path() -> str:
@@ -117,7 +142,7 @@ def possible(link: Link, ranks: int) -> tuple[Link | None, list[str]]:
     Errors: ConfigError for more ranks than there can be hosts.
     """
     if reason := why_no_hosts():
-        return None, [f"no links of {show_bandwidth(link.bits_per_s)}: {reason}; compared in memory"]
+        return None, [f"no links of {show_bandwidth(link.bits_per_s)}: {reason}; in memory instead"]
     if ranks > MOST_HOSTS:
         raise ConfigError(f"--ranks {ranks}: at most {MOST_HOSTS} have a host of their own; or --bandwidth memory")
     if link.latency_s and (reason := why_no_latency()):
