@@ -212,13 +212,20 @@ def work_of(found: Estimate) -> Work:
         tensor_sums=_sums_of(config),
         handed_bytes=sent.get("pipe", 0) / load.microbatches / _transfers(config),
         gradient_bytes=_summed_bytes(sent.get("replica", 0), load.replicas),
-        bucket_bytes=config.sync.allreduce.bucket_mib * _MIB,
+        bucket_bytes=_bucket_mib(config) * _MIB,
         hides=config.sync.name in _HIDES and not (config.mesh.ranks > 1 and found.memory.device == "cuda"),
         touched_bytes=touched / config.mesh.ranks / shards,
         saved_bytes=4 * load.parameters + state,
         save_every=config.checkpoint.every,
         asynchronous=config.checkpoint.asynchronous,
     )
+
+
+def _bucket_mib(config: RunConfig) -> float:
+    """Of the way in which replicas agree."""
+    sync = config.sync
+    others = {"zero": sync.zero.bucket_mib, "parameter_server": sync.parameter_server.bucket_mib}
+    return others.get(sync.name, sync.allreduce.bucket_mib)
 
 
 def _summed_bytes(sent: float, replicas: int) -> float:

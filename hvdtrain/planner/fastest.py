@@ -72,15 +72,22 @@ def _total(one: Timed) -> float:
 def _wires(plan: Estimate, ranks: int, ranks_per_node: int, vocab_size: int) -> Iterator[Estimate]:
     yield plan
     sync = plan.config.sync
-    if plan.load.replicas > 1 and sync.name in ("allreduce", "zero") and sync.allreduce.wire == "fp32":
-        narrow = sync.model_copy(update={"allreduce": sync.allreduce.model_copy(update={"wire": "bf16"})})
+    if plan.load.replicas > 1 and sync.name in ("allreduce", "zero") and _wire(plan) == "fp32":
+        options = getattr(sync, sync.name)
+        narrow = sync.model_copy(update={sync.name: options.model_copy(update={"wire": "bf16"})})
         yield estimate(plan.config.model_copy(update={"sync": narrow}), ranks, ranks_per_node, vocab_size)
+
+
+def _wire(plan: Estimate) -> str:
+    """ZeRO has one of its own."""
+    sync = plan.config.sync
+    return sync.zero.wire if sync.name == "zero" else sync.allreduce.wire
 
 
 def _row(one: Timed) -> dict[str, Any]:
     (row,) = as_rows(Proposals([one.plan], []))
     parts = {name: round(seconds, 6) for name, seconds in one.time.parts.items()}
-    return {**row, "wire": one.plan.config.sync.allreduce.wire, "step_s": round(one.time.total, 6), "parts_s": parts}
+    return {**row, "wire": _wire(one.plan), "step_s": round(one.time.total, 6), "parts_s": parts}
 
 
 def _as_text(recipe: str, ranks: int, cluster: Cluster, rows: Sequence[dict[str, Any]], refused: Sequence[str]) -> str:

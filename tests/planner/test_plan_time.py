@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,10 @@ from hvdtrain import cli
 from hvdtrain.comm.world import World
 from hvdtrain.config import load_config
 from hvdtrain.errors import CheckpointError, ConfigError
+from hvdtrain.planner.cluster import read_cluster
+from hvdtrain.planner.cost import work_of
+from hvdtrain.planner.estimate import estimate
+from hvdtrain.planner.fastest import in_order
 from hvdtrain.planner.measured import read_run
 from hvdtrain.planner.outlook import link_in
 
@@ -136,6 +141,16 @@ def test_meshes_by_time(cluster: str, capsys: pytest.CaptureFixture[str]):
     assert {(row["tensor"], row["pipeline"]) for row in tree["meshes"]} >= {(1, 1), (2, 1), (1, 2)}
     assert any("mesh.tensor=4" in reason for reason in tree["refused"])  # of two heads
     assert "fastest first" in plan(capsys, *words)
+
+
+def test_zero_has_buckets_and_a_wire_of_its_own(cluster: str):
+    """Where links are slow, two-byte numbers are worth it: under the name that ZeRO reads."""
+    words = [*SMALL, "sync.name=zero", "sync.zero.bucket_mib=0.125", "sync.allreduce.bucket_mib=64"]
+    plan = estimate(load_config("demo", words), 2, 1, 50)
+    assert work_of(plan).bucket_bytes == 2**17
+    slow = read_cluster(cluster)
+    (found,) = in_order([plan], replace(slow, figures={**slow.figures, "between_gb_per_s": 0.01}), 2, 1, 50)
+    assert (found.plan.config.sync.zero.wire, found.plan.config.sync.allreduce.wire) == ("bf16", "fp32")
 
 
 def test_what_does_not_fit_is_said(cluster: str, capsys: pytest.CaptureFixture[str]):
