@@ -66,9 +66,8 @@ class TokenEncoder:
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
             self.note = f"gigatoken does not take this tokenizer ({str(error).partition(chr(10))[0]})"
-        self._encode: Callable[[list[bytes]], Encoded] = self._encode_fast
         if self.note:
-            self.name, self._encode = "tokenizers", self._encode_slow
+            self.name = "tokenizers"
         try:
             tokens = int(self.encode(list(sample))[1][-1]) if sample else 0
         except UnknownWord:  # which will be met again where its file is known
@@ -77,7 +76,7 @@ class TokenEncoder:
 
     def encode(self, documents: list[bytes], counts: Counter | None = None) -> Encoded:
         """Tokens of documents; how much of them was unknown is added to ``counts``."""
-        tokens, offsets = self._encode(documents)
+        tokens, offsets = (self._encode_slow if self.note else self._encode_fast)(documents)
         if counts is not None:
             self._count_unknown(tokens, documents, counts)
         return tokens, offsets
