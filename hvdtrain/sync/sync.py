@@ -73,7 +73,13 @@ class Sync(Protocol):
 
     def own(self, update: Update) -> Mapping[str, torch.Tensor]:
         """What each rank has of its own, and ``settle`` makes alike: the tensors themselves, by the same names and in
-        the same shapes on all ranks. A run that stops between two saves keeps it, and as many ranks go on from it.
+        the same shapes on all ranks. Empty where ranks differ in nothing, and where there is one.
+
+            save of every k steps      settle                    the one state, on any number of ranks
+            stop between two saves     own is copied; settle     as many ranks: each goes on from its own
+                                                                 others: from the one state, which is said
+
+        So the save of a stop, which the unbroken run does not have, changes nothing of what follows.
         """
 
     def viewed(self) -> AbstractContextManager[None]:
