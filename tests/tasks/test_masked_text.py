@@ -50,12 +50,15 @@ def entropy(folder: Path) -> float:
 
 
 def test_a_tiny_bert_learns_what_follows_from_the_rest(library: Path, tmp_path: Path):
-    """On two ranks, scored by one. Seen: 5.13 after 100 steps; the entropy is 5.27."""
+    """On two ranks, scored by one. Seen: 5.03 after 100 steps, 9.5 % right; the entropy is 5.27.
+
+    Where the head's matrix begins at random: 5.13, 4.7 %.
+    """
     words = (f"data.dir={library}", *SIZES, "eval.every=0", "metrics.tensorboard=false")
     succeed("train", "bert-tiny", *words, "--run-dir", tmp_path / "two", how="horovodrun", ranks=2, timeout_s=120)
     two = summary(tmp_path / "two")
     assert two["val_loss"] < entropy(library) - 0.1
-    assert two["masked_accuracy"] > 0.04  # the commonest token is 3 % of them
+    assert two["masked_accuracy"] > 0.07  # the commonest token is 3 % of them
     scores = evaluate(tmp_path / "two", [], "val", World())
     assert {name: scores[name] for name in ("val_loss", "masked_accuracy")} == pytest.approx(
         {name: two[name] for name in ("val_loss", "masked_accuracy")}, rel=1e-5
