@@ -55,7 +55,7 @@ def test_the_browser_would_tell(tmp_path: Path):
 
 
 def test_the_page_forbids_itself_all_requests(tmp_path: Path):
-    text = as_html(_page()).replace("<h1>", '<img src="http://127.0.0.1:9/x.png"><h1>')
+    text = as_html(_page()).replace("<h1>", '<script src="http://127.0.0.1:9/x.js"></script><h1>')
     page = tmp_path / "asks.html"
     page.write_text(text)
     with pytest.raises(AssertionError, match="Content Security Policy"):

@@ -25,8 +25,8 @@ def runs(tmp_path: Path) -> list[Path]:
     settings = [["model.width=32", "model.heads=2"], ["model.width=64", "model.heads=2"]]
     folders = [tmp_path / "narrow", tmp_path / "wide"]
     for number, (folder, words) in enumerate(zip(folders, settings, strict=True)):
-        write_measured_run(folder, load_config("demo", words), 1, 2, 0.5 + number, reason="time limit", exit_code=75,
-                           ended="2026-01-01T01:00:00+00:00", step_ended=20)  # fmt: skip
+        said = {"reason": "time limit", "exit_code": 75, "ended": "2026-01-01T01:00:00+00:00", "step_ended": 20}
+        write_measured_run(folder, load_config("demo", words), 1, 2, 0.5 + number, 5 - 3 * number, **said)
     add_job(folders[0], "2-0", "2026-01-02T00:00:00+00:00", step_began=20, job_id="2", ended="", exit_code=None)
     killed = folders[0] / "jobs" / "2-0" / "job.json"
     killed.write_text(json.dumps({k: v for k, v in json.loads(killed.read_text()).items() if k != "ended"}))

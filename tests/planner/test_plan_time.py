@@ -16,7 +16,7 @@ from hvdtrain.errors import CheckpointError, ConfigError
 from hvdtrain.planner.cluster import read_cluster
 from hvdtrain.planner.cost import work_of
 from hvdtrain.planner.estimate import estimate
-from hvdtrain.planner.fastest import in_order
+from hvdtrain.planner.fastest import _row, in_order
 from hvdtrain.planner.measured import read_run
 from hvdtrain.planner.outlook import link_in
 
@@ -151,6 +151,7 @@ def test_zero_has_buckets_and_a_wire_of_its_own(cluster: str):
     slow = read_cluster(cluster)
     (found,) = in_order([plan], replace(slow, figures={**slow.figures, "between_gb_per_s": 0.01}), 2, 1, 50)
     assert (found.plan.config.sync.zero.wire, found.plan.config.sync.allreduce.wire) == ("bf16", "fp32")
+    assert _row(found)["wire"] == "bf16"
 
 
 def test_what_does_not_fit_is_said(cluster: str, capsys: pytest.CaptureFixture[str]):
