@@ -33,10 +33,11 @@ def fail(*lines: str) -> NoReturn:
 
 
 def requirements(without: list[str]) -> list[str]:
-    """What the package and its tests need, as setup.cfg has it."""
+    """What the package, its tests and `make lint` need, as setup.cfg has it, without these packages and extras."""
     setup = configparser.ConfigParser()
     setup.read(Path(__file__).with_name("setup.cfg"), encoding="utf-8")
-    lines = setup["options"]["install_requires"] + "\n" + setup["options.extras_require"]["test"]
+    extras = [lines for name, lines in setup["options.extras_require"].items() if name not in without]
+    lines = "\n".join([setup["options"]["install_requires"], *extras])
     found = [line.replace(" ", "") for line in lines.splitlines() if line.strip()]
     return [line for line in found if re.split("[<>=!~]", line)[0] not in without]
 

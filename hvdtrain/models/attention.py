@@ -23,6 +23,9 @@ from torch._compile import _disable_dynamo  # torch.compiler.disable would load 
 
 from hvdtrain.models.masks import window_mask
 
+# What torch's varlen_attn knows: windows, keys that heads share.
+_VARLEN_WINDOWS, _VARLEN_SHARES = torch.__version__ >= (2, 11), torch.__version__ >= (2, 13)
+
 
 class Runs(NamedTuple):
     """Neighbouring positions that see one another, and no others: a row's documents, or whole rows.
@@ -52,8 +55,11 @@ def row_runs(tokens_BT: torch.Tensor) -> Runs:
 
 
 def runs_fit(device: torch.device, dtype: torch.dtype, head_width: int, dropout: float) -> bool:
-    """May ``attend`` be given runs? ``dtype``: of the queries. Not on CUDA in fp32, with dropout, or on older GPUs."""
-    return device.type == "cpu" or (dropout == 0 and _flash_fits(device, dtype, head_width))
+    """May ``attend`` be given runs? ``dtype``: of the queries. Not on CUDA in fp32, with dropout, on older GPUs, or
+    where torch's varlen_attn knows no window.
+    """
+    fits = dropout == 0 and _VARLEN_WINDOWS and _flash_fits(device, dtype, head_width)
+    return device.type == "cpu" or fits
 
 
 def product_dtype(weight: torch.Tensor) -> torch.dtype:
@@ -155,12 +161,15 @@ def _attend_runs_flash(
 
     assert dropout == 0, "varlen_attn has no dropout"
     rows, heads, positions, _ = q.shape
+    shared = heads // k.shape[1]
+    if shared > 1 and not _VARLEN_SHARES:
+        k, v, shared = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1), 1
     out = varlen_attn(
         *(_end_to_end(x) for x in (q, k, v)),
         *(offsets, offsets),
         *(positions, positions),  # no run is longer; the longest itself would have to be asked of the device
         window_size=(window - 1 if window else -1, 0),
-        enable_gqa=heads != k.shape[1],
+        **({"enable_gqa": True} if shared > 1 else {}),
     )
     return out.unflatten(0, (rows, positions)).transpose(1, 2)
 

@@ -9,6 +9,10 @@ torch's own `linear_cross_entropy` sums bf16 losses in bf16, which is too coarse
 Shape letters:  N targets, D model width, V vocabulary (padded)
 """
 
+import functools
+import importlib.util
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +21,9 @@ import torch
 import torch.nn.functional as F
 
 _CHUNK_ELEMENTS = {"cpu": 1 << 21}  # logits held at once: as many as a core's share of the last cache
-_CHUNK_ELEMENTS_GPU = 1 << 26  # enough to keep every multiprocessor at work
+_CHUNK_ELEMENTS_GPU = 1 << 27  # enough to keep every multiprocessor at work
 _MIN_ROWS = 256  # fewer would make thin, slow matrix products
+_TILE = 128  # rows of a product that a multiprocessor makes at once
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class LossTerms:
 
 
 # Logits of some rows, their targets, the terms, are gradients wanted -> sum of the losses, fp32 scalar; and, if so, its
-# gradient by these logits, in their type.
+# gradient by these logits, in their type, maybe in their place.
 Score = Callable[[torch.Tensor, torch.Tensor, LossTerms, bool], tuple[torch.Tensor, torch.Tensor | None]]
 
 
@@ -71,14 +76,14 @@ def linear_cross_entropy(
     terms: LossTerms,
     rows_at_once: int = 0,
     bias: torch.Tensor | None = None,
-    score: Score = score_rows,
+    score: Score | None = None,
 ) -> torch.Tensor:
     """SUM over the targets of -log softmax(hidden @ weight.T + bias)[target] plus ``terms``: fp32 scalar, in nats.
 
     Products are made in the type of ``hidden`` (autocast's where that is on), everything else in fp32.
     bias: [V].
     rows_at_once: targets scored together; 0: see ``chunk_rows``. It changes the order of sums, nothing else.
-    score: what makes a loss and a gradient of logits; of a vocabulary that lies in pieces another.
+    score: what makes a loss and a gradient of logits; None: as fast as it goes here, where all of the vocabulary is.
     """
     device = hidden_ND.device.type
     if torch.is_autocast_enabled(device):
@@ -87,12 +92,25 @@ def linear_cross_entropy(
         bias = None if bias is None else bias.to(dtype)
     rows = rows_at_once or chunk_rows(device, len(weight_VD))
     with torch.autocast(device, enabled=False):
-        return _LinearCrossEntropy.apply(hidden_ND, weight_VD, bias, targets_N, terms, rows, score)
+        return _LinearCrossEntropy.apply(hidden_ND, weight_VD, bias, targets_N, terms, rows, score or _score_on(device))
+
+
+@functools.cache
+def _score_on(device: str) -> Score:
+    """Triton builds its kernels with a C compiler."""
+    compilers = (os.environ.get("CC"), "gcc", "clang", "cc")
+    if device == "cuda" and importlib.util.find_spec("triton") and any(map(shutil.which, filter(None, compilers))):
+        from hvdtrain.models.fused_scores import score_rows_fused
+
+        return score_rows_fused
+    return score_rows
 
 
 def chunk_rows(device: str, vocabulary: int) -> int:
     """How many targets are scored at once on a type of device, over a padded vocabulary."""
-    return max(_MIN_ROWS, _CHUNK_ELEMENTS.get(device, _CHUNK_ELEMENTS_GPU) // vocabulary)
+    if device in _CHUNK_ELEMENTS:
+        return max(_MIN_ROWS, _CHUNK_ELEMENTS[device] // vocabulary)
+    return max(_MIN_ROWS, _CHUNK_ELEMENTS_GPU // vocabulary // _TILE * _TILE)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -231,7 +231,8 @@ def _process_mib(config: RunConfig, ranks: int) -> dict[str, float]:
 
 
 def _chunk_on_gpu(config: RunConfig, facts: CorpusFacts, load: Workload) -> int:
-    """The logits that models/losses.py holds at once on a GPU, with their softmax and gradient; the dry run is a CPU's.
+    """The logits that models/losses.py holds at once on a GPU, as the dry run is a CPU's. Their gradient comes in their
+    place; with a vocabulary that is cut, it and the softmax stand beside them.
 
     And the gradients of hidden states and of the head's weight.
     """
@@ -240,5 +241,6 @@ def _chunk_on_gpu(config: RunConfig, facts: CorpusFacts, load: Workload) -> int:
         targets = make_task(config.task).example(load.microbatch, load.positions).target_tokens
     rows = min(targets, chunk_rows("cuda", vocabulary))
     narrow = 4 if config.precision == "fp32" else 2
-    logits = rows * vocabulary * (narrow + 4 + (0 if narrow == 4 else narrow))
+    apart = 4 + (0 if narrow == 4 else narrow) if config.mesh.tensor > 1 else 0
+    logits = rows * vocabulary * (narrow + apart)
     return logits + narrow * targets * config.model.width + 2 * 4 * vocabulary * config.model.width

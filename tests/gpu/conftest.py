@@ -6,6 +6,7 @@ HVDTRAIN_GPU_TESTS=cpu runs their own code on a machine without a GPU: what only
 import json
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ DEVICE = torch.device("cuda" if WHERE == "cuda" else "cpu")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cuda: needs a GPU, even to try the test's own code")
+    config.addinivalue_line("markers", "alone: takes all of the GPU's memory")
     if WHERE == "cuda" and not torch.cuda.is_available():
         pytest.exit("tests/gpu: torch finds no GPU; see `python -m hvdtrain doctor`", returncode=2)
 
@@ -25,6 +27,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("cuda"):
                 item.add_marker(pytest.mark.skip(reason="HVDTRAIN_GPU_TESTS is not cuda"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Test by test: there are two files, and more workers."""
+    from xdist.scheduler import LoadScheduling
+
+    return LoadScheduling(config, log)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

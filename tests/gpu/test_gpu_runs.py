@@ -83,6 +83,7 @@ def test_two_ranks_on_one_gpu_are_refused_unless_they_are_asked_for(prepared, on
 
 
 @pytest.mark.cuda
+@pytest.mark.alone
 def test_too_little_memory_ends_with_71_and_the_plan(prepared, tmp_path: Path):
     large = ("model.width=8192", "model.layers=64", "model.heads=64", "train.steps=2")
     done = launch.launch(

@@ -12,6 +12,7 @@ import torch.nn.attention.varlen
 import torch.nn.functional as F
 
 from hvdtrain.models import attention
+from hvdtrain.models import attention
 from hvdtrain.models.attention import Runs, attend, document_runs, row_runs, runs_fit
 from hvdtrain.models.layers import Attention, CrossAttention
 from hvdtrain.models.masks import packed_mask, window_mask
@@ -113,17 +114,22 @@ def test_runs_are_the_mask_of_documents(kv_heads: int, window: int):
     assert_same(way, lambda *qkv: plain(*qkv, sees), inputs_of(3, 19, 19, kv_heads))
 
 
-@pytest.mark.parametrize("kv_heads", [2, 4])
+@pytest.mark.parametrize(("kv_heads", "shares"), [(2, True), (2, False), (4, True)])
 @pytest.mark.parametrize("window", [0, 1, 3, 30])
-def test_runs_through_varlen_attn(kv_heads: int, window: int, monkeypatch: pytest.MonkeyPatch):
-    """What flash attention is asked for, by a stand-in that does what torch's documentation of varlen_attn says."""
+def test_runs_through_varlen_attn(kv_heads: int, shares: bool, window: int, monkeypatch: pytest.MonkeyPatch):
+    """What flash attention is asked for, by a stand-in that does what torch's documentation of varlen_attn says.
 
-    def varlen(q, k, v, offsets, offsets_of_keys, longest, longest_of_keys, *, window_size, enable_gqa):
+    shares: does this torch's know of keys that heads share?
+    """
+    monkeypatch.setattr(attention, "_VARLEN_SHARES", shares)
+    read_heads = kv_heads if shares else 4
+
+    def varlen(q, k, v, offsets, offsets_of_keys, longest, longest_of_keys, *, window_size, enable_gqa=False):
         assert q.shape == (57, 4, 6)
-        assert k.shape == v.shape == (57, kv_heads, 6)
+        assert k.shape == v.shape == (57, read_heads, 6)
         assert offsets.dtype == offsets_of_keys.dtype == torch.int32
         assert longest == longest_of_keys >= offsets.diff().max()
-        assert enable_gqa or kv_heads == 4
+        assert enable_gqa == (read_heads != 4)
         before, after = window_size
         outs = []
         for begin, end in offsets.view(-1).unfold(0, 2, 1).tolist():
