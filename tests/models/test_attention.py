@@ -12,7 +12,6 @@ import torch.nn.attention.varlen
 import torch.nn.functional as F
 
 from hvdtrain.models import attention
-from hvdtrain.models import attention
 from hvdtrain.models.attention import Runs, attend, document_runs, row_runs, runs_fit
 from hvdtrain.models.layers import Attention, CrossAttention
 from hvdtrain.models.masks import packed_mask, window_mask
