@@ -131,7 +131,8 @@ install_mpi() {
     "${pip[@]}" "$MPI4PY"
 }
 
-# Horovod asks for C++14; torch's headers need C++17. A compiler of this name changes just that flag.
+# Horovod asks for C++14; torch's headers need C++17. It names too few headers for GCC 13 and later. And its symbols for
+# a debugger are 70 MB. A compiler of this name changes just these things.
 write_compiler() {
     mkdir -p "$1"
     cat >"$1/c++17" <<WRAPPER
@@ -140,6 +141,10 @@ args=()
 for arg in "\$@"; do
     case \$arg in
         -std=gnu++14|-std=c++14) arg=-std=gnu++17 ;;
+        -g) continue ;;
+        *.cc) for header in algorithm array cstdint cstdio cstdlib functional memory stdexcept string; do
+            args+=(-include "\$header")
+        done ;;
     esac
     args+=("\$arg")
 done
