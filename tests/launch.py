@@ -101,9 +101,16 @@ def launch(
 
 
 def environment() -> dict[str, str]:
-    """This process's, with this Python's folder first on the PATH and without the marks of an outer launcher."""
+    """This process's, with this Python's folder first on the PATH and without the marks of an outer launcher.
+
+    How mpirun starts its daemons is the site's: a machine without ssh says so by a setting of plm.
+    """
     outer = ("OMPI_", "OMP_NUM_THREADS", "PMI", "SLURM", "HOROVOD", "RANK", "WORLD_SIZE", "HVDTRAIN_RANKS")
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(outer)}
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(outer) or name.startswith("OMPI_MCA_plm")
+    }
     clean["PATH"] = f"{BIN}{os.pathsep}{clean.get('PATH', os.defpath)}"  # horovodrun looks there for mpirun
     if os.geteuid() == 0:
         clean |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}

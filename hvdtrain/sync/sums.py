@@ -40,14 +40,20 @@ class Sums:
         numbers: dict[Group, list[int]] = {mesh.world: []}
         for number, piece in enumerate(slices):
             numbers.setdefault(piece.holders, []).append(number)
-        self._numbers = {group: torch.tensor(of_group, dtype=torch.int64) for group, of_group in numbers.items()}
+        self._numbers = {
+            group: torch.tensor(of_group, dtype=torch.int64, device=self._device) for group, of_group in numbers.items()
+        }
+        self._used = torch.zeros(len(slices), dtype=torch.bool)  # on the host, as it was last
+        self._used_there = self._used.to(self._device)
 
     def over_ranks(self, told: Told, parts: PartNorms, used: torch.Tensor, is_complete: bool) -> Totals:
         """used: of each slice, has this rank had a gradient of it? bool, on the host. is_complete: see ``PartNorms``.
 
         Collective.
         """
-        tensors = {group: self._to_sum(group, used) for group in self._numbers}
+        if not torch.equal(used, self._used):  # a copy waits for the device, and it is the same in nearly every step
+            self._used, self._used_there = used, used.to(self._device)
+        tensors = {group: self._to_sum(group) for group in self._numbers}
         sums = tensors[self._mesh.world]
         if self._mesh.speaks:
             sums[0], sums[1] = told.loss.double(), sum(told.weights)
@@ -60,13 +66,13 @@ class Sums:
             pending.wait()
         users = torch.zeros(len(used), dtype=torch.float64, device=self._device)
         for group, numbers in self._numbers.items():
-            users[numbers.to(self._device)] = tensors[group][self._others(group) :]
+            users[numbers] = tensors[group][self._others(group) :]
         return Totals(sums[0], sums[1], sums[2], sums[_OF_PARTS], users)
 
-    def _to_sum(self, group: Group, used: torch.Tensor) -> torch.Tensor:
+    def _to_sum(self, group: Group) -> torch.Tensor:
         numbers, others = self._numbers[group], self._others(group)
         tensor = torch.zeros(others + len(numbers), dtype=torch.float64, device=self._device)
-        tensor[others:] = used[numbers]
+        tensor[others:] = self._used_there[numbers]
         return tensor
 
     def _others(self, group: Group) -> int:

@@ -140,7 +140,8 @@ def test_precision(compare, precision: str):
         {"kv_heads": 2},
         {"batch": packed, "window": 24, "kv_heads": 2, "positions": "rotary"},
         {"activation": "swiglu", "norm": "rmsnorm", "positions": "rotary", "bias": False, "tied": False},
-        {"preset": "vaswani", "init": "normal", "head_bias": True, "embedding_norm": True},
+        # Not its relu: where that is near 0, rounding decides whether a gradient passes.
+        {"preset": "vaswani", "activation": "gelu", "init": "normal", "head_bias": True, "embedding_norm": True},
     ],
     ids=["documents", "window", "grouped", "documents-window-grouped-rotary", "llama", "post-norm"],
 )
