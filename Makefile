@@ -8,7 +8,7 @@
 
 VENV ?= .venv
 RANKS ?= 2
-BENCH ?= $(filter-out gpu table compare axis tensor pipeline zero chaos finetune large_batch large_batch_report multi30k requeue running summaries,$(basename $(notdir $(wildcard tests/bench/*.py))))
+BENCH ?= $(filter-out gpu gpu_kernels table compare axis tensor pipeline zero chaos finetune large_batch large_batch_report multi30k requeue running summaries,$(basename $(notdir $(wildcard tests/bench/*.py))))
 # Not PYTHON, which is the user's: the interpreter that the environment is made from.
 VENV_PYTHON := $(abspath $(VENV))/bin/python
 # horovodrun looks for mpirun on the PATH; mpirun refuses to work for root (as in a container) without being told to.

@@ -10,19 +10,17 @@ import torch
 import triton
 import triton.language as tl
 
-from hvdtrain.models.losses import LossTerms
-
 _BLOCK, _WARPS = 4096, 8  # columns at once; 16 numbers a thread
 
 
-def score_rows_fused(
-    logits: torch.Tensor, targets: torch.Tensor, terms: LossTerms, with_grad: bool
+def score_fused(
+    logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float, z_loss: float, ignore: int, with_grad: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """``Score`` of logits over the whole vocabulary; with_grad: what it returns is ``logits``, overwritten."""
     losses = torch.empty(len(targets), dtype=torch.float32, device=logits.device)
     _score[(len(targets),)](
         logits, targets, losses, logits.shape[1], logits.stride(0),
-        float(terms.label_smoothing), float(terms.z_loss), terms.ignore,
+        float(label_smoothing), float(z_loss), ignore,
         with_grad, _BLOCK, num_warps=_WARPS,
     )  # fmt: skip
     return losses.sum(), logits if with_grad else None

@@ -21,9 +21,10 @@ import torch
 import torch.nn.functional as F
 
 _CHUNK_ELEMENTS = {"cpu": 1 << 21}  # logits held at once: as many as a core's share of the last cache
-_CHUNK_ELEMENTS_GPU = 1 << 27  # enough to keep every multiprocessor at work
+_CHUNK_ELEMENTS_GPU = 1 << 26  # enough to keep every multiprocessor at work
+_CHUNK_ELEMENTS_FUSED = 1 << 29  # on a GPU, where nothing stands beside the logits: fewer sums of the weight's gradient
 _MIN_ROWS = 256  # fewer would make thin, slow matrix products
-_TILE = 128  # rows of a product that a multiprocessor makes at once
+_TILE = 1024  # rows: a multiple of what the multiprocessors of a GPU make at once
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,10 @@ def linear_cross_entropy(
         dtype = torch.get_autocast_dtype(device)
         hidden_ND, weight_VD = hidden_ND.to(dtype), weight_VD.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    rows = rows_at_once or chunk_rows(device, len(weight_VD))
+    way = score or _score_on(device)
+    rows = rows_at_once or chunk_rows(device, len(weight_VD), score is None and way is not score_rows)
     with torch.autocast(device, enabled=False):
-        return _LinearCrossEntropy.apply(hidden_ND, weight_VD, bias, targets_N, terms, rows, score or _score_on(device))
+        return _LinearCrossEntropy.apply(hidden_ND, weight_VD, bias, targets_N, terms, rows, way)
 
 
 @functools.cache
@@ -100,17 +102,25 @@ def _score_on(device: str) -> Score:
     """Triton builds its kernels with a C compiler."""
     compilers = (os.environ.get("CC"), "gcc", "clang", "cc")
     if device == "cuda" and importlib.util.find_spec("triton") and any(map(shutil.which, filter(None, compilers))):
-        from hvdtrain.models.fused_scores import score_rows_fused
-
         return score_rows_fused
     return score_rows
 
 
-def chunk_rows(device: str, vocabulary: int) -> int:
-    """How many targets are scored at once on a type of device, over a padded vocabulary."""
+def score_rows_fused(
+    logits: torch.Tensor, targets: torch.Tensor, terms: LossTerms, with_grad: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """``score_rows`` by the GPU's kernel; the gradient comes in the logits' place."""
+    from hvdtrain.models.fused_scores import score_fused  # Triton
+
+    return score_fused(logits, targets, terms.label_smoothing, terms.z_loss, terms.ignore, with_grad)
+
+
+def chunk_rows(device: str, vocabulary: int, fused: bool = False) -> int:
+    """How many targets are scored at once on a type of device, over a padded vocabulary. fused: by the GPU's kernel."""
     if device in _CHUNK_ELEMENTS:
         return max(_MIN_ROWS, _CHUNK_ELEMENTS[device] // vocabulary)
-    return max(_MIN_ROWS, _CHUNK_ELEMENTS_GPU // vocabulary // _TILE * _TILE)
+    elements = _CHUNK_ELEMENTS_FUSED if fused else _CHUNK_ELEMENTS_GPU
+    return max(_MIN_ROWS, elements // vocabulary // _TILE * _TILE)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

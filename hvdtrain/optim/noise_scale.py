@@ -93,6 +93,7 @@ class PartNorms:
 
     def tell(self, sums: torch.Tensor, weights: Sequence[int], is_complete: bool) -> None:
         """Put what this rank adds into ``sums`` [3]: of its replica's part |mean gradient|^2, 1 / its targets, 1.
+        By ``fill_``: ``sums[1] = number`` would wait for a GPU.
 
         weights: targets of its microbatches. is_complete: each of them gave every parameter a gradient; else nobody
         knows which the first was of, and it is left out.
@@ -100,11 +101,12 @@ class PartNorms:
         is_part = len(weights) > (0 if self._has_peers else 1)
         weight = 0 if not is_part else weights[0] if self._of_first else sum(weights)
         if self._of_first and not is_complete:
-            sums[0] = torch.nan  # the other ranks of the replica may know no better
+            sums[0].fill_(torch.nan)  # the other ranks of the replica may know no better
         elif weight:
-            sums[0] = self._square / weight**2
+            sums[0].copy_(self._square / weight**2)
             if self._speaks:
-                sums[1], sums[2] = 1 / weight, 1
+                sums[1].fill_(1 / weight)
+                sums[2].fill_(1)
 
 
 def advice(noise: float, batch: float, ranks: int) -> str:

@@ -239,8 +239,9 @@ def _chunk_on_gpu(config: RunConfig, facts: CorpusFacts, load: Workload) -> int:
     vocabulary = config.model.padded(facts.vocab_size)
     with torch.device("meta"):
         targets = make_task(config.task).example(load.microbatch, load.positions).target_tokens
-    rows = min(targets, chunk_rows("cuda", vocabulary))
+    is_cut = config.mesh.tensor > 1
+    rows = min(targets, chunk_rows("cuda", vocabulary, fused=not is_cut))
     narrow = 4 if config.precision == "fp32" else 2
-    apart = 4 + (0 if narrow == 4 else narrow) if config.mesh.tensor > 1 else 0
+    apart = 4 + (0 if narrow == 4 else narrow) if is_cut else 0
     logits = rows * vocabulary * (narrow + apart)
     return logits + narrow * targets * config.model.width + 2 * 4 * vocabulary * config.model.width

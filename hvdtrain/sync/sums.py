@@ -56,8 +56,9 @@ class Sums:
         tensors = {group: self._to_sum(group) for group in self._numbers}
         sums = tensors[self._mesh.world]
         if self._mesh.speaks:
-            sums[0], sums[1] = told.loss.double(), sum(told.weights)
-        sums[2] = told.flags
+            sums[0].copy_(told.loss)
+            sums[1].fill_(sum(told.weights))
+        sums[2].fill_(told.flags)
         parts.tell(sums[_OF_PARTS], told.weights, is_complete)
         under_way = [group.all_reduce_sum_async(tensor, "hvdtrain.sums") for group, tensor in tensors.items()]
         if told.more is not None:

@@ -40,7 +40,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """A line of JSON for each test, as soon as it has ended: what ran before the time was up counts."""
     path = os.environ.get("HVDTRAIN_GPU_RESULTS")
-    if path and (report.when == "call" or report.outcome != "passed"):
+    is_worker = "PYTEST_XDIST_WORKER" in os.environ  # whose reports the main process has too
+    if path and not is_worker and (report.when == "call" or report.outcome != "passed"):
         told = dict(report.user_properties)
         line = {"test": report.nodeid.rpartition("/")[2], "outcome": report.outcome, "s": round(report.duration, 2)}
         with open(path, "a", encoding="utf-8") as file:
