@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvdtrain.models.losses import LossTerms, linear_cross_entropy
+from hvdtrain.models import losses
+from hvdtrain.models.losses import LossTerms, chunk_rows, linear_cross_entropy, score_rows, score_rows_fused
 
 IGNORE = -100
 
@@ -136,3 +137,25 @@ def test_the_logits_are_not_kept():
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         linear_cross_entropy(hidden, weight, truth, LossTerms())
     assert sum(kept) == hidden.numel() + weight.numel()
+
+
+@pytest.mark.parametrize(
+    ("device", "has_triton", "compiler", "score"),
+    [
+        ("cuda", True, "/usr/bin/gcc", score_rows_fused),
+        ("cuda", True, None, score_rows),
+        ("cuda", False, "/usr/bin/gcc", score_rows),
+        ("cpu", True, "/usr/bin/gcc", score_rows),
+    ],
+)
+def test_the_kernel_is_for_gpus_where_it_can_be_built(device, has_triton, compiler, score, monkeypatch):
+    monkeypatch.setattr(losses.importlib.util, "find_spec", lambda name: object() if has_triton else None)
+    monkeypatch.setattr(losses.shutil, "which", lambda name: compiler)
+    assert losses._score_on.__wrapped__(device) is score
+
+
+def test_the_kernel_scores_more_at_once_than_eager_torch():
+    """Whole tiles of a product; at least some rows, however large the vocabulary is."""
+    assert chunk_rows("cuda", 50304) == 1024
+    assert chunk_rows("cuda", 50304, fused=True) == 10240
+    assert chunk_rows("cuda", 1 << 22, fused=True) == chunk_rows("cpu", 1 << 22) == 256
