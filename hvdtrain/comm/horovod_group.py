@@ -104,15 +104,21 @@ class _OverHorovod(Group):
             return
         self._let_python_run()
         with _ranks_lost():
-            self._hvd.broadcast_(tensor, self._world_ranks[root], name=name, process_set=self._set)
+            handle = self._hvd.broadcast_async_(tensor, self._world_ranks[root], name=name, process_set=self._set)
+        _PendingCollective(self._hvd, handle).wait()
 
     def all_gather_object(self, value: Any) -> list[Any]:
         told = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        sizes = self._gathered(torch.tensor([len(told)]), "hvdtrain.objects.sizes").tolist()
+        everything = self._gathered(told, "hvdtrain.objects")
+        return [pickle.loads(one.numpy()) for one in everything.split(sizes)]
+
+    def _gathered(self, told: torch.Tensor, name: str) -> torch.Tensor:
+        """Of all ranks, one behind another, of any lengths."""
         self._let_python_run()
         with _ranks_lost():
-            sizes = self._hvd.allgather(torch.tensor([len(told)]), "hvdtrain.objects.sizes", self._set).tolist()
-            everything = self._hvd.allgather(told, "hvdtrain.objects", self._set)
-        return [pickle.loads(one.numpy()) for one in everything.split(sizes)]
+            handle = self._hvd.allgather_async(told, name, self._set)
+        return _PendingCollective(self._hvd, handle).result()
 
     def _let_python_run(self) -> None:
         """Wait for Horovod's table of sets, if need be; to be called before a collective is handed to Horovod (local).
@@ -265,11 +271,16 @@ class _PendingCollective:
         return self._waited or self._hvd.poll(self._handle)
 
     def wait(self) -> None:
+        self.result()
+
+    def result(self) -> torch.Tensor:
+        """What Horovod has made. Once."""
         while not self.done():
             nap()  # Horovod's own wait never sleeps
         with _ranks_lost():
-            self._hvd.synchronize(self._handle)
+            made = self._hvd.synchronize(self._handle)
         self._waited = True
+        return made
 
 
 def _check_writable(path: Path) -> None:
