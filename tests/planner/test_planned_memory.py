@@ -173,7 +173,8 @@ def test_loss_on_a_gpu_holds_larger_chunks():
     config, facts = settings(model={"context": 1024}), CorpusFacts(8192)
     load = workload(config, facts, 1)
     cpu, gpu = (memory(config, facts, load, device).parts["temporaries"] for device in ("cpu", "cuda"))
-    assert gpu >= 8192 * 8192 * 4 > 10 * cpu  # logits of all 8,192 targets at once; their gradient comes in their place
+    # Logits of all 8,192 targets at once, whose gradient comes in their place: half of what eager torch would hold.
+    assert gpu >= 8192 * 8192 * 4 > 5 * cpu
 
 
 @pytest.mark.parametrize("ranks", [2, 5])
