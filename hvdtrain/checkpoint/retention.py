@@ -23,7 +23,9 @@ from hvdtrain.errors import OutputError
 from hvdtrain.files import listed, move_folder, optional, read_text, write_json
 
 _NAME = re.compile(r"step-([0-9]{8,})")
+# What the run's owner alone writes: among the checkpoints, and in the run folder itself.
 _LEFT_OVER = (".step-*.partial", ".step-*.old", ".best.json.*.tmp")
+_LEFT_OVER_OF_RUN = (".config.yaml.*.tmp", ".from.json.*.tmp", ".metrics.jsonl.*.tmp", ".summary.json.*.tmp")
 
 
 @dataclass(frozen=True)
@@ -82,11 +84,10 @@ def free_name(path: Path) -> Path:
 
 def remove_left_over(run_dir: Path) -> None:
     """Remove what a killed run was writing or deleting (rank 0, while nothing is being saved). Never fails."""
-    folder = run_dir / "checkpoints"
-    found = optional(lambda: listed(folder, ".*"), f"cannot look for leftovers in {folder}", [])
-    for path in found:
-        if any(fnmatchcase(path.name, pattern) for pattern in _LEFT_OVER):
-            remove(path)
+    for folder, patterns in ((run_dir / "checkpoints", _LEFT_OVER), (run_dir, _LEFT_OVER_OF_RUN)):
+        for path in optional(lambda folder=folder: listed(folder, ".*"), f"cannot look for leftovers in {folder}", []):
+            if any(fnmatchcase(path.name, pattern) for pattern in patterns):
+                remove(path)
 
 
 def remove(path: Path) -> None:
