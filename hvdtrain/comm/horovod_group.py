@@ -43,8 +43,8 @@ KNOBS = {
 # How Horovod sums over NCCL: in one ring of all ranks; within nodes, and then between them; the same in two dimensions.
 TOPOLOGIES = {"flat": None, "hierarchical": "HOROVOD_HIERARCHICAL_ALLREDUCE", "torus": "HOROVOD_TORUS_ALLREDUCE"}
 
-
-_AWAKE_S = 0.02  # of a wait for what is due at once: some of Horovod's cycles
+# A collective that takes little longer than the last rank to come is waited for awake, for some of Horovod's cycles.
+_AWAKE_S = 0.02
 
 
 class _OverHorovod(Group):
@@ -109,7 +109,7 @@ class _OverHorovod(Group):
         self._let_python_run()
         with _ranks_lost():
             handle = self._hvd.broadcast_async_(tensor, self._world_ranks[root], name=name, process_set=self._set)
-        _PendingCollective(self._hvd, handle).soon()
+        _PendingCollective(self._hvd, handle).result(_AWAKE_S)
 
     def all_gather_object(self, value: Any) -> list[Any]:
         told = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
@@ -122,7 +122,7 @@ class _OverHorovod(Group):
         self._let_python_run()
         with _ranks_lost():
             handle = self._hvd.allgather_async(told, name, self._set)
-        return _PendingCollective(self._hvd, handle).soon()
+        return _PendingCollective(self._hvd, handle).result(_AWAKE_S)
 
     def _let_python_run(self) -> None:
         """Wait for Horovod's table of sets, if need be; to be called before a collective is handed to Horovod (local).
@@ -275,23 +275,16 @@ class _PendingCollective:
         return self._waited or self._hvd.poll(self._handle)
 
     def wait(self) -> None:
-        while not self.done():
-            nap()  # Horovod's own wait never sleeps
-        self._result()
+        self.result()
 
-    def soon(self) -> torch.Tensor:
-        """What Horovod has made, once; of a collective that takes little longer than the last rank to come. So this one
-        stays awake for some cycles of Horovod's, and sleeps where a rank has more to do.
-        """
+    def result(self, awake_s: float = 0.0) -> torch.Tensor:
+        """What Horovod has made, once. awake_s: how long this rank stays awake before it sleeps between its looks."""
         began = time.monotonic()
-        while not self.done():
-            if time.monotonic() - began < _AWAKE_S:
+        while not self.done():  # Horovod's own wait never sleeps
+            if time.monotonic() - began < awake_s:
                 os.sched_yield()
             else:
                 nap()
-        return self._result()
-
-    def _result(self) -> torch.Tensor:
         with _ranks_lost():
             made = self._hvd.synchronize(self._handle)
         self._waited = True

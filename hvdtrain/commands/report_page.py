@@ -8,9 +8,9 @@ from typing import Any
 from hvdtrain.commands.page import Block, Facts, Heading, Page, Picture, Table, Text, png_of, write_page
 from hvdtrain.commands.report import advice_on, draw_losses, read_all, table_of
 from hvdtrain.errors import plural
-from hvdtrain.jobs.slurm import read_object
+from hvdtrain.jobs.slurm import job_records
+from hvdtrain.watch.metrics import STEP_PARTS
 
-_PARTS = ("data", "compute", "sync", "optimizer", "other")
 Run = dict[str, Any]  # as commands/report.py reads it
 
 
@@ -25,7 +25,7 @@ def report_page(run_dirs: list[Path], out: Path | None) -> str:
 
 def page_of(runs: Sequence[Run]) -> Page:
     head, *rows = table_of(list(runs))
-    jobs = {run["name"]: _jobs(run["dir"]) for run in runs}
+    jobs = {run["name"]: job_records(run["dir"]) for run in runs}
     blocks: list[Block] = [
         Table(head, [(run["name"], *row[1:]) for run, row in zip(runs, rows, strict=True)]),
         *(Text(line.removeprefix("batch").strip()) for run in runs for line in advice_on(run)),
@@ -41,12 +41,6 @@ def page_of(runs: Sequence[Run]) -> Page:
     return Page(f"Runs: {', '.join(run['name'] for run in runs)}", blocks)
 
 
-def _jobs(run_dir: Path) -> list[Mapping[str, Any]]:
-    """Records of a run's jobs, in the order of their starts."""
-    found = [read_object(path) for path in (run_dir / "jobs").glob("*/job.json")]
-    return sorted((job for job in found if job), key=lambda job: str(job.get("started", "")))
-
-
 # --- times -------------------------------------------------------------------------------------------------------
 
 
@@ -57,12 +51,12 @@ def _of_times(runs: Sequence[Run]) -> list[Block]:
     rows = []
     for run in timed:
         lines = _timed(run)
-        seconds = [median(line[f"time_{part}_s"] for line in lines) for part in _PARTS]
+        seconds = [median(line[f"time_{part}_s"] for line in lines) for part in STEP_PARTS]
         whole = sum(seconds) or 1.0
         memory = max((line["memory_peak_mib"] for line in lines if line.get("memory_peak_mib")), default=None)
         cells = (f"{value:.4f} ({value / whole:.0%})" for value in seconds)
         rows.append((run["name"], *cells, f"{sum(seconds):.4f}", "-" if memory is None else f"{memory:,.0f}"))
-    head = ("run", *_PARTS, "a step", "memory MiB")
+    head = ("run", *STEP_PARTS, "a step", "memory MiB")
     return [
         Heading("Where a step's time goes, seconds on rank 0, in the median"),
         Table(head, rows),
@@ -72,7 +66,7 @@ def _of_times(runs: Sequence[Run]) -> list[Block]:
 
 def _timed(run: Run) -> list[Mapping[str, Any]]:
     """Lines with times; without the first, which holds the start-up, where there are others."""
-    lines = [line for line in run["train"] if all(f"time_{part}_s" in line for part in _PARTS)]
+    lines = [line for line in run["train"] if all(f"time_{part}_s" in line for part in STEP_PARTS)]
     return lines[1:] or lines
 
 
@@ -83,14 +77,16 @@ def _draw_times(runs: Sequence[Run]) -> bytes:
     panels = figure.subplots(-(-len(runs) // 3), min(3, len(runs)), squeeze=False, sharey=True).flatten()
     for axes, run in zip(panels, runs, strict=False):
         lines = _timed(run)
-        seconds = [[line[f"time_{part}_s"] for line in lines] for part in _PARTS]
-        axes.stackplot([line["step"] for line in lines], seconds, labels=_PARTS, lw=0)
+        seconds = [[line[f"time_{part}_s"] for line in lines] for part in STEP_PARTS]
+        axes.stackplot([line["step"] for line in lines], seconds, labels=STEP_PARTS, lw=0)
         axes.set_title(run["name"], fontsize=10)
         axes.set_xlabel("step")
     for axes in panels[len(runs) :]:
         axes.set_axis_off()
     panels[0].set_ylabel("seconds of a step")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=len(_PARTS), frameon=False)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=len(STEP_PARTS), frameon=False
+    )
     return png_of(figure)
 
 

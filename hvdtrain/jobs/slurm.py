@@ -366,6 +366,12 @@ def job_ids(run_dir: Path) -> list[str]:
     return sorted((job_id for job_id in found if re.fullmatch(r"\d{1,10}", job_id, re.ASCII)), key=int)
 
 
+def job_records(run_dir: Path) -> list[dict[str, Any]]:
+    """What the starts of a run have left in jobs/NAME/job.json, in their order; damaged ones are left out."""
+    found = [read_object(path) for path in (run_dir / "jobs").glob("*/job.json")]
+    return sorted((job for job in found if job), key=lambda job: str(job.get("started", "")))
+
+
 def id_of(record: str) -> str | None:
     """The job's id in the name of its record (see job_record.py), such as 4711-0; None: it was no Slurm job."""
     name = re.fullmatch(r"(\d+)-\d+(\.\d+)?", record, re.ASCII)

@@ -11,10 +11,9 @@ from hvdtrain.config import RunConfig, flatten
 from hvdtrain.errors import CheckpointError, ConfigError
 from hvdtrain.files import again, listed, read_json
 from hvdtrain.planner.growth import Point
-from hvdtrain.planner.workload import share
-from hvdtrain.watch.metrics import read_log
+from hvdtrain.planner.workload import step_rows
+from hvdtrain.watch.metrics import STEP_PARTS, read_log
 
-_PARTS = ("data", "compute", "sync", "optimizer", "other")
 # What may differ between runs of which one is to tell how another grows: the batch of all ranks and what is scaled with
 # it, how long, where the data lie, and what is neither computed nor sent in a step.
 _MAY_DIFFER = (
@@ -76,14 +75,14 @@ def read_run(run_dir: Path) -> Measured:
             "train for 3 x metrics.every steps at least"
         )
     longest = job.get("data", {}).get("longest_row", 0)
-    of_rank = share(RunConfig.model_validate(job["config"]), job["world_size"], longest)
+    of_rank = step_rows(RunConfig.model_validate(job["config"]), job["world_size"], longest)
     summary = run_dir / "summary.json"
     machine = {**(again(lambda: read_json(summary), summary) if summary.is_file() else {}), **job}
     return Measured(
         run_dir,
         len(job["nodes"]),
         job["world_size"],
-        {part: median(line[f"time_{part}_s"] for line in lines[1:]) for part in _PARTS},
+        {part: median(line[f"time_{part}_s"] for line in lines[1:]) for part in STEP_PARTS},
         _spread(lines[1:]),
         of_rank.microbatch,
         of_rank.microbatches,
@@ -134,5 +133,5 @@ def points_of(runs: Sequence[Measured]) -> tuple[list[Point], str]:
 
 def _spread(lines: Sequence[Mapping[str, Any]]) -> float:
     """Half of what lies between the quarters of the lines' times, as a share of their median."""
-    times = sorted(sum(line[f"time_{part}_s"] for part in _PARTS) for line in lines)
+    times = sorted(sum(line[f"time_{part}_s"] for part in STEP_PARTS) for line in lines)
     return (times[-1 - len(times) // 4] - times[len(times) // 4]) / 2 / median(times)

@@ -48,7 +48,7 @@ class Workload:
 
 
 @dataclass(frozen=True)
-class Share:
+class StepRows:
     """Of ``Workload``: how a step's rows are shared, for which no model need be known."""
 
     global_batch: int
@@ -60,7 +60,7 @@ class Share:
     positions: int
 
 
-def share(config: RunConfig, ranks: int, longest: int = 0) -> Share:
+def step_rows(config: RunConfig, ranks: int, longest: int = 0) -> StepRows:
     """longest: see CorpusFacts. Errors: ConfigError where the ranks cannot share the batch."""
     replicas = config.replicas_of(ranks)
     feed = feed_of(config, 0, replicas)
@@ -74,7 +74,7 @@ def share(config: RunConfig, ranks: int, longest: int = 0) -> Share:
         rows = max(1, global_tokens // positions)
         mine = -(-rows // replicas)
         microbatch = min(feed.microbatch or mine, mine)
-    return Share(rows, global_tokens, replicas, mine, microbatch, -(-mine // microbatch), positions)
+    return StepRows(rows, global_tokens, replicas, mine, microbatch, -(-mine // microbatch), positions)
 
 
 def workload(config: RunConfig, facts: CorpusFacts, ranks: int, ranks_per_node: int = 0) -> Workload:
@@ -83,7 +83,7 @@ def workload(config: RunConfig, facts: CorpusFacts, ranks: int, ranks_per_node: 
     Errors: ConfigError where the ranks cannot share the batch, or numbers of ranks are not above 0.
     """
     check_ranks(ranks, ranks_per_node)
-    task, of_rank = make_task(config.task), share(config, ranks, facts.longest)
+    task, of_rank = make_task(config.task), step_rows(config, ranks, facts.longest)
     with weightless():
         model, batch = build_model(config, facts), task.example(of_rank.microbatch, of_rank.positions)
     parameters = sum(p.numel() for p in model.parameters())

@@ -30,6 +30,8 @@ from hvdtrain.watch.profiler import parse_steps
 
 T = TypeVar("T")
 
+STEP_PARTS = ("data", "compute", "sync", "optimizer", "other")  # of a step's time, as ``time_PART_s`` in the log
+
 
 class MetricsOptions(Options):
     every: int = option(10, "steps between logged lines", ge=1)
@@ -215,8 +217,7 @@ class Metrics:
         return tokens / self._since.total if self._since.total else 0.0
 
     def _times_of_a_step(self) -> dict[str, float]:
-        parts = ("data", "compute", "sync", "optimizer", "other")
-        return {f"time_{part}_s": round(getattr(self._since, part) / self._steps_since, 6) for part in parts}
+        return {f"time_{part}_s": round(getattr(self._since, part) / self._steps_since, 6) for part in STEP_PARTS}
 
     def evaluating(self, batches: Iterable[T], count: int) -> Iterable[T]:
         """``batches`` of an evaluation, about ``count``; the bar moves with them."""

@@ -25,6 +25,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
 from tiny import random_tokens, write_data  # noqa: E402
 
+from hvdtrain.watch.metrics import STEP_PARTS  # noqa: E402
+
 RANKS, ROWS = int(os.environ.get("RANKS", "2")), int(os.environ.get("ROWS", "16"))
 STEPS, ROUNDS = int(os.environ.get("STEPS", "120")), int(os.environ.get("ROUNDS", "3"))
 SETTLED, LEAVES, AGAIN = 0.25, 0.6, 0.8  # of the steps: shares are found, the process leaves, shares are found again
@@ -85,9 +87,8 @@ def lines_of(run_dir: Path) -> list[dict]:
 
 def step_s(lines: list[dict], first: float, last: float) -> float:
     """Median seconds of a step between these parts of the run."""
-    parts = ("data", "compute", "sync", "optimizer", "other")
     chosen = [line for line in lines if first * STEPS < line["step"] <= last * STEPS]
-    return statistics.median(sum(line[f"time_{part}_s"] for part in parts) for line in chosen)
+    return statistics.median(sum(line[f"time_{part}_s"] for part in STEP_PARTS) for line in chosen)
 
 
 def main() -> None:

@@ -30,6 +30,8 @@ import numpy as np
 import table
 import yaml
 
+from hvdtrain.watch.metrics import STEP_PARTS
+
 HERE = Path(__file__).resolve().parent
 PARTS = os.environ.get("PARTS", "tests ceilings gpt2 large checkpoint optimizers kernels precision").split()
 BEGAN = float(os.environ.get("BEGAN", time.time()))  # with what was built before
@@ -100,31 +102,16 @@ def tests(folder: Path) -> Iterator[Row]:
 
 def ceilings(folder: Path) -> Iterator[Row]:
     import torch
+    from gpu_kernels import timed
 
     size = 256 if ON_CPU else 8192
     a, b = (torch.randn(size, size, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
-    seconds = timed(lambda: a @ b)
+    seconds = timed(lambda: a @ b, DEVICE)
     yield "bf16 product", f"{2 * size**3 / seconds / 1e12:.1f} TFLOP/s", f"{size} cubed, random numbers"
     source = torch.empty(1 << (20 if ON_CPU else 30), dtype=torch.float32, device=DEVICE)
     target = torch.empty_like(source)
-    seconds = timed(lambda: target.copy_(source))
+    seconds = timed(lambda: target.copy_(source), DEVICE)
     yield "copy", f"{2 * source.nbytes / seconds / 1e12:.2f} TB/s", "read and written"
-
-
-def timed(work: Any, turns: int = 20) -> float:
-    """Median seconds of ``work`` on the device."""
-    import torch
-
-    wait = torch.cuda.synchronize if DEVICE == "cuda" else lambda: None
-    found = []
-    for turn in range(3 + turns):
-        wait()
-        started = time.perf_counter()
-        work()
-        wait()
-        if turn >= 3:
-            found.append(time.perf_counter() - started)
-    return statistics.median(found)
 
 
 def gpt2(folder: Path) -> Iterator[Row]:
@@ -211,10 +198,7 @@ def ours(folder: Path, sizes: dict, rows: int, steps: int = STEPS, **settings: A
         lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if line["kind"] == "train"][2:]
     found = {key: statistics.median(line[key] for line in lines) for key in ("tokens_per_s", "memory_peak_mib")}
-    parts = {
-        name: sum(line[f"time_{name}_s"] for line in lines)
-        for name in ("data", "compute", "sync", "optimizer", "other")
-    }
+    parts = {name: sum(line[f"time_{name}_s"] for line in lines) for name in STEP_PARTS}
     whole = sum(parts.values())
     return {
         "tokens_per_s": found["tokens_per_s"],

@@ -1,10 +1,11 @@
 """Parts of `gpu.py`: what attention and the loss take by each way, and where the time of a step goes.
 
-Speed is that of random numbers; medians of CUDA events.
+Speed is that of random numbers.
 """
 
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -30,16 +31,17 @@ Row = tuple[str, str, str]  # what, value, about it
 CUDA, HALF = torch.device("cuda"), torch.bfloat16
 
 
-def milliseconds(work: Callable[[], object], turns: int = 8) -> float:
+def timed(work: Callable[[], object], device: str = "cuda", turns: int = 20) -> float:
+    """Median seconds of ``work`` on the device."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     found = []
-    for turn in range(2 + turns):
-        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        began.record()
+    for turn in range(3 + turns):
+        wait()
+        started = time.perf_counter()
         work()
-        ended.record()
-        torch.cuda.synchronize()
-        if turn >= 2:
-            found.append(began.elapsed_time(ended))
+        wait()
+        if turn >= 3:
+            found.append(time.perf_counter() - started)
     return statistics.median(found)
 
 
@@ -53,10 +55,10 @@ def attention(rows: int, heads: int, positions: int, head_width: int) -> Iterato
         qkv.grad = None
 
     told = f"{rows} rows, {heads} heads of {head_width}, {positions} positions, forward and backward"
-    yield "attention, torch's choice", f"{milliseconds(run):.2f} ms", told
+    yield "attention, torch's choice", f"{1e3 * timed(run):.2f} ms", told
     for name, backend in (("flash", SDPBackend.FLASH_ATTENTION), ("cuDNN", SDPBackend.CUDNN_ATTENTION)):
         with sdpa_kernel(backend):
-            yield f"attention, {name}", f"{milliseconds(run):.2f} ms", told
+            yield f"attention, {name}", f"{1e3 * timed(run):.2f} ms", told
 
 
 def loss(targets: int, width: int, vocabulary: int) -> Iterator[Row]:
@@ -70,11 +72,11 @@ def loss(targets: int, width: int, vocabulary: int) -> Iterator[Row]:
         hidden.grad = weight.grad = None
 
     told = f"{targets:,} targets, {vocabulary:,} words, width {width}, forward and backward"
-    yield "loss", f"{milliseconds(run):.1f} ms", told
+    yield "loss", f"{1e3 * timed(run):.1f} ms", told
     for rows in (2560, 5120, 10240, 20480):
-        yield f"loss, {rows:,} targets at once", f"{milliseconds(lambda rows=rows: run(rows)):.1f} ms", told
+        yield f"loss, {rows:,} targets at once", f"{1e3 * timed(lambda rows=rows: run(rows)):.1f} ms", told
     eager = chunk_rows("cuda", vocabulary)
-    yield "loss, eager", f"{milliseconds(lambda: run(eager, score_rows)):.1f} ms", f"{eager:,} targets at once"
+    yield "loss, eager", f"{1e3 * timed(lambda: run(eager, score_rows)):.1f} ms", f"{eager:,} targets at once"
 
 
 def step(sizes: dict, vocabulary: int, rows: int) -> Iterator[Row]:

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from test_lars import STEPS, assert_near, bits, gradients_of, rate_of, same, walk, weights_of
+from stepping import bits, rate_of, same
+from test_lars import STEPS, assert_near, gradients_of, walk, weights_of
 from torch import Tensor, nn
 
 from hvdtrain.optim.lamb import Lamb, Moments

@@ -5,7 +5,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
+import stepping
 import torch
+from stepping import bits, rate_of, same
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -32,18 +34,8 @@ def gradients_of(weights: Sequence[Tensor], step: int) -> list[Tensor]:
     return [torch.randn(w.shape, generator=generator) * 3.0**number for number, w in enumerate(weights)]
 
 
-def walk(optimizer: torch.optim.Optimizer, weights: list[nn.Parameter], steps: int = STEPS, first: int = 0) -> None:
-    """Steps ``first`` .. of a run whose rate changes, like that of a schedule."""
-    for step in range(first, first + steps):
-        for weight, gradient in zip(weights, gradients_of(weights, step), strict=True):
-            weight.grad = gradient
-        for group in optimizer.param_groups:
-            group["lr"] = rate_of(step)
-        optimizer.step()
-
-
-def rate_of(step: int) -> float:
-    return 0.1 / (1 + step)
+def walk(optimizer: torch.optim.Optimizer, weights: Sequence[nn.Parameter], steps: int = STEPS, first: int = 0) -> None:
+    stepping.walk(optimizer, weights, gradients_of, steps, first)
 
 
 def assert_near(weights: Sequence[Tensor], truth: Sequence[np.ndarray], start: Sequence[Tensor]) -> None:
@@ -53,16 +45,6 @@ def assert_near(weights: Sequence[Tensor], truth: Sequence[np.ndarray], start: S
         way = np.linalg.norm(true - first.detach().double().numpy())
         assert way > 0
         assert error <= 1e-5 * way + 3e-7 * np.linalg.norm(true)
-
-
-def bits(optimizer: torch.optim.Optimizer, weights: Sequence[Tensor]) -> list[Tensor]:
-    """Weights and states as integers, which tell 0.0 from -0.0 and hold NaN equal to itself."""
-    states = [tensor for weight in weights for _, tensor in sorted(optimizer.state[weight].items())]
-    return [tensor.detach().clone().view(torch.int32) for tensor in [*weights, *states]]
-
-
-def same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
-    return len(some) == len(others) and all(torch.equal(a, b) for a, b in zip(some, others, strict=True))
 
 
 # --- the paper ---------------------------------------------------------------------------------------------------

@@ -4,8 +4,10 @@ import math
 from collections.abc import Sequence
 
 import pytest
+import stepping
 import torch
 from in_halves import update_of
+from stepping import bits, rate_of, same
 from tiny import tiny_decoder
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -33,10 +35,6 @@ def gradients_of(weights: Sequence[Tensor], step: int) -> list[Tensor]:
     return [torch.randn(w.shape, generator=generator) * 10.0 ** (2 * n - 4) for n, w in enumerate(weights)]
 
 
-def rate_of(step: int) -> float:
-    return 0.1 / (1 + step)
-
-
 def make(
     weights: Sequence[nn.Parameter], dtype: torch.dtype = torch.float32, decay: float = 0.3, **options: object
 ) -> Muon:
@@ -49,21 +47,7 @@ def make(
 
 
 def walk(optimizer: torch.optim.Optimizer, weights: Sequence[nn.Parameter], steps: int = STEPS, first: int = 0) -> None:
-    for step in range(first, first + steps):
-        for weight, gradient in zip(weights, gradients_of(weights, step), strict=True):
-            weight.grad = gradient
-        for group in optimizer.param_groups:
-            group["lr"] = rate_of(step)
-        optimizer.step()
-
-
-def bits(optimizer: torch.optim.Optimizer, weights: Sequence[Tensor]) -> list[Tensor]:
-    states = [tensor for weight in weights for _, tensor in sorted(optimizer.state[weight].items())]
-    return [tensor.detach().clone().view(torch.int32) for tensor in [*weights, *states]]
-
-
-def same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
-    return len(some) == len(others) and all(torch.equal(a, b) for a, b in zip(some, others, strict=True))
+    stepping.walk(optimizer, weights, gradients_of, steps, first)
 
 
 # --- the papers --------------------------------------------------------------------------------------------------

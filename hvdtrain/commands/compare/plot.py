@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from hvdtrain.commands.compare.results import Result
-from hvdtrain.errors import OutputError
-from hvdtrain.files import again
+from hvdtrain.commands.page import png_of
+from hvdtrain.files import write_bytes
 
 _DASHES = ("-", "--", ":", "-.")
 _COLORS = 10
@@ -19,24 +19,16 @@ _AGREEING = ("sync", "optimizer")  # parts of a step; weights are mixed where th
 
 def draw(results: Sequence[Result], title: str, picture: Path) -> None:
     """The first of the results is the baseline. Errors: OutputError."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     shown = [result for result in results if result.losses]
     height = 5 + max(2.6, 0.24 * len(shown) + 1.2)
     figure = Figure(figsize=(16, height), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
     curves, bars = figure.subfigures(2, 1, height_ratios=[5, height - 5])
     figure.suptitle(title, fontsize=11)
     _draw_losses(shown, curves)
     _draw_bars(shown, bars)
-    for axes in figure.axes:
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    try:
-        again(lambda: figure.savefig(picture), picture)
-    except OSError as error:
-        raise OutputError(f"cannot write {picture}: {error.strerror or error}") from None
+    write_bytes(picture, png_of(figure))
 
 
 def _look(number: int) -> dict[str, Any]:

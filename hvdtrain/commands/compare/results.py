@@ -9,9 +9,8 @@ from typing import Any
 
 from hvdtrain.errors import EXIT_DIVERGED, EXIT_OK
 from hvdtrain.files import read_text
-from hvdtrain.watch.metrics import read_log
+from hvdtrain.watch.metrics import STEP_PARTS, read_log
 
-_PARTS = ("data", "compute", "sync", "optimizer", "other")
 # How far replicas are from one another, or their gradients from the weights; the first that a run tells of.
 _APART = {"consensus_distance": "consensus distance", "staleness_mean": "staleness"}
 _MIB = 1 << 20
@@ -113,12 +112,12 @@ def _summary(run_dir: Path) -> dict[str, Any]:
 def _times(lines: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float], list[float], dict[str, float]]:
     """At each line, from step 0 on: steps, seconds and tokens until then; and seconds of a step, by its parts."""
     steps, seconds, tokens = [0.0], [0.0], [0.0]
-    sums = dict.fromkeys(_PARTS, 0.0)
+    sums = dict.fromkeys(STEP_PARTS, 0.0)
     for line in lines:
         count = line["step"] - steps[-1]
-        parts = {part: count * line[f"time_{part}_s"] for part in _PARTS}
+        parts = {part: count * line[f"time_{part}_s"] for part in STEP_PARTS}
         if len(steps) > 1 or len(lines) == 1:  # the first line is of the first step, which warms up
-            sums = {part: sums[part] + parts[part] for part in _PARTS}
+            sums = {part: sums[part] + parts[part] for part in STEP_PARTS}
         steps.append(float(line["step"]))
         seconds.append(seconds[-1] + sum(parts.values()))
         tokens.append(float(line["tokens"]))

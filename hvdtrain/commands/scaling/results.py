@@ -8,7 +8,7 @@ from typing import Any
 
 from hvdtrain.checkpoint.retention import folder_of, steps_saved
 from hvdtrain.commands.scaling.points import Point, Series
-from hvdtrain.jobs.slurm import read_object
+from hvdtrain.jobs.slurm import job_records, read_object
 from hvdtrain.planner.estimate import Estimate
 from hvdtrain.planner.growth import Growth, Prediction
 from hvdtrain.planner.measured import Measured, points_of
@@ -68,15 +68,10 @@ class Found:
 
 
 def read_result(point: Point, run: Measured) -> Result:
-    jobs = sorted((read_object(path) for path in (run.run_dir / "jobs").glob("*/job.json")), key=_started)
     steps = steps_saved(run.run_dir)
     folder = folder_of(run.run_dir, steps[0]) if steps else Path("/nowhere")
     size = sum(path.stat().st_size for path in folder.glob("*") if path.is_file())
-    return Result(point, run, jobs[-1], read_object(run.run_dir / "summary.json"), size)
-
-
-def _started(job: Mapping[str, Any]) -> str:
-    return str(job.get("started", ""))
+    return Result(point, run, job_records(run.run_dir)[-1], read_object(run.run_dir / "summary.json"), size)
 
 
 def conclude(series: Series, whole: Estimate, results: Sequence[Result], asked: Sequence[int] = ()) -> Found:
