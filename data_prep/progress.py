@@ -17,6 +17,7 @@ from hvdtrain.files import seen
 
 _LOOK_EVERY_S = 1.0
 _LINE_EVERY_S = 30.0
+_SOON_S = 0.005
 
 
 class ProgressBar:
@@ -55,10 +56,13 @@ class ProgressBar:
         self._show()
 
     def wait_for_others(self) -> None:
-        """Rank 0 goes on showing until every unit has its record."""
+        """Rank 0 goes on showing until every unit has its record. It looks less and less often: the end is noticed
+        after a sixteenth of the wait, and not a second late where all the work took few.
+        """
+        began = time.monotonic()
         while self._is_main and self._ranks.size > 1 and len(self._finished) < len(self._names):
-            time.sleep(_LOOK_EVERY_S / 4)
-            self._show()
+            time.sleep(min(_LOOK_EVERY_S, max(_SOON_S, (time.monotonic() - began) / 16)))
+            self._show(look_now=True)
 
     def _look(self) -> int:
         """Finished bytes, by the records that are there."""
@@ -68,9 +72,10 @@ class ProgressBar:
             )
         return sum(self._weights[name] for name in self._finished)
 
-    def _show(self) -> None:
+    def _show(self, look_now: bool = False) -> None:
         now = time.monotonic()
-        if not self._is_main or (now - self._looked < _LOOK_EVERY_S and len(self._finished) < len(self._names)):
+        is_due = look_now or now - self._looked >= _LOOK_EVERY_S or len(self._finished) == len(self._names)
+        if not self._is_main or not is_due:
             return
         self._looked = now
         done = min(self._total, self._look() + self._in_unit)

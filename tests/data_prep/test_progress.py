@@ -95,6 +95,22 @@ def test_others_are_seen_by_their_records(tmp_path: Path, clock: Clock, capsys: 
     assert clock.waited < 10
 
 
+@pytest.mark.parametrize("after_s", [0.02, 0.5, 8.0])
+def test_the_end_of_the_others_is_soon_noticed(tmp_path: Path, clock: Clock, after_s: float):
+    """It was looked for once a second, by which two ranks were slower wherever all the work took few."""
+    end, wait = clock.now + after_s, clock.wait
+
+    def wait_and_finish(seconds: float) -> None:
+        wait(seconds)
+        if clock.now >= end:
+            (tmp_path / "00000.json").touch()
+
+    clock.wait = wait_and_finish
+    with ProgressBar(units(1), tmp_path, ranks(0, 2)) as progress:
+        progress.wait_for_others()
+    assert end <= clock.now < end + 0.01 + after_s / 10
+
+
 def test_what_was_there_at_the_start_makes_no_speed(tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture):
     for name in ("00000.json", "00001.json"):
         (tmp_path / name).touch()
