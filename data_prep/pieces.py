@@ -44,6 +44,11 @@ class Piece:
         return self.file.is_stream or bool(self.file.partner and self.file.partner.is_stream)
 
     @property
+    def is_whole(self) -> bool:
+        """Is it all of its file?"""
+        return self.begin == 0 and self.end == self.file.bytes
+
+    @property
     def weight(self) -> int:
         return (self.end - self.begin) * (_COMPRESSED_WEIGHT if self.file.compression else 1)
 
@@ -133,6 +138,9 @@ def chunks(piece: Piece, documents: str) -> Iterator[tuple[int, bytes]]:
     if piece.file.compression:
         yield from _stream(piece.file, documents, piece.places)
         return
+    if piece.is_whole:  # as most are of a corpus of many files
+        yield 0, _all_of(piece, piece.file.first_bytes(piece.end), piece.end)
+        return
     with piece.file.open() as handle:
 
         def read(offset: int, size: int) -> bytes:
@@ -141,10 +149,14 @@ def chunks(piece: Piece, documents: str) -> Iterator[tuple[int, bytes]]:
 
         begin, end = resolve(read, piece, documents)
         if end > begin:
-            content = read(begin, end - begin)
-            if len(content) != end - begin:
-                raise DataError(f"{piece.file.path} became shorter while it was read")
-            yield begin, content
+            yield begin, _all_of(piece, read(begin, end - begin), end - begin)
+
+
+def _all_of(piece: Piece, content: bytes, size: int) -> bytes:
+    """Errors: DataError where the content is shorter than the file was."""
+    if len(content) < size:
+        raise DataError(f"{piece.file.path} became shorter while it was read")
+    return content
 
 
 def resolve(read: Read, piece: Piece, documents: str) -> tuple[int, int]:
