@@ -6,9 +6,13 @@ young, so it is not trusted: before a corpus is encoded, both encode a sample of
 """
 
 import json
+import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
 from itertools import pairwise
+from types import ModuleType
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer
@@ -41,13 +45,13 @@ class UnknownWord(DataError):
 class TokenEncoder:
     """``encode(documents)``; ``name`` says which library does it and ``note``, if any, why it is not the fast one.
 
-    sample: texts of the corpus. ``bytes_per_token``: on the sample; it sizes the shards.
+    sample: texts of the corpus; part: those of them that both libraries encode here, where other ranks see to the rest.
     Errors: ``encode`` raises UnknownWord.
     """
 
-    def __init__(self, file: TokenizerFile, sample: Sequence[bytes]):
+    def __init__(self, file: TokenizerFile, sample: Sequence[bytes], part: slice = slice(None)):
         self._tokenizer, self._file = file.tokenizer(), file
-        self.name, self.note = "gigatoken", ""
+        self.note, self._sample = "", list(sample)
         fields = file.fields()
         self.vocab_size = vocab_size_of(fields)
         self._marking = marking(fields) if file.unknown == "dropped" else None
@@ -61,18 +65,28 @@ class TokenEncoder:
             fields["added_tokens"] = [token for token in added if not token["special"]]
             self._fast = gigatoken.Tokenizer.from_json(json.dumps(fields))
             probes = [*(f"a {token['content']}b\n{token['content']}" for token in added), _ODD]
-            self.note = self._disagreement([*sample, *(text.encode() for text in probes)])
+            self.note = self._disagreement([*sample, *(text.encode() for text in probes)], part)
         except BaseException as error:  # a panic in Rust is no Exception
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
             self.note = f"gigatoken does not take this tokenizer ({str(error).partition(chr(10))[0]})"
-        if self.note:
-            self.name = "tokenizers"
+
+    @property
+    def name(self) -> str:
+        return "tokenizers" if self.note else "gigatoken"
+
+    def agree(self, notes: Sequence[str]) -> None:
+        """The fast library must be right on every rank's part of the sample. notes: those of all ranks."""
+        self.note = next(filter(None, notes), "")
+
+    @cached_property
+    def bytes_per_token(self) -> float:
+        """On the sample; it sizes the shards."""
         try:
-            tokens = int(self.encode(list(sample))[1][-1]) if sample else 0
+            tokens = int(self.encode(self._sample)[1][-1])
         except UnknownWord:  # which will be met again where its file is known
             tokens = 0
-        self.bytes_per_token = sum(map(len, sample)) / tokens if tokens else 1.0
+        return sum(map(len, self._sample)) / tokens if tokens else 1.0
 
     def encode(self, documents: list[bytes], counts: Counter | None = None) -> Encoded:
         """Tokens of documents; how much of them was unknown is added to ``counts``."""
@@ -100,9 +114,9 @@ class TokenEncoder:
     def _encode_fast(self, documents: list[bytes]) -> Encoded:
         if not documents:
             return np.empty(0, np.uint32), np.zeros(1, np.int64)
-        layout = self._fast.encode_batch(documents).layout
-        offsets = np.asarray(layout.offsets.data)
-        return np.asarray(layout.content.data)[offsets[0] : offsets[-1]], offsets - offsets[0]
+        with _plain_rows():
+            tokens, lengths = self._fast.encode_batch(documents)
+        return tokens, np.concatenate([[0], np.cumsum(lengths)])
 
     def _encode_slow(self, documents: list[bytes], tokenizer: Tokenizer | None = None) -> Encoded:
         """Encode a mebibyte at a time: `tokenizers` needs some hundred bytes of memory for each token."""
@@ -143,17 +157,36 @@ class TokenEncoder:
                 return normal[begin:end].strip()[:_WORD_SHOWN]
         return ""
 
-    def _disagreement(self, documents: list[bytes]) -> str:
-        """What differs on the sample, or nothing."""
+    def _disagreement(self, sample: list[bytes], part: slice) -> str:
+        """What differs on a part of the sample, or nothing."""
+        documents, numbers = sample[part], range(len(sample))[part]
         fast, slow = self._encode_fast(documents), self._encode_slow(documents)
         if np.array_equal(fast[1], slow[1]) and np.array_equal(fast[0], slow[0]):
             return ""
         wrong = next(
             number
-            for number in range(len(documents))
-            if not np.array_equal(_document(fast, number), _document(slow, number))
+            for place, number in enumerate(numbers)
+            if not np.array_equal(_document(fast, place), _document(slow, place))
         )
         return f"gigatoken and tokenizers disagree on document {wrong} of the sample"
+
+
+@contextmanager
+def _plain_rows() -> Iterator[None]:
+    """`gigatoken` returns tokens and lengths as they are, in place of an array of `awkward`, whose import takes longer
+    than encoding a hundred megabytes.
+    """
+    stand_in = ModuleType("awkward")
+    stand_in.Array = type("Array", (), {})  # which no document is
+    stand_in.unflatten = lambda tokens, lengths: (tokens, lengths)
+    held = sys.modules.get("awkward")
+    sys.modules["awkward"] = stand_in
+    try:
+        yield
+    finally:
+        del sys.modules["awkward"]
+        if held is not None:
+            sys.modules["awkward"] = held
 
 
 def _cut(text: bytes) -> list[bytes]:

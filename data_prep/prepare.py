@@ -118,7 +118,8 @@ def prepare(
     same input. Errors: DataError for bad text, ConfigError where ``out`` holds other shards, OutputError when
     writing fails.
     """
-    preparation = ranks.together(lambda: _Preparation(kind, options, tokenizer, out, ranks))
+    encoder = _agreed_encoder(kind.reader, tokenizer, ranks)
+    preparation = ranks.together(lambda: _Preparation(kind, options, tokenizer, encoder, out, ranks))
     ranks.agree(preparation.identity, "what is to be prepared")
     with ranks.on_main(lambda: _locked(out)) or nullcontext():
         if ranks.together(lambda: exists(out / "manifest.json")):
@@ -127,15 +128,30 @@ def prepare(
         return preparation.run(), False
 
 
+def _agreed_encoder(reader: Reader, tokenizer: TokenizerFile, ranks: Ranks) -> TokenEncoder:
+    """The same on all ranks, each of which compares the libraries on a part of the sample (collective)."""
+    mine = slice(ranks.rank, None, ranks.size)
+    encoder = ranks.together(lambda: TokenEncoder(tokenizer, sample_texts(reader), mine))
+    encoder.agree(ranks.all_gather_object(encoder.note))
+    return encoder
+
+
 class _Preparation:
     """One preparation on one rank."""
 
-    def __init__(self, kind: Kind, options: PrepareOptions, tokenizer: TokenizerFile, out: Path, ranks: Ranks):
+    def __init__(
+        self,
+        kind: Kind,
+        options: PrepareOptions,
+        tokenizer: TokenizerFile,
+        encoder: TokenEncoder,
+        out: Path,
+        ranks: Ranks,
+    ):
         self.kind, self.options, self.out, self.ranks = kind, options, out, ranks
         self.records_dir = out / _RECORDS
-        self.tokenizer = tokenizer
-        self.encoder = TokenEncoder(tokenizer, sample_texts(kind.reader))
-        kind.begin(self.encoder)
+        self.tokenizer, self.encoder = tokenizer, encoder
+        kind.begin(encoder)
         self.unit_bytes = max(1, int(options.shard_tokens * self.encoder.bytes_per_token))
         tail = options.val_fraction if options.val_split == "tail" else 0.0
         self.units = gather(kind.reader.pieces(self.unit_bytes, tail), self.unit_bytes)

@@ -5,6 +5,7 @@ import sys
 import weakref
 from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -80,6 +81,36 @@ def test_one_token_of_difference_is_enough(bpe: Path, monkeypatch: pytest.Monkey
     encoder = encoder_of(bpe, [b"first", b"second"])
     assert encoder.name == "tokenizers"
     assert "disagree on document 1 of the sample" in encoder.note
+
+
+def test_ranks_share_the_comparison_and_what_one_finds_holds_for_all(bpe: Path, monkeypatch: pytest.MonkeyPatch):
+    right = TokenEncoder._encode_fast
+
+    def wrong(self: TokenEncoder, documents: list[bytes]):
+        tokens, offsets = right(self, documents)
+        return tokens ^ np.uint32(b"third" in documents), offsets
+
+    monkeypatch.setattr(TokenEncoder, "_encode_fast", wrong)
+    file, sample = load_tokenizer(bpe), [b"first", b"second", b"third", b"fourth", b"fifth"]
+    ranks = [TokenEncoder(file, sample, slice(rank, None, 4)) for rank in range(4)]
+    notes = [encoder.note for encoder in ranks]
+    assert notes == ["", "", "gigatoken and tokenizers disagree on document 2 of the sample", ""]
+    for encoder in ranks:
+        encoder.agree(notes)
+        assert (encoder.name, encoder.note) == ("tokenizers", notes[2])
+    assert len({encoder.bytes_per_token for encoder in ranks}) == 1
+
+
+@pytest.mark.parametrize("is_loaded", [False, True])
+def test_the_library_of_its_rows_is_left_alone(fast: TokenEncoder, monkeypatch: pytest.MonkeyPatch, is_loaded: bool):
+    """Importing it took longer than encoding a hundred megabytes; to others it is what it was."""
+    other = ModuleType("awkward")
+    monkeypatch.setitem(sys.modules, "awkward", other)
+    if not is_loaded:
+        monkeypatch.delitem(sys.modules, "awkward")
+    tokens, offsets = fast.encode([b"one", b"", b"two"])
+    assert sys.modules.get("awkward") is (other if is_loaded else None)
+    assert (type(tokens), tokens.dtype, type(offsets), offsets.dtype) == (np.ndarray, np.uint32, np.ndarray, np.int64)
 
 
 def test_it_goes_with_its_last_user(bpe: Path):
