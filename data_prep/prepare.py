@@ -17,6 +17,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -173,12 +174,17 @@ class _Preparation:
         self._announce()
         self.kind.scan(self.splits_of, self.units, self.mine, self.ranks)
         dropped = self._find_duplicates() if self.options.deduplicate else duplicates.NONE
-        with ProgressBar(self.units, self.records_dir, self.ranks) as progress:
+        # One unit waits for the disk while the next is encoded.
+        with ProgressBar(self.units, self.records_dir, self.ranks) as progress, ThreadPoolExecutor(1) as behind:
+            last = behind.submit(lambda: None)
             for number in self.mine:
                 unit = self.units[number]
                 if not self._is_done(unit, dropped):
-                    self._make_or_name_its_file(unit, dropped, progress)
+                    made = self._made_or_its_file_named(unit, dropped, progress)
+                    last.result()
+                    last = behind.submit(self._write, unit, *made)
                 progress.unit_done(number)
+            last.result()
             progress.wait_for_others()
         self.ranks.barrier()
         self.ranks.on_main(self._finish)
@@ -294,7 +300,10 @@ class _Preparation:
                 return False
         return record["stamp"] == unit.stamp or record["digest"] == self._digest(unit)
 
-    def _make(self, unit: Unit, dropped: "duplicates.Dropped", progress: ProgressBar) -> None:
+    def _made(
+        self, unit: Unit, dropped: "duplicates.Dropped", progress: ProgressBar
+    ) -> tuple[Gathering, dict[str, Any]]:
+        """A unit's tokens and its record, both still to be written."""
         counts = Counts()
         gathering = Gathering(self.out, unit, token_dtype(self.encoder.vocab_size), self.options.shard_tokens)
         waiting: dict[str, list[Item]] = {name: [] for name in SPLITS}
@@ -318,16 +327,18 @@ class _Preparation:
                     progress.advance(unit.number, size)
                     size = 0
         self._encode(waiting, gathering, counts)
-        gathering.write()
-        record = {
+        return gathering, {
             "stamp": unit.stamp,
             "digest": digest.hexdigest()[:32],
             "others_part": self._others_part(unit, dropped),
             "counts": dict(sorted(counts.items())),
             "bad_items": counts.bad_items,
-            "shards": [asdict(shard) for shard in gathering.shards],
         }
-        write_json(self.records_dir / _record_name(unit), record)
+
+    def _write(self, unit: Unit, gathering: Gathering, record: dict[str, Any]) -> None:
+        gathering.write()
+        shards = [asdict(shard) for shard in gathering.shards]
+        write_json(self.records_dir / _record_name(unit), {**record, "shards": shards})
 
     def _encode(self, waiting: dict[str, list[Item]], gathering: Gathering, counts: Counter) -> None:
         for split, items in waiting.items():
@@ -336,9 +347,11 @@ class _Preparation:
                 gathering.add(split, self.kind.encode(items, counts))
                 items.clear()
 
-    def _make_or_name_its_file(self, unit: Unit, dropped: "duplicates.Dropped", progress: ProgressBar) -> None:
+    def _made_or_its_file_named(
+        self, unit: Unit, dropped: "duplicates.Dropped", progress: ProgressBar
+    ) -> tuple[Gathering, dict[str, Any]]:
         try:
-            self._make(unit, dropped, progress)
+            return self._made(unit, dropped, progress)
         except UnknownWord as error:
             raise DataError(f"{self._file_with(unit, error.text.encode())}: {error}") from None
 
