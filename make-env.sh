@@ -256,8 +256,9 @@ make_wheels() {
 mkdir -p "$LOGS"
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
+# What this very environment has, where it is activated or make has put it first, is not the machine's.
+PATH=$(tr : '\n' <<<"$PATH" | grep -vxF "$VENV/bin" | paste -sd :)
 system_mpi=$(command -v mpicxx || true)
-case $system_mpi in "$VENV"/*) system_mpi= ;; esac   # an activated environment is not the cluster's
 case ${1:-} in
 '') ;;
 wheels) make_wheels; exit ;; # and not with `&&`, under which bash goes on after a command that failed inside

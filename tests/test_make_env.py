@@ -117,6 +117,21 @@ def machine(tmp_path: Path):
     return look
 
 
+def test_the_environments_own_python_is_not_what_it_is_made_from(tmp_path: Path):
+    """`make` puts the environment first on the PATH: each `make` would find another Python and build it anew."""
+    own, of_the_machine = tmp_path / "venv" / "bin", tmp_path / "bin"
+    for folder, version in ((own, "3.11.98"), (of_the_machine, "3.11.99")):
+        folder.mkdir(parents=True)
+        (folder / "python3.11").write_text(f"#!/bin/sh\n[ $1 != -V ] || echo Python {version}\n")
+        (folder / "python3.11").chmod(0o755)
+    (own / "pip").symlink_to(own / "python3.11")
+    path = os.pathsep.join([str(own), str(own), str(of_the_machine), os.environ["PATH"]])
+    env = {"PATH": path, "HOME": str(tmp_path), "VENV": str(tmp_path / "venv"), "CXX": "nowhere"}
+    done = subprocess.run([str(ROOT / "make-env.sh")], env=env, capture_output=True, text=True, timeout=60)
+    assert "needs a C++ compiler" in refused(done)
+    assert f"make-env: {tmp_path}/venv from Python 3.11.99, " in done.stdout
+
+
 H100 = "NVIDIA H100 80GB HBM3, 9.0"
 
 
