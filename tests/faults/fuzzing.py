@@ -18,6 +18,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -228,8 +229,7 @@ def mutate_tree(chance: random.Random, tree: Any) -> Any:
 
 def mutate_config(chance: random.Random, folder: Path) -> list[str]:
     """Write ``folder/recipe.yaml``; returns overrides to go with it."""
-    text = chance.choice([text_of(name) for name in recipe_names()] + [dump_yaml(RunConfig())])
-    keys = [row.key for row in describe_options()]
+    text, keys = chance.choice(_sources()), _keys()
     for _ in range(chance.choice((0, 1, 1, 2, 4))):
         lines = text.splitlines(keepends=True) or [""]
         at, how = chance.randrange(len(lines)), chance.randrange(6)
@@ -256,10 +256,27 @@ def mutate_config(chance: random.Random, folder: Path) -> list[str]:
 
 
 def _value(chance: random.Random) -> str:
-    defaults = [value for value in flatten(RunConfig().model_dump()).values() if not isinstance(value, dict)]
     return chance.choice(
-        (chance.choice(_YAML), json.dumps(chance.choice(HOSTILE)), json.dumps(chance.choice(defaults)))
+        (chance.choice(_YAML), json.dumps(chance.choice(HOSTILE)), json.dumps(chance.choice(_defaults())))
     )
+
+
+# The same for every mutant, and slow to make.
+
+
+@cache
+def _sources() -> list[str]:
+    return [*map(text_of, recipe_names()), dump_yaml(RunConfig())]
+
+
+@cache
+def _keys() -> list[str]:
+    return [row.key for row in describe_options()]
+
+
+@cache
+def _defaults() -> list[Any]:
+    return [value for value in flatten(RunConfig().model_dump()).values() if not isinstance(value, dict)]
 
 
 def judge_config(folder: Path, overrides: list[str]) -> str:
