@@ -136,8 +136,8 @@ def succeed(*words: Any, **how: Any) -> Done:
 
 # main() several times in one process: loading torch takes longer than all of them.
 _ROWS = """
-import contextlib, io, json, sys
-from hvdtrain.__main__ import main
+import contextlib, importlib, io, json, sys
+main = importlib.import_module(sys.argv[2] + ".__main__").main
 for words in json.loads(sys.argv[1]):
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -146,10 +146,10 @@ for words in json.loads(sys.argv[1]):
 """
 
 
-def launch_rows(rows: Iterable[Iterable[Any]], **how: Any) -> list[Done]:
+def launch_rows(rows: Iterable[Iterable[Any]], module: str = "hvdtrain", **how: Any) -> list[Done]:
     """Each row of words in turn, without a launcher, as if every one had a process of its own."""
     words = json.dumps([[str(word) for word in row] for row in rows])
-    done = succeed(words, program=(sys.executable, "-c", _ROWS), **how)
+    done = succeed(words, module, program=(sys.executable, "-c", _ROWS), **how)
     return [Done("none", *json.loads(line)) for line in done.stdout.splitlines()]
 
 

@@ -66,10 +66,12 @@ with contextlib.ExitStack() as opened:
 """
 
 
-def in_one_go(rows: Iterable[Row], ranks: int = 2, timeout_s: float = 240) -> tuple[list[int], Done]:
-    """Run them one after another under one mpirun: loading torch takes longer than all of them. Returns exit codes."""
+def in_one_go(
+    rows: Iterable[Row], ranks: int = 2, timeout_s: float = 240, how: str = "mpirun"
+) -> tuple[list[int], Done]:
+    """Run them one after another in the same ranks: loading torch takes longer than all of them. Returns exit codes."""
     words = json.dumps([[[str(word) for word in row.words], row.stop_at] for row in rows])
-    done = launch(words, program=(sys.executable, "-c", _PROGRAM), how="mpirun", ranks=ranks, timeout_s=timeout_s)
+    done = launch(words, program=(sys.executable, "-c", _PROGRAM), how=how, ranks=ranks, timeout_s=timeout_s)
     assert done.exit_code == 0, done
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("exit codes")]
+    (line,) = [line for line in done.text.splitlines() if line.startswith("exit codes")]
     return json.loads(line.removeprefix("exit codes")), done

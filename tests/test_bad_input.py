@@ -171,35 +171,46 @@ def test_wrong_words_on_four_ranks():
     _assert_told(launch("train", "demo", "--nonsense", how="mpirun", ranks=4), 2, "unknown argument '--nonsense'")
 
 
-@pytest.mark.parametrize(
-    ("words", "exit_code", "cure"),
-    [
-        ("", 2, "the following arguments are required: COMMAND"),
-        ("text --input {empty} --tokenizer {tokenizer}", 2, "the following arguments are required: --out"),
-        ("text --input {empty} {to}", 65, r"empty has no file that is read: none ends in \.txt, "),
-        ("text --input {binary} {to}", 65, "binary.txt is a binary file: zero byte at byte 3; .*--exclude"),
-        ("tokenizer --input {binary} --out {out}", 65, "binary.txt is a binary file: zero byte at byte 3; .*--exclude"),
-        ("text --input {latin} {to}", 65, "latin.txt is not UTF-8 text: byte 3 is 0xe9; .*iconv"),
-        ("text --input {zero} {to}", 65, "the input is empty: 1 files, 0 bytes"),
-        ("text --input {nowhere} {to}", 65, "nowhere does not exist"),
-        ("text --input {corpus} {to} --tokenizer {latin}", 65, "latin.txt is not a tokenizer file: "),
-        ("text --input {corpus} {to} --out {shards}", 2, "already holds shards made otherwise .*choose another --out"),
-        ("text --input {corpus} {to} --val-fraction 1", 2, "--val-fraction: invalid fraction"),
-        ("tokenizer --input {corpus} --out {out} --vocab-size 200", 2, "--vocab-size 200: bpe needs 257 or more"),
-        ("tokenizer --input {corpus} --out {tokenizer} --vocab-size 301", 2, "remove it or choose another --out"),
-    ],
-)
-def test_data_preparation(prepared: Prepared, tmp_path: Path, words: str, exit_code: int, cure: str):
-    (tmp_path / "binary.txt").write_bytes(b"ELF\0\1\2")
-    (tmp_path / "latin.txt").write_bytes("café".encode("latin-1") + b" ")
-    (tmp_path / "zero.txt").touch()
-    (tmp_path / "empty").mkdir()
-    names = {name: tmp_path / f"{name}.txt" for name in ("binary", "latin", "zero")}
-    names |= {name: tmp_path / name for name in ("empty", "out", "nowhere")} | vars(prepared)
-    names["to"] = f"--tokenizer {prepared.tokenizer} --out {tmp_path / 'out'}"
+BAD_PREPARATION = {
+    "": (2, "the following arguments are required: COMMAND"),
+    "text --input {empty} --tokenizer {tokenizer}": (2, "the following arguments are required: --out"),
+    "text --input {empty} {to}": (65, r"empty has no file that is read: none ends in \.txt, "),
+    "text --input {binary} {to}": (65, "binary.txt is a binary file: zero byte at byte 3; .*--exclude"),
+    "tokenizer --input {binary} --out {json}": (65, "binary.txt is a binary file: zero byte at byte 3; .*--exclude"),
+    "text --input {latin} {to}": (65, "latin.txt is not UTF-8 text: byte 3 is 0xe9; .*iconv"),
+    "text --input {zero} {to}": (65, "the input is empty: 1 files, 0 bytes"),
+    "text --input {nowhere} {to}": (65, "nowhere does not exist"),
+    "text --input {corpus} {to} --tokenizer {latin}": (65, "latin.txt is not a tokenizer file: "),
+    "text --input {corpus} {to} --out {shards}": (2, "already holds shards made otherwise .*choose another --out"),
+    "text --input {corpus} {to} --val-fraction 1": (2, "--val-fraction: invalid fraction"),
+    "tokenizer --input {corpus} --out {json} --vocab-size 200": (2, "--vocab-size 200: bpe needs 257 or more"),
+    "tokenizer --input {corpus} --out {tokenizer} --vocab-size 301": (2, "remove it or choose another --out"),
+}
+
+
+@pytest.fixture(scope="module")
+def prepared_badly(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Done]:
+    """What was said to each command, all of them in one process, which has written nothing."""
+    folder = tmp_path_factory.mktemp("bad_preparation")
+    (folder / "binary.txt").write_bytes(b"ELF\0\1\2")
+    (folder / "latin.txt").write_bytes("café".encode("latin-1") + b" ")
+    (folder / "zero.txt").touch()
+    (folder / "empty").mkdir()
+    names = {name: folder / f"{name}.txt" for name in ("binary", "latin", "zero")}
+    names |= {name: folder / name for name in ("empty", "out", "nowhere", "json")} | vars(prepared)
+    names["to"] = f"--tokenizer {prepared.tokenizer} --out {folder / 'out'}"
     before = snapshot(prepared.folder)
-    done = launch(*words.format_map(names).split(), program=DATA_PREP)
-    _assert_told(done, exit_code, cure)
+    done = launch_rows([words.format_map(names).split() for words in BAD_PREPARATION], module="data_prep")
     assert snapshot(prepared.folder) == before
-    assert not list(tmp_path.glob("out/*.h5"))
-    assert not (tmp_path / "out" / "manifest.json").exists()
+    assert not list(folder.glob("out/*.h5")) and not (folder / "json").exists()
+    assert not (folder / "out" / "manifest.json").exists()
+    return dict(zip(BAD_PREPARATION, done, strict=True))
+
+
+@pytest.mark.parametrize("words", BAD_PREPARATION)
+def test_data_preparation(prepared_badly: dict[str, Done], words: str):
+    _assert_told(prepared_badly[words], *BAD_PREPARATION[words])
+
+
+def test_data_preparation_as_a_command():
+    _assert_told(launch(program=DATA_PREP), *BAD_PREPARATION[""])

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -68,13 +69,19 @@ WRONG = {
         "set it to 3 or 0 (all) for the next; or give --last 2",
     ),
 }
+EVALUATED = (
+    "evaluate {trained}",
+    "evaluate {trained} --checkpoint 12",
+    "evaluate {trained} --data {shards}",
+    "evaluate {trained} --data {shards} --split train",
+)
 
 
 @pytest.fixture(scope="module")
-def rows(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Done]:
+def rows(prepared: Prepared, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Done]:
     """All of the above, in one process."""
-    names = {"trained": trained, "empty": tmp_path_factory.mktemp("empty")}
-    lines = {words: words.format_map(names).split() for words in WRONG}
+    names = {"trained": trained, "shards": prepared.shards, "empty": tmp_path_factory.mktemp("empty")}
+    lines = {words: words.format_map(names).split() for words in (*WRONG, *EVALUATED)}
     for name, options in GENERATED.items():
         lines[name] = ["generate", str(trained), "--prompt", PROMPT, "--max-tokens", "12", *options.split()]
     before = snapshot(trained)
@@ -111,8 +118,13 @@ def test_generate_on_two_ranks(rows: dict[str, Done], trained: Path):
     assert done.stdout == rows["seed 1"].stdout
 
 
-def test_evaluate_gives_the_same_on_any_ranks(prepared: Prepared, trained: Path):
-    alone = json.loads(succeed("evaluate", trained).stdout)
+def evaluated(done: Done) -> dict[str, Any]:
+    assert done.exit_code == 0, done
+    return json.loads(done.stdout)
+
+
+def test_evaluate_gives_the_same_on_any_ranks(rows: dict[str, Done], trained: Path):
+    alone = evaluated(rows["evaluate {trained}"])
     assert (alone["step"], alone["split"], alone["run"]) == (12, "val", str(trained))
     assert alone["val_loss"] == summary(trained)["val_loss"]
     done = succeed("evaluate", trained, how="mpirun", ranks=2)
@@ -124,17 +136,16 @@ def test_evaluate_gives_the_same_on_any_ranks(prepared: Prepared, trained: Path)
     assert on_two == alone
 
 
-def test_evaluate_takes_the_checkpoint_that_is_asked_for(trained: Path):
-    scores = json.loads(succeed("evaluate", trained, "--checkpoint", 12).stdout)
-    assert (scores["step"], scores["val_loss"]) == (12, summary(trained)["val_loss"])
+def test_evaluate_takes_the_checkpoint_that_is_asked_for(rows: dict[str, Done], trained: Path):
+    found = evaluated(rows["evaluate {trained} --checkpoint 12"])
+    assert (found["step"], found["val_loss"]) == (12, summary(trained)["val_loss"])
     done = launch("evaluate", trained, "--checkpoint", "best", how="mpirun", ranks=2)
     assert (done.exit_code, len(done.messages)) == (2, 1), done
     assert f"{trained} has no best checkpoint" in done.messages[0]
 
 
-def test_evaluate_other_splits_and_other_data(prepared: Prepared, trained: Path):
-    words = ("evaluate", trained, "--data", prepared.shards)
-    val, train = (json.loads(done.stdout) for done in launch_rows([words, (*words, "--split", "train")]))
+def test_evaluate_other_splits_and_other_data(rows: dict[str, Done], prepared: Prepared, trained: Path):
+    val, train = (evaluated(rows[f"evaluate {{trained}} --data {{shards}}{words}"]) for words in ("", " --split train"))
     shards = json.loads((prepared.shards / "manifest.json").read_text(encoding="utf-8"))["shards"]
     for split, found in (("val", val), ("train", train)):
         tokens = sum(shard["tokens"] for shard in shards if shard["split"] == split)
@@ -160,15 +171,16 @@ def test_averaged_weights_are_taken_where_they_are(with_ema: Path, trained: Path
     shutil.rmtree(folder_of(tmp_path / "older", 12))
     prompt = ("--prompt", PROMPT, "--temperature", 0)
     choices: dict[str, tuple] = {"": (), "ema": ("--weights", "ema"), "raw": ("--weights", "raw")}
-    scores = launch_rows(("evaluate", with_ema, *words) for words in choices.values())
-    texts = launch_rows(
+    done = launch_rows(
         [
+            *(("evaluate", with_ema, *words) for words in choices.values()),
             *(("generate", with_ema, *prompt, *words) for words in choices.values()),
             ("generate", tmp_path / "older", *prompt),
             ("generate", trained, *prompt, "--weights", "raw"),
         ]
     )
-    assert {done.exit_code for done in (*scores, *texts)} == {0}
+    assert {one.exit_code for one in done} == {0}
+    scores, texts = done[:3], done[3:]
     logged = {line["step"]: line["val_loss"] for line in read_log(trained / "metrics.jsonl") if line["kind"] == "eval"}
     found = [json.loads(done.stdout) for done in scores]
     assert [line["weights"] for line in found] == ["ema", "ema", "raw"]

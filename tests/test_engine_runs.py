@@ -1,10 +1,13 @@
 """The engine's options in whole runs: stopped and resumed bit for bit, on other ranks, and what the summary says."""
 
 import json
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 from launch import Prepared, launch_rows, snapshot, succeed, summary
+from modes import Row, in_one_go
 
 LAST = Path("checkpoints/step-00000012")
 
@@ -27,13 +30,25 @@ def _tensors(run_dir: Path) -> dict[str, bytes]:
     return {name: raw for name, raw in snapshot(run_dir / LAST).items() if name.endswith(".safetensors")}
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_stopped_and_resumed_is_bit_equal(mode: str, prepared: Prepared, trained: Path, tmp_path: Path):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    train = ("train", prepared.recipe, *MODES[mode], "--run-dir")
-    rows = [(*train, whole), (*train, broken, "train.steps=6"), (*train, broken), ("evaluate", whole)]
+@pytest.fixture(scope="module")
+def alone(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+    """Of each mode a folder with the runs ``whole`` and ``broken``, which was stopped at 6, and scores of the first."""
+    folders = {mode: tmp_path_factory.mktemp("alone") for mode in MODES}
+    rows: list[tuple[object, ...]] = []
+    for mode, folder in folders.items():
+        train = ("train", prepared.recipe, *MODES[mode], "--run-dir")
+        rows += [(*train, folder / "whole"), (*train, folder / "broken", "train.steps=6"), (*train, folder / "broken")]
+        rows += [("evaluate", folder / "whole")]
     done = launch_rows(rows, timeout_s=240)
-    assert [one.exit_code for one in done] == [0, 0, 0, 0], done
+    assert [one.exit_code for one in done] == [0] * len(rows), done
+    for folder, evaluated in zip(folders.values(), done[3::4], strict=True):
+        (folder / "scores.json").write_text(evaluated.stdout.splitlines()[-1])
+    return folders
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_stopped_and_resumed_is_bit_equal(mode: str, alone: Mapping[str, Path], trained: Path):
+    whole, broken = alone[mode] / "whole", alone[mode] / "broken"
     found, expected = summary(broken), summary(whole)
     for key in ("sample_digest", "val_loss", "train_loss"):
         assert found[key] == expected[key], key
@@ -43,25 +58,42 @@ def test_stopped_and_resumed_is_bit_equal(mode: str, prepared: Prepared, trained
     assert abs(expected["val_loss"] - summary(trained)["val_loss"]) < 0.5
     assert expected["weights"] == ("ema" if mode == "ema" else "raw")
     assert (expected["compile_s"] is not None) == (mode == "compiled")
-    evaluated = json.loads(done[-1].stdout.splitlines()[-1])
+    evaluated = json.loads((alone[mode] / "scores.json").read_text())
     assert evaluated["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize("mode", ["bf16 wire", "fp16", "ema", "muon"])
-def test_two_ranks(mode: str, prepared: Prepared, trained: Path, tmp_path: Path):
-    words = {"bf16 wire": ["sync.allreduce.wire=bf16", "--timeline", tmp_path / "timeline.json"], **MODES}[mode]
-    train = ("train", prepared.recipe, *words, "--run-dir")
-    two = succeed(*train, tmp_path / "2", how="mpirun", ranks=2)
-    if mode == "bf16 wire":
-        assert f"hvdtrain: note: timeline in {tmp_path}/timeline.json" in two.text
-        assert "hvdtrain.gradients.0.parts" in (tmp_path / "timeline.json").read_text()
-        one = summary(trained)
-        assert summary(tmp_path / "2")["val_loss"] != one["val_loss"]  # rounded
-    else:
-        succeed(*train, tmp_path / "1")
-        one = summary(tmp_path / "1")
-    assert one["sample_digest"] == summary(tmp_path / "2")["sample_digest"]
-    assert summary(tmp_path / "2")["val_loss"] == pytest.approx(one["val_loss"], abs=5e-3)  # 16-bit numbers
+ON_TWO = ("fp16", "ema", "muon")
+
+
+@pytest.fixture(scope="module")
+def on_two(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run of each of ON_TWO by two ranks."""
+    folder = tmp_path_factory.mktemp("on_two")
+    rows = [Row(("train", prepared.recipe, *MODES[mode], "--run-dir", folder / mode)) for mode in ON_TWO]
+    codes, done = in_one_go(rows)
+    assert codes == [0] * len(rows), done
+    return folder
+
+
+def assert_alike(two: Path, one: Path) -> None:
+    found, expected = summary(two), summary(one)
+    assert (found["world_size"], expected["world_size"]) == (2, 1)
+    assert found["sample_digest"] == expected["sample_digest"]
+    assert found["val_loss"] == pytest.approx(expected["val_loss"], abs=5e-3)  # 16-bit numbers
+
+
+@pytest.mark.parametrize("mode", ON_TWO)
+def test_two_ranks(mode: str, on_two: Path, alone: Mapping[str, Path]):
+    assert_alike(on_two / mode, alone[mode] / "whole")
+
+
+def test_two_ranks_with_a_wire_of_two_bytes_and_a_timeline(prepared: Prepared, trained: Path, tmp_path: Path):
+    words = ("sync.allreduce.wire=bf16", "--timeline", tmp_path / "timeline.json", "--run-dir", tmp_path / "run")
+    done = succeed("train", prepared.recipe, *words, how="mpirun", ranks=2)
+    assert f"hvdtrain: note: timeline in {tmp_path}/timeline.json" in done.text
+    assert "hvdtrain.gradients.0.parts" in (tmp_path / "timeline.json").read_text()
+    assert_alike(tmp_path / "run", trained)
+    assert summary(tmp_path / "run")["val_loss"] != summary(trained)["val_loss"]  # rounded
 
 
 def test_steps_that_the_guard_skips(prepared: Prepared, tmp_path: Path):
@@ -96,12 +128,14 @@ def test_what_a_run_says_of_its_speed(prepared: Prepared, tmp_path: Path):
     assert (tmp_path / "run/profile/rank-00000.json.gz").stat().st_size > 1000
 
 
-def test_an_older_run_goes_on_under_a_newer_version(prepared: Prepared, tmp_path: Path):
+def test_an_older_run_goes_on_under_a_newer_version(prepared: Prepared, trained: Path, tmp_path: Path):
     """A checkpoint whose identity lacks settings that came later was made with their defaults."""
     from hvdtrain.files import fields_sha256
 
     run_dir = tmp_path / "run"
-    succeed("train", prepared.recipe, "train.steps=6", "--run-dir", run_dir)
+    shutil.copytree(trained, run_dir)
+    shutil.rmtree(run_dir / LAST)
+    (run_dir / "summary.json").unlink()
     path = run_dir / "checkpoints/step-00000006/manifest.json"
     fields = json.loads(path.read_text())
     fields.pop("manifest_sha256")

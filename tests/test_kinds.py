@@ -22,6 +22,7 @@ import launch
 import pytest
 import yaml
 from launch import DATA_PREP, TRACE, Done, environment, snapshot, succeed, summary
+from modes import Row, in_one_go
 
 from hvdtrain.watch.metrics import read_log
 
@@ -137,11 +138,21 @@ def test_one_process_trains(home: Path, alone: dict[str, Done], kind: str):
     assert summary(home / "alone" / kind)["val_loss"] == val_losses[-1]
 
 
+@pytest.fixture(scope="module")
+def two(home: Path) -> tuple[Path, Done]:
+    """A folder with a run of each kind by two ranks, and one of the mixture, of a copy that one of them made."""
+    runs = home / "two"
+    rows = [Row(("train", home / f"{kind}.yaml", "--run-dir", runs / kind)) for kind in KINDS]
+    mix = (*mixture(home, 2, 1), f"data.stage={runs / 'disk'}", "--run-dir", runs / "mixture")
+    codes, done = in_one_go([*rows, Row(("train", home / "text.yaml", *mix))], how="horovodrun")
+    assert codes == [0] * 4, done
+    return runs, done
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_ranks_train_the_same(home: Path, alone: dict[str, Done], tmp_path: Path, kind: str):
-    words = ("train", home / f"{kind}.yaml", "--run-dir", tmp_path / "run")
-    done = succeed(*words, how="horovodrun", ranks=2, timeout_s=LIMIT_S)
-    found, expected = summary(tmp_path / "run"), summary(home / "alone" / kind)
+def test_two_ranks_train_the_same(home: Path, alone: dict[str, Done], two: tuple[Path, Done], kind: str):
+    runs, done = two
+    found, expected = summary(runs / kind), summary(home / "alone" / kind)
     for key in ("sample_digest", "data_digest", "tokens", "step", "status"):
         assert found[key] == expected[key], key
     assert found["world_size"] == 2
@@ -188,18 +199,15 @@ def test_modules_are_learned(home: Path, alone: dict[str, Done]):
     assert found["macro_f1"] > 0.6
 
 
-def test_a_mixture(home: Path, alone: dict[str, Done], tmp_path: Path):
+def test_a_mixture(home: Path, alone: dict[str, Done], two: tuple[Path, Done]):
     """Also on two ranks, which read a copy that one of them made."""
     assert alone["mixture"].exit_code == 0, alone["mixture"]
-    expected = summary(home / "alone" / "mixture")
+    expected, found = summary(home / "alone" / "mixture"), summary(two[0] / "mixture")
     assert expected["data_digest"] != summary(home / "alone" / "text")["data_digest"]
-    words = ("train", home / "text.yaml", *mixture(home, 2, 1), f"data.stage={tmp_path / 'disk'}")
-    succeed(*words, "--run-dir", tmp_path / "run", how="mpirun", ranks=2, timeout_s=LIMIT_S)
-    found = summary(tmp_path / "run")
     for key in ("sample_digest", "data_digest", "tokens"):
         assert found[key] == expected[key], key
-    assert found["val_loss"] == pytest.approx(expected["val_loss"], abs=LOSS_TOLERANCE)
-    assert len(list((tmp_path / "disk").glob("*/train-00000.h5"))) == 2
+    assert (found["world_size"], found["val_loss"]) == (2, pytest.approx(expected["val_loss"], abs=LOSS_TOLERANCE))
+    assert len(list((two[0] / "disk").glob("*/train-00000.h5"))) == 2
 
 
 def test_a_mixture_of_other_weights_is_another_run(alone: dict[str, Done]):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from command import until
-from launch import HVDTRAIN, Prepared, environment, launch, succeed, summary
+from launch import HVDTRAIN, Done, Prepared, environment, launch, launch_rows, succeed, summary
 
 from hvdtrain.commands.report import report
 from hvdtrain.errors import ConfigError
@@ -81,16 +81,22 @@ def test_a_sweep_that_is_ended_leaves_no_run_behind(prepared: Prepared, tmp_path
     assert not (tmp_path / "seed-2").exists()
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--vary", "optim.rate=1"], "unknown key 'optim.rate'"),
-        (["--vary", "seed=1,2", "--point", 2], "--point 2: there are 2 points, 0 to 1"),
-        (["--vary", "seed=1", "--launcher", "nowhere/mpirun -np 2"], "cannot start nowhere/mpirun"),
-    ],
-)
-def test_refused_before_it_begins(words: list[str], message: str, prepared: Prepared, tmp_path: Path):
-    done = launch("sweep", prepared.recipe, "--out", tmp_path / "out", *words)
-    assert done.exit_code == 2
-    assert message in done.messages[-1]
-    assert not (tmp_path / "out").exists()
+REFUSED = {
+    "unknown key 'optim.rate'": ("--vary", "optim.rate=1"),
+    "--point 2: there are 2 points, 0 to 1": ("--vary", "seed=1,2", "--point", 2),
+    "cannot start nowhere/mpirun": ("--vary", "seed=1", "--launcher", "nowhere/mpirun -np 2"),
+}
+
+
+@pytest.fixture(scope="module")
+def refused(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Done]:
+    out = tmp_path_factory.mktemp("refused") / "out"
+    done = launch_rows(("sweep", prepared.recipe, "--out", out, *words) for words in REFUSED.values())
+    assert not out.exists()
+    return dict(zip(REFUSED, done, strict=True))
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_refused_before_it_begins(refused: dict[str, Done], message: str):
+    assert refused[message].exit_code == 2
+    assert message in refused[message].messages[-1]
