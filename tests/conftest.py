@@ -4,12 +4,14 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 from launch import Prepared, prepare, succeed
 
+from hvdtrain.machine import malloc
 from hvdtrain.machine.cores import set_library_threads
 
 os.environ.setdefault("GOMP_SPINCOUNT", "0")  # what is tested here shares its cores
@@ -60,6 +62,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.section("seconds by folder")
     for folder, took in seconds.most_common():
         terminalreporter.line(f"{took:7.1f}s {folder}")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _freed_memory_goes_back() -> Iterator[None]:
+    """From this process, in which some tests run commands: hundreds come after them, and it would keep all of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(malloc, "ctypes", SimpleNamespace(CDLL=lambda _: None))  # another C library than GNU's
+        yield
 
 
 @pytest.fixture(scope="session")
