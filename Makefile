@@ -40,10 +40,12 @@ demo: env
 clean-demo:
 	rm -rf runs/demo data/demo data/demo-tokenizer.json data/demo-tokenizer.record.json
 
-# Compiled once, and not by each of hundreds of processes where PYTHONDONTWRITEBYTECODE is set, as in many containers.
+# Compiled once, and not by each of hundreds of processes where PYTHONDONTWRITEBYTECODE is set, as in many containers;
+# the tests too, which pytest rewrites: by three processes, and then by one to four ranks.
+test: export PYTHONDONTWRITEBYTECODE :=
 test: env
 	$(VENV_PYTHON) -m compileall -q hvdtrain data_prep
-	$(VENV_PYTHON) -m pytest tests -n 2
+	$(VENV_PYTHON) -m pytest tests -n 3
 	for ranks in 1 2 4; do \
 	    mpirun -np $$ranks --oversubscribe --bind-to none $(VENV_PYTHON) -m pytest tests/mpi || exit 1; \
 	done

@@ -1,17 +1,22 @@
-"""Which of several processes runs which tests (``pytest -n 2``, whatever ``--dist`` says)."""
+"""Which of several processes runs which tests (``pytest -n 3``, whatever ``--dist`` says)."""
 
 import pytest
 from xdist.remote import Producer
 from xdist.scheduler import LoadFileScheduling
+from xdist.workermanage import WorkerController
+
+SLURM = "tests/slurm"
 
 
 class ByFile(LoadFileScheduling):
     """A process takes a whole file, as its tests share what they prepare; of tests/slurm all, as they share a Slurm.
 
-        process 1   tests/slurm ........................  tests/jobs/test_sweep.py ..
+        process 1   tests/slurm ........................
         process 2   tests/checkpoint/test_resume.py ..  tests/comm/test_gloo.py ..
+        process 3   tests/commands/test_export.py ....  tests/comm/test_timeline.py ..
 
     In the order in which pytest finds them, as conftest.py has it, and not those of most tests first: those are short.
+    A Slurm is mostly waited for, so of three processes its own does nothing else: two more keep two cores busy.
     """
 
     def __init__(self, config: pytest.Config, log: Producer):
@@ -19,4 +24,10 @@ class ByFile(LoadFileScheduling):
         config.option.loadscopereorder = False
 
     def _split_scope(self, nodeid: str) -> str:
-        return "tests/slurm" if nodeid.startswith("tests/slurm/") else super()._split_scope(nodeid)
+        return SLURM if nodeid.startswith(f"{SLURM}/") else super()._split_scope(nodeid)
+
+    def _reschedule(self, node: WorkerController) -> None:
+        """Give it more to do, where it has little left."""
+        if self.numnodes > 2 and SLURM in self.assigned_work[node] and not node.shutting_down:
+            node.shutdown()  # when it has done what it has
+        super()._reschedule(node)
