@@ -70,12 +70,12 @@ class Dealt(Learner):
         self.told: list[tuple[int, Agreed]] = []
         self.tickets = 0
 
-    def walk(self, meetings: Collection[int] = (), asks_at: int = 0) -> dict[int, Agreed]:
+    def walk(self, meetings: Collection[int] = (), asks_at: int = 0, asker: int = 1) -> dict[int, Agreed]:
         met, last = {}, self.recipe.course.steps
         for step in self.loader.steps(range(self.done + 1, last + 1)):
             self.engine.forward_backward(self.loader.next_step(), self.task, step, self.loader.place)
             self.tickets += self.loader.place is not None
-            asks = bool(asks_at) and step >= asks_at and self.mesh.number == 1
+            asks = bool(asks_at) and step >= asks_at and self.mesh.world.rank == asker
             self.engine.finish(int(asks), is_saved=step in meetings or step == last, is_scored=False)
             agreed = self.engine.step(self.recipe.optim.lr, step)
             if agreed is not None and agreed.is_met:

@@ -1,6 +1,7 @@
 """The small messages of a server that does not wait: fp64 numbers, beside gradients and weights.
 
 worker -> first server    Report: its gradients are on their way
+others -> first server    flags of a step (see ``Told``)
 first server -> others    Word: a ticket was dealt, a push is to be taken (by all in the same order), a step is over
 first server -> worker    Order: rows to compute, or to meet all others
 """

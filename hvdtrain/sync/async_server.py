@@ -12,15 +12,16 @@ Servers have no other work: who computes cannot answer others meanwhile.
 """
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from hvdtrain.comm.mesh import Mesh
 from hvdtrain.comm.ranks import Pending
-from hvdtrain.comm.waiting import wait_for
+from hvdtrain.comm.waiting import nap
 from hvdtrain.data.tickets import Ticket, Turn
-from hvdtrain.errors import WithoutOthersError, plural
+from hvdtrain.errors import RankLostError, WithoutOthersError, plural
 from hvdtrain.optim.lars import Norms, whole_norms
 from hvdtrain.optim.update import Agreed, Update, each_norm
 from hvdtrain.slices import Slice
@@ -58,7 +59,7 @@ class AsyncServerSync(Served):
         self.moves: Sequence[Slice] = ()
         if mesh.has_rows:
             copies, of_pass = [computing[n] for n in self.trained], uses and [uses[n] for n in self.trained]
-            self._worker = Worker(self, copies, of_pass, course)
+            self._worker = Worker(self, copies, of_pass, course, options.silence_s)
         else:
             is_first = mesh.world.rank == self.roles.keepers.start
             self._keeper = FirstKeeper(self, options, course.done) if is_first else OtherKeeper(self)
@@ -115,13 +116,9 @@ class AsyncServerSync(Served):
         self._totals = self._worker.totals
         if self._worker.meets:
             return self._agreed(is_met=True)
-        will_meet = self._told.is_scored or self._told.is_saved
-        is_shown = self._told.is_shown and not will_meet and self.mesh.world.rank == 0
-        is_new = self._worker.reached > self._step and self._totals.weight > self._shown.weight
-        if not (is_shown and is_new):
-            return None
-        self._step = self._worker.reached
-        return self._agreed(is_met=False)
+        is_shown = self._told.is_shown and self.mesh.world.rank == 0
+        is_new = self._totals.weight > self._shown.weight
+        return self._agreed(is_met=False) if is_shown and is_new and self._worker.has_left_step else None
 
     def report(self) -> Mapping[str, float]:
         """``sent_mib``: by this rank in a push, or, of a server, in a step. Pushes: all that this job has taken."""
@@ -166,9 +163,20 @@ class AsyncServerSync(Served):
 
 
 class Worker:
-    """Its tickets, its pushes and pulls. reached: the step that it has come to; meets: is this turn a meeting?"""
+    """Its tickets, its pushes and pulls. reached: the step that it has come to; meets: is this turn a meeting?
 
-    def __init__(self, served: Served, copies: Sequence[torch.Tensor], uses: Sequence[int] | None, course: Course):
+    silence_s: of the first server, until it is taken for lost.
+    """
+
+    def __init__(
+        self,
+        served: Served,
+        copies: Sequence[torch.Tensor],
+        uses: Sequence[int] | None,
+        course: Course,
+        silence_s: float,
+    ):
+        self._silence_s = silence_s + served.axis.rank  # one speaks first
         self._served, self._axis, self._roles = served, served.axis, served.roles
         self._buckets = Buckets(served.whole, copies, served.runs, self._offer, lambda _: None, uses)
         self._numbers = {bucket: number for number, bucket in enumerate(self._buckets.all)}
@@ -185,6 +193,11 @@ class Worker:
     @property
     def sent_bytes(self) -> int:
         return self._pushes.sent_bytes
+
+    @property
+    def has_left_step(self) -> bool:
+        """Is what comes next of a later step? Then nobody meets after this one any more."""
+        return self._next is not None and self._next.step > self.reached
 
     def next_turn(self) -> Turn | None:
         if self.reached == self._course.steps and (self.meets or self.reached == self._course.done):
@@ -228,7 +241,7 @@ class Worker:
 
     def step(self) -> None:
         """Wait for the weights, and for what to do next."""
-        self._served.pulls.wait()
+        self._served.pulls.wait(self._hear)
         if self._ticket is not None:
             self._pushes.finish()
             self._outbox.empty()
@@ -245,10 +258,21 @@ class Worker:
 
     def _await_order(self) -> None:
         assert self._ordered is not None
-        wait_for(self._ordered)
+        self._hear(self._ordered)
         self._ordered = None
         head, totals = self._order.split([len(Order._fields), len(Totals._fields)])
         self._next, self.totals = Order(*head.tolist()), Totals(*totals.tolist())
+
+    def _hear(self, pending: Pending) -> None:
+        """Wait for a message of a server. Errors: RankLostError."""
+        until_s = time.monotonic() + self._silence_s
+        while not pending.done():
+            if time.monotonic() > until_s:
+                raise RankLostError(
+                    f"rank {self._first_server}, which keeps the parameters, has not answered for {self._silence_s:g} s"
+                )
+            nap()
+        pending.wait()
 
 
 def _farewell(totals: Totals, step: int) -> str:

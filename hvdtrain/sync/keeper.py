@@ -115,17 +115,22 @@ class FirstKeeper(Keeper):
         self.fingerprint = 0
         self._flags = dict.fromkeys([*self._desks, self._axis.rank], 0.0)
         self._others = [keeper for keeper in served.roles.keepers if keeper != self._axis.rank]
+        self._asks = {other: message([0.0]) for other in self._others}
         self._no_parameter = torch.zeros(len(served.whole))
         self.lost = set[int]()
 
     def serve(self, update: Update, lr: float, step: int, told: Told) -> Totals | None:
         self._flags[self._axis.rank] = told.flags
         is_due, end = told.is_scored or told.is_saved, step * self.book.parts
+        asking = [self._axis.receive(room, other) for other, room in self._asks.items()]
         while self.book.finished < end:
             last = step if is_due or self._is_asked(end) else step + 1
             if not sum([self._look_at(desk, last, update, lr) for desk in self._desks.values()]):
                 self._look_for_lost()
                 nap()
+        for pending in asking:
+            wait_for(pending)
+        self._flags |= {other: float(room) for other, room in self._asks.items()}
         meets = is_due or self._is_asked(end)
         totals = self._known
         if self.lost:
@@ -238,6 +243,7 @@ class OtherKeeper(Keeper):
         self._word = message(Word(0, 0), torch.zeros(len(served.whole)), Totals())
 
     def serve(self, update: Update, lr: float, step: int, told: Told) -> Totals | None:
+        self._outbox.send(message([told.flags]), self._served.roles.keepers.start)
         while True:
             # Received one by one: after the last of a step the first server may send weights.
             wait_for(self._axis.receive(self._word, self._served.roles.keepers.start))
@@ -250,6 +256,7 @@ class OtherKeeper(Keeper):
                 self._expect(desk)
             else:
                 self._take(desk, word, used.bool(), update, lr)
+        self._outbox.empty()
         if not word.worker:
             return None
         for desk in self._desks.values():

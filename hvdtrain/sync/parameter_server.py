@@ -14,6 +14,7 @@ Sent in a step, of n parameters of 4 bytes: a worker n, a server of s n/s to eac
 what all wait for.
 """
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -70,7 +71,10 @@ class ParameterServerOptions(Options):
         "goes on; the server saves by itself, nothing is evaluated, and the end is exit 75: the same command goes on",
     )
     lost_after_s: float = option(
-        60.0, "survive: seconds for one ticket until its worker is taken for lost; one that comes back goes on", gt=0
+        60.0,
+        "survive: seconds for one ticket until its worker is taken for lost; one that comes back goes on; a server "
+        "that is silent three times as long ends the run",
+        gt=0,
     )
 
     def workers_of(self, ranks: int) -> int:
@@ -93,6 +97,11 @@ class ParameterServerOptions(Options):
         if staleness <= most:
             return 1.0
         return 0.0 if self.stale == "refuse" else most / staleness
+
+    @property
+    def silence_s(self) -> float:
+        """Of a server, until it is taken for lost. A worker may have to wait for others' tickets, one after another."""
+        return 3 * self.lost_after_s if self.survive else math.inf
 
     def problems(self, workers: int) -> list[str]:
         """What does not fit so many workers, or how they were started."""

@@ -9,7 +9,7 @@
 A pair's messages are matched by their turn: pushes leave in the order of the buckets, whichever backward fills first.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -136,10 +136,10 @@ class Pulls:
                 if server != self._axis.rank and begin < end:
                     self._arriving.append(self._axis.receive(weights[begin:end], server))
 
-    def wait(self) -> None:
-        """Asleep, until all that was posted is here."""
+    def wait(self, hear: Callable[[Pending], None] = wait_for) -> None:
+        """Asleep, until all that was posted is here. hear: waits for a message."""
         for pending in self._arriving:
-            wait_for(pending)
+            hear(pending)
         self._arriving.clear()
 
     @torch.no_grad()

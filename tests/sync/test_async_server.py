@@ -2,15 +2,16 @@
 once. What workers do at their own pace is not the same twice: what is exact here holds for every order.
 """
 
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from dealt import Dealt, dealt, fingerprint, server
 from learner import ROWS, Learner, Recipe, check_averages, furthest, held, trained
-from threads import ThreadGroup, on_ranks
+from threads import PATIENCE_S, ThreadGroup, on_ranks
 
-from hvdtrain.errors import ConfigError
+from hvdtrain.errors import ConfigError, RankLostError
 from hvdtrain.optim.optimizer import OptimOptions
 from hvdtrain.optim.update import Agreed
 from hvdtrain.sync import SyncOptions, check_sync
@@ -78,14 +79,20 @@ def test_a_run_that_has_all_its_steps_behind_it_asks_for_no_rows():
     assert on_ranks(3, lambda group: Dealt(group, Recipe(sync=server(1)), 5, done=5).walk()) == [{}] * 3
 
 
-def test_a_worker_that_asks_to_stop_makes_all_meet_after_the_step():
-    def work(group: ThreadGroup) -> dict[int, Agreed]:
-        return Dealt(group, Recipe(sync=server(2)), 40).walk(asks_at=5)
+@pytest.mark.parametrize(("ranks", "asker"), [(3, 0), (4, 1), (4, 2), (4, 3)])
+def test_whoever_asks_to_stop_makes_all_meet_after_the_step(ranks: int, asker: int):
+    """A worker, the first of two servers, the other one. Of the step where all meet there is one line, that of all."""
 
-    found = on_ranks(4, work)
+    def work(group: ThreadGroup) -> tuple[list[tuple[int, Agreed]], dict[int, Agreed]]:
+        learner = Dealt(group, Recipe(sync=server(2)), 40)
+        return learner.told, learner.walk(asks_at=5, asker=asker)
+
+    told, found = zip(*on_ranks(ranks, work), strict=True)
     ((step, agreed),) = found[0].items()
     assert 5 <= step <= 7 and int(agreed.flags) >= 1
     assert all([(step, int(agreed.flags))] == [(one, int(told.flags)) for one, told in met.items()] for met in found)
+    lines = [number for number, _ in told[0]]
+    assert lines == sorted({*lines} - {step}) and lines[-1] < step
 
 
 def test_a_refused_push_moves_nothing_and_its_rows_go_to_another():
@@ -121,6 +128,24 @@ def test_survival_needs_one_server_and_a_launcher_that_lets_the_others_live(monk
     waits = ParameterServerOptions(servers=1, survive=True)
     with pytest.raises(ConfigError, match=r"synchronous steps need every worker; set .*=asynchronous"):
         check_sync(SyncOptions(name="parameter_server", parameter_server=waits), 3, 100)
+
+
+def test_a_server_that_is_silent_for_too_long_ends_the_run():
+    """Where it would survive a worker: elsewhere the launcher has ended all ranks by then."""
+    is_over = threading.Event()
+
+    def work(group: ThreadGroup) -> None:
+        learner = Dealt(group, Recipe(sync=server(1, survive=True, lost_after_s=0.02)), 4)
+        if group.rank == 2:
+            is_over.wait(PATIENCE_S)
+            return
+        try:
+            learner.walk()
+        finally:
+            is_over.set()
+
+    with pytest.raises(RankLostError, match=r"^rank 2, which keeps the parameters, has not answered for [01]\.06 s"):
+        on_ranks(3, work)
 
 
 def test_a_save_is_resumed_by_any_number_of_ranks(tmp_path: Path):
