@@ -52,6 +52,8 @@ def announce(run: OpenRun, engine: Engine, log: Log, peak: Peak) -> None:
         log.say(
             f"hvdtrain: training on {plural(group.size - servers, 'rank')}, parameters on {plural(servers, 'server')}"
         )
+    if (drift := _drift(run, engine)) is not None:
+        log.say(f"hvdtrain: not what one process trains: {drift}")
     if group.all_reduce is not None:
         log.say(f"hvdtrain: {group.all_reduce.about}")
     parameters = _parameters(run, engine)
@@ -71,6 +73,12 @@ def announce(run: OpenRun, engine: Engine, log: Log, peak: Peak) -> None:
         log.say(f"hvdtrain: {name} is {signature}")
     for note in run.notes:
         log.say(f"hvdtrain: note: {note}")
+
+
+def _drift(run: OpenRun, engine: Engine) -> str | None:
+    """How far the run may be from one process; None: it is equal, or one."""
+    drift = engine.sync.drift
+    return None if drift.is_exact or run.mesh.world.size == 1 else drift.bound
 
 
 def _announce_stages(run: OpenRun, log: Log) -> None:
@@ -200,6 +208,7 @@ def _summary(run: OpenRun, engine: Engine, log: Log, progress: Progress, scores:
         "launcher": run.world.launcher,
         "backend": group.backend,
         "all_reduce": group.all_reduce and asdict(group.all_reduce),
+        "drift": _drift(run, engine),
         "device": run.device.type,
         "precision": run.config.precision,
         "matmul": run.matmul,

@@ -119,6 +119,8 @@ ROWS = (
 
 # --- what does not fit -------------------------------------------------------------------------------------------
 
+_SECOND_MOMENT = "it gives signs, whose second moment is 1"
+
 REFUSED = (
     Refused(
         ZERO_2,
@@ -251,11 +253,13 @@ REFUSED = (
         for zero in (ZERO_1, ZERO_2)
     ),
     *(
-        Refused(
-            optimizer, SIGN, "it gives signs, whose second moment is 1", "set optim.name=sgd, and a third of AdamW's lr"
+        Refused(OPTIMIZERS[name], SIGN, why, "set optim.name=sgd, and a third of AdamW's lr")
+        for name, why in (
+            ("adamw", _SECOND_MOMENT),
+            ("lamb", _SECOND_MOMENT),
+            ("lars", "it gives signs, whose norm says only how many they are"),
+            ("muon", "it gives signs, whose directions are none of the gradient's"),
         )
-        for name, optimizer in OPTIMIZERS.items()
-        if name != "sgd"
     ),
     Refused(MOMENTUM, SIGN, "each rank has a momentum of its own already", "set optim.momentum=0"),
     Refused(CLIPS, SIGN, "signs have no size that could be clipped", "set optim.clip_norm=0"),

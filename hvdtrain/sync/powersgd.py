@@ -28,9 +28,16 @@ from hvdtrain.sync.sums import Totals
 from hvdtrain.sync.sync import Drift, Told
 from hvdtrain.sync.traffic import of_all_reduce
 
+_BOUND = "at rank 4 the validation loss is within 5 %, at rank 1 within 10 %"
+
 
 class PowerSgdOptions(Options):
-    rank: int = option(4, "of what travels of each gradient matrix; more is closer to all-reduce, and more bytes", ge=1)
+    rank: int = option(
+        4,
+        "of what travels of each gradient matrix; more is closer to all-reduce, and more bytes; 1: about a quarter of "
+        "those of 4, and a validation loss that is up to 10 % higher rather than 5 %",
+        ge=1,
+    )
 
 
 def is_factored(shape: Sequence[int], rank: int) -> bool:
@@ -87,7 +94,7 @@ class PowerSgdSync(CompressedSync):
         uses: Sequence[int] | None = None,
     ):
         super().__init__(slices, computing, mesh, uses)
-        self.drift = Drift(False, f"gradients of rank {options.rank}: at rank 4 the validation loss is within 5 %")
+        self.drift = Drift(False, f"gradients of rank {options.rank}: {_BOUND}")
         self._rank = options.rank
         shapes = [piece.tensor.shape for piece in self.moves]
         self._factored = {number for number, shape in enumerate(shapes) if is_factored(shape, self._rank)}

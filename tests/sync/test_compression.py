@@ -221,11 +221,12 @@ def test_what_is_not_sent_comes_later(options: SyncOptions):
 # --- PowerSGD ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_powersgd_of_ranks_is_that_of_one_process(ranks: int):
-    """Linear in the sum: after 20 steps of AdamW the weights are one process's."""
-    (alone,) = trained(1, 20, POWERSGD)
-    learner, *_ = trained(ranks, 20, POWERSGD)
+@pytest.mark.parametrize(("ranks", "rank"), [(2, 1), (4, 2)])
+def test_powersgd_of_ranks_is_that_of_one_process(ranks: int, rank: int):
+    """Linear in the sum: after 20 steps of AdamW the weights are one process's. ranks of processes, rank of matrices"""
+    options = SyncOptions(name="powersgd", powersgd=PowerSgdOptions(rank=rank))
+    (alone,) = trained(1, 20, options)
+    learner, *_ = trained(ranks, 20, options)
     assert furthest(held(learner), held(alone)) <= 1e-4
     assert furthest(held(alone), held(trained(1, 20, SyncOptions())[0])) > 1e-2  # which is not all-reduce
 
@@ -266,12 +267,13 @@ def test_powersgd_is_torchs(monkeypatch: pytest.MonkeyPatch):
         dist.destroy_process_group()
 
 
-def test_a_gradient_of_low_rank_arrives_whole():
-    """Of rank 2, in two steps: the first finds its rows' space, and nothing is left."""
+@pytest.mark.parametrize("rank", [1, 2])
+def test_a_gradient_of_low_rank_arrives_whole(rank: int):
+    """In one step, which finds its columns' space, and nothing is left."""
 
     def work(group: ThreadGroup) -> None:
-        hand = ByHand(group, POWERSGD, (20, 12))
-        gradient = noise(0, 20, 2) @ noise(1, 2, 12)
+        hand = ByHand(group, SyncOptions(name="powersgd", powersgd=PowerSgdOptions(rank=rank)), (20, 12))
+        gradient = noise(0, 20, rank) @ noise(1, rank, 12)
         (moved,) = hand.step(gradient * (group.rank + 1) / 3)
         torch.testing.assert_close(moved, gradient / 2, rtol=1e-4, atol=1e-4)
         assert hand.sync.report()["residual_norm"] < 1e-4
@@ -286,13 +288,14 @@ def test_only_matrices_that_become_half_as_large_are_factored():
     assert not is_factored((10_000,), 1)
 
 
-def test_powersgd_of_rank_4_sends_a_ninetieth_of_30_million_numbers():
+def test_powersgd_of_rank_4_sends_a_ninetieth_of_30_million_numbers_and_of_rank_1_a_third_of_that():
     with torch.device("meta"):
         model = Decoder(TransformerOptions(layers=8, heads=8, width=512, context=256, ff_ratio=4.0, bias=False), 8192)
     shapes = [tuple(parameter.shape) for parameter in model.parameters()]
     total = sum(map(math.prod, shapes))
     assert 29e6 < total < 31e6
     assert numbers_sent(shapes, 4) <= total / 90
+    assert numbers_sent(shapes, 1) <= total / 300
 
 
 # --- bytes ---------------------------------------------------------------------------------------------------------
