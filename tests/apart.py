@@ -12,18 +12,21 @@ from hvdtrain.cut.precision import PRECISIONS
 from hvdtrain.cut.whole import Whole
 from hvdtrain.data.batch import IGNORE, Batch
 from hvdtrain.engine import Engine, scores_of
+from hvdtrain.models.matrices import block_matrices
 from hvdtrain.optim.guard import Guard, GuardOptions
 from hvdtrain.optim.loss_scale import LossScale
 from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
 from hvdtrain.optim.update import Agreed, Update
 from hvdtrain.sync import SyncOptions, make_sync
 from hvdtrain.sync.apart import Course
+from hvdtrain.sync.matrices import make_matrices
 from hvdtrain.tasks.lm import LanguageModel
 
 ROWS, CONTEXT = 12, 8
 TASK = LanguageModel()
 ADAMW = OptimOptions(lr=0.01, clip_norm=0.0)
 SGD = OptimOptions(name="sgd", lr=0.1, momentum=0.9, clip_norm=0.0)
+MUON = OptimOptions(name="muon", lr=0.01, clip_norm=0.0)
 PLAIN_SGD = OptimOptions(name="sgd", lr=0.1, momentum=0.0, weight_decay=0.0, clip_norm=0.0)
 Saved = Mapping[str, torch.Tensor]
 
@@ -57,7 +60,11 @@ class Training:
 
         self.sync = make_sync(sync, whole.slices, whole.computing, mesh, whole.uses, Course(done, steps, val_loss))
         moves = [piece.tensor for piece in self.sync.moves]
-        self.optimizer = make_optimizer(moves, optim)
+        matrices = None
+        if optim.name == "muon":
+            parts = block_matrices(dict(self.model.named_parameters()), self.model.options)
+            matrices, _ = make_matrices(self.sync, parts, optim.muon, mesh, CPU, fast=False)
+        self.optimizer = make_optimizer(moves, optim, matrices=matrices)
         scale = LossScale(CPU) if PRECISIONS[precision].scaled else None
         update = Update(self.optimizer, optim.clip_norm, Guard(GuardOptions(), CPU), scale)
         if saved is not None:

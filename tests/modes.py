@@ -10,6 +10,8 @@ from launch import Done, launch
 _SIGNS = ("optim.name=sgd", "optim.momentum=0", "optim.clip_norm=0", "optim.lr=3e-4")
 _LOCAL = ("sync.name=local_sgd", "sync.local_sgd.every=4")
 _SERVER = "sync.name=parameter_server"
+_APART = (_SERVER, "sync.parameter_server.servers=1")
+_ASYNC = (*_APART, "sync.parameter_server.mode=asynchronous")
 MODES: Mapping[str, tuple[str, ...]] = {
     "allreduce": (),
     "zero": ("sync.name=zero",),
@@ -22,8 +24,18 @@ MODES: Mapping[str, tuple[str, ...]] = {
     "gossip-push": ("sync.name=gossip", "sync.gossip.push=true", "sync.gossip.every=3"),
     "average": ("sync.name=average",),
     "server": (_SERVER,),
-    "server-apart": (_SERVER, "sync.parameter_server.servers=1"),
+    "server-apart": _APART,
+    "server-async": _ASYNC,
 }
+# Workers that take rows at their own pace: each row once, but no run is the same twice. Of three ranks, for of two one
+# alone takes rows.
+RACING: Mapping[str, tuple[str, ...]] = {"server-racing": _ASYNC}
+ALL = {**MODES, **RACING}
+
+
+def ranks_of(mode: str) -> int:
+    """On how many ranks it is tried."""
+    return 3 if mode in RACING else 2
 
 
 class Row(NamedTuple):
@@ -61,6 +73,8 @@ with contextlib.ExitStack() as opened:
     codes = []
     for words, stop_at in json.loads(sys.argv[1]):
         codes.append(main(words))
+    everyone = group.all_gather_object(codes)
+    assert all(other == codes for other in everyone), everyone
     if rank == 0:
         print("exit codes", json.dumps(codes))
 """
@@ -69,7 +83,9 @@ with contextlib.ExitStack() as opened:
 def in_one_go(
     rows: Iterable[Row], ranks: int = 2, timeout_s: float = 240, how: str = "mpirun"
 ) -> tuple[list[int], Done]:
-    """Run them one after another in the same ranks: loading torch takes longer than all of them. Returns exit codes."""
+    """Run them one after another in the same ranks: loading torch takes longer than all of them. Returns exit codes,
+    which are the same on all ranks.
+    """
     words = json.dumps([[[str(word) for word in row.words], row.stop_at] for row in rows])
     done = launch(words, program=(sys.executable, "-c", _PROGRAM), how=how, ranks=ranks, timeout_s=timeout_s)
     assert done.exit_code == 0, done

@@ -3,9 +3,8 @@
 from pathlib import Path
 
 import pytest
-from launch import Prepared, launch_rows, succeed, summary
+from launch import Prepared, succeed, summary
 
-from hvdtrain.errors import EXIT_USAGE
 from hvdtrain.watch.metrics import read_log
 
 ASYNC = ("sync.name=parameter_server", "sync.parameter_server.mode=asynchronous", "sync.parameter_server.servers=1")
@@ -32,20 +31,3 @@ def test_three_workers_and_a_server_and_later_two_consume_the_rows_of_one_proces
     assert {6, 12} < {line["step"] for line in lines}
     assert all(line["staleness_mean"] <= line["staleness_max"] for line in lines)
     assert lines[-1]["tokens"] == expected["tokens"]
-
-
-def test_what_makes_no_sense_is_refused(prepared: Prepared, tmp_path: Path):
-    """Of what is chosen, before anything else: with any number of ranks."""
-    words = ("train", prepared.recipe, *ASYNC, "--run-dir", tmp_path / "run")
-    ramp = ("train.ramp_start=6", "train.ramp_increment=6", "train.ramp_tokens=192")
-    beside, ramped = launch_rows([[*words, "sync.parameter_server.servers=0"], [*words, *ramp]])
-    for done, reason in (
-        (beside, "servers=0 does not go with sync.parameter_server.mode=asynchronous: a rank that computes its own"),
-        (
-            ramped,
-            "train.ramp_start=6 does not go with sync.parameter_server.mode=asynchronous: rows are dealt in shares",
-        ),
-    ):
-        assert done.exit_code == EXIT_USAGE
-        (message,) = done.messages
-        assert reason in message

@@ -3,9 +3,7 @@
 from pathlib import Path
 
 import pytest
-from launch import Prepared, launch, succeed, summary
-
-from hvdtrain.errors import EXIT_USAGE
+from launch import Prepared, succeed, summary
 
 SERVER = ("sync.name=parameter_server", "sync.parameter_server.servers=1")
 
@@ -25,18 +23,3 @@ def test_two_workers_and_a_server_train_as_one_process_does(prepared: Prepared, 
     assert found["sample_digest"] == expected["sample_digest"]
     assert found["val_loss"] == pytest.approx(expected["val_loss"], abs=1e-4)
     assert found["servers"] == 0
-
-
-def test_no_workers_and_cuts_are_refused(prepared: Prepared, tmp_path: Path):
-    words = ("train", prepared.recipe, *SERVER, "--run-dir", tmp_path / "run")
-    alone, cut = launch(*words), launch(*words, "mesh.tensor=2", how="mpirun", ranks=3)
-    for done, reason in (
-        (
-            alone,
-            "servers=1 leaves none of 1 rank to train; start 2 ranks or more, or set it to 0",
-        ),
-        (cut, "sync.name=parameter_server does not go with mesh.tensor=2: a server keeps parameters of replicas that"),
-    ):
-        assert done.exit_code == EXIT_USAGE
-        (message,) = done.messages
-        assert reason in message

@@ -92,6 +92,7 @@ def test_stopped_between_two_saves_and_resumed_is_the_unbroken_run(runs: Mapping
     assert_same(stopped, whole)
 
 
+FOR_ONE = [mode for mode in MODES if mode not in ("server-apart", "server-async")]  # of which the server is a rank more
 # Rank by rank the same, or linear in the ranks' sum.
 ONE_PROCESS = ("allreduce", "zero", "powersgd", "server")
 # Ranks differ in nothing after step 4: never, or because a round ends there, which averages the optimizers' state too.
@@ -101,7 +102,7 @@ ALIKE = ("allreduce", "zero", "server", "diloco")
 @pytest.fixture(scope="module")
 def alone(prepared: Prepared, runs: Mapping[str, Path]) -> Mapping[str, Path]:
     """Of each mode that one rank can do: the stopped run's save at 4, from which it has gone on."""
-    found = {mode: runs[mode] / "alone" for mode in MODES if mode != "server-apart"}
+    found = {mode: runs[mode] / "alone" for mode in FOR_ONE}
     for mode, run_dir in found.items():
         shutil.copytree(runs[mode] / "stopped", run_dir)
         for step in (5, 6):
@@ -112,7 +113,7 @@ def alone(prepared: Prepared, runs: Mapping[str, Path]) -> Mapping[str, Path]:
     return found
 
 
-@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "server-apart"])
+@pytest.mark.parametrize("mode", FOR_ONE)
 def test_another_number_of_ranks_goes_on_from_the_mean_and_says_so(
     runs: Mapping[str, Path], alone: Mapping[str, Path], mode: str
 ):
@@ -129,8 +130,8 @@ def test_another_number_of_ranks_goes_on_from_the_mean_and_says_so(
 
 
 # Where those wait who are left: in sums of gradients, of few numbers, of shards; nowhere, until a round ends or a save;
-# for a neighbour's message; for a server, or for a worker. tests/bench/chaos.py kills those of every mode.
-KILLED = ("topk", "zero", "diloco", "gossip", "server-apart")
+# for a neighbour's message; for a server, which may have dealt rows. tests/bench/chaos.py kills those of every mode.
+KILLED = ("topk", "zero", "diloco", "gossip", "server-apart", "server-async")
 
 
 @dataclass(frozen=True)

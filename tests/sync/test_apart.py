@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from apart import ADAMW, Training, assert_equal, batch_of
+from apart import ADAMW, MUON, Training, assert_equal, batch_of
 from threads import ThreadGroup, on_ranks
 
 from hvdtrain.comm.local_group import LocalGroup
@@ -47,6 +47,23 @@ def test_stopped_and_resumed_is_bit_equal(mode: str):
         assert_equal(end, runs[0][1])
     assert all("rank" not in name for name in runs[0][0])
     on_ranks(3, resumed)  # on other ranks it goes on as well
+
+
+@pytest.mark.parametrize("mode", ["post-local", "slowmo", "push"])
+def test_with_muon_too(mode: str):
+    """Its momenta of matrices beside AdamW's moments of the rest: averaged, begun anew, and kept."""
+
+    def unbroken(group: ThreadGroup) -> tuple:
+        run = Training(group, MODES[mode], MUON).to(9, save_at=6)
+        return run.kept, run.save()
+
+    runs = on_ranks(2, unbroken)
+    saved, end = runs[0]
+    assert_equal(runs[1][1], end)
+    momenta = [name for name in end if name.startswith("optimizer.momentum_buffer.")]
+    assert len(momenta) == 8 and not any("embedding" in name or "norm" in name for name in momenta)
+    for resumed in on_ranks(2, lambda group: Training(group, MODES[mode], MUON, done=6, saved=saved).to(9).save()):
+        assert_equal(resumed, end)
 
 
 @pytest.mark.parametrize("mode", ["local", "diloco", "gossip", "push", "mean"])
