@@ -71,8 +71,10 @@ class Dealt(Learner):
         self.tickets = 0
 
     def walk(self, meetings: Collection[int] = (), asks_at: int = 0, asker: int = 1) -> dict[int, Agreed]:
-        met, last = {}, self.recipe.course.steps
+        met, last, before = {}, self.recipe.course.steps, 0
         for step in self.loader.steps(range(self.done + 1, last + 1)):
+            assert step >= before, "whoever gets rows that others left has the steps of others"
+            before = step
             self.engine.forward_backward(self.loader.next_step(), self.task, step, self.loader.place)
             self.tickets += self.loader.place is not None
             asks = bool(asks_at) and step >= asks_at and self.mesh.world.rank == asker

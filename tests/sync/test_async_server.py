@@ -3,6 +3,7 @@ once. What workers do at their own pace is not the same twice: what is exact her
 """
 
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from dealt import Dealt, dealt, fingerprint, server
 from learner import ROWS, Learner, Recipe, check_averages, furthest, held, trained
 from threads import PATIENCE_S, ThreadGroup, on_ranks
 
+from hvdtrain.data.batch import Batch
 from hvdtrain.errors import ConfigError, RankLostError
 from hvdtrain.optim.optimizer import OptimOptions
 from hvdtrain.optim.update import Agreed
@@ -58,6 +60,46 @@ def test_several_workers_consume_each_row_once_and_meet_in_one_model(servers: in
     assert all(furthest(held(one), held(learners[0])) == 0 for one in learners)
 
 
+def test_a_slow_worker_holds_up_no_rows_of_the_next_step():
+    """Two steps of two tickets: while one worker has its first, the other one does all the rest."""
+    fast, slow, _ = dealt(3, 2, pauses_s=[0, 2.0], sync=server(1))
+    assert (fast.tickets, slow.tickets) == (3, 1)
+
+
+def test_after_a_meeting_all_know_all_updates():
+    def work(group: ThreadGroup) -> float:
+        learner = Dealt(group, Recipe(sync=server(1)), 6)
+        learner.walk(meetings=range(1, 7))
+        return learner.numbers["staleness_max"]
+
+    assert max(on_ranks(3, work)) <= 1
+
+
+def test_a_worker_that_was_taken_for_lost_comes_back(capfd: pytest.CaptureFixture[str]):
+    """Its first rows, which another one has done meanwhile, count once; afterwards it has rows as before."""
+
+    def work(group: ThreadGroup) -> Dealt:
+        sync, pauses_s = server(1, survive=True, lost_after_s=1.0), [2.5]
+        learner = Dealt(group, Recipe(sync=sync), 12, pause_s=0.0 if group.rank else 0.2)
+        share = learner.share
+
+        def hanging_once(step: int, number: int) -> list[Batch]:
+            if group.rank == 1 and pauses_s:
+                time.sleep(pauses_s.pop())
+            return share(step, number)
+
+        learner.share = hanging_once
+        learner.walk()
+        return learner
+
+    learners = on_ranks(3, work)
+    told = capfd.readouterr().err
+    assert "rank 1 has not answered for 1 s: others get its rows" in told and "rank 1 is back" in told
+    assert sum(one.loader.fingerprint for one in learners) % (1 << 64) == fingerprint(12, 2)
+    assert {int(one.engine.tokens) for one in learners} == {12 * ROWS * 8}
+    assert learners[0].numbers["lost_workers"] == 0 < learners[1].tickets
+
+
 def test_rank_0_is_told_of_steps_in_between_and_nobody_waits_for_it():
     """Lines of all steps but the last, in order, each of what came since the one before; with the meeting's, of all."""
 
@@ -95,10 +137,12 @@ def test_whoever_asks_to_stop_makes_all_meet_after_the_step(ranks: int, asker: i
     assert lines == sorted({*lines} - {step}) and lines[-1] < step
 
 
-def test_a_refused_push_moves_nothing_and_its_rows_go_to_another():
-    learners = dealt(4, 10, pauses_s=[0, 0.05], sync=server(1, max_staleness=2, stale="refuse"))
+@pytest.mark.parametrize("stale", ["refuse", "downweight"])
+def test_a_refused_push_moves_nothing_and_its_rows_go_to_another(stale: str):
+    learners = dealt(4, 10, pauses_s=[0, 0.05], sync=server(1, max_staleness=2, stale=stale))
     numbers = learners[0].numbers
-    assert numbers["refused_pushes"] == numbers["stale_pushes"] > 0
+    assert numbers["stale_pushes"] > 0
+    assert numbers["refused_pushes"] == (numbers["stale_pushes"] if stale == "refuse" else 0)
     assert sum(one.loader.fingerprint for one in learners) % (1 << 64) == fingerprint(10, 3)
     assert int(learners[0].engine.tokens) == 10 * ROWS * 8
 
@@ -113,6 +157,7 @@ def test_what_is_too_old_weighs_less():
 def test_a_bound_that_refuses_nearly_all_is_refused():
     with pytest.raises(ConfigError, match=r"=2 would refuse nearly all: 4 workers .*; set it to 3 or more"):
         check_sync(server(1, max_staleness=2, stale="refuse"), 4, 100)
+    check_sync(server(1, max_staleness=3, stale="refuse"), 4, 100)
     check_sync(server(1, max_staleness=2), 4, 100)
     check_sync(server(1, stale="refuse"), 4, 100)
 

@@ -85,6 +85,7 @@ def test_all_ranks_see_the_averages_and_then_the_weights(servers: int):
 
     def work(group: ThreadGroup) -> tuple[list[torch.Tensor], bool]:
         learner = Learner(group, Recipe(sync=server(servers), ema=0.9)).train(3)
+        learner.engine.check_replicas(3)
         learner.engine.check(3)
         before = [piece.tensor.detach().clone() for piece in learner.engine.replica.slices]
         with learner.engine._viewed():
