@@ -3,8 +3,8 @@
 torch multiplies fp32 matrices with MKL, which leaves AVX-512 unused on AMD processors; oneDNN, also inside torch, uses
 it and is about twice as fast there. torch takes oneDNN if it *may* use bf16 inside. Without a matrix engine oneDNN then
 still computes in fp32. Nobody promises that, so the result is checked here, and oneDNN is not taken where it is not
-fp32. oneDNN is slow at the many tiny products of torch's flash attention: with it, attention is computed as two batched
-products instead. In bf16 and fp16 torch always takes oneDNN; flash attention stays, as fast and with less memory.
+fp32. oneDNN is slow at the many tiny products of torch's flash attention in fp32: with it, attention is computed as two
+batched products instead, but for causal rows (models/products.py). In bf16 and fp16 torch always takes oneDNN.
 """
 
 import os

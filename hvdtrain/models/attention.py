@@ -5,6 +5,7 @@ Which way is taken, and why (each is exact; fp32 sums in another order):
 - heads that share keys (Ainslie et al. 2023, "GQA"): flash attention on CUDA reads the shared ones by itself. Queries
   that all see the same keys are laid side by side, as if they were one head's. Elsewhere the keys are repeated: on the
   CPU that is as fast as ``enable_gqa``, and on CUDA ``enable_gqa`` without flash attention would keep T x T scores.
+- causal attention on a CPU: short rows as batched products, long ones by flash attention (products.py).
 - a sliding window (Beltagy et al. 2020, "Longformer"; Mistral): blocks of queries against two blocks of keys each, in
   place of T x T (1,024 positions and a window of 128 on a CPU: 2 to 6 times faster than a mask).
 - documents (``Runs``): on the CPU one call for each (1 to 8 times faster than a mask, the shorter the documents the
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from torch._compile import _disable_dynamo  # torch.compiler.disable would load the compiler to load this file
 
 from hvdtrain.models.masks import window_mask
+from hvdtrain.models.products import attend_by_flash, attend_by_products, flash_fits, products_fit
 
 # What torch's varlen_attn knows: windows, keys that heads share.
 _VARLEN_WINDOWS, _VARLEN_SHARES = torch.__version__ >= (2, 11), torch.__version__ >= (2, 13)
@@ -198,6 +200,10 @@ def _sdpa(
     by_itself = shared > 1 and mask is None and _flash_fits(q.device, q.dtype, q.shape[3])
     if shared > 1 and not by_itself:
         k, v = (x.unsqueeze(2).expand(-1, groups, shared, -1, -1).flatten(1, 2) for x in (k, v))
+    if is_causal and products_fit(q, dropout):
+        return attend_by_products(q, k, v)
+    if is_causal and flash_fits(q, dropout):
+        return attend_by_flash(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, enable_gqa=by_itself)
 
 

@@ -37,6 +37,7 @@ from hvdtrain.data.batch import AnyBatch
 from hvdtrain.data.corpora import CorpusFacts
 from hvdtrain.models.layers import AnyAttention
 from hvdtrain.models.pieces import Staged
+from hvdtrain.models.products import no_products
 from hvdtrain.models.recompute import AnyBlock
 from hvdtrain.planner.workload import build_model
 from hvdtrain.tasks import make_task
@@ -90,13 +91,14 @@ def dry_stages(
 
     stages: in order, on the meta device; they stay there.
     attention: math keeps T x T scores; flash does not, but on a CPU it knows no dropout and leaves that to math; fused
-    is a GPU's, which does.
+    is a GPU's, which does. Causal rows on a CPU go by models/products.py, whatever is said here.
     shapes_only: with tensors that have no numbers; False: with real ones (for tests).
     """
     backends = [SDPBackend.MATH] if attention == "math" else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
     found, flow = [], Layout.of(())
     copies = [copy.deepcopy(stage).train(training) for stage in stages]
-    with FakeTensorMode() if shapes_only else contextlib.nullcontext(), sdpa_kernel(backends):
+    own = no_products() if attention == "fused" else contextlib.nullcontext()
+    with FakeTensorMode() if shapes_only else contextlib.nullcontext(), sdpa_kernel(backends), own:
         for number, model in enumerate(copies):
             make_real(model, torch.device("cpu"))
             if attention == "fused":

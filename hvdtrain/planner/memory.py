@@ -68,7 +68,7 @@ def memory(config: RunConfig, facts: CorpusFacts, load: Workload, device: str, m
     """What a rank holds at its peak: the one that holds most. device: cpu or cuda.
 
     math_attention: attention as two batched products, which keep T x T scores; as a CPU does where flash attention is
-    switched off (machine/matmul.py). With dropout a CPU has no other, whatever is said here.
+    switched off (machine/matmul.py) and rows are not causal. With dropout a CPU has no other, whatever is said here.
     """
     attention: AttentionKind = "fused" if device == "cuda" else "math" if math_attention else "flash"
     shares = shares_of(config, facts)

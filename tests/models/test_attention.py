@@ -11,7 +11,7 @@ import torch
 import torch.nn.attention.varlen
 import torch.nn.functional as F
 
-from hvdtrain.models import attention
+from hvdtrain.models import attention, products
 from hvdtrain.models.attention import Runs, attend, document_runs, row_runs, runs_fit
 from hvdtrain.models.layers import Attention, CrossAttention
 from hvdtrain.models.masks import packed_mask, window_mask
@@ -77,13 +77,13 @@ def test_windows(kv_heads: int, window: int):
 
 def test_a_narrow_window_makes_no_square(monkeypatch: pytest.MonkeyPatch):
     """64 positions, a window of 8: never more than 8 x 16 scores a block."""
-    sizes, sdpa = [], F.scaled_dot_product_attention
+    sizes, sdpa = [], attention._sdpa
 
-    def spy(q: torch.Tensor, k: torch.Tensor, *more, **named) -> torch.Tensor:
+    def spy(q: torch.Tensor, k: torch.Tensor, *more) -> torch.Tensor:
         sizes.append((q.shape[2], k.shape[2]))
-        return sdpa(q, k, *more, **named)
+        return sdpa(q, k, *more)
 
-    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    monkeypatch.setattr(attention, "_sdpa", spy)
     attend(*inputs_of(2, 64, 64, 2), causal=True, window=8)
     assert sizes == [(8, 8), (8, 16)]
     sizes.clear()
@@ -213,3 +213,61 @@ def test_parameters_of_shared_heads():
     assert cross.kv.weight.shape == (2 * 8, 32)
     assert cross.keys_values(torch.zeros(3, 5, 32)).shape == (2, 3, 2, 5, 4)
     assert Attention(TransformerOptions(width=32, heads=8)).qkv.weight.shape == (96, 32)
+
+
+# --- products on a CPU -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kv_heads", [1, 4])
+@pytest.mark.parametrize("positions", [1, 5, 8, 9, 21])
+def test_short_rows_as_products(positions: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch):
+    """One block (up to 8 positions), and blocks of 4 queries, of which the last may have fewer."""
+    monkeypatch.setattr(products, "_WHOLE", 8)
+    monkeypatch.setattr(products, "_BLOCK", {torch.float32: 4})
+    monkeypatch.setattr(F, "scaled_dot_product_attention", None)  # not to be called
+    sees = torch.ones(positions, positions).tril().bool()
+    inputs = inputs_of(3, positions, positions, kv_heads)
+    assert_same(lambda *qkv: attend(*qkv, causal=True), lambda *qkv: plain(*qkv, sees), inputs)
+
+
+def test_products_in_bf16_are_as_exact_as_their_type():
+    """Scores and probabilities are rounded to 8 bits; flash attention's error is two thirds of this one's."""
+    q, k, v = (x.detach() for x in inputs_of(2, 300, 300, 4, width=32))
+    narrow = [x.bfloat16().requires_grad_() for x in (q, k, v)]
+    wide = [x.detach().double().requires_grad_() for x in narrow]
+    found = attend(*narrow, causal=True)
+    expected = plain(*wide, torch.ones(300, 300).tril().bool())
+    upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    pairs = [(found, expected), *zip(*(
+        torch.autograd.grad(out, inputs, upstream.to(out.dtype)) for out, inputs in ((found, narrow), (expected, wide))
+    ), strict=True)]  # fmt: skip
+    for a, b in pairs:
+        assert torch.linalg.norm(a.double() - b) < 6e-3 * torch.linalg.norm(b)
+
+
+@pytest.mark.parametrize("flash", [True, False], ids=["flash switched on", "flash switched off"])
+def test_long_rows_keep_no_square(flash: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(products, "MOST_POSITIONS", 16)
+    kept: list[int] = []
+    before = torch.backends.cuda.flash_sdp_enabled()  # of CPUs too
+    torch.backends.cuda.enable_flash_sdp(flash)
+    try:
+        for positions in (16, 17):
+            inputs = inputs_of(1, positions, positions, 4)
+            with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+                attend(*inputs, causal=True)
+            assert (max(kept) >= 4 * positions**2) == (positions == 16)
+            kept.clear()
+    finally:
+        torch.backends.cuda.enable_flash_sdp(before)
+
+
+def test_dropout_and_masks_are_left_to_torch(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(attention, "attend_by_products", None)
+    monkeypatch.setattr(attention, "attend_by_flash", None)
+    q, k, v = inputs_of(1, 8, 8, 4)
+    attend(q, k, v, causal=True, dropout=0.1)
+    attend(q, k, v, torch.ones(8, 8).tril().bool())
+    attend(q, k, v)
+    with products.no_products():
+        attend(q, k, v, causal=True)

@@ -110,9 +110,9 @@ def test_what_is_computed_again():
 def test_scores_of_attention_made_of_plain_products_are_not_kept():
     """Q K^T is larger than its factors and is computed again; its product with the values is kept."""
     with sdpa_kernel(SDPBackend.MATH):
-        none, full, selective = (calls_in_backward(name)["bmm"] for name in ("none", "full", "selective"))
-    assert full - none == 2 * LAYERS
-    assert selective - none == LAYERS
+        none, full, selective = (calls_in_backward(name) for name in ("none", "full", "selective"))
+    assert [calls["baddbmm"] - none["baddbmm"] for calls in (full, selective)] == [LAYERS, LAYERS]  # Q K^T and a mask
+    assert [calls["bmm"] - none["bmm"] for calls in (full, selective)] == [LAYERS, 0]
 
 
 def test_every_nth_block():

@@ -22,6 +22,7 @@ from hvdtrain.data.sampler import WindowSampler
 from hvdtrain.errors import ConfigError
 from hvdtrain.models.flops import decoder_flops
 from hvdtrain.models.matrices import block_matrices
+from hvdtrain.models.products import MOST_POSITIONS
 from hvdtrain.optim.muon import NewtonSchulz, WholeMatrices
 from hvdtrain.optim.optimizer import OptimOptions, make_optimizer, state_bytes
 from hvdtrain.planner.dry_run import dry_run
@@ -243,22 +244,27 @@ def test_without_numbers_as_with_real_tensors(name: str, attention: str, task: s
 
 
 def test_a_block_by_hand():
-    """LayerNorm, flash attention and GELU without biases, fp32: 16 numbers for each element of the residual stream."""
+    """LayerNorm, attention and GELU without biases, fp32: 16 numbers for each element of the residual stream."""
     rows, positions, width, heads = 3, 24, 32, 4
-    found = dry_run(settings(model={"bias": False}), FACTS, rows, positions)
     stream = rows * positions * width  # inputs of 2 norms and their outputs, q, k, v, attention's output, up 4, GELU 4
-    small = rows * positions * (heads + 2 * 2)  # log-sum-exp of each head; mean and 1 / deviation of two norms
-    assert found.of_layer == 4 * (16 * stream + small)
-    kept = dry_run(settings(model={"bias": False}), FACTS, rows, positions, "math")
-    assert kept.of_layer >= 4 * (16 * stream + rows * heads * positions**2)
+    norms = rows * positions * 2 * 2  # mean and 1 / deviation of two norms
+    config = settings(model={"bias": False})
+    on_gpu = dry_run(config, FACTS, rows, positions, "fused").of_layer
+    assert on_gpu == 4 * (16 * stream + norms + rows * positions * heads)  # log-sum-exp of each head
+    short = dry_run(config, FACTS, rows, positions).of_layer
+    assert short == 4 * (16 * stream + norms + rows * heads * positions**2)  # probabilities
+    long = MOST_POSITIONS + 1
+    of_row = dry_run(settings(model={"bias": False, "context": long}), FACTS, 1, long).of_layer
+    assert of_row == 4 * long * (16 * width + 2 * 2 + heads)
 
 
 def test_longer_rows_and_more_of_them_take_more():
     config = settings()
-    of_layer = [dry_run(config, FACTS, rows, t, "flash").of_layer for rows, t in ((2, 12), (4, 12), (2, 24))]
+    of_layer = [dry_run(config, FACTS, rows, t, "fused").of_layer for rows, t in ((2, 12), (4, 12), (2, 24))]
     assert of_layer[1] == of_layer[2] == 2 * of_layer[0]
-    scores = [dry_run(config, FACTS, 2, t, "math").of_layer for t in (12, 24)]
-    assert scores[1] > 2 * scores[0]
+    for attention in ("flash", "math"):  # short rows on a CPU
+        scores = [dry_run(config, FACTS, 2, t, attention).of_layer for t in (12, 24)]
+        assert scores[1] > 2 * scores[0]
 
 
 def test_recomputing_keeps_less():
