@@ -30,7 +30,7 @@ from hvdtrain.data.sampler import concat_ranges, derive_each, permute_each
 from hvdtrain.errors import ConfigError, DataError
 
 
-class Plan(NamedTuple):
+class Strategies(NamedTuple):
     """``copies[s]`` rows hold ``repeats[r]`` pieces of ``lengths[r]`` tokens for each run r of strategy ``s``."""
 
     copies: np.ndarray  # int64 [strategies]
@@ -39,7 +39,7 @@ class Plan(NamedTuple):
     repeats: np.ndarray  # int64 [runs]
 
 
-def plan_rows(counts: np.ndarray, context: int) -> Plan:
+def plan_rows(counts: np.ndarray, context: int) -> Strategies:
     """Best-fit decreasing for ``counts[n]`` pieces of each length n = 1 .. context: the rows it makes one by one.
 
     A strategy's open rows are alike, so a piece goes to the tightest strategy; what is then left of that row is
@@ -77,7 +77,7 @@ def plan_rows(counts: np.ndarray, context: int) -> Plan:
     strategies = [strategy for free in frees for strategy in open_rows[free]]
     runs = [(number, *run) for number, (_, contents) in enumerate(strategies) for run in contents]
     table = np.array(runs, np.int64).reshape(-1, 3)
-    return Plan(np.array([copies for copies, _ in strategies], np.int64), *np.ascontiguousarray(table.T))
+    return Strategies(np.array([copies for copies, _ in strategies], np.int64), *np.ascontiguousarray(table.T))
 
 
 class Pieces(NamedTuple):
@@ -152,7 +152,7 @@ def _pieces_by_length(lengths: np.ndarray, context: int) -> tuple[np.ndarray, np
     return np.concatenate([rest_starts, full_starts]), counts
 
 
-def _taken_before(plan: Plan, first_of_length: np.ndarray) -> np.ndarray:
+def _taken_before(plan: Strategies, first_of_length: np.ndarray) -> np.ndarray:
     """For each run, how many pieces of its length the strategies before it take: int64 [runs]."""
     taken = plan.copies[plan.strategy] * plan.repeats
     order = np.argsort(plan.lengths, kind="stable")

@@ -27,14 +27,14 @@ from hvdtrain.sync.apart import ApartSync
 from hvdtrain.sync.sync import Sync
 
 
-class Part(NamedTuple):
-    """A piece of a matrix: what a rank holds of it. ``matrix``: its number; ``place``: in the whole tensor."""
+class Block(NamedTuple):
+    """What a rank holds of a matrix. ``matrix``: its number; ``place``: in the whole tensor."""
 
     matrix: int
     place: Rect
 
 
-class Plan:
+class Routes:
     """Who makes which matrix, and who sends what to whom: the same on all ranks.
 
     matrices: of each (tensor, place in it). held: of each rank its rectangles of each tensor.
@@ -44,32 +44,32 @@ class Plan:
         self.ranks = range(len(held))
         self.held = [
             [
-                Part(number, common)
+                Block(number, common)
                 for number, (name, place) in enumerate(matrices)
                 for rect in of_rank.get(name, ())
                 if (common := rect.common(place)) is not None
             ]
             for of_rank in held
         ]
-        self.is_alike = all(parts == self.held[0] for parts in self.held)
+        self.is_alike = all(blocks == self.held[0] for blocks in self.held)
         holders: dict[int, dict[Rect, list[int]]] = defaultdict(lambda: defaultdict(list))
-        for rank, parts in enumerate(self.held):
-            for part in parts:
-                holders[part.matrix][part.place].append(rank)
+        for rank, blocks in enumerate(self.held):
+            for block in blocks:
+                holders[block.matrix][block.place].append(rank)
         for number, (name, place) in enumerate(matrices):
             assert tile(list(holders[number]), place), f"what ranks hold of {name} has a gap or an overlap"
         self.owners = self._owners([place for _, place in matrices], holders)
         # [from][to]: what an owner has not, by the holder that is nearest to it; and what it makes, to all holders.
-        self.gathered: list[list[list[Part]]] = [[[] for _ in self.ranks] for _ in self.ranks]
-        self.returned: list[list[list[Part]]] = [[[] for _ in self.ranks] for _ in self.ranks]
+        self.gathered: list[list[list[Block]]] = [[[] for _ in self.ranks] for _ in self.ranks]
+        self.returned: list[list[list[Block]]] = [[[] for _ in self.ranks] for _ in self.ranks]
         for number, of_matrix in holders.items():
             owner = self.owners[number]
             for place, ranks in of_matrix.items():
                 if owner not in ranks:
-                    self.gathered[min(ranks, key=lambda rank: abs(rank - owner))][owner].append(Part(number, place))
+                    self.gathered[min(ranks, key=lambda rank: abs(rank - owner))][owner].append(Block(number, place))
                 for rank in ranks:
                     if rank != owner or self.is_alike:
-                        self.returned[owner][rank].append(Part(number, place))
+                        self.returned[owner][rank].append(Block(number, place))
 
     def _owners(self, places: Sequence[Rect], holders: Mapping[int, Mapping[Rect, Sequence[int]]]) -> Mapping[int, int]:
         """Matrix -> rank: one that has most of it; among those, who has least to do. The costly ones first."""
@@ -108,13 +108,13 @@ class SpreadMatrices:
             for name in sorted(shapes)
             for begin, rows in zip(accumulate(parts[name], initial=0), parts[name], strict=False)
         ]
-        self.plan = Plan(self._matrices, [of_rank for of_rank, _ in everyone])
+        self.routes = Routes(self._matrices, [of_rank for of_rank, _ in everyone])
         self._pieces = {id(piece.tensor): piece for piece in pieces}
         self._tensors = [piece.tensor for piece in pieces]
         self._numbers: dict[str, list[int]] = defaultdict(list)  # of the matrices in a tensor
         for number, (name, _) in enumerate(self._matrices):
             self._numbers[name].append(number)
-        self._own = [number for number, owner in self.plan.owners.items() if owner == group.rank]
+        self._own = [number for number, owner in self.routes.owners.items() if owner == group.rank]
         self._room = Room()
 
     def has(self, weight: torch.Tensor) -> bool:
@@ -128,83 +128,83 @@ class SpreadMatrices:
         self._newton_schulz(list(whole.values()), list(made.values()))
         del whole
 
-        def own(part: Part) -> torch.Tensor:
-            return self._cut(made[part.matrix], part)
+        def own(block: Block) -> torch.Tensor:
+            return self._cut(made[block.matrix], block)
 
-        found = self._exchange(self.plan.returned, own, dtype, "made")
-        if not self.plan.is_alike:
-            found |= {part: own(part) for part in self._mine if part.matrix in made}
+        found = self._exchange(self.routes.returned, own, dtype, "made")
+        if not self.routes.is_alike:
+            found |= {block: own(block) for block in self._mine if block.matrix in made}
         for run in in_runs(weights):
             updates = self._room.like(run)
             for weight, update in zip(run, updates, strict=True):
-                for part, view in self._views(self._pieces[id(weight)], update):
-                    view.copy_(found[part])
+                for block, view in self._views(self._pieces[id(weight)], update):
+                    view.copy_(found[block])
             yield run, updates
 
     @property
-    def _mine(self) -> Sequence[Part]:
-        return self.plan.held[self._group.rank]
+    def _mine(self) -> Sequence[Block]:
+        return self.routes.held[self._group.rank]
 
     def _gather(self, write: Write) -> dict[int, torch.Tensor]:
         """The matrices that this rank makes, whole (collective)."""
         rank = self._group.rank
-        needed = {part for to in self.plan.gathered[rank] for part in to}
-        needed |= {part for part in self._mine if part.matrix in self._own}
-        written: dict[Part, torch.Tensor] = {}
+        needed = {block for to in self.routes.gathered[rank] for block in to}
+        needed |= {block for block in self._mine if block.matrix in self._own}
+        written: dict[Block, torch.Tensor] = {}
         for weight in self._tensors:
             pairs = self._views(self._pieces[id(weight)], weight.detach())
-            if not any(part in needed for part, _ in pairs):
+            if not any(block in needed for block, _ in pairs):
                 continue
             update = torch.empty_like(weight)
             write([weight], [update])
-            written |= {part: view for part, view in self._views(self._pieces[id(weight)], update) if part in needed}
-        parts = {**written, **self._exchange(self.plan.gathered, written.__getitem__, torch.float32, "pieces")}
+            written |= {block: view for block, view in self._views(self._pieces[id(weight)], update) if block in needed}
+        blocks = {**written, **self._exchange(self.routes.gathered, written.__getitem__, torch.float32, "pieces")}
         whole = {}
         for number in self._own:
             place = self._matrices[number][1]
-            if Part(number, place) in parts:
-                whole[number] = parts[Part(number, place)]
+            if Block(number, place) in blocks:
+                whole[number] = blocks[Block(number, place)]
             else:
                 whole[number] = torch.empty(place.shape, device=self._device)
-        for part, tensor in parts.items():
-            if part.matrix in whole and tensor is not whole[part.matrix]:
-                self._cut(whole[part.matrix], part).copy_(tensor)
+        for block, tensor in blocks.items():
+            if block.matrix in whole and tensor is not whole[block.matrix]:
+                self._cut(whole[block.matrix], block).copy_(tensor)
         return whole
 
     def _exchange(
         self,
-        sent: Sequence[Sequence[Sequence[Part]]],
-        tensor_of: Callable[[Part], torch.Tensor],
+        sent: Sequence[Sequence[Sequence[Block]]],
+        tensor_of: Callable[[Block], torch.Tensor],
         dtype: torch.dtype,
         name: str,
-    ) -> dict[Part, torch.Tensor]:
+    ) -> dict[Block, torch.Tensor]:
         """What others send this rank (collective). sent: [from][to]."""
         rank, unit = self._group.rank, 4 // dtype.itemsize  # they travel as integers of four bytes
-        most = max(sum(part.place.numel for part in parts) for of_rank in sent for parts in of_rank)
+        most = max(sum(block.place.numel for block in blocks) for of_rank in sent for blocks in of_rank)
         if not most:
             return {}
         most = -(-most // unit) * unit
-        rows = torch.empty(1 if self.plan.is_alike else self._group.size, most, dtype=dtype, device=self._device)
-        for row, parts in zip(rows, sent[rank], strict=False):
-            for part, place in _places(row, parts):
-                place.copy_(tensor_of(part))
+        rows = torch.empty(1 if self.routes.is_alike else self._group.size, most, dtype=dtype, device=self._device)
+        for row, blocks in zip(rows, sent[rank], strict=False):
+            for block, place in _places(row, blocks):
+                place.copy_(tensor_of(block))
         received = torch.empty(self._group.size, most, dtype=dtype, device=self._device)
         integers = rows.view(torch.int32), received.view(torch.int32)
-        if self.plan.is_alike:
+        if self.routes.is_alike:
             self._group.all_gather_async(*integers, f"hvdtrain.matrices.{name}").wait()
         else:
             self._group.all_to_all_async(*integers, f"hvdtrain.matrices.{name}").wait()
         return dict(pair for of_rank, row in zip(sent, received, strict=True) for pair in _places(row, of_rank[rank]))
 
-    def _cut(self, matrix: torch.Tensor, part: Part) -> torch.Tensor:
-        return matrix[part.place.index_in(self._matrices[part.matrix][1])]
+    def _cut(self, matrix: torch.Tensor, block: Block) -> torch.Tensor:
+        return matrix[block.place.index_in(self._matrices[block.matrix][1])]
 
-    def _views(self, piece: Slice, tensor: torch.Tensor) -> list[tuple[Part, torch.Tensor]]:
-        """The parts of matrices in a tensor of this piece's shape, as views of it."""
+    def _views(self, piece: Slice, tensor: torch.Tensor) -> list[tuple[Block, torch.Tensor]]:
+        """The blocks of matrices in a tensor of this piece's shape, as views of it."""
         places = piece.places
         rectangles = [tensor] if len(places) == 1 else tensor.split([place.shape[0] for place in places])
         return [
-            (Part(number, common), view[common.index_in(place)])
+            (Block(number, common), view[common.index_in(place)])
             for place, view in zip(places, rectangles, strict=True)
             for number in self._numbers[piece.name]
             if (common := place.common(self._matrices[number][1])) is not None
@@ -228,7 +228,7 @@ def make_matrices(
     if isinstance(sync, ApartSync) or group.size == 1:
         return whole, []
     spread = SpreadMatrices(pieces, parts, group, newton_schulz, device)
-    if not spread.plan.is_alike or options.share == "always":
+    if not spread.routes.is_alike or options.share == "always":
         return spread, []
     if options.share == "never":
         return whole, []
@@ -265,12 +265,12 @@ def _write_trial(weights: list[torch.Tensor], into: list[torch.Tensor]) -> None:
         tensor.uniform_(-1, 1, generator=generator)
 
 
-def _places(row: torch.Tensor, parts: Sequence[Part]) -> Iterator[tuple[Part, torch.Tensor]]:
-    """Where in a row each of several parts lies, one behind another."""
+def _places(row: torch.Tensor, blocks: Sequence[Block]) -> Iterator[tuple[Block, torch.Tensor]]:
+    """Where in a row each of several blocks lies, one behind another."""
     begin = 0
-    for part in parts:
-        yield part, row[begin : begin + part.place.numel].view(part.place.shape)
-        begin += part.place.numel
+    for block in blocks:
+        yield block, row[begin : begin + block.place.numel].view(block.place.shape)
+        begin += block.place.numel
 
 
 def _cost(shape: Sequence[int]) -> int:

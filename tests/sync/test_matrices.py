@@ -11,7 +11,7 @@ from hvdtrain.models.options import TransformerOptions
 from hvdtrain.optim.optimizer import OptimOptions
 from hvdtrain.slices import Rect
 from hvdtrain.sync import SyncOptions, matrices
-from hvdtrain.sync.matrices import Part, Plan, SpreadMatrices
+from hvdtrain.sync.matrices import Block, Routes, SpreadMatrices
 from hvdtrain.sync.parameter_server import ParameterServerOptions
 from hvdtrain.sync.zero import ZeroOptions
 
@@ -25,7 +25,7 @@ def muon(**options: object) -> OptimOptions:
     return OptimOptions(name="muon", lr=0.01, eps=1e-5, muon={"share": "always", **options})
 
 
-# --- the plan ----------------------------------------------------------------------------------------------------
+# --- the routes --------------------------------------------------------------------------------------------------
 
 
 def rows(begin: int, end: int, width: int = 4) -> Rect:
@@ -36,37 +36,37 @@ def test_ranks_that_hold_all_share_the_work():
     """The costly ones first, each to whom has least to do: 8 + 1 and 4 + 4 of what a product takes."""
     matrices = [("a", rows(0, 4)), ("b", rows(0, 8, 8)), ("c", rows(0, 4)), ("d", rows(0, 1, 1))]
     whole = {name: [place] for name, place in matrices}
-    plan = Plan(matrices, [whole, whole])
-    assert plan.is_alike
-    assert plan.owners == {1: 0, 0: 1, 2: 1, 3: 1}
-    assert plan.gathered == [[[], []], [[], []]]
-    assert plan.returned[0] == [[Part(1, rows(0, 8, 8))]] * 2
-    assert {part.matrix for part in plan.returned[1][0]} == {0, 2, 3}
+    routes = Routes(matrices, [whole, whole])
+    assert routes.is_alike
+    assert routes.owners == {1: 0, 0: 1, 2: 1, 3: 1}
+    assert routes.gathered == [[[], []], [[], []]]
+    assert routes.returned[0] == [[Block(1, rows(0, 8, 8))]] * 2
+    assert {block.matrix for block in routes.returned[1][0]} == {0, 2, 3}
 
 
 def test_pieces_go_to_whom_has_most_and_come_back():
     """A tensor of two matrices, of which rank 0 has rows 0 to 5 and rank 1 the other six; each gets back its own."""
     matrices = [("a", rows(0, 4)), ("a", rows(4, 12))]
-    plan = Plan(matrices, [{"a": [rows(0, 6)]}, {"a": [rows(6, 12)]}])
-    assert plan.held == [[Part(0, rows(0, 4)), Part(1, rows(4, 6))], [Part(1, rows(6, 12))]]
-    assert plan.owners == {0: 0, 1: 1}
-    assert plan.gathered == [[[], [Part(1, rows(4, 6))]], [[], []]]
-    assert plan.returned == [[[], []], [[Part(1, rows(4, 6))], []]]
+    routes = Routes(matrices, [{"a": [rows(0, 6)]}, {"a": [rows(6, 12)]}])
+    assert routes.held == [[Block(0, rows(0, 4)), Block(1, rows(4, 6))], [Block(1, rows(6, 12))]]
+    assert routes.owners == {0: 0, 1: 1}
+    assert routes.gathered == [[[], [Block(1, rows(4, 6))]], [[], []]]
+    assert routes.returned == [[[], []], [[Block(1, rows(4, 6))], []]]
 
 
 def test_what_several_hold_comes_from_the_nearest():
     """Two replicas of two ranks each: the owner asks its own replica, and all four get their halves."""
     left, right = Rect((0, 0), (4, 2)), Rect((0, 2), (4, 2))
-    plan = Plan([("a", rows(0, 4))], [{"a": [half]} for half in (left, right, left, right)])
-    assert plan.owners == {0: 0}
-    assert plan.gathered[1][0] == [Part(0, right)]
-    assert not any(part for rank in (2, 3) for part in plan.gathered[rank])
-    assert plan.returned[0] == [[], [Part(0, right)], [Part(0, left)], [Part(0, right)]]
+    routes = Routes([("a", rows(0, 4))], [{"a": [half]} for half in (left, right, left, right)])
+    assert routes.owners == {0: 0}
+    assert routes.gathered[1][0] == [Block(0, right)]
+    assert not any(block for rank in (2, 3) for block in routes.gathered[rank])
+    assert routes.returned[0] == [[], [Block(0, right)], [Block(0, left)], [Block(0, right)]]
 
 
 def test_a_gap_is_our_own_mistake():
     with pytest.raises(AssertionError, match="what ranks hold of a has a gap"):
-        Plan([("a", rows(0, 4))], [{"a": [rows(0, 2)]}, {"a": [rows(3, 4)]}])
+        Routes([("a", rows(0, 4))], [{"a": [rows(0, 2)]}, {"a": [rows(3, 4)]}])
 
 
 # --- as the loop uses them ---------------------------------------------------------------------------------------
@@ -85,7 +85,7 @@ def test_shared_is_what_each_would_make(ranks: int, precision: str):
     each = trained(ranks, STEPS, optim=muon(precision=precision, share="never"), model=MODEL)
     expected = held(each[0])
     assert all(torch.equal(tensor, expected[name]) for name, tensor in held(shared[0]).items())
-    owners = [learner.optimizer._matrices.plan.owners for learner in shared]
+    owners = [learner.optimizer._matrices.routes.owners for learner in shared]
     assert set(owners[0].values()) == set(range(ranks))
     assert all(other == owners[0] for other in owners)
 
