@@ -1,22 +1,32 @@
-"""The engine against what a user would otherwise pick: same model, weights, rows, batch and threads, in one run.
+"""The engine against what a user would otherwise pick: same model, weights, rows, batch and threads, ways in turn.
 
-    make bench BENCH=engine            PARTS="one ranks link hf scaling memory" chooses; STEPS=300
+    make bench BENCH=engine            PARTS="one ranks link hf scaling loss memory" chooses; ROUNDS=3 STEPS=40
 
-one       a GPT of 6 x 384, vocabulary 8,192, context 256, 8 sequences on two threads: nanoGPT's way against ours
+one       a GPT of 6 x 384, vocabulary 8,192, context 256, 8 sequences on two threads: nanoGPT's way against ours.
+          Eager or compiled, fused AdamW or not: each is tried once, the fastest of a precision takes turns with ours
 ranks     the same on two ranks of one thread: torch's DDP over gloo against ours
 link      the same two ranks on two hosts of this machine with 1 Gbit/s between them (root): MPI and gloo over TCP
 hf        two ranks under Hugging Face's Trainer; HF_PYTHON: a Python with transformers, accelerate, hvdtrain
 scaling   one rank of one thread with 8 sequences, two with 16
-memory    vocabulary 50,304, context 1,024: peak memory of a whole process, nanoGPT's way against ours
+loss      validation loss after 300 steps, nanoGPT's way and ours: once, no speed
+memory    vocabulary 50,304, context 1,024: peak memory of a whole process, once
+
+A way's speed in a round is the median over intervals of 10 steps without the first. Its ratio to another way is that of
+the same round; the table has the median over the rounds, and the least and the most.
 """
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import table
@@ -27,14 +37,67 @@ from hvdtrain.machine.link import Link, slow_link
 
 HOSTS = ("n1", "n2")
 WAYS = Path(__file__).parent / "ways"
-STEPS = int(os.environ.get("STEPS", "300"))
-PARTS = os.environ.get("PARTS", "one ranks link hf scaling memory").split()
+STEPS, ROUNDS = int(os.environ.get("STEPS", "40")), int(os.environ.get("ROUNDS", "3"))
+LONG = 300
+PARTS = os.environ.get("PARTS", "one ranks link hf scaling loss memory").split()
 SIZES = {"layers": 6, "heads": 6, "width": 384, "context": 256, "bias": False}
 LARGE = {"layers": 4, "heads": 6, "width": 384, "context": 1024, "bias": False}
 LR = 1e-3
 MPIRUN = ["mpirun", "-np", "2", "--bind-to", "none"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"]
 HF_PYTHON = os.environ.get("HF_PYTHON", sys.executable)
+
+Found = Mapping[str, Any]  # rates: tokens/s of each interval; val_loss, peak_mib, mfu, outside: where they are known
+Way = Callable[[], Found]  # one run
+
+
+@dataclass
+class Ways:
+    """What takes turns in a part. base: of a way the one that it is compared with; without one it is a base itself."""
+
+    part: str
+    ways: dict[str, Way] = field(default_factory=dict)
+    base: dict[str, str] = field(default_factory=dict)
+
+
+def in_turn(part: Ways) -> Iterator[list[str]]:
+    """Rows of the table."""
+    found: dict[str, list[Found]] = {name: [] for name in part.ways}
+    for _ in range(ROUNDS):
+        for name, way in part.ways.items():
+            found[name].append(way())
+            print(f"{part.part}: {name}: {speed(found[name][-1]):,.0f}", flush=True)
+    for name, runs in found.items():
+        base = part.base.get(name)
+        ratios = [speed(run) / speed(other) for run, other in zip(runs, found[base], strict=True)] if base else []
+        yield [
+            part.part,
+            name,
+            f"{statistics.median(map(speed, runs)):,.0f}",
+            f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if base else "1",
+            base or "",
+            *facts(runs),
+        ]
+
+
+def speed(found: Found) -> float:
+    return statistics.median(found["rates"])
+
+
+def facts(runs: list[Found]) -> list[str]:
+    """Of several runs of a way: share of the ceiling and outside (medians), validation loss, most memory."""
+
+    def median(name: str, form: str) -> str:
+        values = [run[name] for run in runs if run.get(name) is not None]
+        return format(statistics.median(values), form) if values else ""
+
+    peaks = [run["peak_mib"] for run in runs if run.get("peak_mib")]
+    return [
+        median("mfu", ".0%"),
+        median("outside", ".1%"),
+        median("val_loss", ".4f"),
+        f"{max(peaks):,}" if peaks else "",
+    ]
 
 
 def warmup(steps: int) -> int:
@@ -86,21 +149,15 @@ def store_rows(folder: Path, name: str, sizes: dict, vocabulary: int, rows: int,
     return out
 
 
-def plain(folder: Path, threads: int, rows: int, steps: int, launcher: list[str] | None = None, **words) -> dict:
+def plain(folder: Path, threads: int, rows: int, steps: int, launcher: list[str] | None = None, **words) -> Found:
     """One run of `ways/plain_train.py`."""
-    settings = {
-        "folder": str(folder),
-        "threads": threads,
-        "rows": rows,
-        "steps": steps,
-        "lr": LR,
-        "warmup": warmup(steps),
-    }
-    command = [*(launcher or [sys.executable]), str(WAYS / "plain_train.py"), json.dumps({**settings, **words})]
+    settings = {"folder": str(folder), "threads": threads, "rows": rows, "steps": steps, "lr": LR}
+    settings |= {"warmup": warmup(steps), **words}
+    command = [*(launcher or [sys.executable]), str(WAYS / "plain_train.py"), json.dumps(settings)]
     return json.loads(run(command, threads).strip().splitlines()[-1])
 
 
-def ddp_over_link(network: Network, folder: Path, rows: int, steps: int, **words) -> dict:
+def ddp_over_link(network: Network, folder: Path, rows: int, steps: int, **words) -> Found:
     """`plain_train.py` as two ranks, each on its host."""
     settings = {"folder": str(folder), "threads": 1, "rows": rows, "steps": steps, "lr": LR, "warmup": warmup(steps)}
     words = {**settings, "way": "ddp", **words}
@@ -119,31 +176,35 @@ def ddp_over_link(network: Network, folder: Path, rows: int, steps: int, **words
     return json.loads(printed[0].strip().splitlines()[-1])
 
 
+def hugging_face(folder: Path, **words) -> Found:
+    """One run of `ways/hf_train.py` on two ranks."""
+    torchrun = [HF_PYTHON, *TORCHRUN[1:], str(WAYS / "hf_train.py")]
+    settings = {"folder": str(folder), "rows": 8, "steps": STEPS, "threads": 1, **words}
+    printed = run([*torchrun, json.dumps(settings)], 1).splitlines()
+    return json.loads(next(line for line in reversed(printed) if line.startswith('{"')))
+
+
+RUNS = count(1)
+
+
 def ours(
-    folder: Path,
-    number: list[int],
-    threads: int,
-    rows: int,
-    steps: int,
-    sizes: dict,
-    launcher: list[str] | None,
-    **more,
-) -> dict:
-    """One run of `hvdtrain train`; its summary, and the share of the time that is in none of the step's parts."""
-    number[0] += 1
+    folder: Path, threads: int, rows: int, launcher: list[str] | None = None, steps: int = STEPS, **settings
+) -> Found:
+    """One run of `hvdtrain train`."""
     recipe = {
         "seed": 1,
         "data": {"dir": str(folder / "data")},
-        "model": {**sizes, **more.pop("model", {})},
+        "model": SIZES,
         "train": {"steps": steps, "global_batch": rows},
         "eval": {"every": 0, "rows": 8},
         "checkpoint": {"every": 0},
         "metrics": {"every": min(10, steps // 2), "tensorboard": False, "mfu": "measure"},
         "optim": {"lr": LR},
         "schedule": {"warmup_steps": warmup(steps), "min_lr": LR / 10},
-        **more,
+        **settings,
     }
-    path, run_dir = folder / f"{number[0]}.yaml", folder / f"run-{number[0]}"
+    run_dir = folder / f"run-{next(RUNS)}"
+    path = run_dir.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(recipe))
     python = [sys.executable, "-m", "hvdtrain", "train", str(path), "--run-dir", str(run_dir)]
     run([*(launcher or []), *python], threads)
@@ -154,105 +215,171 @@ def ours(
         for parts in (("data", "other"), ("compute", "sync", "optimizer"))
     )
     summary = json.loads((run_dir / "summary.json").read_text())
-    share = outside / (outside + inside) if lines else None
-    return {**summary, "peak_mib": summary["memory_peak_mib"], "outside": share}
+    return {
+        "rates": [line["tokens_per_s"] for line in lines],
+        "val_loss": summary["val_loss"],
+        "mfu": summary.get("mfu"),
+        "peak_mib": summary["memory_peak_mib"],
+        "outside": outside / (outside + inside),
+    }
+
+
+def fastest(data: Path, bf16: bool) -> tuple[str, dict]:
+    """Of nanoGPT's ways in a precision: its name and words. One short run of each."""
+    choices = {}
+    for is_compiled in (False, True):
+        for is_fused in (False, True):
+            name = [
+                "nanoGPT's way",
+                "bf16 autocast" if bf16 else "fp32",
+                *["compiled"] * is_compiled,
+                *["fused AdamW"] * is_fused,
+            ]
+            words = {"way": "nanogpt", "bf16": bf16, "compile": is_compiled, "fused": is_fused}
+            choices[", ".join(name)] = words, speed(plain(data, 2, 8, 20, **words))
+            print(f"trial: {', '.join(name)}: {choices[', '.join(name)][1]:,.0f}", flush=True)
+    best = max(choices, key=lambda name: choices[name][1])
+    return best, choices[best][0]
+
+
+def one(folder: Path) -> Ways:
+    data = store_rows(folder, "one", SIZES, 8192, 8, STEPS)
+    part = Ways("1 rank x 2 threads")
+    for bf16, precisions in ((False, ("fp32",)), (True, ("bf16", "bf16-weights"))):
+        name, words = fastest(data, bf16)
+        part.ways[name] = lambda words=words: plain(data, 2, 8, STEPS, **words)
+        for precision in precisions:
+            part.ways[f"hvdtrain, {precision}"] = lambda precision=precision: ours(folder, 2, 8, precision=precision)
+            part.base[f"hvdtrain, {precision}"] = name
+    return part
+
+
+def ranks(folder: Path) -> Ways:
+    data = store_rows(folder, "ranks", SIZES, 8192, 8, STEPS)
+    fp32, bf16 = "torch DDP, gloo, same model and matrix library", "torch DDP, gloo, same model, bf16 autocast"
+    return Ways(
+        "2 ranks x 1 thread",
+        {
+            fp32: lambda: plain(data, 1, 8, STEPS, TORCHRUN, way="ddp", fused=True, own_matmul=True),
+            "hvdtrain, fp32": lambda: ours(folder, 1, 8, MPIRUN),
+            bf16: lambda: plain(data, 1, 8, STEPS, TORCHRUN, way="ddp", fused=True, bf16=True),
+            "hvdtrain, bf16": lambda: ours(folder, 1, 8, MPIRUN, precision="bf16"),
+        },
+        {"hvdtrain, fp32": fp32, "hvdtrain, bf16": bf16},
+    )
+
+
+def over_link(folder: Path, network: Network, mpirun: list[str]) -> Ways:
+    data = store_rows(folder, "link", SIZES, 8192, 8, STEPS)
+    over = [*mpirun, "-np", "2", "--bind-to", "none", "-x", "OMP_NUM_THREADS"]
+    fp32 = "torch DDP, gloo, same model and matrix library"
+    bf16 = "torch DDP, gloo, same model, bf16 autocast, fp16 gradients"
+
+    def of_ours(precision: str, wire: str) -> Found:
+        return ours(folder, 1, 8, over, precision=precision, sync={"allreduce": {"wire": wire}})
+
+    return Ways(
+        "2 ranks x 1 thread, 1 Gbit/s",
+        {
+            fp32: lambda: ddp_over_link(network, data, 8, STEPS, fused=True, own_matmul=True),
+            "hvdtrain, fp32, wire fp32": lambda: of_ours("fp32", "fp32"),
+            "hvdtrain, fp32, wire bf16": lambda: of_ours("fp32", "bf16"),
+            bf16: lambda: ddp_over_link(network, data, 8, STEPS, fused=True, bf16=True, fp16_gradients=True),
+            "hvdtrain, bf16, wire bf16": lambda: of_ours("bf16", "bf16"),
+        },
+        {
+            "hvdtrain, fp32, wire fp32": fp32,
+            "hvdtrain, fp32, wire bf16": fp32,
+            "hvdtrain, bf16, wire bf16": bf16,
+        },
+    )
+
+
+def against_hf(folder: Path) -> Ways:
+    data = store_rows(folder, "hf", SIZES, 8192, 8, STEPS)
+    part = Ways("2 ranks x 1 thread, Trainer")
+    for precision in ("fp32", "bf16"):
+        name, is_bf16 = f"Hugging Face Trainer, gloo, {precision}", precision == "bf16"
+        part.ways[name] = lambda is_bf16=is_bf16: hugging_face(data, bf16=is_bf16)
+        part.ways[f"hvdtrain, {precision}"] = lambda precision=precision: ours(
+            folder, 1, 8, MPIRUN, precision=precision
+        )
+        part.base[f"hvdtrain, {precision}"] = name
+    return part
+
+
+def weak_scaling(folder: Path) -> Ways:
+    return Ways(
+        "weak scaling, 1 thread a rank",
+        {
+            "hvdtrain, fp32, 1 rank": lambda: ours(folder, 1, 8),
+            "hvdtrain, fp32, 2 ranks": lambda: ours(folder, 1, 16, MPIRUN),
+        },
+        {"hvdtrain, fp32, 2 ranks": "hvdtrain, fp32, 1 rank"},
+    )
+
+
+def once(part: str, ways: Mapping[str, Way]) -> Iterator[list[str]]:
+    """Rows of ways that no speed is asked of."""
+    for name, way in ways.items():
+        found = way()
+        print(f"{part}: {name}: {found}", flush=True)
+        yield [part, name, "", "", "", *facts([found])]
+
+
+def losses(folder: Path) -> Iterator[list[str]]:
+    data = store_rows(folder, "loss", SIZES, 8192, 8, LONG)
+    ways: dict[str, Way] = {
+        "nanoGPT's way, fp32": lambda: plain(data, 2, 8, LONG, way="nanogpt", evaluate=True),
+        "nanoGPT's way, bf16 autocast": lambda: plain(data, 2, 8, LONG, way="nanogpt", bf16=True, evaluate=True),
+    }
+    for precision in ("fp32", "bf16", "bf16-weights"):
+        ways[f"hvdtrain, {precision}"] = lambda precision=precision: ours(folder, 2, 8, steps=LONG, precision=precision)
+    return once(f"{LONG} steps", ways)
+
+
+def memory(folder: Path) -> Iterator[list[str]]:
+    data = store_rows(folder, "memory", LARGE, 50304, 4, 10)
+    large = {**LARGE, "vocab_multiple": 50304}
+    ways: dict[str, Way] = {"nanoGPT's way, fp32": lambda: plain(data, 2, 4, 10, way="nanogpt")}
+    for precision in ("fp32", "bf16-weights"):
+        ways[f"hvdtrain, {precision}"] = lambda precision=precision: ours(
+            folder, 2, 4, steps=10, precision=precision, model=large
+        )
+    return once("vocabulary 50,304, context 1,024", ways)
+
+
+def measured(folder: Path) -> Iterator[list[str]]:
+    """The table, row by row."""
+    if "one" in PARTS:
+        yield from in_turn(one(folder))
+    if "ranks" in PARTS:
+        yield from in_turn(ranks(folder))
+    if "link" in PARTS:
+        with slow_link(HOSTS, Link(1e9), folder) as (network, mpirun):
+            yield from in_turn(over_link(folder, network, mpirun))
+    if "hf" in PARTS and not subprocess.call([HF_PYTHON, "-c", "import accelerate"], stderr=subprocess.DEVNULL):
+        yield from in_turn(against_hf(folder))
+    if "scaling" in PARTS:
+        yield from in_turn(weak_scaling(folder))
+    if "loss" in PARTS:
+        yield from losses(folder)
+    if "memory" in PARTS:
+        yield from memory(folder)
 
 
 def main() -> None:
-    rows: list[list[str]] = []
-    number = [0]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare(folder)
-
-        def add(part: str, results: dict[str, dict], measure: str = "tokens_per_s") -> None:
-            base = next(iter(results.values()))
-            for way, result in results.items():
-                ratio = result[measure] / base[measure]
-                loss, peak = result.get("val_loss"), result.get("peak_mib")
-                mfu, outside = result.get("mfu"), result.get("outside")
-                rows.append([
-                    part, way, f"{result['tokens_per_s']:,.0f}", f"{ratio:.2f}", f"{loss:.4f}" if loss else "",
-                    f"{mfu:.0%}" if mfu else "", f"{outside:.1%}" if outside else "", f"{peak:,.0f}" if peak else "",
-                ])  # fmt: skip
-                print(rows[-1], flush=True)
-
-        short = min(STEPS, 60)
-        if "one" in PARTS:
-            data = store_rows(folder, "one", SIZES, 8192, 8, STEPS)
-            results = {"nanoGPT's way, fp32": plain(data, 2, 8, STEPS, way="nanogpt", evaluate=True)}
-            for words in ({}, {"bf16": True}):
-                name = "bf16 autocast" if words else "fp32"
-                results[f"nanoGPT's way, {name}, compiled, {short} steps"] = plain(
-                    data, 2, 8, short, way="nanogpt", compile=True, **words
-                )
-            for precision in ("fp32", "bf16", "bf16-weights"):
-                results[f"hvdtrain, {precision}"] = ours(folder, number, 2, 8, STEPS, SIZES, None, precision=precision)
-            settings = {"precision": "bf16", "compile": "model"}
-            results["hvdtrain, bf16, compile=model"] = ours(folder, number, 2, 8, STEPS, SIZES, None, **settings)
-            add("1 rank x 2 threads", results)
-        if "ranks" in PARTS:
-            data = store_rows(folder, "ranks", SIZES, 8192, 8, short)
-            results = {"torch DDP, gloo, same model code": plain(data, 1, 8, short, TORCHRUN, way="ddp")}
-            results["torch DDP, gloo, same model and matrix library"] = plain(
-                data, 1, 8, short, TORCHRUN, way="ddp", own_matmul=True
-            )
-            results["hvdtrain, fp32"] = ours(folder, number, 1, 8, short, SIZES, MPIRUN)
-            results["hvdtrain, bf16"] = ours(folder, number, 1, 8, short, SIZES, MPIRUN, precision="bf16")
-            add("2 ranks x 1 thread", results)
-        if "link" in PARTS:
-            data = store_rows(folder, "link", SIZES, 8192, 8, STEPS)
-            with slow_link(HOSTS, Link(1e9), folder) as (network, mpirun):
-                over = [*mpirun, "-np", "2", "--bind-to", "none", "-x", "OMP_NUM_THREADS"]
-                results = {"torch DDP, gloo, same model code": ddp_over_link(network, data, 8, STEPS, evaluate=True)}
-                results["torch DDP, gloo, bf16 autocast, fp16 gradients"] = ddp_over_link(
-                    network, data, 8, short, bf16=True, fp16_gradients=True
-                )
-                for precision, wire, steps in (
-                    ("fp32", "fp32", short),
-                    ("fp32", "bf16", short),
-                    ("bf16", "bf16", STEPS),
-                ):
-                    settings = {"precision": precision, "sync": {"allreduce": {"wire": wire}}}
-                    results[f"hvdtrain, {precision}, wire {wire}, {steps} steps"] = ours(
-                        folder, number, 1, 8, steps, SIZES, over, **settings
-                    )
-            add("2 ranks x 1 thread, 1 Gbit/s", results)
-        if "hf" in PARTS and not subprocess.call([HF_PYTHON, "-c", "import transformers"], stderr=subprocess.DEVNULL):
-            data = store_rows(folder, "hf", SIZES, 8192, 8, short)
-            torchrun = [HF_PYTHON, *TORCHRUN[1:], str(WAYS / "hf_train.py")]
-            results = {}
-            for name, more in (("fp32", {}), ("bf16", {"bf16": True})):
-                words = {"folder": str(data), "rows": 8, "steps": short, "threads": 1, **more}
-                printed = run([*torchrun, json.dumps(words)], 1).splitlines()
-                last = next(line for line in reversed(printed) if line.startswith('{"tokens_per_s"'))
-                results[f"Hugging Face Trainer, gloo, {name}"] = json.loads(last)
-            for precision in ("fp32", "bf16"):
-                results[f"hvdtrain, {precision}"] = ours(
-                    folder, number, 1, 8, short, SIZES, MPIRUN, precision=precision
-                )
-            add("2 ranks x 1 thread", results)
-        if "scaling" in PARTS:
-            results = {
-                f"hvdtrain, fp32, {count}": ours(
-                    folder, number, 1, batch, short, SIZES, MPIRUN if count != "1 rank" else None
-                )
-                for count, batch in (("1 rank", 8), ("2 ranks", 16))
-            }
-            add("weak scaling, 1 thread a rank", results)
-        if "memory" in PARTS:
-            data = store_rows(folder, "memory", LARGE, 50304, 4, 10)
-            results = {"nanoGPT's way, fp32": plain(data, 2, 4, 10, way="nanogpt")}
-            large = {**LARGE, "vocab_multiple": 50304}
-            results["hvdtrain, fp32"] = ours(folder, number, 2, 4, 10, large, None)
-            results["hvdtrain, bf16-weights"] = ours(folder, number, 2, 4, 10, large, None, precision="bf16-weights")
-            add("vocabulary 50,304, context 1,024", results, "peak_mib")
-    head = ["part", "way", "tokens/s", "ratio", "val loss", "share of ceiling", "outside", "peak MiB"]
+        rows = list(measured(folder))
+    head = ["part", "way", "tokens/s", "ratio", "to", "share of ceiling", "outside", "val loss", "peak MiB"]
     note = (
         f"6 x 384, vocabulary 8,192, context 256, {STEPS} steps of 8 sequences where nothing else is said. Rows, first "
-        "weights and schedule are the same on both sides. tokens/s: of the others the median over intervals "
-        "of 10 steps, of hvdtrain the mean over all but the first. Share of the measured ceiling of matrix products in "
-        "the run's precision; outside: share of the time in neither forward, backward, sync nor optimizer."
+        f"weights and schedule are the same on both sides. {ROUNDS} rounds, the ways in turn: tokens/s, medians over "
+        "intervals of 10 steps and then over rounds; ratio, of the same round: median (least to most). Share of the "
+        "measured ceiling of matrix products in the run's precision; outside: share of the time in neither forward, "
+        "backward, sync nor optimizer."
     )
     print(table.write("engine", "The engine, side by side", "make bench BENCH=engine", head, rows, note))
 

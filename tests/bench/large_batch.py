@@ -4,8 +4,9 @@
     MODELS=shakespeare-char BATCHES=1,16 OPTIMIZERS=adamw,muon SEEDS=1        some of it
     ONLY=report                       the table and the picture of what is there
 
-1. tuned     rates from a grid of factors of 2, longer where its best is at an end; one seed. Without that, a comparison
-             of batches is one of rates (Shallue et al. 2019, 1811.03600).
+1. tuned     the best of a grid of factors of 2, looked for from the best of the batch before: downhill until no
+             neighbour is better; one seed. Without that, a comparison of batches is one of rates (Shallue et al. 2019,
+             1811.03600).
 2. seeds     three at the best rate; gradual, constant and no warm-up
 3. rules     rates of the base batch alone, everything else by scaling.rule
 
@@ -20,7 +21,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import large_batch_report
@@ -40,15 +41,9 @@ MODELS = {"shakespeare-char": 12, "demo": 16}  # recipe -> its batch, which the 
 TIMES = [int(word) for word in chosen("BATCHES", "1,4,8,16,32")]
 SEEDS = range(1, int(os.environ.get("SEEDS", "3")) + 1)
 WARMUPS = ("constant", "none")  # beside gradual
-# Where each grid begins: peak rates; of muon also what its other parameters have of the matrices' rate.
-GRIDS = {
-    "adamw": [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2],
-    "lamb": [5e-3, 1e-2, 2e-2, 4e-2, 8e-2],
-    "lars": [1.0, 2.0, 4.0, 8.0, 16.0],
-    "muon": [5e-3, 1e-2, 2e-2, 4e-2, 8e-2],
-}
-OPTIMIZERS = chosen("OPTIMIZERS", ",".join(GRIDS))
-SHARES = {"muon": [0.1, 0.2, 0.4]}
+# Where the search begins at the base batch: the peak rate, and of muon what its other parameters have of it.
+FIRST = {"adamw": (2e-3, 0.0), "lamb": (1e-2, 0.0), "lars": (4.0, 0.0), "muon": (1e-2, 0.1)}
+OPTIMIZERS = chosen("OPTIMIZERS", ",".join(FIRST))
 COMMON = ("eval.every=0", "eval.rows=192", "checkpoint.every=0", "metrics.every=100", "schedule.name=cosine")
 
 
@@ -124,27 +119,21 @@ def train(trial: Trial) -> dict[str, float | None]:
     return {name: summary.get(name) for name in ("val_loss", "noise_scale_tokens", "tokens", "train_s")}
 
 
-def tuned(runs: Runs, model: str, optimizer: str, times: int) -> Trial:
-    """The best of the grid, which grows where its best is at an end."""
-
-    def trial(lr: float, share: float) -> Trial:
-        return Trial(model, optimizer, times, lr, share)
-
-    best = []
-    for share in SHARES.get(optimizer, [0.0]):
-        rates = list(GRIDS[optimizer])
-        while True:
-            losses = {lr: runs.loss(trial(lr, share)) for lr in rates}
-            least = min(losses, key=lambda lr: losses[lr])
-            if math.isinf(losses[least]) or least not in (rates[0], rates[-1]):
-                break
-            rates = [least / 2, *rates] if least == rates[0] else [*rates, least * 2]
-        best.append(trial(least, share))
-    return min(best, key=runs.loss)
+def tuned(runs: Runs, start: Trial) -> Trial:
+    """The best of the grid around ``start``: its neighbours are tried until none is better."""
+    best = start
+    while True:
+        shares = (best.share / 2, best.share * 2) if best.share else ()
+        near = [replace(best, lr=lr) for lr in (best.lr / 2, best.lr * 2)]
+        near += [replace(best, share=share) for share in shares]
+        found = min([best, *near], key=runs.loss)
+        if found == best:
+            return best
+        best = found
 
 
 def mean(runs: Runs, trial: Trial) -> float:
-    return statistics.mean([runs.loss(Trial(**{**asdict(trial), "seed": seed})) for seed in SEEDS])
+    return statistics.mean([runs.loss(replace(trial, seed=seed)) for seed in SEEDS])
 
 
 def prepare(model: str) -> None:
@@ -161,7 +150,12 @@ def prepare(model: str) -> None:
 
 def experiment(runs: Runs, model: str) -> Iterator[Trial]:
     """All that is to be run, in the order in which it says most soonest."""
-    best = {(name, times): tuned(runs, model, name, times) for times in TIMES for name in OPTIMIZERS}
+    best: dict[tuple[str, int], Trial] = {}
+    for name in OPTIMIZERS:
+        trial = Trial(model, name, TIMES[0], *FIRST[name])
+        for times in TIMES:
+            trial = tuned(runs, replace(trial, times=times))
+            best[name, times] = trial
     for trial in best.values():
         mean(runs, trial)
         yield trial
@@ -174,7 +168,7 @@ def experiment(runs: Runs, model: str) -> Iterator[Trial]:
     for trial in best.values():
         for warmup in WARMUPS:
             if trial.times > 1:
-                other = Trial(**{**asdict(trial), "warmup": warmup})
+                other = replace(trial, warmup=warmup)
                 mean(runs, other)
                 yield other
 

@@ -45,21 +45,33 @@ def measure() -> None:
 
 
 def main() -> None:
+    from table import write
+
     command = ["mpirun", "--oversubscribe", "--bind-to", "none", "-np", "5", sys.executable, __file__, "measure"]
     done = subprocess.run(command, text=True, capture_output=True, timeout=1800)
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
     if done.returncode or len(lines) != 2 * ROUNDS:
         sys.exit(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    print(f"| one of four | others, tickets/s | slow one | staleness, mean / most |\n|{' --- |' * 4}")
-    medians = []
+    rows, speeds_of = [], []
     for is_slow, name in ((0, "as fast as the others"), (1, f"{SLOWER:g}x slower")):
         of_way = [line for line in lines if line[0] == is_slow]
-        others = statistics.median(statistics.mean(speeds[:3]) for _, speeds, _, _ in of_way)
+        others = [statistics.mean(speeds[:3]) for _, speeds, _, _ in of_way]
+        speeds_of.append(others)
         slow = statistics.median(speeds[3] for _, speeds, _, _ in of_way)
         stale = statistics.median(line[2] for line in of_way), max(line[3] for line in of_way)
-        medians.append(others)
-        print(f"| {name} | {others:.2f} | {slow:.2f} | {stale[0]:.2f} / {stale[1]} |")
-    print(f"\nthe others keep {medians[1] / medians[0]:.1%} of their speed (median of {ROUNDS})")
+        rows.append([name, f"{statistics.median(others):.2f}", f"{slow:.2f}", f"{stale[0]:.2f} / {stale[1]}"])
+    kept = [slow / equal for equal, slow in zip(*speeds_of, strict=True)]
+    head = ["one of four workers", "the others, tickets/s", "that one", "staleness, mean / most"]
+    note = (
+        f"The others keep {statistics.median(kept):.1%} of their speed ({min(kept):.1%} to {max(kept):.1%}): median of "
+        f"{ROUNDS} rounds of {STEPS} steps, the ways in turn. Computing is a sleep of {1e3 * PAUSE_S:.0f} ms, the slow "
+        f"worker's of {SLOWER:g} times that, beside a tiny model."
+    )
+    print(
+        write(
+            "slow_worker", "A slow worker of an asynchronous server", "make bench BENCH=slow_worker", head, rows, note
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -7,7 +7,10 @@
 nanogpt   one process, eager or compiled, fp32 or bf16 autocast: logits kept, mean loss, clip_grad_norm_, AdamW
 ddp       under torchrun: hvdtrain's own model and loss in torch's DistributedDataParallel over gloo
 
-Prints one JSON line: tokens/s (median over intervals of 10 steps, without the first), validation loss, peak memory.
+"fused": torch's fused AdamW.
+
+Prints one JSON line: rates, the tokens/s of each interval of 10 steps without the first; tokens_per_s, their median;
+validation loss; peak memory.
 """
 
 import contextlib
@@ -97,7 +100,7 @@ def main(words: dict) -> None:
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=on_gpu)
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=on_gpu or words.get("fused", False))
     windows = np.load(folder / f"windows-{words['rows']}.npy", mmap_mode="r")
     share = words["rows"] // size
     rates, started = [], time.perf_counter()
@@ -118,7 +121,8 @@ def main(words: dict) -> None:
             now = time.perf_counter()
             rates.append(10 * words["rows"] * (windows.shape[2] - 1) / (now - started))
             started = now
-    result = {"tokens_per_s": statistics.median(rates[1:] or rates)}
+    rates = rates[1:] or rates
+    result = {"rates": rates, "tokens_per_s": statistics.median(rates)}
     if words.get("evaluate"):
         val = torch.from_numpy(np.load(folder / "val.npy").astype(np.int64))
         with torch.no_grad(), autocast:
