@@ -100,8 +100,9 @@ def _json_shape(head: bytes, may_be_squad: bool) -> str:
 
 def check_plain(files: Sequence[InputFile]) -> None:
     """Errors: ConfigError where a file that is to be read line by line has the ending of a table or of JSON."""
+    tables = endings_of("pairs")
     for file in files:
-        if file.suffix in endings_of("pairs"):
+        if file.suffix in tables:
             raise ConfigError(
                 f"--source and --target are plain text line by line; {file.path} is no such file by its ending: "
                 "give it with --input if it holds both sides, or rename it"
@@ -110,10 +111,10 @@ def check_plain(files: Sequence[InputFile]) -> None:
 
 def notes(files: Sequence[InputFile]) -> list[str]:
     """What the user should know of files whose ending does not say how they are read, or says something else."""
-    found: dict[tuple[str, str], list[InputFile]] = {}
+    tables, found = endings_of("labels"), dict[tuple[str, str], list[InputFile]]()
     for file in files:
         ending = file.suffix
-        if ending == ".json" or (file.how == TEXT and ending in endings_of("labels")):
+        if ending == ".json" or (file.how == TEXT and ending in tables):
             found.setdefault((ending, file.how), []).append(file)
     return [
         f"{some[0].path}{f' and {len(some) - 1:,} more {ending} files' * (len(some) > 1)}: read as {how}"
