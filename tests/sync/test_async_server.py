@@ -154,6 +154,15 @@ def test_what_is_too_old_weighs_less():
     assert ParameterServerOptions().weight_of(8, 4) == 1 > ParameterServerOptions().weight_of(9, 4)
 
 
+def test_a_push_that_weighs_half_moves_half(monkeypatch: pytest.MonkeyPatch):
+    common = {"optim": OptimOptions(name="sgd", lr=0.01, momentum=0.0, weight_decay=0.0, clip_norm=0.0)}
+    (start,), (alone,) = trained(1, 0, **common), trained(1, 1, **common)
+    monkeypatch.setattr(ParameterServerOptions, "weight_of", lambda *_: 0.5)
+    found, began = held(dealt(2, 1, **common, sync=server(1))[0]), held(start)
+    for name, whole in held(alone).items():
+        torch.testing.assert_close(found[name] - began[name], (whole - began[name]) / 2, rtol=1e-3, atol=1e-6)
+
+
 def test_a_bound_that_refuses_nearly_all_is_refused():
     with pytest.raises(ConfigError, match=r"=2 would refuse nearly all: 4 workers .*; set it to 3 or more"):
         check_sync(server(1, max_staleness=2, stale="refuse"), 4, 100)

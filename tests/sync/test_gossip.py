@@ -81,13 +81,13 @@ def test_push_is_its_matrix_one_exchange_late(topology: str, every: int):
     assert (s < 0.9).all()  # the shares matter: x alone is far from a model
 
 
-@pytest.mark.parametrize("push", [False, True])
-def test_nothing_is_lost_on_the_way(push: bool):
+@pytest.mark.parametrize(("push", "topology"), [(False, "exponential"), (True, "exponential"), (True, "ring")])
+def test_nothing_is_lost_on_the_way(push: bool, topology: str):
     """Replicas that learn nothing keep the mean that they began with, whenever they look, messages under way or not."""
     still = OptimOptions(name="sgd", lr=1e-30, momentum=0.0, weight_decay=0.0)
 
     def work(group: ThreadGroup) -> list[dict]:
-        run = Training(group, gossip(push=push), still)
+        run = Training(group, gossip(push=push, topology=topology), still)
         with torch.no_grad():  # from here on they are not alike
             for parameter in run.model.parameters():
                 parameter.add_(group.rank)

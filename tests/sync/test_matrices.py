@@ -8,8 +8,9 @@ from threads import ThreadGroup, on_ranks
 from hvdtrain.comm.mesh import MeshOptions
 from hvdtrain.models.matrices import block_matrices
 from hvdtrain.models.options import TransformerOptions
+from hvdtrain.optim.muon import NewtonSchulz, WholeMatrices
 from hvdtrain.optim.optimizer import OptimOptions
-from hvdtrain.slices import Rect
+from hvdtrain.slices import Rect, Slice
 from hvdtrain.sync import SyncOptions, matrices
 from hvdtrain.sync.matrices import Block, Routes, SpreadMatrices
 from hvdtrain.sync.parameter_server import ParameterServerOptions
@@ -114,6 +115,22 @@ def test_pieces_are_made_as_wholes(ranks: int, recipe: dict, alone: dict[str, to
             ]
             expected[piece.name] = torch.cat(parts)
         assert furthest(held(learner), expected) <= TOLERANCE
+
+
+def test_an_odd_number_of_two_byte_numbers_travels():
+    def work(group: ThreadGroup) -> None:
+        weight, made = torch.randn(3, 3, generator=torch.Generator().manual_seed(0)), NewtonSchulz(torch.bfloat16)
+        piece = Slice("a", weight, weight.shape, (rows(0, 3, 3),), group)
+        ways = SpreadMatrices([piece], {"a": [3]}, group, made, weight.device), WholeMatrices({weight: [3]}, made)
+        shared, each = (
+            [update.clone() for _, run in way.updates([weight], copy_weights) for update in run] for way in ways
+        )
+        assert len(shared) == 1 and torch.equal(shared[0], each[0])
+
+    def copy_weights(weights: list[torch.Tensor], into: list[torch.Tensor]) -> None:
+        torch._foreach_copy_(into, weights)
+
+    on_ranks(2, work)
 
 
 def test_halves_made_apart_would_be_others(alone: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch):
