@@ -15,12 +15,15 @@ from hvdtrain.config import RunConfig
 from hvdtrain.cut.precision import PRECISIONS
 from hvdtrain.cut.schedules import SCHEDULES, Backward, Forward, Pass, WeightGradient
 from hvdtrain.data.corpora import CorpusFacts
+from hvdtrain.machine.matmul import has_fast_bf16
 from hvdtrain.models.losses import chunk_rows
 from hvdtrain.optim.optimizer import state_bytes
 from hvdtrain.planner.dry_run import AttentionKind, Footprint, dry_stages
 from hvdtrain.planner.shares import Share, balance, shares_of
 from hvdtrain.planner.workload import Workload
-from hvdtrain.sync import needs_of
+from hvdtrain.sync import SYNCS, needs_of
+from hvdtrain.sync.apart import ApartSync
+from hvdtrain.sync.matrices import bytes_at_peak
 from hvdtrain.sync.needs import Needs, Trained
 from hvdtrain.tasks import make_task
 
@@ -87,7 +90,9 @@ def memory(config: RunConfig, facts: CorpusFacts, load: Workload, device: str, m
         trained = _trained(config, share, load)
         needs = needs_of(config.sync, trained)
         parts = _parts(config, share, trained, needs)
-        at_most = max(peak, needs.passing)
+        at_most = max(
+            peak, needs.passing, _orthogonal(config, share, needs.moved / max(1, trained.count), load, device)
+        )
         parts |= {"activations": kept, "temporaries": at_most - kept}
         parts["evaluation"] = max(0, evaluation + needs.viewed - at_most)
         if len(shares) > 1:
@@ -150,6 +155,18 @@ def _trained(config: RunConfig, share: Share, load: Workload) -> Trained:
         bool(PRECISIONS[config.precision].weights),
         {holders * ranks: count for holders, count in share.by_holders().items()},
     )
+
+
+def _orthogonal(config: RunConfig, share: Share, moved: float, load: Workload, device: str) -> int:
+    """What Muon takes to make matrices orthogonal where ranks do that together. moved: of all numbers, by this rank."""
+    options, sync, ranks = config.optim.muon, config.sync, load.replicas * config.mesh.tensor
+    if config.optim.name != "muon" or ranks == 1 or issubclass(SYNCS[sync.name], ApartSync):
+        return 0
+    is_alike = config.mesh.tensor == 1 and moved == 1
+    if is_alike and options.share == "never":
+        return 0
+    fast = has_fast_bf16(torch.device(device))
+    return bytes_at_peak(round(share.matrices * moved), ranks, is_alike, options, fast)
 
 
 def _of_server(config: RunConfig, load: Workload, parts: Mapping[str, int], needs: Needs, device: str) -> Memory:

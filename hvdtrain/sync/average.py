@@ -34,7 +34,8 @@ class AverageOptions(ApartOptions):
 
 
 def needs_of_average(options: AverageOptions, trained: Trained) -> Needs:
-    return needs_apart(trained)
+    # A soup that is looked at: the replica's own weights twice, and the mean of some on its way.
+    return needs_apart(trained, passing=3 * 4 * trained.count if options.fuse == "soup" else 0)
 
 
 class AverageSync(ApartSync):

@@ -157,7 +157,10 @@ class SpreadMatrices:
                 continue
             update = torch.empty_like(weight)
             write([weight], [update])
-            written |= {block: view for block, view in self._views(self._pieces[id(weight)], update) if block in needed}
+            pairs = self._views(self._pieces[id(weight)], update)
+            kept = [(block, view) for block, view in pairs if block in needed]
+            # A view would keep the memory of them all.
+            written |= kept if len(kept) == len(pairs) else [(block, view.clone()) for block, view in kept]
         blocks = {**written, **self._exchange(self.routes.gathered, written.__getitem__, torch.float32, "pieces")}
         whole = {}
         for number in self._own:
@@ -211,6 +214,23 @@ class SpreadMatrices:
         ]
 
 
+def bytes_at_peak(numbers: int, ranks: int, is_alike: bool, options: MuonOptions, fast: bool) -> int:
+    """That ``SpreadMatrices.updates`` takes at once (local). numbers: of matrices that a rank holds, or of its pieces.
+
+    is_alike: all ``ranks`` hold all. fast: see ``make_matrices``.
+    """
+    of_number = 2 if _is_narrow(options, fast) else 4
+    if not is_alike:  # written, sent or received, and put together
+        return 3 * 4 * numbers
+    own = -(-numbers // ranks)
+    # What was written has gone when all arrives, but in pieces: none is as large as what arrives.
+    return 4 * own + of_number * (2 * own + numbers)
+
+
+def _is_narrow(options: MuonOptions, fast: bool) -> bool:
+    return fast if options.precision == "auto" else options.precision == "bf16"
+
+
 def make_matrices(
     sync: Sync, parts: Mapping[str, Sequence[int]], options: MuonOptions, mesh: Mesh, device: torch.device, fast: bool
 ) -> tuple[Matrices, list[str]]:
@@ -222,7 +242,7 @@ def make_matrices(
     group = mesh.replica
     if mesh.tensor.size > 1:
         group = mesh.holders(frozenset({mesh.pipe.rank}), all_parts=True)
-    is_narrow = all(group.all_gather_object(fast)) if options.precision == "auto" else options.precision == "bf16"
+    is_narrow = _is_narrow(options, all(group.all_gather_object(fast)))
     newton_schulz = NewtonSchulz(torch.bfloat16 if is_narrow else torch.float32, options.scale)
     whole = WholeMatrices({piece.tensor: parts[piece.name] for piece in pieces if piece.is_whole}, newton_schulz)
     if isinstance(sync, ApartSync) or group.size == 1:

@@ -161,6 +161,32 @@ def test_what_options_add():
     assert memory(config, of_files, workload(config, of_files, 2), "cpu").parts["mapped shards"] == 3 * MIB
 
 
+def test_matrices_that_ranks_make_together_need_room():
+    """Alike on two ranks: half is written and made, that half is sent, and all arrives. Pieces are written, sent or
+    received, and put together; what a rank has of them under ZeRO is half.
+    """
+
+    def at_most(**tree) -> tuple[int, int]:
+        sizes = {"width": 256, "context": 8}
+        train = {"steps": 5, "global_batch": 2, "microbatch": 1}
+        config = settings(model=sizes, train=train, precision="fp32", **tree)
+        load = workload(config, FACTS, 2)
+        parts = memory(config, FACTS, load, "cpu").parts
+        return parts["activations"] + parts["temporaries"], load.matrices
+
+    def muon(**options: str) -> dict:
+        return {"name": "muon", "muon": {"precision": "fp32", **options}}
+
+    plain, _ = at_most()
+    peak, matrices = at_most(optim=muon())
+    assert (peak, matrices) == (4 * (3 * matrices // 2 + matrices), 2 * 12 * 256 * 256)
+    assert at_most(optim=muon(precision="bf16"))[0] == peak - 2 * 2 * matrices
+    assert at_most(optim=muon(share="never"))[0] == plain < peak
+    apart = {"name": "average"}
+    assert at_most(optim=muon(share="never"), sync=apart) == at_most(optim=muon(), sync=apart)
+    assert at_most(optim=muon(), sync={"name": "zero"})[0] == pytest.approx(3 * 4 * matrices / 2, rel=0.01)
+
+
 def test_a_gpu_counts_tensors_alone():
     config = settings(device="cuda", model={"dropout": 0.1}, checkpoint={"asynchronous": True})
     load = workload(config, FACTS, 2)
