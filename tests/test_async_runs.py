@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from launch import Prepared, succeed, summary
 
-from hvdtrain.watch.metrics import read_log
+from hvdtrain.watch.log_file import read_log
 
 ASYNC = ("sync.name=parameter_server", "sync.parameter_server.mode=asynchronous", "sync.parameter_server.servers=1")
 

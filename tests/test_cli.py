@@ -17,7 +17,7 @@ from hvdtrain.checkpoint.valid import read_progress
 from hvdtrain.checkpoint.writer import CheckpointOptions, save
 from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.config import describe_options, recipe_names
-from hvdtrain.watch.metrics import read_log
+from hvdtrain.watch.log_file import read_log
 
 PROMPT = "def żółw_日本("
 GENERATED = {

@@ -24,7 +24,7 @@ import yaml
 from launch import DATA_PREP, TRACE, Done, environment, snapshot, succeed, summary
 from modes import Row, in_one_go
 
-from hvdtrain.watch.metrics import read_log
+from hvdtrain.watch.log_file import read_log
 
 LIBRARY = Path(sysconfig.get_path("stdlib"))
 MODULES = ("argparse", "calendar", "tarfile")  # the labels; the commonest has less than half of the lines

@@ -19,7 +19,7 @@ from hvdtrain.commands.evaluate import evaluate
 from hvdtrain.commands.generate import generate
 from hvdtrain.errors import EXIT_BAD_DATA, EXIT_DIVERGED, EXIT_USAGE, HvdtrainError
 from hvdtrain.train import train
-from hvdtrain.watch.metrics import read_log
+from hvdtrain.watch.log_file import read_log
 
 pytestmark = pytest.mark.usefixtures("torch_switches")
 PART = "part-00000-of-00001.safetensors"

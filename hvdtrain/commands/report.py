@@ -1,16 +1,16 @@
 """What one or several runs came to: a table on the terminal and ``loss.png``."""
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
 
 from hvdtrain.checkpoint.retention import folder_of, steps_saved
 from hvdtrain.commands.page import png_of
-from hvdtrain.errors import CheckpointError, OutputError
+from hvdtrain.errors import CheckpointError, OutputError, plural
 from hvdtrain.files import make_folder, read_text, seen, write_bytes
-from hvdtrain.optim.noise_scale import advice
-from hvdtrain.watch.metrics import read_log
+from hvdtrain.watch.log_file import read_log
 
 
 def report(run_dirs: list[Path], out: Path | None) -> str:
@@ -111,6 +111,23 @@ def advice_on(run: dict[str, Any]) -> list[str]:
     if noise is None or batch is None or not isinstance(ranks, int):
         return []
     return [f"batch        {run['name']}: {advice(noise, batch, ranks)}"]
+
+
+def advice(noise: float, batch: float, ranks: int) -> str:
+    """One sentence: what a run at ``batch`` targets an update, shared by ``ranks``, pays for its size (1812.06162)."""
+    limit = max(1, math.floor(noise / (batch / ranks)))
+    share = batch / noise
+    more = f"{100 * share:.0f} % more tokens than at" if share <= 1 else f"{1 + share:.1f} times the tokens of"
+    return (
+        f"critical batch about {_round(noise):,} tokens; at {batch:,.0f} tokens an update the run needs "
+        f"{more} a small one; beyond {plural(limit, 'rank', ',')} "
+        "with as much each, more of the allocation is wasted than gained"
+    )
+
+
+def _round(number: float) -> int:
+    """To two digits: more are not known."""
+    return int(float(f"{number:.1e}"))
 
 
 def _tokens_per_update(run: dict[str, Any]) -> float | None:

@@ -9,7 +9,7 @@ from hvdtrain.commands.page import Block, Facts, Heading, Page, Picture, Table, 
 from hvdtrain.commands.report import advice_on, draw_losses, read_all, table_of
 from hvdtrain.errors import plural
 from hvdtrain.jobs.slurm import job_records
-from hvdtrain.watch.metrics import STEP_PARTS
+from hvdtrain.watch.log_file import STEP_PARTS
 
 Run = dict[str, Any]  # as commands/report.py reads it
 

@@ -12,12 +12,9 @@ averages is what has little bias. The unit is target tokens (rows, for labels); 
 it is the batch in rows times their length that counts, not the tokens as such.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
-
-from hvdtrain.errors import plural
 
 _DECAY = 0.99  # of a step: an average over about 100
 
@@ -107,20 +104,3 @@ class PartNorms:
             if self._speaks:
                 sums[1].fill_(1 / weight)
                 sums[2].fill_(1)
-
-
-def advice(noise: float, batch: float, ranks: int) -> str:
-    """One sentence for users: what a run at ``batch`` targets an update, shared by ``ranks``, pays for its size."""
-    limit = max(1, math.floor(noise / (batch / ranks)))
-    share = batch / noise
-    more = f"{100 * share:.0f} % more tokens than at" if share <= 1 else f"{1 + share:.1f} times the tokens of"
-    return (
-        f"critical batch about {_round(noise):,} tokens; at {batch:,.0f} tokens an update the run needs "
-        f"{more} a small one; beyond {plural(limit, 'rank', ',')} "
-        "with as much each, more of the allocation is wasted than gained"
-    )
-
-
-def _round(number: float) -> int:
-    """To two digits: more are not known."""
-    return int(float(f"{number:.1e}"))

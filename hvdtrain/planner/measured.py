@@ -12,7 +12,7 @@ from hvdtrain.errors import CheckpointError, ConfigError
 from hvdtrain.files import again, listed, read_json
 from hvdtrain.planner.growth import Point
 from hvdtrain.planner.workload import step_rows
-from hvdtrain.watch.metrics import STEP_PARTS, read_log
+from hvdtrain.watch.log_file import STEP_PARTS, read_log
 
 # What may differ between runs of which one is to tell how another grows: the batch of all ranks and what is scaled with
 # it, how long, where the data lie, and what is neither computed nor sent in a step.

@@ -3,34 +3,30 @@
 Rank 0 writes. Numbers that live on the device are read only at the steps that are logged.
 """
 
-import json
 import math
-import os
 import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from pydantic import field_validator
 
-from hvdtrain.errors import OutputError, give_up_output
-from hvdtrain.files import again, exists, note, optional, write_text
+from hvdtrain.errors import give_up_output
+from hvdtrain.files import note, optional
 from hvdtrain.optim.guard import Guard, is_overflow
 from hvdtrain.optim.noise_scale import NoiseScale
 from hvdtrain.optim.update import Agreed
 from hvdtrain.options import Options, option
 from hvdtrain.watch.bar import Bar, is_for_people
 from hvdtrain.watch.board import Board
+from hvdtrain.watch.log_file import STEP_PARTS, LogFile
 from hvdtrain.watch.meter import Laps, StepTimes, memory_peak_mib
 from hvdtrain.watch.profiler import parse_steps
 
 T = TypeVar("T")
-
-STEP_PARTS = ("data", "compute", "sync", "optimizer", "other")  # of a step's time, as ``time_PART_s`` in the log
 
 
 class MetricsOptions(Options):
@@ -100,14 +96,14 @@ class Metrics:
         # Of all intervals but the first, which holds the start-up.
         self._rate_tokens, self._rate_flops, self._rate_s = 0, 0, 0.0
         self._intervals = 0
-        self._log_file: _LogFile | None = None
+        self._log_file: LogFile | None = None
         self._board: Board | None = None
         self._board_start = start_step
         self._bar: Bar | None = None
         self.last_loss = math.nan
         self.skipped = 0  # steps, by a guard
         if is_main:
-            self._log_file = _LogFile(run_dir / "metrics.jsonl", start_step)
+            self._log_file = LogFile(run_dir / "metrics.jsonl", start_step)
             if is_for_people():
                 self._bar = Bar(steps, start_step)
 
@@ -280,60 +276,3 @@ class Metrics:
             self._log_file.close()
         if self._board is not None:
             optional(self._board.close, f"cannot write {self._run_dir}/tensorboard", None)
-
-
-class _LogFile:
-    """metrics.jsonl, gone on with after ``start_step``; later lines, of a killed run, go. Errors: OutputError.
-
-    A line that could not be written is written again, from where it began: never twice.
-    """
-
-    def __init__(self, path: Path, start_step: int):
-        self._path, self._handle = path, None
-        try:
-            kept = [line for line in read_log(path) if line["step"] <= start_step] if exists(path) else []
-        except OSError as error:
-            raise OutputError(f"cannot read {path}: {error.strerror or error}") from error
-        text = "".join(json.dumps(line) + "\n" for line in kept)
-        write_text(path, text)
-        self._size = len(text.encode())
-
-    def append(self, line: dict[str, Any]) -> None:
-        content = f"{json.dumps(line)}\n".encode()
-        try:
-            again(lambda: self._append(content), self._path)
-        except OSError as error:
-            raise OutputError(f"cannot write {self._path}: {error.strerror or error}") from error
-        self._size += len(content)
-
-    def _append(self, content: bytes) -> None:
-        if self._handle is None:
-            self._handle = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
-            if os.fstat(self._handle).st_size > self._size:  # part of a line that failed
-                os.ftruncate(self._handle, self._size)
-        try:
-            rest = memoryview(content)
-            while rest:
-                rest = rest[os.write(self._handle, rest) :]
-        except OSError:
-            self.close()  # a handle that went stale stays so
-            raise
-
-    def close(self) -> None:
-        handle, self._handle = self._handle, None
-        if handle is not None:
-            with suppress(OSError):  # as after each line: what a server loses later, nobody is told
-                os.close(handle)
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line that a killed run left half-written is dropped."""
-    lines = []
-    for text in again(lambda: path.read_text(encoding="utf-8", errors="replace"), path).splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
-            lines.append(line)
-    return lines

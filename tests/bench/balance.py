@@ -25,7 +25,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
 from tiny import random_tokens, write_data  # noqa: E402
 
-from hvdtrain.watch.metrics import STEP_PARTS  # noqa: E402
+from hvdtrain.watch.log_file import STEP_PARTS  # noqa: E402
 
 RANKS, ROWS = int(os.environ.get("RANKS", "2")), int(os.environ.get("ROWS", "16"))
 STEPS, ROUNDS = int(os.environ.get("STEPS", "120")), int(os.environ.get("ROUNDS", "3"))

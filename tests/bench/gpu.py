@@ -30,7 +30,7 @@ import numpy as np
 import table
 import yaml
 
-from hvdtrain.watch.metrics import STEP_PARTS
+from hvdtrain.watch.log_file import STEP_PARTS
 
 HERE = Path(__file__).resolve().parent
 PARTS = os.environ.get("PARTS", "tests ceilings gpt2 large checkpoint optimizers kernels precision").split()

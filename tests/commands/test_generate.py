@@ -19,7 +19,7 @@ from hvdtrain.commands.evaluate import Files, TextOptions, evaluate, evaluate_fi
 from hvdtrain.commands.generate import Lines, generate, generate_file
 from hvdtrain.errors import EXIT_BAD_DATA, EXIT_USAGE, HvdtrainError
 from hvdtrain.tasks.answers import Row
-from hvdtrain.watch.metrics import read_log
+from hvdtrain.watch.log_file import read_log
 
 GENERATE, EVALUATE = "hvdtrain.commands.generate", "hvdtrain.commands.evaluate"
 GREEDY = {"temperature": 0.0, "max_tokens": 24}

@@ -22,7 +22,7 @@ from hvdtrain.comm.ranks import OneRank
 from hvdtrain.errors import EXIT_CRASH, EXIT_USAGE, OutputError, RankError
 from hvdtrain.jobs import claim
 from hvdtrain.jobs.claim import Claim, describe_myself, has_ended, is_known_dead, newest_claim, read_owner
-from hvdtrain.watch.metrics import read_log
+from hvdtrain.watch.log_file import read_log
 
 STARTS, ROUNDS = 8, 3
 

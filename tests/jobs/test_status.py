@@ -17,7 +17,7 @@ from launch import HVDTRAIN, Prepared, environment, launch, summary
 from hvdtrain.errors import CheckpointError
 from hvdtrain.jobs.slurm import Queued
 from hvdtrain.jobs.status import Status, read_tail, span, status, status_of
-from hvdtrain.watch.metrics import read_log
+from hvdtrain.watch.log_file import read_log
 
 NOW = 1_900_000_000.0
 NODE = socket.gethostname().partition(".")[0]

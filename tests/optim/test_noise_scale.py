@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from hvdtrain.optim.noise_scale import NoiseScale, advice
+from hvdtrain.commands.report import advice
+from hvdtrain.optim.noise_scale import NoiseScale
 
 
 def _measured(noise: float, small: int, large: int, steps: int, size: int = 200) -> NoiseScale:

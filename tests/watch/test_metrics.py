@@ -19,7 +19,8 @@ from hvdtrain.files import write_json
 from hvdtrain.optim.guard import Guard, GuardOptions
 from hvdtrain.optim.noise_scale import NoiseScale
 from hvdtrain.optim.update import Agreed
-from hvdtrain.watch.metrics import Metrics, MetricsOptions, StepTimes, read_log
+from hvdtrain.watch.log_file import read_log
+from hvdtrain.watch.metrics import Metrics, MetricsOptions, StepTimes
 
 TIMES = StepTimes(data=0.1, compute=0.2, sync=0.3, total=0.6)
 KEYS = [

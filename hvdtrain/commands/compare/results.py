@@ -9,7 +9,7 @@ from typing import Any
 
 from hvdtrain.errors import EXIT_DIVERGED, EXIT_OK
 from hvdtrain.files import read_text
-from hvdtrain.watch.metrics import STEP_PARTS, read_log
+from hvdtrain.watch.log_file import STEP_PARTS, read_log
 
 # How far replicas are from one another, or their gradients from the weights; the first that a run tells of.
 _APART = {"consensus_distance": "consensus distance", "staleness_mean": "staleness"}
