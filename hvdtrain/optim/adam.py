@@ -1,4 +1,4 @@
-"""AdamW's step (Loshchilov and Hutter 2019) for optimizers that also do other things, by torch's fused kernel."""
+"""AdamW (Loshchilov and Hutter 2019) by torch's fused kernel: alone, and for optimizers that also do other things."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -74,3 +74,24 @@ class AdamSteps(InRuns):
         if device not in self._late:
             self._late[device] = torch.full((), _LATE, device=device)
         return self._late[device]
+
+
+class AdamW(AdamSteps):
+    """What torch's is, to the bit; but that one loads torch's compiler. State of a parameter: see ``AdamSteps``."""
+
+    def __init__(self, groups: Iterable[Any], lr: float, moments: Moments):
+        defaults = {
+            "lr": lr,
+            "betas": (moments.beta1, moments.beta2),
+            "eps": moments.eps,
+            "weight_decay": 0.0,
+            "bias_correction": moments.bias_correction,
+        }
+        super().__init__(groups, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Move every parameter that has a gradient."""
+        for group in self.param_groups:
+            for weights, _ in self._runs(group):
+                self._adamw(weights, weights, group, group["lr"], group["weight_decay"])

@@ -142,10 +142,7 @@ class Lars(Layerwise):
         )
 
     def _momenta(self, weights: list[Tensor]) -> list[Tensor]:
-        for weight in weights:
-            if not self.state[weight]:
-                self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
-        return [self.state[weight]["momentum_buffer"] for weight in weights]
+        return [self._momentum(weight) for weight in weights]
 
 
 def _split(tensors: list[Tensor], counts: list[int]) -> list[list[Tensor]]:

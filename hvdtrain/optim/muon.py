@@ -201,10 +201,3 @@ class Muon(AdamSteps):
             is_first_step=False,
             found_inf=self._overflow(weights[0].device),
         )
-
-    def _momentum(self, weight: Tensor) -> Tensor:
-        state = self.state[weight]
-        if not state:
-            state["momentum_buffer"] = torch.zeros_like(weight)
-        momentum: Tensor = state["momentum_buffer"]
-        return momentum

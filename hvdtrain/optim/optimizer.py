@@ -5,10 +5,11 @@ from typing import Any, Literal
 
 import torch
 
-from hvdtrain.optim.adam import Moments
+from hvdtrain.optim.adam import AdamW, Moments
 from hvdtrain.optim.lamb import Lamb
 from hvdtrain.optim.lars import Lars, Norms, whole_norms
 from hvdtrain.optim.muon import Matrices, Muon, MuonOptions
+from hvdtrain.optim.sgd import Sgd
 from hvdtrain.options import Options, option
 
 Groups = list[dict[str, Any]]
@@ -17,8 +18,9 @@ Groups = list[dict[str, Any]]
 class OptimOptions(Options):
     name: Literal["adamw", "lamb", "lars", "muon", "sgd"] = option(
         "adamw",
-        "AdamW (Loshchilov and Hutter 2019) and SGD with momentum, torch's fused ones; for large batches LAMB (You et "
-        "al. 2020), LARS (You et al. 2017), and Muon (Jordan et al. 2024) on the matrices of blocks, AdamW on the rest",
+        "AdamW (Loshchilov and Hutter 2019) and SGD with momentum, torch's fused kernels; for large batches LAMB (You "
+        "et al. 2020), LARS (You et al. 2017), and Muon (Jordan et al. 2024) on the matrices of blocks, AdamW on the "
+        "rest",
     )
     lr: float = option(1e-3, "peak learning rate (muon: of the matrices of blocks)", gt=0)
     adamw_lr: float = option(0.0, "of muon: peak learning rate of all but the matrices of blocks; 0: lr", ge=0)
@@ -108,7 +110,7 @@ def state_bytes(options: OptimOptions, parameters: int, matrices: int) -> int:
 
 
 def _adamw(groups: Groups, options: OptimOptions, norms: Norms, matrices: Matrices | None) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups, lr=options.lr, betas=(options.beta1, options.beta2), eps=options.eps, fused=True)
+    return AdamW(groups, lr=options.lr, moments=Moments(options.beta1, options.beta2, options.eps))
 
 
 def _lamb(groups: Groups, options: OptimOptions, norms: Norms, matrices: Matrices | None) -> torch.optim.Optimizer:
@@ -139,22 +141,7 @@ def _muon(groups: Groups, options: OptimOptions, norms: Norms, matrices: Matrice
 
 
 def _sgd(groups: Groups, options: OptimOptions, norms: Norms, matrices: Matrices | None) -> torch.optim.Optimizer:
-    optimizer = torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum, fused=True)
-    if options.momentum:
-        optimizer.register_step_pre_hook(_begin_momenta)
-    return optimizer
-
-
-def _begin_momenta(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """Momenta begin as zeros, which gives the same first step as torch's way, to set them in it.
-
-    That way leaves them as memory happened to be where the first step is skipped (``found_inf``), and fails where a
-    parameter has its first gradient later than others.
-    """
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.grad is not None and "momentum_buffer" not in optimizer.state[parameter]:
-                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return Sgd(groups, lr=options.lr, momentum=options.momentum)
 
 
 _MAKERS = {"adamw": _adamw, "lamb": _lamb, "lars": _lars, "muon": _muon, "sgd": _sgd}

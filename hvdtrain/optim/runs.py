@@ -58,6 +58,10 @@ class InRuns(torch.optim.Optimizer):
     optimizers: 1 leaves everything as it is.
     """
 
+    # torch hides its own from its compiler, and to do so loads the compiler: seconds, and 70 MiB of every
+    # process. No step is compiled here.
+    add_param_group = torch.optim.Optimizer.add_param_group.__wrapped__  # type: ignore[attr-defined]
+
     def __init__(self, groups: Iterable[Any], defaults: dict[str, Any]):
         # fused: how torch calls it that ``step`` counts on the parameter's device
         super().__init__(groups, {**defaults, "fused": True})
@@ -74,3 +78,11 @@ class InRuns(torch.optim.Optimizer):
     def _overflow(self, device: torch.device) -> Tensor | None:
         found = getattr(self, "found_inf", None)
         return None if found is None else found.to(device, non_blocking=True)
+
+    def _momentum(self, weight: Tensor) -> Tensor:
+        """Of one that has it: zeros, where it begins."""
+        state = self.state[weight]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(weight)
+        momentum: Tensor = state["momentum_buffer"]
+        return momentum

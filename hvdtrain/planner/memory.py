@@ -29,10 +29,10 @@ from hvdtrain.tasks import make_task
 
 # Of a process that has taken its first steps with a model of no size: Python, torch and its kernels, numpy, HDF5.
 PROCESS_MIB = {
-    "libraries": 368.0,
+    "libraries": 296.0,
     "tensorboard": 12.0,
     "several ranks": 10.0,  # Horovod and MPI
-    "compile": 120.0,  # torch's compiler
+    "compile": 192.0,  # torch's compiler
     "tensor axis": 8.0,  # operators of one's own
 }
 # What a CPU's step takes beyond its live tensors, as a share of activations and temporaries: holes between blocks that

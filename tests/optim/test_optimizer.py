@@ -18,10 +18,12 @@ from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.data.batch import Batch
 from hvdtrain.models.decoder import Decoder
 from hvdtrain.models.matrices import block_matrices
+from hvdtrain.optim.adam import AdamW
 from hvdtrain.optim.lamb import Lamb
 from hvdtrain.optim.lars import Lars, whole_norms
 from hvdtrain.optim.muon import NewtonSchulz, WholeMatrices
 from hvdtrain.optim.optimizer import OptimOptions, make_optimizer
+from hvdtrain.optim.sgd import Sgd
 from hvdtrain.slices import whole_slices
 from hvdtrain.sync import SyncOptions
 from hvdtrain.tasks.lm import LanguageModel
@@ -126,10 +128,10 @@ def test_options_arrive_where_they_are_read():
     of_lamb = {"betas": (0.1, 0.2), "eps": 0.3, "trust_clip": 6.0, "bias_correction": False}
     of_lars = {"momentum": 0.4, "trust_clip": 6.0, "trust_coefficient": 0.7}
     for name, kind, own in (
-        ("adamw", torch.optim.AdamW, {"betas": (0.1, 0.2), "eps": 0.3}),
+        ("adamw", AdamW, {"betas": (0.1, 0.2), "eps": 0.3, "bias_correction": True}),
         ("lamb", Lamb, of_lamb),
         ("lars", Lars, of_lars),
-        ("sgd", torch.optim.SGD, {"momentum": 0.4, "dampening": 0, "nesterov": False}),
+        ("sgd", Sgd, {"momentum": 0.4}),
     ):
         optimizer = make_optimizer(
             model.parameters(), OptimOptions(name=name, bias_correction=False, **rates, **chosen)
