@@ -28,6 +28,8 @@ def other_hosts(ranks: Ranks) -> dict[str, str]:
 
     An address that several hosts have is left out: Docker's bridge, for one, is 172.17.0.1 everywhere.
     """
+    if ranks.size == 1:
+        return {}
     here = socket.gethostname()
     hosts = dict(ranks.all_gather_object((here, own_addresses())))
     owners = Counter(address for addresses in hosts.values() for address in addresses)

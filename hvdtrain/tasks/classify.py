@@ -120,8 +120,9 @@ class Classification(Task[Classifier, LabelBatch]):
         return {"val_loss": -1, "accuracy": 1, "macro_f1": 1}
 
     def example(self, rows: int, positions: int) -> LabelBatch:
-        tokens, labels = torch.zeros(rows, positions, dtype=torch.int64), torch.zeros(rows, dtype=torch.int64)
-        return LabelBatch(tokens, torch.full((rows,), positions), torch.zeros_like(tokens), labels, rows)
+        tokens, types = (torch.zeros(rows, positions, dtype=torch.int64) for _ in range(2))
+        labels = torch.zeros(rows, dtype=torch.int64)
+        return LabelBatch(tokens, torch.full((rows,), positions), types, labels, rows)
 
     def loader_bytes(self, rows: int, positions: int, steps_per_epoch: int | None, facts: CorpusFacts) -> int:
         # the texts of a batch and their types; of each text its length and its turn

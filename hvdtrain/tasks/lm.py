@@ -106,8 +106,8 @@ class LanguageModel(Task[Decoder, Batch]):
         return Continuations(asked)
 
     def example(self, rows: int, positions: int) -> Batch:
-        tokens = torch.zeros(rows, positions, dtype=torch.int64)
-        return Batch(tokens, torch.zeros_like(tokens), rows * positions)
+        tokens, targets = (torch.zeros(rows, positions, dtype=torch.int64) for _ in range(2))
+        return Batch(tokens, targets, rows * positions)
 
     def loader_bytes(self, rows: int, positions: int, steps_per_epoch: int | None, facts: CorpusFacts) -> int:
         if self.rows_are_packed:  # four tensors of a batch; where each document begins and which row it is in

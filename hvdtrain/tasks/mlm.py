@@ -134,7 +134,8 @@ class MaskedText(Task[MaskedLanguageModel, MaskedBatch]):
     def example(self, rows: int, positions: int) -> MaskedBatch:
         count = rows * int(self._options.count(max(1, positions - _FRAME)))
         tokens, places = torch.zeros(rows, positions, dtype=torch.int64), torch.arange(count)
-        return MaskedBatch(tokens, torch.full((rows,), positions), places, torch.zeros_like(places), count)
+        targets = torch.zeros(count, dtype=torch.int64)
+        return MaskedBatch(tokens, torch.full((rows,), positions), places, targets, count)
 
     def loader_bytes(self, rows: int, positions: int, steps_per_epoch: int | None, facts: CorpusFacts) -> int:
         # the tokens of a batch, what is to be told and where; of packed documents their beginnings and turns

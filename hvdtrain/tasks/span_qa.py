@@ -135,8 +135,9 @@ class SpanAnswering(Task[SpanModel, SpanBatch]):
         return {"val_loss": -1, "exact_match": 1, "f1": 1}
 
     def example(self, rows: int, positions: int) -> SpanBatch:
-        tokens, spans = torch.zeros(rows, positions, dtype=torch.int64), torch.zeros(rows, 2, dtype=torch.int64)
-        return SpanBatch(tokens, torch.full((rows,), positions), torch.zeros_like(tokens), spans, 2 * rows)
+        tokens, types = (torch.zeros(rows, positions, dtype=torch.int64) for _ in range(2))
+        spans = torch.zeros(rows, 2, dtype=torch.int64)
+        return SpanBatch(tokens, torch.full((rows,), positions), types, spans, 2 * rows)
 
     def loader_bytes(self, rows: int, positions: int, steps_per_epoch: int | None, facts: CorpusFacts) -> int:
         # tokens and types of a batch; of each window its length and its turn

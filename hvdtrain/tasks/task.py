@@ -153,7 +153,10 @@ class Task(Protocol[Model, Read]):
     # What the planner asks, which has no data:
 
     def example(self, rows: int, positions: int) -> Read:
-        """A batch of training, of rows that are all of ``positions`` tokens 0, on torch's present device."""
+        """A batch of training, of rows that are all of ``positions`` tokens 0, on torch's present device.
+
+        By its sizes: ``zeros_like`` on the meta device, where batches are counted, loads torch's symbolic algebra.
+        """
 
     def loader_bytes(self, rows: int, positions: int, steps_per_epoch: int | None, facts: CorpusFacts) -> int:
         """What the loader holds of a rank that takes ``rows`` of ``positions`` tokens a step.
