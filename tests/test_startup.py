@@ -41,9 +41,13 @@ def loaded(folder: Path, *words: object, program: tuple[str, ...] = HVDTRAIN) ->
     return set((folder / "loaded").read_text().splitlines())
 
 
-def test_training_alone_loads_neither_a_compiler_nor_what_others_need(prepared: Prepared, tmp_path: Path):
+@pytest.mark.parametrize("positions", ["learned", "rotary", "sinusoidal"])
+def test_training_alone_loads_neither_a_compiler_nor_what_others_need(
+    positions: str, prepared: Prepared, tmp_path: Path
+):
     """From the first word to the summary, with a step, an evaluation and a checkpoint."""
-    words = ("train", prepared.recipe, "train.steps=2", "metrics.tensorboard=false", "--run-dir", tmp_path / "run")
+    settings = ("train.steps=2", "metrics.tensorboard=false", f"model.positions={positions}")
+    words = ("train", prepared.recipe, *settings, "--run-dir", tmp_path / "run")
     modules = loaded(tmp_path / "seen", *words)
     assert "torch" in modules
     assert modules & (COMPILER | OTHERS) == set()

@@ -52,9 +52,11 @@ def make_table(options: TransformerOptions) -> nn.Embedding | Sinusoids | None:
 
 def sinusoids(positions: int, width: int, halves: bool) -> torch.Tensor:
     """Sine and cosine of t / 10000^(2i / D) for each i below D / 2: [positions, D] fp32. Vaswani et al. 2017, 3.5."""
-    angles = _angles(positions, 10_000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width))
-    pair = angles.sin(), angles.cos()
-    return (torch.cat(pair, dim=1) if halves else torch.stack(pair, dim=2).flatten(1)).float()
+    with torch.device("cpu"):  # where models have no numbers yet, working them out would load torch's compiler
+        angles = _angles(positions, 10_000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width))
+        pair = angles.sin(), angles.cos()
+        table = (torch.cat(pair, dim=1) if halves else torch.stack(pair, dim=2).flatten(1)).float()
+    return table.to(torch.get_default_device())
 
 
 def _angles(positions: int, frequencies: torch.Tensor) -> torch.Tensor:
@@ -66,8 +68,10 @@ def _angles(positions: int, frequencies: torch.Tensor) -> torch.Tensor:
 
 def rotary_table(positions: int, head_width: int, options: RotaryOptions) -> torch.Tensor:
     """cos and sin of every position's angles: [2, positions, K / 2] fp32. Source: RoFormer, eq. 34."""
-    angles = _angles(positions, _frequencies(head_width, options))
-    return (torch.stack([angles.cos(), angles.sin()]) * _yarn_factor(options)).float()
+    with torch.device("cpu"):  # see sinusoids
+        angles = _angles(positions, _frequencies(head_width, options))
+        table = (torch.stack([angles.cos(), angles.sin()]) * _yarn_factor(options)).float()
+    return table.to(torch.get_default_device())
 
 
 def rotate(x_BHTK: torch.Tensor, table: torch.Tensor) -> torch.Tensor:

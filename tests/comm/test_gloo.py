@@ -80,5 +80,6 @@ def test_a_machine_whose_name_has_no_address(prepared: Prepared, tmp_path: Path)
     done = launch("train", prepared.recipe, "--run-dir", tmp_path / "run", program=program, how="gloo", ranks=2)
     assert (done.rank_exit_code, len(done.messages), TRACE in done.text) == (EXIT_USAGE, 1, False), done
     assert "this machine's name, nowhere-to-be-found, has no address" in done.messages[0]
-    assert done.stdout.count("exit with status code 2") == 2  # both ranks
+    # Of both ranks, where the launcher does not end the other one first.
+    assert set(re.findall(r"exit with status code (\d+)", done.stdout)) == {"2"}
     assert not (tmp_path / "run").exists()

@@ -12,6 +12,9 @@ TIMEOUT_S = 6  # a busy machine may need three for a phase of a small step
 # From the trouble to the end: the time that was set, the patience of those who wait (5 s), and twice horovodrun's with
 # a process that does not end (5 s); the rest is for a busy machine.
 LIMIT_S = 60
+# A rank that is stopped before its first heartbeat is named without one.
+SEEN = "(lambda path: os.path.exists(path) and os.path.getsize(path) > 0)('run/heartbeats/rank-00001.json')"
+STOP = f"[time.sleep(0.05) for _ in iter(lambda: {SEEN}, True)]; os.kill(os.getpid(), signal.SIGSTOP)"
 
 
 def _hang(prepared: Prepared, folder: Path, how: str, trouble: str, place: str, *more: str) -> Done:
@@ -48,7 +51,7 @@ def test_alone(prepared: Prepared, tmp_path: Path):
 @pytest.mark.parametrize("how", ["mpirun", "gloo"])
 def test_a_rank_that_is_stopped(prepared: Prepared, tmp_path: Path, how: str):
     """It cannot speak for itself, and the launcher does not see it."""
-    done = _hang(prepared, tmp_path, how, "stop", "compute")
+    done = _hang(prepared, tmp_path, how, STOP, "compute")
     behind = r"behind: rank 1 on \S+ \(process \d+\), silent for \d+ s, last seen in "
     assert re.match(_told(0, 3, r"over_ranks \(sync/sums.py:\d+\)", behind), done.messages[-1]), done
     assert len(done.messages) == 1, done
@@ -62,7 +65,7 @@ def test_a_rank_of_a_mesh_that_is_stopped(prepared: Prepared, tmp_path: Path, me
     """The other waits in an axis, which is no collective of Horovod's; or it has a gradient for Horovod, whose thread
     keeps the table of sets of ranks locked for ever.
     """
-    done = _hang(prepared, tmp_path, "mpirun", "stop", "compute", mesh)
+    done = _hang(prepared, tmp_path, "mpirun", STOP, "compute", mesh)
     behind = r"behind: rank 1 on \S+ \(process \d+\), silent for \d+ s, last seen in "
     assert re.match(_told(0, 3, where, behind), done.messages[-1]), done
     assert len(done.messages) == 1, done
