@@ -28,15 +28,18 @@ def _batch(rank: int, step: int) -> Batch:
     return Batch.from_windows(windows.numpy())
 
 
+def _groups(model: torch.nn.Module) -> list[dict]:
+    """Which parameters decay, and by how much."""
+    return make_optimizer(model.parameters(), OPTIM).param_groups
+
+
 def _reference(rank: int, clip_norm: float) -> list[torch.Tensor]:
     import horovod.torch as hvd
 
     model, task = tiny_decoder(), LanguageModel()
-    optimizer = hvd.DistributedOptimizer(
-        make_optimizer(model.parameters(), OPTIM), named_parameters=model.named_parameters(), op=hvd.Average
-    )
-    for group in optimizer.param_groups:
-        group["lr"] = LR
+    decayed = [{name: group[name] for name in ("params", "weight_decay")} for group in _groups(model)]
+    theirs = torch.optim.AdamW(decayed, lr=LR, betas=(OPTIM.beta1, OPTIM.beta2), eps=OPTIM.eps)
+    optimizer = hvd.DistributedOptimizer(theirs, named_parameters=model.named_parameters(), op=hvd.Average)
     for step in range(1, STEPS + 1):
         optimizer.zero_grad()
         loss = loss_of(task, model, _batch(rank, step))
