@@ -188,16 +188,4 @@ class Muon(AdamSteps):
                 update.copy_(self._momentum(weight))
 
     def _move_matrices(self, weights: list[Tensor], updates: list[Tensor], group: dict[str, Any]) -> None:
-        torch._fused_sgd_(
-            weights,
-            updates,
-            [],
-            weight_decay=group["weight_decay"],
-            momentum=0.0,
-            lr=group["lr"],
-            dampening=0.0,
-            nesterov=False,
-            maximize=False,
-            is_first_step=False,
-            found_inf=self._overflow(weights[0].device),
-        )
+        self._sgd(weights, updates, group)

@@ -79,6 +79,22 @@ class InRuns(torch.optim.Optimizer):
         found = getattr(self, "found_inf", None)
         return None if found is None else found.to(device, non_blocking=True)
 
+    def _sgd(self, weights: list[Tensor], updates: list[Tensor], group: dict[str, Any], momentum: float = 0.0) -> None:
+        """One step along ``updates``, by torch's fused kernel; with ``momentum`` into what ``_momentum`` keeps."""
+        torch._fused_sgd_(
+            weights,
+            updates,
+            [self._momentum(weight) for weight in weights] if momentum else [],
+            weight_decay=group["weight_decay"],
+            momentum=momentum,
+            lr=group["lr"],
+            dampening=0.0,
+            nesterov=False,
+            maximize=False,
+            is_first_step=False,
+            found_inf=self._overflow(weights[0].device),
+        )
+
     def _momentum(self, weight: Tensor) -> Tensor:
         """Of one that has it: zeros, where it begins."""
         state = self.state[weight]

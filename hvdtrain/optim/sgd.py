@@ -28,16 +28,4 @@ class Sgd(InRuns):
         """Move every parameter that has a gradient."""
         for group in self.param_groups:
             for weights, _ in self._runs(group):
-                torch._fused_sgd_(
-                    weights,
-                    [weight.grad for weight in weights],
-                    [self._momentum(weight) for weight in weights] if group["momentum"] else [],
-                    weight_decay=group["weight_decay"],
-                    momentum=group["momentum"],
-                    lr=group["lr"],
-                    dampening=0.0,
-                    nesterov=False,
-                    maximize=False,
-                    is_first_step=False,
-                    found_inf=self._overflow(weights[0].device),
-                )
+                self._sgd(weights, [weight.grad for weight in weights], group, group["momentum"])
