@@ -44,6 +44,7 @@ def on_ranks(size: int, work: Callable[["ThreadGroup"], T]) -> list[T]:
 
     def live(group: ThreadGroup) -> None:
         why = "has returned"
+        torch.set_num_threads(1)  # another test may have set the process's; and MKL has its own for each thread
         try:
             results[group.rank] = work(group)
             left = group.left()

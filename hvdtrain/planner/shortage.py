@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from hvdtrain.config import RunConfig
 from hvdtrain.errors import EXIT_OUT_OF_MEMORY, MemoryLimitError, RankError, describe_crash, is_out_of_memory
+from hvdtrain.machine.malloc import give_back_freed_memory
 
 _MIB = 1 << 20
 
@@ -35,6 +36,7 @@ def memory_explained(config: RunConfig, ranks: int, ranks_per_node: int = 0) -> 
 
 def _let_go() -> None:
     gc.collect()
+    give_back_freed_memory()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
