@@ -1,14 +1,14 @@
 # make demo   builds the environment, prepares text, trains on two Horovod ranks, shows what came of it
 # make test   builds the environment, runs every test
 # make bench  measures speed side by side with other ways (an hour or two; BENCH=name runs one). By name only, as they
-#             take long: chaos (TRIALS=200), finetune, large_batch, memory, multi30k, prediction, requeue, summaries
+#             take long: chaos (TRIALS=200), finetune, large_batch, memory, multi30k, prediction, proposal, requeue, summaries
 # make gpu    builds the environment, tests and measures this machine's NVIDIA GPU in 8 minutes
 # make wheels downloads what `WHEELS=wheels make env` builds an environment from where there is no network
 # TORCH=..., PYTHON=..., VENV=..., see make-env.sh
 
 VENV ?= .venv
 RANKS ?= 2
-BENCH ?= $(filter-out gpu gpu_kernels table compare axis tensor pipeline zero chaos finetune large_batch large_batch_report memory multi30k prediction requeue running summaries,$(basename $(notdir $(wildcard tests/bench/*.py))))
+BENCH ?= $(filter-out gpu gpu_kernels table compare axis tensor pipeline zero chaos finetune large_batch large_batch_report memory multi30k prediction proposal requeue running summaries,$(basename $(notdir $(wildcard tests/bench/*.py))))
 # Not PYTHON, which is the user's: the interpreter that the environment is made from.
 VENV_PYTHON := $(abspath $(VENV))/bin/python
 # horovodrun looks for mpirun on the PATH; mpirun refuses to work for root (as in a container) without being told to.

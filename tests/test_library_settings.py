@@ -15,6 +15,7 @@ from hvdtrain.machine.cores import LIBRARY_THREADS
 
 ONEDNN_CACHES = {"LRU_CACHE_CAPACITY": "64", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
 OPEN_MPI = {"OMPI_MCA_mpi_yield_when_idle": "1", "OMPI_MCA_coll_tuned_use_dynamic_rules": "1"}
+OPEN_MPI["OMPI_MCA_btl_tcp_flags"] = "send,inplace,need-ack,need-csum,hetero-rdma"
 if Path(sys.prefix, "bin", "orterun_wrapper").exists():  # from the package index
     OPEN_MPI |= {"OPAL_PREFIX": sys.prefix, "OMPI_MCA_btl": "^ofi"}
 SET_HERE = {**LIBRARY_THREADS, **KNOBS, **ONEDNN_CACHES, **OPEN_MPI, "RAYON_NUM_THREADS": ""}

@@ -69,6 +69,9 @@ def _set_up_open_mpi(env: MutableMapping[str, str]) -> None:
     # A rank that waits spins. With as many ranks as cores it takes a core away from the work; yielding costs nothing
     # where cores are free.
     env.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
+    # Over TCP without "put", by which a large message is one piece: while a rank writes it, it reads nothing, and what
+    # two ranks exchange takes the time of both directions one after the other, twice what the cable needs.
+    env.setdefault("OMPI_MCA_btl_tcp_flags", "send,inplace,need-ack,need-csum,hetero-rdma")
     allow_choice(env)
     # Open MPI from the package index looks for its files where it was built. Its own mpirun tells the ranks the right
     # place; a rank of another launcher would die in MPI_Init, before the sizes can be compared.

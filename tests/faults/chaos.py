@@ -27,6 +27,7 @@ from dying import PLACES, PLACES_OF_MAIN
 from launch import HVDTRAIN, Done, Prepared, launch, snapshot, succeed, summary
 from modes import ALL, RACING, ranks_of
 from not_here import small_disk
+from safetensors.numpy import load
 
 STEPS, EVERY, KEPT = 40, 5, 3
 WORDS = (
@@ -325,15 +326,8 @@ class Trial:
         assert found == expected or expected == STEPS, f"resumed from step {found} instead of {expected}\n{done}"
 
     def check_end(self) -> None:
-        found, expected = summary(self.run_dir), summary(self.reference)
-        for key in ("status", "step", "tokens", "sample_digest", "data_digest"):
-            assert found[key] == expected[key], f"{key} is {found[key]} instead of {expected[key]}"
-        for key in ("val_loss", "best_val_loss"):
-            most = _NEAR * expected[key] if self.record.mode in RACING else 0.0
-            assert abs(found[key] - expected[key]) <= most, f"{key} is {found[key]} instead of {expected[key]}"
-        kept = [step for step in self._saved() if step % EVERY == 0]
-        assert kept[-1] == STEPS, kept
-        self._check_numbers(kept)
+        assert not (wrong := [*self._other_summary(), *self._other_numbers()]), "; ".join(wrong)
+        assert self._saved()[-1] == STEPS, self._saved()
         allowed = {path.name for path in self.reference.iterdir()}
         strange = {path.name for path in self.run_dir.iterdir()} - allowed
         folders = {f"step-{step:08d}" for step in self._saved()} | {f"damaged-step-{s:08d}-0" for s in self.damaged}
@@ -342,17 +336,34 @@ class Trial:
         assert not strange, f"left behind: {sorted(strange)}"
         assert len(self._saved()) <= KEPT, self._saved()
 
-    def _check_numbers(self, kept: list[int]) -> None:
-        """Of the checkpoints that are kept, and of the lines."""
-        lines = self._losses(self.run_dir)
+    def _other_summary(self) -> Iterator[str]:
+        """What the run says of itself that the reference does not."""
+        found, expected = summary(self.run_dir), summary(self.reference)
+        for key in ("status", "step", "tokens", "sample_digest", "data_digest"):
+            if found[key] != expected[key]:
+                yield f"{key} is {found[key]} instead of {expected[key]}"
+        for key in ("val_loss", "best_val_loss"):
+            most = _NEAR * expected[key] if self.record.mode in RACING else 0.0
+            if abs(found[key] - expected[key]) > most:
+                yield f"{key} is {found[key]} instead of {expected[key]}"
+
+    def _other_numbers(self) -> Iterator[str]:
+        """Checkpoints that are kept, and lines, which are not the reference's."""
+        lines, expected = self._losses(self.run_dir), self._losses(self.reference)
         if self.record.mode in RACING:
             steps = [step for step, _ in lines]
-            assert steps == sorted(set(steps)) and steps[-1] == STEPS, steps
+            if steps != sorted(set(steps)) or steps[-1:] != [STEPS]:
+                yield f"the lines of metrics.jsonl are those of steps {steps}"
             return
-        for step in kept:
+        for step in (step for step in self._saved() if step % EVERY == 0):
             name = f"checkpoints/step-{step:08d}"
-            assert _tensors(self.run_dir / name) == _tensors(self.reference / name), f"step {step} differs"
-        assert lines == self._losses(self.reference), "metrics.jsonl differs"
+            mine, other = _tensors(self.run_dir / name), _tensors(self.reference / name)
+            if mine != other:
+                names = [name for part in other for name in _differing(mine.get(part, b""), other[part])]
+                yield f"step {step} differs: {', '.join(names[:9])}" + (f" and {len(names) - 9} more" * (len(names) > 9))
+        if lines != expected:
+            other = [step for step, _ in sorted(set(lines) ^ set(expected))]
+            yield f"metrics.jsonl differs from step {other[0] if other else 'twice'} on"
 
     def _saved(self) -> list[int]:
         return sorted(int(path.name[-8:]) for path in (self.run_dir / "checkpoints").glob("step-*"))
@@ -423,6 +434,12 @@ class _Start:
 
 def _tensors(folder: Path) -> dict[str, bytes]:
     return {name: raw for name, raw in snapshot(folder).items() if name.endswith(".safetensors")}
+
+
+def _differing(part: bytes, other: bytes) -> list[str]:
+    """Tensors of the other part that are not the same to the bit in this one."""
+    mine, theirs = load(part) if part else {}, load(other)
+    return [name for name in theirs if name not in mine or mine[name].tobytes() != theirs[name].tobytes()]
 
 
 def _damage(path: Path, how: str, where: float) -> bool:
