@@ -17,6 +17,7 @@ import torch
 from hvdtrain.comm.group import Group
 from hvdtrain.comm.ranks import Pending
 from hvdtrain.slices import Slice
+from hvdtrain.sync.needs import bytes_of_bucket
 
 ALIGNED = 16  # numbers of fp32: 64 bytes, a line of a CPU's cache
 
@@ -185,7 +186,8 @@ def arrived_twice() -> RuntimeError:
 
 
 def make_runs(slices: Sequence[Slice], bucket_bytes: int, in_parts: bool = False) -> list[Run]:
-    """Cut the slices, last first, into runs of at most ``bucket_bytes`` (a larger one has its own).
+    """Cut the slices, last first, into runs of at most ``bucket_bytes`` (a larger one has its own; 0: see
+    ``bytes_of_bucket``).
 
     A run is of one type, and of slices that the same ranks hold; it may leave out others between them. Runs are
     numbered among those of the same ranks, who hold them all: so their names agree. in_parts: they are to be divided
@@ -193,11 +195,14 @@ def make_runs(slices: Sequence[Slice], bucket_bytes: int, in_parts: bool = False
     """
     found: list[list[int]] = []
     open_runs: dict[tuple[torch.dtype, int, Group], tuple[list[int], int]] = {}
+    totals: Counter[tuple[torch.dtype, int, Group]] = Counter()
+    for piece in slices:
+        totals[piece.tensor.dtype, piece.copies, piece.holders] += piece.tensor.nbytes
     for number in reversed(range(len(slices))):
         piece = slices[number]
         kind = piece.tensor.dtype, piece.copies, piece.holders
         run, size = open_runs.get(kind, ([], 0))
-        if not run or size + piece.tensor.nbytes > bucket_bytes:
+        if not run or size + piece.tensor.nbytes > (bucket_bytes or bytes_of_bucket(totals[kind])):
             run, size = [], 0
             found.append(run)
         run.append(number)

@@ -5,9 +5,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 
+def bytes_of_bucket(gradient_bytes: int) -> int:
+    """Where a recipe says nothing: a sixteenth of the gradients, 4 to 16 MiB. Each bucket costs some time of its
+    own, but the last one leaves when backward is over, and nothing hides its way.
+    """
+    return min(max(gradient_bytes // 16, 4 << 20), 16 << 20)
+
+
 def bucket_of(count: int, largest: int, mib: float) -> int:
-    """Numbers of the largest bucket, of ``count`` fp32 numbers in tensors of at most ``largest``."""
-    return min(count, max(largest, int(mib * (1 << 20)) // 4))
+    """Numbers of the largest bucket, of ``count`` fp32 numbers in tensors of at most ``largest``. mib: 0: see above."""
+    return min(count, max(largest, (int(mib * (1 << 20)) or bytes_of_bucket(4 * count)) // 4))
 
 
 @dataclass(frozen=True)

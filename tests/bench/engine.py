@@ -2,6 +2,8 @@
 
     make bench BENCH=engine            PARTS="one ranks link hf scaling loss memory" chooses; ROUNDS=3 STEPS=40
 
+Parts that are not chosen stay in the table as they are, if they were measured on this machine.
+
 one       a GPT of 6 x 384, vocabulary 8,192, context 256, 8 sequences on two threads: nanoGPT's way against ours.
           Eager or compiled, fused AdamW or not: each is tried once, the fastest of a precision takes turns with ours
 ranks     the same on two ranks of one thread: torch's DDP over gloo against ours
@@ -39,7 +41,17 @@ HOSTS = ("n1", "n2")
 WAYS = Path(__file__).parent / "ways"
 STEPS, ROUNDS = int(os.environ.get("STEPS", "40")), int(os.environ.get("ROUNDS", "3"))
 LONG = 300
-PARTS = os.environ.get("PARTS", "one ranks link hf scaling loss memory").split()
+TITLES = {
+    "one": "1 rank x 2 threads",
+    "ranks": "2 ranks x 1 thread",
+    "link": "2 ranks x 1 thread, 1 Gbit/s",
+    "hf": "2 ranks x 1 thread, Trainer",
+    "scaling": "weak scaling, 1 thread a rank",
+    "loss": f"{LONG} steps",
+    "memory": "vocabulary 50,304, context 1,024",
+}
+PARTS = os.environ.get("PARTS", " ".join(TITLES)).split()
+COMMAND = "make bench BENCH=engine"
 SIZES = {"layers": 6, "heads": 6, "width": 384, "context": 256, "bias": False}
 LARGE = {"layers": 4, "heads": 6, "width": 384, "context": 1024, "bias": False}
 LR = 1e-3
@@ -244,7 +256,7 @@ def fastest(data: Path, bf16: bool) -> tuple[str, dict]:
 
 def one(folder: Path) -> Ways:
     data = store_rows(folder, "one", SIZES, 8192, 8, STEPS)
-    part = Ways("1 rank x 2 threads")
+    part = Ways(TITLES["one"])
     for bf16, precisions in ((False, ("fp32",)), (True, ("bf16", "bf16-weights"))):
         name, words = fastest(data, bf16)
         part.ways[name] = lambda words=words: plain(data, 2, 8, STEPS, **words)
@@ -258,7 +270,7 @@ def ranks(folder: Path) -> Ways:
     data = store_rows(folder, "ranks", SIZES, 8192, 8, STEPS)
     fp32, bf16 = "torch DDP, gloo, same model and matrix library", "torch DDP, gloo, same model, bf16 autocast"
     return Ways(
-        "2 ranks x 1 thread",
+        TITLES["ranks"],
         {
             fp32: lambda: plain(data, 1, 8, STEPS, TORCHRUN, way="ddp", fused=True, own_matmul=True),
             "hvdtrain, fp32": lambda: ours(folder, 1, 8, MPIRUN),
@@ -279,7 +291,7 @@ def over_link(folder: Path, network: Network, mpirun: list[str]) -> Ways:
         return ours(folder, 1, 8, over, precision=precision, sync={"allreduce": {"wire": wire}})
 
     return Ways(
-        "2 ranks x 1 thread, 1 Gbit/s",
+        TITLES["link"],
         {
             fp32: lambda: ddp_over_link(network, data, 8, STEPS, fused=True, own_matmul=True),
             "hvdtrain, fp32, wire fp32": lambda: of_ours("fp32", "fp32"),
@@ -297,7 +309,7 @@ def over_link(folder: Path, network: Network, mpirun: list[str]) -> Ways:
 
 def against_hf(folder: Path) -> Ways:
     data = store_rows(folder, "hf", SIZES, 8192, 8, STEPS)
-    part = Ways("2 ranks x 1 thread, Trainer")
+    part = Ways(TITLES["hf"])
     for precision in ("fp32", "bf16"):
         name, is_bf16 = f"Hugging Face Trainer, gloo, {precision}", precision == "bf16"
         part.ways[name] = lambda is_bf16=is_bf16: hugging_face(data, bf16=is_bf16)
@@ -310,7 +322,7 @@ def against_hf(folder: Path) -> Ways:
 
 def weak_scaling(folder: Path) -> Ways:
     return Ways(
-        "weak scaling, 1 thread a rank",
+        TITLES["scaling"],
         {
             "hvdtrain, fp32, 1 rank": lambda: ours(folder, 1, 8),
             "hvdtrain, fp32, 2 ranks": lambda: ours(folder, 1, 16, MPIRUN),
@@ -335,7 +347,7 @@ def losses(folder: Path) -> Iterator[list[str]]:
     }
     for precision in ("fp32", "bf16", "bf16-weights"):
         ways[f"hvdtrain, {precision}"] = lambda precision=precision: ours(folder, 2, 8, steps=LONG, precision=precision)
-    return once(f"{LONG} steps", ways)
+    return once(TITLES["loss"], ways)
 
 
 def memory(folder: Path) -> Iterator[list[str]]:
@@ -346,34 +358,39 @@ def memory(folder: Path) -> Iterator[list[str]]:
         ways[f"hvdtrain, {precision}"] = lambda precision=precision: ours(
             folder, 2, 4, steps=10, precision=precision, model=large
         )
-    return once("vocabulary 50,304, context 1,024", ways)
+    return once(TITLES["memory"], ways)
 
 
-def measured(folder: Path) -> Iterator[list[str]]:
-    """The table, row by row."""
-    if "one" in PARTS:
-        yield from in_turn(one(folder))
-    if "ranks" in PARTS:
-        yield from in_turn(ranks(folder))
-    if "link" in PARTS:
-        with slow_link(HOSTS, Link(1e9), folder) as (network, mpirun):
-            yield from in_turn(over_link(folder, network, mpirun))
-    if "hf" in PARTS and not subprocess.call([HF_PYTHON, "-c", "import accelerate"], stderr=subprocess.DEVNULL):
+def link(folder: Path) -> Iterator[list[str]]:
+    with slow_link(HOSTS, Link(1e9), folder) as (network, mpirun):
+        yield from in_turn(over_link(folder, network, mpirun))
+
+
+def hf(folder: Path) -> Iterator[list[str]]:
+    if not subprocess.call([HF_PYTHON, "-c", "import accelerate"], stderr=subprocess.DEVNULL):
         yield from in_turn(against_hf(folder))
-    if "scaling" in PARTS:
-        yield from in_turn(weak_scaling(folder))
-    if "loss" in PARTS:
-        yield from losses(folder)
-    if "memory" in PARTS:
-        yield from memory(folder)
+
+
+MEASURED: Mapping[str, Callable[[Path], Iterator[list[str]]]] = {
+    "one": lambda folder: in_turn(one(folder)),
+    "ranks": lambda folder: in_turn(ranks(folder)),
+    "link": link,
+    "hf": hf,
+    "scaling": lambda folder: in_turn(weak_scaling(folder)),
+    "loss": losses,
+    "memory": memory,
+}
 
 
 def main() -> None:
+    head = ["part", "way", "tokens/s", "ratio", "to", "share of ceiling", "outside", "val loss", "peak MiB"]
+    kept = table.kept("engine", COMMAND, head)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare(folder)
-        rows = list(measured(folder))
-    head = ["part", "way", "tokens/s", "ratio", "to", "share of ceiling", "outside", "val loss", "peak MiB"]
+        rows = []
+        for part, title in TITLES.items():
+            rows += MEASURED[part](folder) if part in PARTS else [row for row in kept if row[0] == title]
     note = (
         f"6 x 384, vocabulary 8,192, context 256, {STEPS} steps of 8 sequences where nothing else is said. Rows, first "
         f"weights and schedule are the same on both sides. {ROUNDS} rounds, the ways in turn: tokens/s, medians over "
@@ -381,7 +398,7 @@ def main() -> None:
         "measured ceiling of matrix products in the run's precision; outside: share of the time in neither forward, "
         "backward, sync nor optimizer."
     )
-    print(table.write("engine", "The engine, side by side", "make bench BENCH=engine", head, rows, note))
+    print(table.write("engine", "The engine, side by side", COMMAND, head, rows, note))
 
 
 if __name__ == "__main__":

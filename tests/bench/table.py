@@ -23,11 +23,11 @@ def write(
     lines = [
         f"# {title}",
         "",
-        f"`{command}` on {machine()}; {', '.join(f'{k} {v}' for k, v in versions().items())}",
+        f"`{command}` on {_here()}",
         "",
-        "| " + " | ".join(head) + " |",
+        _line(head),
         "|" + " --- |" * len(head),
-        *("| " + " | ".join(row) + " |" for row in rows),
+        *map(_line, rows),
         "",
         note,
         "",
@@ -36,3 +36,22 @@ def write(
     text = "\n".join(lines)
     (folder / f"{name}.md").write_text(text, encoding="utf-8")
     return text
+
+
+def kept(name: str, command: str, head: Sequence[str], folder: Path = RESULTS) -> list[list[str]]:
+    """Rows of ``FOLDER/NAME.md``, if they are of this machine, these versions and this head: parts of a table may be
+    measured one by one.
+    """
+    path = folder / f"{name}.md"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    if f"`{command}` on {_here()}" not in lines or _line(head) not in lines:
+        return []
+    return [line[2:-2].split(" | ") for line in lines[lines.index(_line(head)) + 2 :] if line.startswith("| ")]
+
+
+def _here() -> str:
+    return f"{machine()}; {', '.join(f'{k} {v}' for k, v in versions().items())}"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -360,7 +360,7 @@ class Trial:
             mine, other = _tensors(self.run_dir / name), _tensors(self.reference / name)
             if mine != other:
                 names = [name for part in other for name in _differing(mine.get(part, b""), other[part])]
-                yield f"step {step} differs: {', '.join(names[:9])}" + (f" and {len(names) - 9} more" * (len(names) > 9))
+                yield f"step {step} differs in {len(names)} tensors: {', '.join(names[:9])}"
         if lines != expected:
             other = [step for step, _ in sorted(set(lines) ^ set(expected))]
             yield f"metrics.jsonl differs from step {other[0] if other else 'twice'} on"

@@ -1,11 +1,13 @@
 """When a bucket leaves, and what is seen of it on the way."""
 
+import pytest
 import torch
 from threads import LateGroup
 from torch import nn
 
-from hvdtrain.slices import whole_slices
+from hvdtrain.slices import whole_slice, whole_slices
 from hvdtrain.sync.buckets import Bucket, Buckets, make_runs
+from hvdtrain.sync.needs import bucket_of, bytes_of_bucket
 
 
 class Watched:
@@ -60,3 +62,20 @@ def test_what_not_every_pass_used_leaves_with_the_rest_and_is_known_to_be_incomp
     watched.buckets.send_rest()
     assert watched.events[-2:] == ["leaves 6", "leaves 3"]
     assert not watched.buckets.is_complete
+
+
+@pytest.mark.parametrize(
+    ("numbers", "mib"),
+    [(1 << 18, 4), (20 << 18, 4), (128 << 18, 8), (1 << 30, 16)],
+    ids=["few", "20 MiB", "128 MiB", "4 GiB"],
+)
+def test_buckets_of_which_a_recipe_says_nothing(numbers: int, mib: int):
+    """A sixteenth of the gradients, of 4 to 16 MiB: a model of any size has few that nothing hides, and few in all."""
+    assert bytes_of_bucket(4 * numbers) == mib << 20
+    assert bucket_of(numbers, 1, 0.0) == min(numbers, mib << 18)
+    tensors = [torch.empty(numbers // 640, device="meta") for _ in range(640)]
+    group = LateGroup()
+    slices = [whole_slice(str(number), tensor, group) for number, tensor in enumerate(tensors)]
+    runs = make_runs(slices, 0)
+    most = max(sum(4 * tensor.numel() for _, tensor in run.members) for run in runs)
+    assert 0 <= min(4 * numbers, mib << 20) - most < 4 * numbers // 500
