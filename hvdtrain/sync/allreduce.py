@@ -36,7 +36,7 @@ from hvdtrain.sync.wire import FORMS, make_wire
 
 
 class AllReduceOptions(Options):
-    bucket_mib: float = option(0.0, "gradients sent as one all-reduce (MiB); 0: a sixteenth of them, 4 to 16 MiB", ge=0)
+    bucket_mib: float = option(0.0, "gradients sent as one all-reduce (MiB); 0: 1/32 of them, 2 to 16 MiB", ge=0)
     wire: Literal["fp32", "bf16", "fp16"] = option(
         "fp32", "numbers in which gradients travel between ranks; the two-byte ones are for slow links"
     )

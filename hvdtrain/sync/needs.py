@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 
 def bytes_of_bucket(gradient_bytes: int) -> int:
-    """Where a recipe says nothing: a sixteenth of the gradients, 4 to 16 MiB. Each bucket costs some time of its
+    """Where a recipe says nothing: 1/32 of the gradients, 2 to 16 MiB. Each bucket costs some time of its
     own, but the last one leaves when backward is over, and nothing hides its way.
     """
-    return min(max(gradient_bytes // 16, 4 << 20), 16 << 20)
+    return min(max(gradient_bytes // 32, 2 << 20), 16 << 20)
 
 
 def bucket_of(count: int, largest: int, mib: float) -> int:

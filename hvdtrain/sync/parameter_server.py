@@ -51,7 +51,7 @@ class ParameterServerOptions(Options):
         "ranks, the last ones, that keep the parameters and take no rows; 0: each rank keeps a part beside its work",
         ge=0,
     )
-    bucket_mib: float = option(0.0, "gradients sent together (MiB); 0: a sixteenth of them, 4 to 16 MiB", ge=0)
+    bucket_mib: float = option(0.0, "gradients sent together (MiB); 0: 1/32 of them, 2 to 16 MiB", ge=0)
     rate: Literal["sqrt", "linear", "none"] = option(
         "sqrt",
         "asynchronous: factor on the learning rate, as each push is of 1/n of a batch, with n workers; sqrt: the root "

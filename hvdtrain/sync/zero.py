@@ -51,7 +51,7 @@ class ZeroOptions(Options):
     stage: Literal[1, 2] = option(
         1, "what replicas share; 1: the optimizer's state; 2: gradients too, which are summed at every microbatch"
     )
-    bucket_mib: float = option(0.0, "gradients sent together (MiB); 0: a sixteenth of them, 4 to 16 MiB", ge=0)
+    bucket_mib: float = option(0.0, "gradients sent together (MiB); 0: 1/32 of them, 2 to 16 MiB", ge=0)
     wire: Literal["fp32", "bf16", "fp16"] = option(
         "fp32", "numbers in which gradients travel between ranks; the two-byte ones are for slow links"
     )
