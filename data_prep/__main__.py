@@ -1,6 +1,7 @@
 """The commands of data preparation."""
 
 import argparse
+import atexit
 import gc
 import hashlib
 import os
@@ -67,6 +68,7 @@ _LEFT_OUT = {
 
 def main(argv: list[str] | None = None) -> int:
     is_main = True
+    atexit.register(gc.freeze)  # or Python looks for circles in all that has been loaded and found
     set_library_threads(os.environ)  # numpy is loaded by the commands, above
     try:
         world = detect_world()

@@ -71,3 +71,12 @@ def test_preparing_text_loads_neither_torch_nor_mpi(prepared: Prepared, tmp_path
     modules = loaded(tmp_path / "seen", *words, program=DATA_PREP)
     assert "tokenizers" in modules
     assert modules & {"torch", "horovod", "mpi4py", "matplotlib", "psutil"} == set()
+
+
+@pytest.mark.parametrize("program", [HVDTRAIN, DATA_PREP], ids=["hvdtrain", "data_prep"])
+def test_nothing_is_searched_for_circles_at_the_end(program: tuple[str, ...], tmp_path: Path):
+    """All of torch would be, by every rank."""
+    watcher = "import atexit, gc; atexit.register(lambda: open('frozen', 'w').write(str(gc.get_freeze_count())))"
+    (tmp_path / "sitecustomize.py").write_text(watcher)
+    succeed("--help", program=program, env={"PYTHONPATH": str(tmp_path)}, cwd=tmp_path)
+    assert int((tmp_path / "frozen").read_text()) > 1000
