@@ -18,7 +18,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "slurm")]
 from cluster import SlurmCluster  # noqa: E402
 from launch import DATA_PREP, HVDTRAIN, environment  # noqa: E402
 
-SIZE = (1000, 1900)  # CSS pixels: all of the page, and a border
+SIZE = (1000, 1960)  # CSS pixels: all of the page, and a border
 LONG_S = 900
 
 
@@ -42,7 +42,7 @@ def photograph(page: Path, picture: Path, folder: Path) -> None:
         f"--user-data-dir={folder / 'profile'}",
     ]
     words += [f"--window-size={SIZE[0]},{SIZE[1]}", f"--screenshot={picture}", page.absolute().as_uri()]
-    subprocess.run([shutil.which("chromium") or "chromium", *words], check=True, timeout=60)
+    subprocess.run([shutil.which("chromium") or "chromium", *words], capture_output=True, check=True, timeout=60)
 
 
 def main() -> None:
