@@ -1,6 +1,7 @@
 """What all tests share."""
 
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,6 +89,16 @@ def trained(prepared: Prepared) -> Path:
 def _attention_as_it_comes(torch: Any) -> None:
     torch.backends.cuda.enable_flash_sdp(True)
     torch.backends.cuda.enable_mem_efficient_sdp(True)
+
+
+@pytest.fixture(autouse=True)
+def _products_as_they_come() -> Iterator[None]:
+    """For the next test, if this one has called a command that chooses a library for fp32 products."""
+    yield
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.backends.mkldnn.matmul.fp32_precision != "none":
+        torch.backends.mkldnn.matmul.fp32_precision = "none"
+        _attention_as_it_comes(torch)
 
 
 @pytest.fixture

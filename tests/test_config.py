@@ -151,7 +151,7 @@ def test_all_that_is_wrong_is_one_message(recipe):
         ("seed=99999999999999999999999", "seed="),
         ("model.heads=3", "heads=3 does not divide width=256"),
         ("schedule.warmup_steps=401", "schedule.warmup_steps=401 is longer than train.steps=400"),
-        ("sync.allreduce.bucket_mib=0", "sync.allreduce.bucket_mib=0"),
+        ("sync.allreduce.bucket_mib=-1", "sync.allreduce.bucket_mib=-1"),
     ],
 )
 def test_wrong_values_are_named(override: str, part: str):
