@@ -213,7 +213,7 @@ def work_of(found: Estimate) -> Work:
         tensor_sums=_sums_of(config),
         handed_bytes=sent.get("pipe", 0) / load.microbatches / _transfers(config),
         gradient_bytes=_summed_bytes(sent.get("replica", 0), load.replicas),
-        bucket_bytes=_bucket_mib(config) * _MIB or bytes_of_bucket(4 * load.trained // config.mesh.ranks),
+        bucket_bytes=bytes_of_bucket(_bucket_mib(config), 4 * load.trained // config.mesh.ranks),
         hides=config.sync.name in _HIDES and not (config.mesh.ranks > 1 and found.memory.device == "cuda"),
         touched_bytes=touched / config.mesh.ranks / shards,
         saved_bytes=4 * load.parameters + state,

@@ -202,7 +202,7 @@ def make_runs(slices: Sequence[Slice], bucket_bytes: int, in_parts: bool = False
         piece = slices[number]
         kind = piece.tensor.dtype, piece.copies, piece.holders
         run, size = open_runs.get(kind, ([], 0))
-        if not run or size + piece.tensor.nbytes > (bucket_bytes or bytes_of_bucket(totals[kind])):
+        if not run or size + piece.tensor.nbytes > (bucket_bytes or bytes_of_bucket(0.0, totals[kind])):
             run, size = [], 0
             found.append(run)
         run.append(number)

@@ -5,16 +5,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 
-def bytes_of_bucket(gradient_bytes: int) -> int:
-    """Where a recipe says nothing: 1/32 of the gradients, 2 to 16 MiB. Each bucket costs some time of its
+def bytes_of_bucket(mib: float, gradient_bytes: int) -> int:
+    """``mib``; where a recipe says nothing, 0: 1/32 of the gradients, 2 to 16 MiB. Each bucket costs some time of its
     own, but the last one leaves when backward is over, and nothing hides its way.
     """
-    return min(max(gradient_bytes // 32, 2 << 20), 16 << 20)
+    return int(mib * (1 << 20)) or min(max(gradient_bytes // 32, 2 << 20), 16 << 20)
 
 
 def bucket_of(count: int, largest: int, mib: float) -> int:
     """Numbers of the largest bucket, of ``count`` fp32 numbers in tensors of at most ``largest``. mib: 0: see above."""
-    return min(count, max(largest, (int(mib * (1 << 20)) or bytes_of_bucket(4 * count)) // 4))
+    return min(count, max(largest, bytes_of_bucket(mib, 4 * count) // 4))
 
 
 @dataclass(frozen=True)

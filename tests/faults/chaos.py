@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -362,8 +363,8 @@ class Trial:
                 names = [name for part in other for name in _differing(mine.get(part, b""), other[part])]
                 yield f"step {step} differs in {len(names)} tensors: {', '.join(names[:9])}"
         if lines != expected:
-            other = [step for step, _ in sorted(set(lines) ^ set(expected))]
-            yield f"metrics.jsonl differs from step {other[0] if other else 'twice'} on"
+            step, _ = next(mine or theirs for mine, theirs in zip_longest(lines, expected) if mine != theirs)
+            yield f"metrics.jsonl differs from step {step} on"
 
     def _saved(self) -> list[int]:
         return sorted(int(path.name[-8:]) for path in (self.run_dir / "checkpoints").glob("step-*"))

@@ -71,7 +71,7 @@ def test_what_not_every_pass_used_leaves_with_the_rest_and_is_known_to_be_incomp
 )
 def test_buckets_of_which_a_recipe_says_nothing(numbers: int, mib: int):
     """1/32 of the gradients, of 2 to 16 MiB: a model of any size has few that nothing hides, and few in all."""
-    assert bytes_of_bucket(4 * numbers) == mib << 20
+    assert bytes_of_bucket(0.0, 4 * numbers) == mib << 20
     assert bucket_of(numbers, 1, 0.0) == min(numbers, mib << 18)
     tensors = [torch.empty(numbers // 640, device="meta") for _ in range(640)]
     group = LateGroup()
