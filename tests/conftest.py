@@ -86,29 +86,15 @@ def trained(prepared: Prepared) -> Path:
     return prepared.folder / "trained"
 
 
-def _attention_as_it_comes(torch: Any) -> None:
-    torch.backends.cuda.enable_flash_sdp(True)
-    torch.backends.cuda.enable_mem_efficient_sdp(True)
-
-
 @pytest.fixture(autouse=True)
-def _products_as_they_come() -> Iterator[None]:
-    """For the next test, if this one has called a command that chooses a library for fp32 products."""
+def _torch_as_it_comes() -> Iterator[None]:
+    """After every test, for the next: a command that one has called in this process turns torch's global switches."""
     yield
     torch = sys.modules.get("torch")
-    if torch is not None and torch.backends.mkldnn.matmul.fp32_precision != "none":
+    if torch is None:
+        return
+    if torch.backends.mkldnn.matmul.fp32_precision != "none":
         torch.backends.mkldnn.matmul.fp32_precision = "none"
-        _attention_as_it_comes(torch)
-
-
-@pytest.fixture
-def torch_switches() -> Iterator[None]:
-    """For tests that train or evaluate in this process, which turns torch's global switches."""
-    import torch
-
-    precision, threads = torch.backends.mkldnn.matmul.fp32_precision, torch.get_num_threads()
-    _attention_as_it_comes(torch)  # a test that ran ranks as threads may have left another one's switches
-    yield
-    torch.backends.mkldnn.matmul.fp32_precision = precision
-    _attention_as_it_comes(torch)
-    torch.set_num_threads(threads)
+    torch.backends.cuda.enable_flash_sdp(True)
+    torch.backends.cuda.enable_mem_efficient_sdp(True)
+    torch.set_num_threads(1)  # as tests/tiny.py says

@@ -21,7 +21,6 @@ from hvdtrain.errors import EXIT_BAD_DATA, EXIT_DIVERGED, EXIT_USAGE, HvdtrainEr
 from hvdtrain.train import train
 from hvdtrain.watch.log_file import read_log
 
-pytestmark = pytest.mark.usefixtures("torch_switches")
 PART = "part-00000-of-00001.safetensors"
 Train = Callable[..., dict[str, Any]]
 

@@ -21,7 +21,6 @@ from hvdtrain.data.carried import carry, read_carried
 from hvdtrain.data.corpora import DataOptions, open_corpora
 from hvdtrain.data.shards import read_manifest
 
-pytestmark = pytest.mark.usefixtures("torch_switches")
 PROMPT = ("--prompt", "def main(", "--max-tokens", 8, "--temperature", 0)
 
 

@@ -99,7 +99,7 @@ def test_another_step_in_another_type(trained: Path, tmp_path: Path):
 
 
 @pytest.fixture
-def quick(prepared: Prepared, tmp_path: Path, torch_switches: None) -> Iterator[Path]:
+def quick(prepared: Prepared, tmp_path: Path) -> Iterator[Path]:
     """A recipe of two steps, of pairs: today's encoder-decoder is a Blenderbot."""
     settings = yaml.safe_load(prepared.recipe.read_text())
     settings |= {"train": {"steps": 2, "global_batch": 4}, "task": {"name": "seq2seq"}, "ema": {"decay": 0.5}}

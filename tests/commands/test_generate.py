@@ -23,7 +23,6 @@ from hvdtrain.watch.log_file import read_log
 
 GENERATE, EVALUATE = "hvdtrain.commands.generate", "hvdtrain.commands.evaluate"
 GREEDY = {"temperature": 0.0, "max_tokens": 24}
-pytestmark = pytest.mark.usefixtures("torch_switches")
 
 
 @pytest.fixture(scope="module")

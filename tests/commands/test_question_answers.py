@@ -28,7 +28,6 @@ from hvdtrain.train import train
 WORDS = "the river runs past old mills and ships wait here until spring when ice breaks 3 5 8".split()  # noqa: SIM905
 XQUAD = Path(__file__).parents[3] / "shared/data/xquad/xquad.en.json.gz"
 COLOURS = ["red", "blue", "grün", "漢"]
-pytestmark = pytest.mark.usefixtures("torch_switches")
 
 
 def questions(seed: int, count: int) -> str:

@@ -16,8 +16,6 @@ from hvdtrain.commands.scaling.results import Found, conclude, read_result
 from hvdtrain.errors import ConfigError, HvdtrainError
 from hvdtrain.planner.measured import read_runs
 
-pytestmark = pytest.mark.usefixtures("torch_switches")
-
 
 def series(prepared: Prepared, kind: str, *words: str, nodes: tuple[int, ...] = (1, 2, 4)) -> Series:
     return Series(str(prepared.recipe), ["device=cpu", *words], kind, nodes, 1, 24)  # type: ignore[arg-type]

@@ -10,9 +10,6 @@ from hvdtrain.machine import matmul as cpu
 DEFAULT = "MKL" if torch.backends.mkl.is_available() else "torch"
 
 
-pytestmark = pytest.mark.usefixtures("torch_switches")
-
-
 def test_what_is_chosen_here_is_fp32():
     assert cpu.use_fast_fp32() in (DEFAULT, "oneDNN")
     torch.manual_seed(0)

@@ -106,7 +106,6 @@ def test_a_long_run_is_worth_a_measurement_at_its_end():
     assert not worth_measuring("measure", CPU, 1e6)  # it has been
 
 
-@pytest.mark.usefixtures("torch_switches")
 def test_the_ceiling_is_what_products_reach():
     """Nothing of a model's sizes is much faster; and it takes the time that it was given, on its number of threads."""
     torch.set_num_threads(2)

@@ -11,8 +11,6 @@ from tiny import labelled, pairs, random_tokens, write_corpus, write_data
 from hvdtrain.errors import ConfigError, DataError
 from hvdtrain.planner.estimate import plan
 
-pytestmark = pytest.mark.usefixtures("torch_switches")
-
 SMALL = ["model.layers=2", "model.heads=2", "model.width=32", "model.context=16", "eval.rows=4", "device=cpu"]
 SMALL += ["train.steps=30", "schedule.warmup_steps=3"]
 

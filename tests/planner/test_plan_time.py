@@ -20,8 +20,6 @@ from hvdtrain.planner.fastest import _row, in_order
 from hvdtrain.planner.measured import read_run
 from hvdtrain.planner.outlook import link_in
 
-pytestmark = pytest.mark.usefixtures("torch_switches")
-
 SMALL = ["model.layers=2", "model.heads=2", "model.width=32", "model.context=16", "eval.rows=4", "device=cpu"]
 SMALL += ["train.steps=3000", "schedule.warmup_steps=3", "train.global_batch=16", "train.microbatch=2"]
 FIGURES = {

@@ -22,7 +22,7 @@ def shards(tmp_path: Path) -> dict[str, Path]:
 
 
 @pytest.fixture
-def go(tmp_path: Path, shards: dict[str, Path], monkeypatch: pytest.MonkeyPatch, torch_switches: None) -> Train:
+def go(tmp_path: Path, shards: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Train:
     """``go("run", "train.steps=4", kind="pairs")``: 6 steps of 4 x 8 tokens of that kind, in that folder."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     recipe = tmp_path / "tiny.yaml"
