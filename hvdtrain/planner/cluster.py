@@ -34,7 +34,7 @@ FIGURES: dict[str, Figure] = {
     "ranks_per_node": Figure("processes of a node, one a GPU", "ranks", 1, 1024),
     "memory_gib": Figure("of a rank", "GiB", 0.1, 4096),
     "tflops": Figure("that a rank reaches in training, in the recipe's precision", "TFLOP/s", 1e-3, 20_000),
-    "tokens_for_half": Figure("of a microbatch with which half of tflops is reached", "tokens", 0, 1e6, 0),
+    "tokens_for_half": Figure("of a microbatch with which a whole layer reaches half of tflops", "tokens", 0, 1e6, 0),
     "memory_gb_per_s": Figure("of a rank's memory", "GB/s", 1, 50_000),
     "inside_gb_per_s": Figure("from a rank to another on its node", "GB/s", 0.01, 10_000),
     "inside_us": Figure("latency between two ranks of a node", "microseconds", 0.05, 10_000),

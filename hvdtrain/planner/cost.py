@@ -92,7 +92,8 @@ class StepTime:
 
 
 def step_time(work: Work, cluster: Cluster) -> StepTime:
-    computing = work.flops / cluster.flops_per_s(work.tokens)
+    # What a pass takes however little there is to multiply is not divided among the parts of a tensor cut.
+    computing = work.flops / cluster.flops_per_s(work.tokens / work.tensor)
     forward = computing / 3
     again = forward * work.recomputed
     sums = _tensor_sums(work, cluster)

@@ -134,6 +134,8 @@ def needs_of_parameter_server(options: ParameterServerOptions, trained: Trained)
     room = 4 * workers * -(-bucket // keepers) * min(AT_ONCE, max(1, -(-n // bucket)))
     if not options.servers:
         return Needs(4 * n + 4 * part, part, buffers=room, sent=8 * (n - part))
+    if options.mode == "asynchronous":
+        room = 4 * workers * part  # of each worker all that it pushes
     server = Needs(4 * part, part, buffers=room, sent=4 * workers * part)
     return Needs(4 * n, 0, sent=4 * n, server=server)
 

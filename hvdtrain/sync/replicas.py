@@ -15,13 +15,16 @@ import torch
 from hvdtrain.comm.ranks import Ranks
 from hvdtrain.errors import ReplicaError
 
-_CHUNK = 1 << 20  # elements that are multiplied at once, and factors that are kept
+# Elements that are multiplied at once, 8 bytes each, and factors that are kept. On a CPU they stay in its cache; a
+# GPU is given more at a time.
+_CPU_CHUNK = 1 << 17
+_GPU_CHUNK = 1 << 20
 _NEXT_CHUNK = 0x2545F4914F6CDD1D  # odd
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class ReplicaCheck:
-    """``check`` all replicas now and then. One for a run; it keeps the factors (8 MiB at most) on the device."""
+    """``check`` all replicas now and then. One for a run; it keeps the factors (1 MiB on a CPU, 8 on a GPU) on the device."""
 
     def __init__(self, group: Ranks, number: int):
         """group: who compares; number: this rank's among all."""
@@ -56,8 +59,9 @@ class ReplicaCheck:
     def _hash(self, tensor: torch.Tensor) -> torch.Tensor:
         bits = tensor.contiguous().reshape(-1).view(_INTEGERS[tensor.element_size()])
         total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-        factors = self._factors_on(tensor.device, min(len(bits), _CHUNK))
-        for chunk in bits.split(_CHUNK):
+        most = _CPU_CHUNK if tensor.device.type == "cpu" else _GPU_CHUNK
+        factors = self._factors_on(tensor.device, min(len(bits), most))
+        for chunk in bits.split(most):
             # Integers wrap around, on every device alike.
             total = total * _NEXT_CHUNK + (chunk.to(torch.int64) * factors[: len(chunk)]).sum()
         return total

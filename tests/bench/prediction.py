@@ -7,8 +7,8 @@ growth   4 ranks from runs of 1 and 2: `hvdtrain plan --from RUN...`
 cuts     a tensor cut and a pipeline on 2 ranks, of which each has a core: `hvdtrain plan --cluster FILE --fit`
 meshes   the same on 4 ranks: is the mesh that the plan names first the fastest?
 
-FILE holds what a plain run of 2 or 4 ranks of the recipe took (FLOPs a second, the optimizer's bytes), and what a sum
-over an axis takes; nothing of a run that is cut.
+FILE holds what two plain runs of 2 or 4 ranks of the recipe took, with microbatches of two sizes (FLOPs a second, the
+optimizer's bytes), and what a sum over an axis takes; nothing of a run that is cut.
 
 Two cores stand for four nodes. So that a rank has as much of them at every size, all four are busy at every size: four
 runs of one rank at a time, two of two, one of four.
@@ -25,9 +25,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import table
+
+if TYPE_CHECKING:
+    from hvdtrain.planner.cost import Work
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tests")]
@@ -139,9 +142,8 @@ def of_meshes(recipe: Recipe, ranks: int, link: str, folder: Path, data: Path) -
     from hvdtrain.planner.measured import read_run
 
     words = words_of(recipe, data, recipe.batch)
-    plain = folder / "plain"
-    train(recipe, words, plain, ranks, link)
-    cluster = write_figures(folder, figures(recipe, words, plain, ranks, link))
+    plain = train(recipe, words, folder / "plain", ranks, link)
+    cluster = write_figures(folder, figures(recipe, words, folder, ranks, link))
     told = json.loads(plan_fastest(recipe.name, words, ranks, str(cluster), as_json=True))["meshes"]
     found = []
     for one in told:
@@ -156,21 +158,25 @@ def of_meshes(recipe: Recipe, ranks: int, link: str, folder: Path, data: Path) -
     return found
 
 
-def figures(recipe: Recipe, words: list[str], plain: Path, ranks: int, link: str) -> dict[str, tuple[float, str]]:
-    """Of this machine, with their sources, as a cluster's file has them."""
+def figures(recipe: Recipe, words: list[str], folder: Path, ranks: int, link: str) -> dict[str, tuple[float, str]]:
+    """Of this machine, with their sources, as a cluster's file has them; in ``folder`` is the plain run."""
     from hvdtrain.config import load_config
     from hvdtrain.planner.cost import work_of
     from hvdtrain.planner.estimate import estimate
     from hvdtrain.planner.measured import read_run
 
     per_node = ranks if link == "memory" else 1
-    work, run = work_of(estimate(load_config(recipe.name, words), ranks, per_node)), read_run(plain)
+    work, run = work_of(estimate(load_config(recipe.name, words), ranks, per_node)), read_run(folder / "plain")
+    larger = [*words, f"train.microbatch={2 * recipe.rows}"]
+    twice = read_run(train(recipe, larger, folder / "plain-larger", ranks, link))
+    tflops, tokens_for_half = rate(work, run.parts["compute"], twice.parts["compute"])
     latency_us, gb_per_s = axis(ranks, link)
     said = f"a plain run on {ranks} ranks"
     return {
         "ranks_per_node": (per_node, "this machine"),
         "memory_gib": (16, "this machine"),
-        "tflops": (work.flops * work.microbatches / run.parts["compute"] / 1e12, said),
+        "tflops": (tflops, f"two of {ranks} ranks"),
+        "tokens_for_half": (tokens_for_half, f"two of {ranks} ranks"),
         "memory_gb_per_s": (work.touched_bytes / run.parts["optimizer"] / 1e9, said),
         "inside_us": (latency_us, "sums of 4 KiB over an axis"),
         "inside_gb_per_s": (gb_per_s, "sums of 1 MiB over an axis"),
@@ -178,6 +184,12 @@ def figures(recipe: Recipe, words: list[str], plain: Path, ranks: int, link: str
         "between_gb_per_s": (gb_per_s, "sums of 1 MiB over an axis"),
         "save_gb_per_s": (1, "nothing is saved"),
     }
+
+
+def rate(work: "Work", one: float, two: float) -> tuple[float, float]:
+    """tflops and tokens_for_half, of a step's seconds of computing in microbatches as they are and twice as large."""
+    half = max(0.0, 2 * work.tokens * (one - two) / max(2 * two - one, 1e-9))
+    return work.flops * work.microbatches / one * (1 + half / work.tokens) / 1e12, half
 
 
 def write_figures(folder: Path, found: dict[str, tuple[float, str]]) -> Path:
@@ -196,7 +208,9 @@ def axis(ranks: int, link: str) -> tuple[float, float]:
     with launcher(ranks, link) as mpirun:
         import subprocess
 
-        env = {**os.environ, **environment()}
+        from hvdtrain.commands.ranks_here import RING
+
+        env = {**RING, **os.environ, **environment()}
         done = subprocess.run(
             [*mpirun, sys.executable, __file__, "--rank"], env=env, stdout=subprocess.PIPE, text=True, check=True
         )
@@ -206,25 +220,26 @@ def axis(ranks: int, link: str) -> tuple[float, float]:
 
 
 def measure() -> None:
-    """On each rank; rank 0 prints seconds of a sum of 4 KiB and of 1 MiB over an axis of all."""
+    """On each rank; rank 0 prints seconds of a sum of 4 KiB and of 1 MiB over an axis of all, as a layer makes them."""
     import torch
 
     from hvdtrain.comm.mesh import MeshOptions, make_mesh
     from hvdtrain.comm.session import open_group
     from hvdtrain.comm.world import detect_world
+    from hvdtrain.cut.crossings import enter, leave, parts_of
 
     torch.set_num_threads(1)
     with open_group(detect_world(), parts=True) as group:
-        mesh = make_mesh(group, MeshOptions(tensor=group.size))
+        parts = parts_of(make_mesh(group, MeshOptions(tensor=group.size)).tensor)
         found = []
         for size in (4096, MIB):
-            tensor, times = torch.zeros(size // 4), []
+            tensor, times = torch.zeros(1, 1, size // 4, requires_grad=True), []
             for _ in range(5):
                 group.barrier()
                 started = time.perf_counter()
-                for _ in range(20):
-                    mesh.tensor.sum(tensor)
-                times.append((time.perf_counter() - started) / 20)
+                for _ in range(20):  # two sums: one forward, one backward
+                    leave(enter(tensor, parts), parts).backward(tensor)
+                times.append((time.perf_counter() - started) / 40)
             found.append(statistics.median(times))
         if group.rank == 0:
             print(json.dumps(found), flush=True)

@@ -105,6 +105,8 @@ def test_one_rank_by_hand():
     assert found.total == pytest.approx(1.207)
     assert step_time(replace(WORK, recomputed=1.0), CLUSTER).compute == pytest.approx(1.6)  # forward again
     assert step_time(WORK, on(tokens_for_half=1024)).compute == pytest.approx(2.4)
+    in_parts = replace(WORK, flops=WORK.flops / 4, tensor=4)  # what a pass takes however small it is stays whole
+    assert step_time(in_parts, on(tokens_for_half=1024)).compute == pytest.approx(0.3 + 1.2)
     # Asynchronous: only until it is copied, read and written; of one rank.
     assert hold_up(replace(work, asynchronous=True), CLUSTER) == pytest.approx(0.01)
 

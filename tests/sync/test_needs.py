@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from dealt import dealt, server
 from learner import Learner, Recipe
 from threads import ThreadGroup, on_ranks
 
@@ -54,10 +55,14 @@ def held_bytes(sync: Sync, known: set[int]) -> int:
     return sum(found.values())
 
 
+def weights_of(learner: Learner) -> set[int]:
+    return {piece.tensor.untyped_storage().data_ptr() for piece in learner.engine.replica.slices}
+
+
 def trained_by(learner: Learner, microbatches: int) -> Trained:
     shapes = [tuple(piece.tensor.shape) for piece in learner.engine.replica.slices]
     state = state_bytes(learner.recipe.optim, sum(map(math.prod, shapes)), 0)
-    return Trained(shapes, state, RANKS, STEPS, microbatches)
+    return Trained(shapes, state, learner.mesh.world.size, STEPS, microbatches)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -68,8 +73,7 @@ def test_bytes_that_are_held_and_sent_are_those_planned(mode: str):
 
     def work(group: ThreadGroup) -> tuple[Needs, int, float, int]:
         learner = Learner(group, recipe).train(STEPS)
-        weights = {piece.tensor.untyped_storage().data_ptr() for piece in learner.engine.replica.slices}
-        held = held_bytes(learner.sync, weights)
+        held = held_bytes(learner.sync, weights_of(learner))
         needs = needs_of(options, trained_by(learner, 2))
         if not learner.mesh.has_rows:
             assert needs.server is not None
@@ -84,6 +88,16 @@ def test_bytes_that_are_held_and_sent_are_those_planned(mode: str):
         assert moved == pytest.approx(needs.moved, rel=0.05)  # parts begin at lines of the cache
         if options.name != "zero":  # of which tests/sync/test_zero.py has the peak
             assert held == pytest.approx(needs.gradients + needs.kept + needs.buffers, rel=0.1)
+
+
+def test_a_server_that_does_not_wait_has_room_for_all_that_each_worker_pushes():
+    for learner in dealt(3, 4, sync=server(1), optim=ADAMW, model=MODEL):
+        needs = needs_of(learner.recipe.sync, trained_by(learner, 2))
+        if not learner.mesh.has_rows:
+            assert needs.server is not None
+            needs = needs.server
+        held = held_bytes(learner.sync, weights_of(learner))
+        assert held == pytest.approx(needs.gradients + needs.kept + needs.buffers, rel=0.1)
 
 
 def test_every_sync_tells_what_it_needs_of_a_rank_alone_too():
