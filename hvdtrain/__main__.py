@@ -23,11 +23,14 @@ from hvdtrain.errors import (
     say,
     say_from,
 )
+from hvdtrain.machine.circles import look_seldom
 from hvdtrain.machine.cores import set_library_threads
 
 
 def main(argv: list[str] | None = None) -> int:
     world = World()
+    if argv is None:  # a process of its own
+        look_seldom()
     atexit.register(gc.freeze)  # or Python looks for circles in all that torch has loaded: .4 s of a processor
     set_library_threads(os.environ)  # torch and numpy are loaded by the commands, below
     words = sys.argv[1:] if argv is None else argv

@@ -13,6 +13,7 @@ from hvdtrain.config import flatten, load_config, may_cut, run_folders, topology
 from hvdtrain.engine import Engine
 from hvdtrain.errors import EXIT_STOPPED_EARLY
 from hvdtrain.jobs.claim import Claim
+from hvdtrain.machine.circles import look_at_what_comes
 from hvdtrain.opening import Asked, Loader, OpenRun, open_engine, open_loader, open_log, open_run, recorded
 from hvdtrain.planner.shortage import memory_explained
 from hvdtrain.summary import announce, sum_up
@@ -66,6 +67,7 @@ def _run(run: OpenRun, watchdog: Watchdog) -> Mapping[str, Any]:
             Saver(run.run_dir, run.mesh.world, run.config.checkpoint, run.step, run.claim.check)
         )
         announce(run, engine, log, peak)
+        look_at_what_comes()
         return _walk(run, engine, loader, log, saver, watchdog)
 
 

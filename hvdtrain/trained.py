@@ -32,6 +32,7 @@ from hvdtrain.data.carried import Carried, read_carried
 from hvdtrain.data.corpora import Corpora, folders_of, open_corpora, open_folders
 from hvdtrain.errors import CheckpointError, ConfigError, DataError, plural
 from hvdtrain.files import exists, read_text
+from hvdtrain.machine.circles import look_at_what_comes
 from hvdtrain.machine.device import pick_device
 from hvdtrain.models.lora import adapt
 from hvdtrain.models.pieces import Staged
@@ -180,6 +181,7 @@ def open_model(
         replica.answering.eval()
 
     group.together(read)
+    look_at_what_comes()
     return TrainedModel(replica, kind)
 
 

@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import gc
 import os
 import sys
 from collections import Counter
@@ -17,6 +18,7 @@ from hvdtrain.machine.cores import set_library_threads
 
 os.environ.setdefault("GOMP_SPINCOUNT", "0")  # what is tested here shares its cores
 set_library_threads(os.environ)  # as the commands do, before a test loads torch
+gc.set_threshold(50_000, 20, 50)  # a million objects stay: tests, and what libraries have loaded
 
 pytest.register_assert_rewrite("contract")  # tests that are no test module
 
@@ -52,6 +54,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """tests/slurm first: it is the longest, and the others fit beside it."""
     items.sort(key=lambda item: not item.nodeid.startswith("tests/slurm/"))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -24,7 +24,7 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class ReplicaCheck:
-    """``check`` all replicas now and then. One for a run; it keeps the factors (1 MiB on a CPU, 8 on a GPU) on the device."""
+    """``check`` all replicas now and then. One for a run; it keeps the factors on the device (1 MiB, on a GPU 8)."""
 
     def __init__(self, group: Ranks, number: int):
         """group: who compares; number: this rank's among all."""
