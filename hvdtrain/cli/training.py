@@ -75,7 +75,7 @@ def define_plan(parser: argparse.ArgumentParser) -> Run:
             from hvdtrain.planner.fastest import plan_fastest
 
             place = words.ranks, words.cluster, words.ranks_per_node, words.vocab_size
-            print(plan_fastest(words.recipe, words.overrides, *place, words.json, words.run_dir))
+            print(plan_fastest(words.recipe, words.overrides, *place, words.json, words.run_dir, words.runs))
             return EXIT_OK
         if words.runs or words.cluster:
             from hvdtrain.planner.outlook import Asked, plan_time

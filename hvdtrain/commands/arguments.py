@@ -128,7 +128,7 @@ def add_outlook(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("time")
     group.add_argument(
         "--from", dest="runs", type=Path, nargs="+", action="extend", default=[], metavar="RUN",
-        help="folders of short runs on a few nodes: predict the step on --ranks from them",
+        help="folders of short runs on a few nodes: predict the step on --ranks from them; with --fit: a rank's speed",
     )  # fmt: skip
     group.add_argument("--cluster", default="", metavar="NAME|FILE", help="predict the step from a cluster's figures")
     group.add_argument(
@@ -151,7 +151,7 @@ def check_outlook(words: argparse.Namespace) -> None:
         raise ConfigError("--simulate needs --cluster: how often ranks are lost, how fast checkpoints are written")
     if words.link and not words.simulate:
         raise ConfigError("--link is of --simulate")
-    for one, other in (("fit", "simulate"), ("fit", "runs"), ("memory", "cluster"), ("memory", "runs")):
+    for one, other in (("fit", "simulate"), ("memory", "cluster"), ("memory", "runs")):
         if getattr(words, one) and getattr(words, other):
             name = "from" if other == "runs" else other
             raise ConfigError(f"--{one} and --{name} are two questions; ask one at a time")

@@ -1,4 +1,7 @@
-"""``hvdtrain plan --cluster FILE --fit``: the meshes with which a recipe fits a cluster's memory, the fastest first."""
+"""``hvdtrain plan --cluster FILE --fit``: the meshes with which a recipe fits a cluster's memory, the fastest first.
+
+With ``--from RUN...`` a rank is as fast as those runs have measured it to be (calibrate.py).
+"""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -6,12 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hvdtrain.comm.mesh import MeshOptions
 from hvdtrain.config import load_config, run_folders
 from hvdtrain.errors import ConfigError
+from hvdtrain.planner.calibrate import CALIBRATED, calibrated
 from hvdtrain.planner.cluster import Cluster, read_cluster
 from hvdtrain.planner.cost import StepTime, step_time, work_of
 from hvdtrain.planner.estimate import Estimate, estimate, in_columns
 from hvdtrain.planner.proposals import Proposals, as_rows, propose
+from hvdtrain.sync import SyncOptions
 
 _GIB = 1 << 30
 _WORTH = 0.98  # of its time, below which a wire of fewer bits is proposed: it rounds
@@ -32,11 +38,17 @@ def plan_fastest(
     vocab_size: int = 0,
     as_json: bool = False,
     run_dir: Path | None = None,
+    runs: Sequence[Path] = (),
 ) -> str:
-    """What the command prints. Errors: see ``plan`` and ``read_cluster``; ConfigError where nothing fits."""
+    """What the command prints. Errors: see ``plan``, ``read_cluster``, ``calibrated``; ConfigError where nothing
+    fits.
+    """
     of_cluster = read_cluster(cluster)
     config = load_config(recipe, overrides, run_folders(recipe, run_dir))
     per_node = min(ranks_per_node or int(of_cluster["ranks_per_node"]), ranks)
+    if runs:
+        alone = config.model_copy(update={"mesh": MeshOptions(), "sync": SyncOptions()})
+        of_cluster = calibrated(of_cluster, runs, estimate(alone, 1, 1, vocab_size))
     found = propose(config, ranks, int(of_cluster["memory_gib"] * _GIB), per_node, vocab_size)
     if not found.fit:
         raise ConfigError(
@@ -46,10 +58,9 @@ def plan_fastest(
     timed = in_order(found.fit, of_cluster, ranks, per_node, vocab_size)
     rows = [_row(one) for one in timed]
     if as_json:
-        return json.dumps(
-            {"recipe": recipe, "cluster": of_cluster.name, "meshes": rows, "refused": found.refused}, indent=1
-        )
-    return _as_text(recipe, ranks, of_cluster, rows, found.refused)
+        tree = {"recipe": recipe, "cluster": of_cluster.name, "figures": dict(of_cluster.figures)}
+        return json.dumps({**tree, "meshes": rows, "refused": found.refused}, indent=1)
+    return _as_text(recipe, ranks, of_cluster, rows, found.refused, measured=bool(runs))
 
 
 def in_order(
@@ -90,7 +101,14 @@ def _row(one: Timed) -> dict[str, Any]:
     return {**row, "wire": _wire(one.plan), "step_s": round(one.time.total, 6), "parts_s": parts}
 
 
-def _as_text(recipe: str, ranks: int, cluster: Cluster, rows: Sequence[dict[str, Any]], refused: Sequence[str]) -> str:
+def _as_text(
+    recipe: str,
+    ranks: int,
+    cluster: Cluster,
+    rows: Sequence[dict[str, Any]],
+    refused: Sequence[str],
+    measured: bool,
+) -> str:
     names = ("tensor", "pipeline", "replicas", "zero", "recompute", "microbatch", "wire")
     head = (*names, "GiB a rank", "bubble", "step s", *(part for part in rows[0]["parts_s"] if part != "compute"))
     table = [
@@ -107,6 +125,9 @@ def _as_text(recipe: str, ranks: int, cluster: Cluster, rows: Sequence[dict[str,
         f"plan: {recipe}, {ranks:,} ranks of {cluster.name}, {cluster['memory_gib']:g} GiB each; fastest first",
         *in_columns([head, *table]),
     ]
+    if measured:
+        said = ", ".join(f"{name} {cluster[name]:.4g}" for name in CALIBRATED)
+        lines.append(f"  {cluster.sources['tflops']}: {said}")
     if refused:
         lines += ["", "do not fit:", *(f"  {reason}" for reason in refused)]
     return "\n".join(lines)

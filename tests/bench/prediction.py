@@ -4,11 +4,11 @@ make bench BENCH=prediction     PARTS=growth,cuts,meshes LINKS=memory,1gbit RECI
                                 the steps; a quarter of an hour on two idle cores
 
 growth   4 ranks from runs of 1 and 2: `hvdtrain plan --from RUN...`
-cuts     a tensor cut and a pipeline on 2 ranks, of which each has a core: `hvdtrain plan --cluster FILE --fit`
+cuts     a tensor cut and a pipeline on 2 ranks, of which each has a core: `plan --cluster FILE --fit --from RUN...`
 meshes   the same on 4 ranks: is the mesh that the plan names first the fastest?
 
-FILE holds what two plain runs of 2 or 4 ranks of the recipe took, with microbatches of two sizes (FLOPs a second, the
-optimizer's bytes), and what a sum over an axis takes; nothing of a run that is cut.
+FILE holds what a sum over an axis takes; RUN are two plain runs of 2 or 4 ranks, with microbatches of two sizes, for
+FLOPs a second and the optimizer's bytes. Nothing is taken from a run that is cut.
 
 Two cores stand for four nodes. So that a rank has as much of them at every size, all four are busy at every size: four
 runs of one rank at a time, two of two, one of four.
@@ -25,12 +25,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import table
-
-if TYPE_CHECKING:
-    from hvdtrain.planner.cost import Work
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tests")]
@@ -143,10 +140,12 @@ def of_meshes(recipe: Recipe, ranks: int, link: str, folder: Path, data: Path) -
 
     words = words_of(recipe, data, recipe.batch)
     plain = train(recipe, words, folder / "plain", ranks, link)
-    cluster = write_figures(folder, figures(recipe, words, folder, ranks, link))
-    told = json.loads(plan_fastest(recipe.name, words, ranks, str(cluster), as_json=True))["meshes"]
+    larger = train(recipe, [*words, f"train.microbatch={2 * recipe.rows}"], folder / "plain-larger", ranks, link)
+    cluster = write_figures(folder, figures(ranks, link))
+    told = json.loads(plan_fastest(recipe.name, words, ranks, str(cluster), as_json=True, runs=[plain, larger]))
+    print("  ".join(f"{name} {value:.4g}" for name, value in told["figures"].items() if value), flush=True)
     found = []
-    for one in told:
+    for one in told["meshes"]:
         run_dir = folder / f"tensor-{one['tensor']}-pipeline-{one['pipeline']}"
         mesh = [f"mesh.tensor={one['tensor']}", f"mesh.pipeline={one['pipeline']}"]
         mesh += [f"sync.allreduce.wire={one['wire']}"]
@@ -158,26 +157,14 @@ def of_meshes(recipe: Recipe, ranks: int, link: str, folder: Path, data: Path) -
     return found
 
 
-def figures(recipe: Recipe, words: list[str], folder: Path, ranks: int, link: str) -> dict[str, tuple[float, str]]:
-    """Of this machine, with their sources, as a cluster's file has them; in ``folder`` is the plain run."""
-    from hvdtrain.config import load_config
-    from hvdtrain.planner.cost import work_of
-    from hvdtrain.planner.estimate import estimate
-    from hvdtrain.planner.measured import read_run
-
-    per_node = ranks if link == "memory" else 1
-    work, run = work_of(estimate(load_config(recipe.name, words), ranks, per_node)), read_run(folder / "plain")
-    larger = [*words, f"train.microbatch={2 * recipe.rows}"]
-    twice = read_run(train(recipe, larger, folder / "plain-larger", ranks, link))
-    tflops, tokens_for_half = rate(work, run.parts["compute"], twice.parts["compute"])
+def figures(ranks: int, link: str) -> dict[str, tuple[float, str]]:
+    """Of this machine, with their sources, as a cluster's file has them."""
     latency_us, gb_per_s = axis(ranks, link)
-    said = f"a plain run on {ranks} ranks"
     return {
-        "ranks_per_node": (per_node, "this machine"),
+        "ranks_per_node": (ranks if link == "memory" else 1, "this machine"),
         "memory_gib": (16, "this machine"),
-        "tflops": (tflops, f"two of {ranks} ranks"),
-        "tokens_for_half": (tokens_for_half, f"two of {ranks} ranks"),
-        "memory_gb_per_s": (work.touched_bytes / run.parts["optimizer"] / 1e9, said),
+        "tflops": (1, "the plain runs say it"),
+        "memory_gb_per_s": (1, "the plain runs say it"),
         "inside_us": (latency_us, "sums of 4 KiB over an axis"),
         "inside_gb_per_s": (gb_per_s, "sums of 1 MiB over an axis"),
         "between_us": (latency_us, "sums of 4 KiB over an axis"),
@@ -186,19 +173,12 @@ def figures(recipe: Recipe, words: list[str], folder: Path, ranks: int, link: st
     }
 
 
-def rate(work: "Work", one: float, two: float) -> tuple[float, float]:
-    """tflops and tokens_for_half, of a step's seconds of computing in microbatches as they are and twice as large."""
-    half = max(0.0, 2 * work.tokens * (one - two) / max(2 * two - one, 1e-9))
-    return work.flops * work.microbatches / one * (1 + half / work.tokens) / 1e12, half
-
-
 def write_figures(folder: Path, found: dict[str, tuple[float, str]]) -> Path:
     import yaml
 
     tree = {"name": "this machine", "figures": {n: {"value": v, "source": source} for n, (v, source) in found.items()}}
     path = folder / "cluster.yaml"
     path.write_text(yaml.safe_dump(tree), encoding="utf-8")
-    print("  ".join(f"{name} {value:.4g}" for name, (value, _) in found.items()), flush=True)
     return path
 
 

@@ -152,6 +152,40 @@ def test_zero_has_buckets_and_a_wire_of_its_own(cluster: str):
     assert _row(found)["wire"] == "bf16"
 
 
+def test_ranks_are_as_fast_as_runs_have_measured(tmp_path: Path, cluster: str, capsys: pytest.CaptureFixture[str]):
+    """32 tokens in .06 s and 64 in .1 s: .02 s, and .04 s for every 32; in half a layer the .02 s stay."""
+    # Of 16 rows a rank has 8: 4 microbatches of two, or 2 of four. Computing is .7 of a step, the optimizer .1.
+    small = measured(tmp_path / "small", 1, 2, 4 * 0.06 / 0.7)
+    large = measured(tmp_path / "large", 1, 2, 2 * 0.10 / 0.7, "train.microbatch=4")
+    words = [*SMALL, "--ranks", "2", "--cluster", cluster, "--fit", "--from"]
+    tree = json.loads(plan(capsys, *words[:-1], "--json", "--from", small, large))
+    assert tree["figures"]["tokens_for_half"] == pytest.approx(16)
+    compute = {(row["tensor"], row["pipeline"]): row["parts_s"]["compute"] for row in tree["meshes"]}
+    assert compute[1, 1] == pytest.approx(4 * 0.06)
+    assert compute[1, 2] == pytest.approx(8 * 0.06 / 2)
+    assert compute[2, 1] == pytest.approx(8 * (0.04 / 2 + 0.02))
+    optimizer = {(row["tensor"], row["pipeline"]): row["parts_s"]["optimizer"] for row in tree["meshes"]}
+    assert optimizer[1, 1] == pytest.approx(0.1 * (4 * 0.06 + 2 * 0.10) / 2 / 0.7, rel=1e-3)
+    assert "measured by 2 runs: tflops" in plan(capsys, *words, small, large)
+    # Of one size: tokens_for_half stays as the file has it.
+    tree = json.loads(plan(capsys, *words[:-1], "--json", "--from", small))
+    assert tree["figures"]["tokens_for_half"] == 0
+    assert tree["meshes"][0]["parts_s"]["compute"] == pytest.approx(4 * 0.06)
+
+
+def test_runs_that_do_not_say_how_fast_a_rank_is(tmp_path: Path, cluster: str, capsys: pytest.CaptureFixture[str]):
+    def refused(said: str, *runs: str) -> None:
+        with pytest.raises(ConfigError, match=said):
+            plan(capsys, *SMALL, "--ranks", "2", "--cluster", cluster, "--fit", "--from", *runs)
+
+    refused("mesh.tensor=2 mesh.pipeline=1 .*runs of whole models", measured(tmp_path / "a", 1, 2, 1, "mesh.tensor=2"))
+    refused("sync.name=zero: how fast", measured(tmp_path / "b", 1, 2, 1, "sync.name=zero"))
+    refused("model.width=64, the recipe 32", measured(tmp_path / "c", 1, 2, 1, "model.width=64"))
+    small = measured(tmp_path / "small", 1, 2, 1)
+    quick = measured(tmp_path / "quick", 1, 2, 0.4, "train.microbatch=4")
+    refused("microbatches of 32 and 64 tokens: the larger take no longer", small, quick)
+
+
 def test_what_does_not_fit_is_said(cluster: str, capsys: pytest.CaptureFixture[str]):
     tree = yaml.safe_load(Path(cluster).read_text())
     tree["figures"]["memory_gib"]["value"] = 0.1
