@@ -70,6 +70,18 @@ def test_only_two_byte_numbers_leave_a_node_and_each_once():
     assert on_ranks(4, work) == [(1 << 12) // 2 * 2 + 2 * 4] * 4
 
 
+@pytest.mark.parametrize("numbers", [4096, 4097])
+def test_what_it_says_it_sends(numbers: int):
+    """In fp32 to its node, there and back; in two bytes to the other node, of its own piece."""
+
+    def work(group: ThreadGroup) -> float:
+        return make_wire("bf16", on_nodes(group, 2)).sent_bytes(numbers)
+
+    piece = -(-numbers // 2)
+    near, far = 2 * 4 * numbers / 2, 2 * 2 * piece / 2
+    assert on_ranks(4, work) == [pytest.approx(near + far, abs=16)] * 4
+
+
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
 def test_what_is_no_number_stays_none(bad: float):
     def work(group: ThreadGroup) -> torch.Tensor:

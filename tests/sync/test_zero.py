@@ -85,6 +85,23 @@ def test_the_ranks_shares_are_everything_once(ranks: int):
         assert tile([common for place in covered["fused"] if (common := place.common(rect))], rect)
 
 
+@pytest.mark.parametrize(
+    ("holding", "copies", "shared"),
+    [
+        (4, 1, 1),  # whole replicas: each range is on one rank
+        (4, 2, 1),  # two replicas, in which two stages have the same tied tensor: theirs add up, each keeps a range
+        (2, 2, 2),  # two replicas, in which two tensor parts have the same norm: each pair keeps the same range
+    ],
+)
+def test_ranks_that_have_the_same_range(holding: int, copies: int, shared: int):
+    """A norm over all ranks divides by it. holding: ranks whose gradients of it add up; copies: in one replica."""
+    group = in_process(holding)[0]
+    slices = [Slice("a", torch.zeros(256), torch.Size([256]), (whole_rect((256,)),), group, copies)]
+    (run,) = make_runs(slices, 1 << 20, in_parts=True)
+    ((_, _, piece),) = shard_of(run, slices, run.empty(), replicas=4 if copies == 1 else 2)
+    assert piece.copies == shared
+
+
 # --- equal to all-reduce -----------------------------------------------------------------------------------------
 
 
