@@ -90,6 +90,14 @@ def orthogonal(matrices_KMN: Tensor, scale: float, dtype: torch.dtype) -> Tensor
     return x_KMN.mT if is_tall else x_KMN
 
 
+def working_bytes(numbers: int, largest: int, on_cpu: bool, narrow: bool) -> int:
+    """That one call of ``NewtonSchulz`` takes, and the updates that it is called with. numbers: of all matrices;
+    largest: of a weight among them; narrow: are products in 16 bits?
+    """
+    together = min(numbers, max(largest, _CPU_TOGETHER if on_cpu else _GPU_TOGETHER))
+    return together * (4 + 4 + 2 * (2 if narrow else 4))
+
+
 class Matrices(Protocol):
     """Which parameters are matrices of blocks, or pieces of such, and how they become orthogonal."""
 

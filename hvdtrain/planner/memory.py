@@ -17,13 +17,14 @@ from hvdtrain.cut.schedules import SCHEDULES, Backward, Forward, Pass, WeightGra
 from hvdtrain.data.corpora import CorpusFacts
 from hvdtrain.machine.matmul import has_fast_bf16
 from hvdtrain.models.losses import chunk_rows
+from hvdtrain.optim.muon import working_bytes
 from hvdtrain.optim.optimizer import state_bytes
 from hvdtrain.planner.dry_run import AttentionKind, Footprint, dry_stages
 from hvdtrain.planner.shares import Share, balance, shares_of
 from hvdtrain.planner.workload import Workload
 from hvdtrain.sync import SYNCS, needs_of
 from hvdtrain.sync.apart import ApartSync
-from hvdtrain.sync.matrices import bytes_at_peak
+from hvdtrain.sync.matrices import bytes_at_peak, is_narrow
 from hvdtrain.sync.needs import Needs, Trained
 from hvdtrain.tasks import make_task
 
@@ -33,6 +34,7 @@ PROCESS_MIB = {
     "tensorboard": 12.0,
     "several ranks": 10.0,  # Horovod and MPI
     "compile": 192.0,  # torch's compiler
+    "recompute": 84.0,  # the same, loaded by torch's checkpointing and not used
     "tensor axis": 8.0,  # operators of one's own
 }
 # What a CPU's step takes beyond its live tensors, as a share of activations and temporaries: holes between blocks that
@@ -158,15 +160,16 @@ def _trained(config: RunConfig, share: Share, load: Workload) -> Trained:
 
 
 def _orthogonal(config: RunConfig, share: Share, moved: float, load: Workload, device: str) -> int:
-    """What Muon takes to make matrices orthogonal where ranks do that together. moved: of all numbers, by this rank."""
+    """What Muon takes to make matrices orthogonal. moved: of all numbers, by this rank."""
     options, sync, ranks = config.optim.muon, config.sync, load.replicas * config.mesh.tensor
-    if config.optim.name != "muon" or ranks == 1 or issubclass(SYNCS[sync.name], ApartSync):
+    if config.optim.name != "muon":
         return 0
+    narrow = is_narrow(options, has_fast_bf16(torch.device(device)))
+    working = working_bytes(share.matrices, share.largest_matrix, device == "cpu", narrow)
     is_alike = config.mesh.tensor == 1 and moved == 1
-    if is_alike and options.share == "never":
-        return 0
-    fast = has_fast_bf16(torch.device(device))
-    return bytes_at_peak(round(share.matrices * moved), ranks, is_alike, options, fast)
+    if ranks == 1 or issubclass(SYNCS[sync.name], ApartSync) or (is_alike and options.share == "never"):
+        return working
+    return working + bytes_at_peak(round(share.matrices * moved), ranks, is_alike, narrow)
 
 
 def _of_server(config: RunConfig, load: Workload, parts: Mapping[str, int], needs: Needs, device: str) -> Memory:
@@ -242,6 +245,7 @@ def _process_mib(config: RunConfig, ranks: int) -> dict[str, float]:
         "tensorboard": config.metrics.tensorboard,
         "several ranks": ranks > 1,
         "compile": config.compile != "none",
+        "recompute": config.recompute.name != "none" and config.compile == "none",
         "tensor axis": config.mesh.tensor > 1,
     }
     return {name: mib for name, mib in PROCESS_MIB.items() if takes[name]}

@@ -68,6 +68,11 @@ class Share:
         return sum(p.numel() for name, p in self.parameters.items() if p.requires_grad and name in self.in_blocks)
 
     @property
+    def largest_matrix(self) -> int:
+        """Numbers in the largest of those."""
+        return max((p.numel() for name, p in self.parameters.items() if name in self.in_blocks), default=0)
+
+    @property
     def largest(self) -> int:
         """Numbers in the largest tensor that is trained."""
         return max((p.numel() for p in self.parameters.values() if p.requires_grad), default=0)

@@ -214,12 +214,13 @@ class SpreadMatrices:
         ]
 
 
-def bytes_at_peak(numbers: int, ranks: int, is_alike: bool, options: MuonOptions, fast: bool) -> int:
-    """That ``SpreadMatrices.updates`` takes at once (local). numbers: of matrices that a rank holds, or of its pieces.
+def bytes_at_peak(numbers: int, ranks: int, is_alike: bool, narrow: bool) -> int:
+    """That ``SpreadMatrices.updates`` takes at once (local), beside Newton-Schulz steps. numbers: of matrices that a
+    rank holds, or of its pieces.
 
-    is_alike: all ``ranks`` hold all. fast: see ``make_matrices``.
+    is_alike: all ``ranks`` hold all. narrow: are products in 16 bits?
     """
-    of_number = 2 if _is_narrow(options, fast) else 4
+    of_number = 2 if narrow else 4
     if not is_alike:  # written, sent or received, and put together
         return 3 * 4 * numbers
     own = -(-numbers // ranks)
@@ -227,7 +228,8 @@ def bytes_at_peak(numbers: int, ranks: int, is_alike: bool, options: MuonOptions
     return 4 * own + of_number * (2 * own + numbers)
 
 
-def _is_narrow(options: MuonOptions, fast: bool) -> bool:
+def is_narrow(options: MuonOptions, fast: bool) -> bool:
+    """Are products in 16 bits? fast: are they faster so, on this device?"""
     return fast if options.precision == "auto" else options.precision == "bf16"
 
 
@@ -242,8 +244,8 @@ def make_matrices(
     group = mesh.replica
     if mesh.tensor.size > 1:
         group = mesh.holders(frozenset({mesh.pipe.rank}), all_parts=True)
-    is_narrow = _is_narrow(options, all(group.all_gather_object(fast)))
-    newton_schulz = NewtonSchulz(torch.bfloat16 if is_narrow else torch.float32, options.scale)
+    narrow = is_narrow(options, all(group.all_gather_object(fast)))
+    newton_schulz = NewtonSchulz(torch.bfloat16 if narrow else torch.float32, options.scale)
     whole = WholeMatrices({piece.tensor: parts[piece.name] for piece in pieces if piece.is_whole}, newton_schulz)
     if isinstance(sync, ApartSync) or group.size == 1:
         return whole, []

@@ -35,6 +35,7 @@ sys.path[:0] = [str(ROOT / "tests")]
 PARTS = os.environ.get("PARTS", "growth,cuts,meshes").split(",")
 LINKS = os.environ.get("LINKS", "memory,1gbit").split(",")
 SHORT = float(os.environ.get("SHORT", "1"))  # of the steps
+ROUNDS = 3  # of growth
 MIB = 1 << 20
 
 RUN = ("scaling.rule=none", "scaling.base_batch=0", "schedule.warmup_steps=0", "eval.every=0", "eval.rows=4")
@@ -75,9 +76,10 @@ def main() -> None:
                     print("  ".join(row), flush=True)
     note = (
         "Seconds of a step, medians over the lines of a run's log without its first. growth: the global batch stays "
-        "(strong) or grows with the ranks (weak); last, what the smaller runs took. cuts, meshes: in brackets the "
-        "ranks of tensor x pipeline; the plain run is where the figures come from. Demo's and shakespeare-char's "
-        "models are the recipes', gpt2-124m has 4 layers of 384; batches are of 16, 16 and 8 rows."
+        "(strong) or grows with the ranks (weak); medians of three rounds, the spread of their ratios, and what 1, 2 "
+        "and 4 ranks took in each. cuts, meshes: in brackets the ranks of tensor x pipeline; the plain run is where "
+        "the figures come from. Demo's and shakespeare-char's models are the recipes', gpt2-124m has 4 layers of 384; "
+        "batches are of 16, 16 and 8 rows."
     )
     head = ["part", "recipe", "ranks", "what", "link", "told s", "took s", "told / took", ""]
     print(
@@ -89,23 +91,32 @@ def main() -> None:
 
 
 def growth(folder: Path, data: Path) -> Iterator[list[str]]:
+    """Of each size the median over ``ROUNDS``, in which the sizes take turns."""
+    for kind in ("strong", "weak"):
+        for link in LINKS:
+            rounds = [grown(folder / f"{kind}-{link}-{number}", data, kind, link) for number in range(ROUNDS)]
+            ratios = sorted(told / taken for told, taken, _ in rounds)
+            told, taken = (statistics.median(one[at] for one in rounds) for at in (0, 1))
+            said = f"{ratios[0]:.2f} to {ratios[-1]:.2f}; " + "; ".join(one[2] for one in rounds)
+            yield ["growth", GROWING.name, "4", f"{kind}, from 1 and 2", link, *compared(told, taken), said]
+
+
+def grown(folder: Path, data: Path, kind: str, link: str) -> tuple[float, float, str]:
+    """Seconds of a step of 4 ranks: told, taken; and what all of the sizes took."""
     from hvdtrain.planner.measured import read_run
     from hvdtrain.planner.outlook import Asked, look_ahead
 
-    for kind in ("strong", "weak"):
-        for link in LINKS:
-            runs: dict[int, list[Path]] = {}
-            for ranks in (1, 2, 4):
-                batch = GROWING.batch if kind == "strong" else GROWING.rows * ranks
-                words = words_of(GROWING, data, batch)
-                run_dirs = [folder / f"{kind}-{link}-{ranks}-{number}" for number in range(4 // ranks)]
-                with ThreadPoolExecutor(len(run_dirs)) as pool:
-                    list(pool.map(lambda run_dir: train(GROWING, words, run_dir, ranks, link), run_dirs))  # noqa: B023
-                runs[ranks] = run_dirs
-            told = look_ahead(Asked(GROWING.name, words, 4, runs=[*runs[1], *runs[2]])).step_s
-            took = {ranks: statistics.median(read_run(one).step_s for one in runs[ranks]) for ranks in runs}
-            said = ", ".join(f"{ranks} rank{'s' if ranks > 1 else ''} {took[ranks]:.4f}" for ranks in (1, 2))
-            yield ["growth", GROWING.name, "4", f"{kind}, from 1 and 2", link, *compared(told, took[4]), said]
+    runs: dict[int, list[Path]] = {}
+    for ranks in (1, 2, 4):
+        batch = GROWING.batch if kind == "strong" else GROWING.rows * ranks
+        words = words_of(GROWING, data, batch)
+        run_dirs = [folder / f"{ranks}-{number}" for number in range(4 // ranks)]
+        with ThreadPoolExecutor(len(run_dirs)) as pool:
+            list(pool.map(lambda run_dir: train(GROWING, words, run_dir, ranks, link), run_dirs))  # noqa: B023
+        runs[ranks] = run_dirs
+    took = {ranks: statistics.median(read_run(one).step_s for one in runs[ranks]) for ranks in runs}
+    told = look_ahead(Asked(GROWING.name, words, 4, runs=[*runs[1], *runs[2]])).step_s
+    return told, took[4], " ".join(f"{seconds:.3f}" for seconds in took.values())
 
 
 # --- cuts and meshes ----------------------------------------------------------------------------------------------
@@ -201,7 +212,9 @@ def axis(ranks: int, link: str) -> tuple[float, float]:
 
 
 def measure() -> None:
-    """On each rank; rank 0 prints seconds of a sum of 4 KiB and of 1 MiB over an axis of all, as a layer makes them."""
+    """On each rank; rank 0 prints seconds of a sum of 4 KiB and of 1 MiB over an axis of all, as a layer makes them: by
+    autograd, and between products, after which one rank comes later than the other.
+    """
     import torch
 
     from hvdtrain.comm.mesh import MeshOptions, make_mesh
@@ -212,18 +225,25 @@ def measure() -> None:
     torch.set_num_threads(1)
     with open_group(detect_world(), parts=True) as group:
         parts = parts_of(make_mesh(group, MeshOptions(tensor=group.size)).tensor)
-        found = []
-        for size in (4096, MIB):
+        factor = torch.rand(192, 192)
+
+        def seconds(size: int) -> float:
             tensor, times = torch.zeros(1, 1, size // 4, requires_grad=True), []
-            for _ in range(5):
+            for _ in range(9):
                 group.barrier()
                 started = time.perf_counter()
                 for _ in range(20):  # two sums: one forward, one backward
-                    leave(enter(tensor, parts), parts).backward(tensor)
+                    factor @ factor
+                    summed = leave(enter(tensor, parts), parts) if size else None
+                    factor @ factor
+                    if summed is not None:
+                        summed.backward(tensor)
                 times.append((time.perf_counter() - started) / 40)
-            found.append(statistics.median(times))
+            return statistics.median(times)
+
+        alone, small, large = seconds(0), seconds(4096), seconds(MIB)
         if group.rank == 0:
-            print(json.dumps(found), flush=True)
+            print(json.dumps([small - alone, large - alone]), flush=True)
 
 
 # --- runs ---------------------------------------------------------------------------------------------------------

@@ -6,9 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hvdtrain.config import load_config
 from hvdtrain.planner.cluster import Cluster
 from hvdtrain.planner.collectives import Link, Place, all_reduce, hierarchical, ring, tree
-from hvdtrain.planner.cost import Work, hold_up, place_of, slowest, step_time
+from hvdtrain.planner.cost import Work, hold_up, place_of, slowest, step_time, work_of
+from hvdtrain.planner.estimate import estimate
 from hvdtrain.planner.replay import Bucket, exposed, ready_times
 
 INSIDE, BETWEEN = Link(1e-6, 100e9), Link(10e-6, 10e9)
@@ -19,6 +21,9 @@ FIGURES = {
 }  # fmt: skip
 CLUSTER = Cluster("a test", FIGURES, {})
 WORK = Work(flops=30e12, tokens=1024, microbatches=4, ranks=1, ranks_per_node=4, replicas=1)
+
+
+DEVICES = ("cpu", "cuda")
 
 
 def on(**figures: float) -> Cluster:
@@ -165,6 +170,16 @@ def test_the_slowest_of_many_is_slower():
     work = replace(WORK, ranks=4, replicas=4)
     found = step_time(work, on(jitter=0.1))
     assert found.stragglers == pytest.approx(0.1029 * found.compute, rel=0.05)
+
+
+def test_a_message_between_stages_waits_for_who_looks_after_it():
+    """Two microbatches, two stages: the first one's end waits for two messages there and two back."""
+    work = replace(WORK, ranks=2, stages=2, microbatches=2, schedule="gpipe")
+    cluster = on(operation_us=1000)
+    late = step_time(replace(work, looks=2), cluster).bubble - step_time(work, cluster).bubble
+    assert late == pytest.approx(2 * 2e-3, rel=0.05)
+    planned = [work_of(estimate(load_config("demo", ["mesh.pipeline=2", f"device={d}"]), 2, 2, 50)) for d in DEVICES]
+    assert [one.looks for one in planned] == [2, 0]  # NCCL's own kernels wait for one another
 
 
 @settings(max_examples=30, deadline=None)
