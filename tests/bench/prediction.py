@@ -7,8 +7,8 @@ growth   4 ranks from runs of 1 and 2: `hvdtrain plan --from RUN...`
 cuts     a tensor cut and a pipeline on 2 ranks, of which each has a core: `plan --cluster FILE --fit --from RUN...`
 meshes   the same on 4 ranks: is the mesh that the plan names first the fastest?
 
-FILE holds what a sum over an axis takes; RUN are two plain runs of 2 or 4 ranks, with microbatches of two sizes, for
-FLOPs a second and the optimizer's bytes. Nothing is taken from a run that is cut.
+FILE holds what a sum over an axis takes, and how fast the link is; RUN are two plain runs of 2 or 4 ranks, with
+microbatches of two sizes, for FLOPs a second and the optimizer's bytes. Nothing is taken from a run that is cut.
 
 Two cores stand for four nodes. So that a rank has as much of them at every size, all four are busy at every size: four
 runs of one rank at a time, two of two, one of four.
@@ -62,29 +62,35 @@ RECIPES = [recipe for recipe in RECIPES if recipe.name in os.environ.get("RECIPE
 GROWING = Recipe("demo", 16, 4, 24, "")
 
 
+HEAD = ["part", "recipe", "ranks", "what", "link", "told s", "took s", "told / took", ""]
+COMMAND = "make bench BENCH=prediction"
+TITLE = "Times of a step, told and taken"
+NOTE = (
+    "Seconds of a step, medians over the lines of a run's log without its first. growth: the global batch stays "
+    "(strong) or grows with the ranks (weak); medians of three rounds, the spread of their ratios, and what 1, 2 and 4 "
+    "ranks took in each. cuts, meshes: in brackets the ranks of tensor x pipeline; the plain run, and one of "
+    "microbatches of four times as many rows, are where the figures come from. Demo's and shakespeare-char's models "
+    "are the recipes', gpt2-124m has 4 layers of 384; batches are of 16, 16 and 8 rows."
+)
+
+
 def main() -> None:
-    found: list[list[str]] = []
+    """Parts that are not asked for stay in the table as they were."""
+    parts = {"growth": growth, "cuts": cuts, "meshes": meshes}
+    asked = {(part, recipe.name) for part in PARTS for recipe in (RECIPES if part != "growth" else [GROWING])}
+    rows = [row for row in table.kept("prediction", COMMAND, HEAD) if (row[0], row[1]) not in asked]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         from launch import prepare
 
         data = prepare(folder / "prepared").shards
-        for part, rows_of in (("growth", growth), ("cuts", cuts), ("meshes", meshes)):
-            if part in PARTS:
-                for row in rows_of(folder / part, data):
-                    found.append(row)
-                    print("  ".join(row), flush=True)
-    note = (
-        "Seconds of a step, medians over the lines of a run's log without its first. growth: the global batch stays "
-        "(strong) or grows with the ranks (weak); medians of three rounds, the spread of their ratios, and what 1, 2 "
-        "and 4 ranks took in each. cuts, meshes: in brackets the ranks of tensor x pipeline; the plain run is where "
-        "the figures come from. Demo's and shakespeare-char's models are the recipes', gpt2-124m has 4 layers of 384; "
-        "batches are of 16, 16 and 8 rows."
-    )
-    head = ["part", "recipe", "ranks", "what", "link", "told s", "took s", "told / took", ""]
-    print(
-        table.write("prediction", "Times of a step, told and taken", "make bench BENCH=prediction", head, found, note)
-    )
+        for part in PARTS:
+            for row in parts[part](folder / part, data):
+                rows.append(row)
+                print("  ".join(row), flush=True)
+            rows.sort(key=lambda row: list(parts).index(row[0]))
+            text = table.write("prediction", TITLE, COMMAND, HEAD, rows, NOTE)
+    print(text)
 
 
 # --- more ranks ---------------------------------------------------------------------------------------------------
@@ -152,7 +158,9 @@ def of_meshes(recipe: Recipe, ranks: int, link: str, folder: Path, data: Path) -
 
     words = words_of(recipe, data, recipe.batch)
     plain = train(recipe, words, folder / "plain", ranks, link)
-    larger = train(recipe, [*words, f"train.microbatch={2 * recipe.rows}"], folder / "plain-larger", ranks, link)
+    rows, batch = 4 * recipe.rows, 4 * recipe.batch  # as many microbatches
+    few = ["train.steps=12", "metrics.every=1", f"train.microbatch={rows}", f"train.global_batch={batch}"]
+    larger = train(recipe, [*words, *few], folder / "plain-larger", ranks, link)
     cluster = write_figures(folder, figures(ranks, link))
     told = json.loads(plan_fastest(recipe.name, words, ranks, str(cluster), as_json=True, runs=[plain, larger]))
     print("  ".join(f"{name} {value:.4g}" for name, value in told["figures"].items() if value), flush=True)
@@ -171,7 +179,12 @@ def of_meshes(recipe: Recipe, ranks: int, link: str, folder: Path, data: Path) -
 
 def figures(ranks: int, link: str) -> dict[str, tuple[float, str]]:
     """Of this machine, with their sources, as a cluster's file has them."""
+    from hvdtrain.machine.link import parse_bandwidth
+
     latency_us, gb_per_s = axis(ranks, link)
+    between = gb_per_s, "sums of 1 MiB over an axis"
+    if link != "memory":
+        between = parse_bandwidth(link, "LINKS") / 8e9, "the link"
     return {
         "ranks_per_node": (ranks if link == "memory" else 1, "this machine"),
         "memory_gib": (16, "this machine"),
@@ -180,7 +193,7 @@ def figures(ranks: int, link: str) -> dict[str, tuple[float, str]]:
         "inside_us": (latency_us, "sums of 4 KiB over an axis"),
         "inside_gb_per_s": (gb_per_s, "sums of 1 MiB over an axis"),
         "between_us": (latency_us, "sums of 4 KiB over an axis"),
-        "between_gb_per_s": (gb_per_s, "sums of 1 MiB over an axis"),
+        "between_gb_per_s": between,
         "save_gb_per_s": (1, "nothing is saved"),
     }
 
