@@ -34,7 +34,7 @@ def test_a_name_may_have_settings():
         "gossip:lr_times=0.5",
         "average",
     ]
-    of_diloco = ("sync.local_sgd.every=16", "sync.local_sgd.outer=nesterov", "sync.local_sgd.every=32")
+    of_diloco = tuple(f"sync.local_sgd.{word}" for word in ("every=16", "outer=nesterov", "optimizer=kept", "every=32"))
     assert modes[0].settings == ("sync.name=local_sgd", *of_diloco)  # the last one counts
     assert modes[1].settings == (
         "sync.name=local_sgd",

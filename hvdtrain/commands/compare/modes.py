@@ -30,7 +30,7 @@ MODES = {
     "local_8": "local_sgd:every=8",
     "post_local": "local_sgd:every=8,after_share=0.5",
     "slowmo": "local_sgd:every=8,outer=slowmo",
-    "diloco": "local_sgd:every=16,outer=nesterov",
+    "diloco": "local_sgd:every=16,outer=nesterov,optimizer=kept",
     "gossip_ring": "gossip:topology=ring",
     "gossip_one_peer": "gossip:topology=exponential",
     "average": "average",
