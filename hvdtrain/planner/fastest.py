@@ -126,8 +126,9 @@ def _as_text(
         *in_columns([head, *table]),
     ]
     if measured:
-        said = ", ".join(f"{name} {cluster[name]:.4g}" for name in CALIBRATED)
-        lines.append(f"  {cluster.sources['tflops']}: {said}")
+        source = cluster.sources["tflops"]
+        told = (f"{name} {cluster[name]:.4g}" for name in CALIBRATED if cluster.sources[name] == source)
+        lines.append(f"  {source}: {', '.join(told)}")
     if refused:
         lines += ["", "do not fit:", *(f"  {reason}" for reason in refused)]
     return "\n".join(lines)

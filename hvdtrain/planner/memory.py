@@ -150,7 +150,7 @@ def _trained(config: RunConfig, share: Share, load: Workload) -> Trained:
     ranks = load.ranks // config.mesh.ranks
     return Trained(
         [tuple(parameter.shape) for parameter in share.parameters.values() if parameter.requires_grad],
-        state_bytes(config.optim, share.trained, share.matrices),
+        state_bytes(config.optim, share.trained, sum(share.matrices)),
         ranks,
         load.steps,
         load.microbatches,
@@ -165,11 +165,12 @@ def _orthogonal(config: RunConfig, share: Share, moved: float, load: Workload, d
     if config.optim.name != "muon":
         return 0
     narrow = is_narrow(options, has_fast_bf16(torch.device(device)))
-    working = working_bytes(share.matrices, share.largest_matrix, device == "cpu", narrow)
+    numbers = sum(share.matrices)
+    working = working_bytes(numbers, max(share.matrices, default=0), device == "cpu", narrow)
     is_alike = config.mesh.tensor == 1 and moved == 1
     if ranks == 1 or issubclass(SYNCS[sync.name], ApartSync) or (is_alike and options.share == "never"):
         return working
-    return working + bytes_at_peak(round(share.matrices * moved), ranks, is_alike, narrow)
+    return working + bytes_at_peak(round(numbers * moved), ranks, is_alike, narrow)
 
 
 def _of_server(config: RunConfig, load: Workload, parts: Mapping[str, int], needs: Needs, device: str) -> Memory:

@@ -63,14 +63,9 @@ class Share:
         return sum(p.numel() for p in self.parameters.values() if p.requires_grad)
 
     @property
-    def matrices(self) -> int:
-        """Numbers in matrices of blocks that are trained."""
-        return sum(p.numel() for name, p in self.parameters.items() if p.requires_grad and name in self.in_blocks)
-
-    @property
-    def largest_matrix(self) -> int:
-        """Numbers in the largest of those."""
-        return max((p.numel() for name, p in self.parameters.items() if name in self.in_blocks), default=0)
+    def matrices(self) -> list[int]:
+        """Numbers in each weight that is made of matrices of blocks and is trained."""
+        return [p.numel() for name, p in self.parameters.items() if p.requires_grad and name in self.in_blocks]
 
     @property
     def largest(self) -> int:

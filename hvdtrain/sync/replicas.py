@@ -15,16 +15,14 @@ import torch
 from hvdtrain.comm.ranks import Ranks
 from hvdtrain.errors import ReplicaError
 
-# Elements that are multiplied at once, 8 bytes each, and factors that are kept. On a CPU they stay in its cache; a
-# GPU is given more at a time.
-_CPU_CHUNK = 1 << 17
-_GPU_CHUNK = 1 << 20
+_CHUNK = 1 << 20  # elements whose sum is one term, and factors that are kept
+_CPU_PIECE = 1 << 17  # of a chunk, what a CPU multiplies at once, in its cache; a GPU takes all of it
 _NEXT_CHUNK = 0x2545F4914F6CDD1D  # odd
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class ReplicaCheck:
-    """``check`` all replicas now and then. One for a run; it keeps the factors on the device (1 MiB, on a GPU 8)."""
+    """``check`` all replicas now and then. One for a run; it keeps the factors (8 MiB at most) on the device."""
 
     def __init__(self, group: Ranks, number: int):
         """group: who compares; number: this rank's among all."""
@@ -59,18 +57,22 @@ class ReplicaCheck:
     def _hash(self, tensor: torch.Tensor) -> torch.Tensor:
         bits = tensor.contiguous().reshape(-1).view(_INTEGERS[tensor.element_size()])
         total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-        most = _CPU_CHUNK if tensor.device.type == "cpu" else _GPU_CHUNK
-        factors = self._factors_on(tensor.device, min(len(bits), most))
-        for chunk in bits.split(most):
-            # Integers wrap around, on every device alike.
-            total = total * _NEXT_CHUNK + (chunk.to(torch.int64) * factors[: len(chunk)]).sum()
+        factors = self._factors_on(tensor.device, min(len(bits), _CHUNK))
+        at_once = _CPU_PIECE if tensor.device.type == "cpu" else _CHUNK
+        for chunk in bits.split(_CHUNK):
+            pieces = zip(chunk.split(at_once), factors.split(at_once), strict=False)
+            # Integers wrap around, on every device and in every order alike.
+            total = total * _NEXT_CHUNK
+            for piece, of_piece in pieces:
+                total = total + (piece.to(torch.int64) * of_piece[: len(piece)]).sum()
         return total
 
     def _factors_on(self, device: torch.device, count: int) -> torch.Tensor:
         known = self._factors.get(device)
         if known is None or len(known) < count:
             # splitmix64 of the place, made odd: no pattern of changes that arithmetic likes cancels out.
-            known = self._factors[device] = _mixed(torch.arange(1, count + 1, dtype=torch.int64, device=device)) | 1
+            places = torch.arange(1, count + 1, dtype=torch.int64, device=device)
+            known = self._factors[device] = torch.cat([_mixed(some) | 1 for some in places.split(_CPU_PIECE)])
         return known
 
 

@@ -171,6 +171,8 @@ def test_ranks_are_as_fast_as_runs_have_measured(tmp_path: Path, cluster: str, c
     tree = json.loads(plan(capsys, *words[:-1], "--json", "--from", small))
     assert tree["figures"]["tokens_for_half"] == 0
     assert tree["meshes"][0]["parts_s"]["compute"] == pytest.approx(4 * 0.06)
+    (said,) = [line for line in plan(capsys, *words, small).splitlines() if "measured by 1 run:" in line]
+    assert "tflops" in said and "tokens_for_half" not in said
 
 
 def test_runs_that_do_not_say_how_fast_a_rank_is(tmp_path: Path, cluster: str, capsys: pytest.CaptureFixture[str]):

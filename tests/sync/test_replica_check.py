@@ -75,7 +75,8 @@ def test_equal_bits_are_equal_however_they_lie():
 @pytest.mark.parametrize("dtype", TYPES)
 def test_it_is_the_sum_it_says(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
     """In plain arithmetic, over chunks of 4: what a GPU and a CPU, a small and a large chunk of memory agree on."""
-    monkeypatch.setattr(replicas, "_CPU_CHUNK", 4)
+    monkeypatch.setattr(replicas, "_CHUNK", 4)
+    monkeypatch.setattr(replicas, "_CPU_PIECE", 3)
     tensor = (torch.randn(11, generator=torch.Generator().manual_seed(1)) * 9).to(dtype)
     bits = tensor.view(INTEGERS[tensor.element_size()]).tolist()
     mask, total = (1 << 64) - 1, 0
