@@ -28,7 +28,7 @@ LAUNCHERS = {
 HVDTRAIN = (sys.executable, "-m", "hvdtrain")
 DATA_PREP = (sys.executable, "-m", "data_prep")
 TRACE = "Traceback (most recent call last)"
-_TAG = re.compile(r"\[(?:\d+,)?\d+\]<std(?:out|err)>:")  # horovodrun's, before each line of a rank
+_TAG = re.compile(r"(\[(?:\d+,)?\d+\]<std(?:out|err)>:)")  # horovodrun's, before all that it reads at once of a rank
 _MARK = "HVDTRAIN_TEST_LAUNCH"
 
 
@@ -60,7 +60,15 @@ class Done:
     def _of_ranks(self, output: str) -> list[str]:
         if self.how not in ("gloo", "horovodrun"):
             return output.splitlines()
-        return [_TAG.sub("", line, count=1) for line in output.splitlines() if _TAG.match(line)]
+        # A rank's line may come in pieces, with those of other ranks between them.
+        lines, begun = [], {}
+        for printed in output.splitlines():
+            _, *pieces = _TAG.split(printed)
+            for tag, words in zip(pieces[::2], pieces[1::2], strict=True):
+                begun[tag] = begun.get(tag, "") + words
+            if pieces:
+                lines.append(begun.pop(pieces[-2]))
+        return [*lines, *begun.values()]
 
     def __str__(self) -> str:
         return f"{self.how}, exit code {self.exit_code}\n--- stdout\n{self.stdout}\n--- stderr\n{self.stderr}"

@@ -2,12 +2,14 @@
 
 import json
 import re
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from launch import LAUNCHERS, Prepared
+from launch import LAUNCHERS, Done, Prepared, environment
 from on_terminal import on_terminal
 
 from hvdtrain.comm import terminal
@@ -83,6 +85,31 @@ def test_what_leads_elsewhere_goes_there(tmp_path: Path, rank: str, command: str
         for says in ("speaks", "complains"):
             assert text.count(f"rank {number} {says}, False") == 1, found
     assert "True" not in text
+
+
+def test_a_launcher_gets_whole_lines():
+    """Also from a Python that was told to hold nothing back; otherwise a word, a space and the line's end are apart."""
+    speaks = (
+        "import sys; from hvdtrain.comm.terminal import take_terminal; from hvdtrain.comm.world import World\n"
+        "take_terminal(World(rank=1, size=2, launcher='mpirun'))\n"
+        "print('two', 'words'); print('too', 'bad', file=sys.stderr); print('no', 'end', end='')"
+    )
+    ours, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)  # keeps writes apart, as a pipe does not
+    with ours, theirs:
+        command = (sys.executable, "-c", speaks)
+        subprocess.run(
+            command, stdout=theirs, stderr=theirs, env={**environment(), "PYTHONUNBUFFERED": "1"}, check=True
+        )
+        written = [ours.recv(1000) for _ in range(3)]
+    assert written == [b"two words\n", b"too bad\n", b"no end"]
+
+
+def test_lines_in_pieces_are_put_together():
+    tags = {"0": "[1,0]<stdout>:", "1": "[1,1]<stdout>:"}
+    printed = "mpirun says[0]one [1]un[0]line\n[0][1]e ligne\n[0]\nso much for that\n[1]sans fin"
+    for rank, tag in tags.items():
+        printed = printed.replace(f"[{rank}]", tag)
+    assert Done("horovodrun", 0, printed, "").text.splitlines() == ["one line", "une ligne", "", "sans fin"]
 
 
 def test_without_a_launcher_nothing_is_led_elsewhere():

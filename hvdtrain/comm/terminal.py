@@ -9,6 +9,7 @@ the others do, where one of the launcher's outputs leads into a file or a pipe, 
 background, and where it was asked to write files or times.
 """
 
+import io
 import os
 import signal
 import stat
@@ -23,8 +24,17 @@ _ASKED_FOR = ("output-filename", "timestamp-output", "prefix-timestamp", "prefix
 
 
 def take_terminal(world: World) -> bool:
-    """Lead rank 0's outputs to its launcher's terminal, if there is one; returns whether it did (local)."""
-    if not world.is_main or world.launcher == "none":
+    """Lead rank 0's outputs to its launcher's terminal, if there is one; returns whether it did (local).
+
+    Where they lead to the launcher they get whole lines: it puts a rank's number before whatever it reads, and with
+    PYTHONUNBUFFERED, which images for containers set, Python writes a line's end apart.
+    """
+    if world.launcher == "none":
+        return False
+    for output in (sys.stdout, sys.stderr):
+        if isinstance(output, io.TextIOWrapper):
+            output.reconfigure(line_buffering=True, write_through=False)
+    if not world.is_main:
         return False
     try:
         terminal = _terminal_of_launcher()
@@ -38,7 +48,6 @@ def take_terminal(world: World) -> bool:
     for output in (1, 2):
         os.dup2(terminal, output)
     os.close(terminal)
-    sys.stdout.reconfigure(line_buffering=True)
     return True
 
 
