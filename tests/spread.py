@@ -3,7 +3,6 @@
 import pytest
 from xdist.remote import Producer
 from xdist.scheduler import LoadFileScheduling
-from xdist.workermanage import WorkerController
 
 SLURM = "tests/slurm"
 
@@ -11,12 +10,12 @@ SLURM = "tests/slurm"
 class ByFile(LoadFileScheduling):
     """A process takes a whole file, as its tests share what they prepare; of tests/slurm all, as they share a Slurm.
 
-        process 1   tests/slurm ........................
+        process 1   tests/slurm .....................................  tests/test_cli.py ....
         process 2   tests/checkpoint/test_resume.py ..  tests/comm/test_gloo.py ..
         process 3   tests/commands/test_export.py ....  tests/comm/test_timeline.py ..
 
     In the order in which pytest finds them, as conftest.py has it, and not those of most tests first: those are short.
-    A Slurm is mostly waited for, so of three processes its own does nothing else: two more keep two cores busy.
+    A Slurm is mostly waited for, and so are ranks that are stopped or killed: three processes keep two cores busy.
     """
 
     def __init__(self, config: pytest.Config, log: Producer):
@@ -25,9 +24,3 @@ class ByFile(LoadFileScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         return SLURM if nodeid.startswith(f"{SLURM}/") else super()._split_scope(nodeid)
-
-    def _reschedule(self, node: WorkerController) -> None:
-        """Give it more to do, where it has little left."""
-        if self.numnodes > 2 and SLURM in self.assigned_work[node] and not node.shutting_down:
-            node.shutdown()  # when it has done what it has
-        super()._reschedule(node)

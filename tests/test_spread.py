@@ -34,8 +34,8 @@ class Node:
             scheduler.mark_test_complete(self, index)
 
 
-@pytest.mark.parametrize("expected", [["ab", "ceg", "dfh"], ["abeg", "cdfh"], ["abcdefgh"]], ids=["3", "2", "1"])
-def test_files_are_whole_and_slurm_has_a_process_for_itself(monkeypatch: pytest.MonkeyPatch, expected: list[str]):
+@pytest.mark.parametrize("expected", [["abg", "ceh", "df"], ["abeg", "cdfh"], ["abcdefgh"]], ids=["3", "2", "1"])
+def test_files_are_whole_and_slurms_go_to_one_process(monkeypatch: pytest.MonkeyPatch, expected: list[str]):
     count = len(expected)
     monkeypatch.setattr(loadscope, "parse_tx_spec_config", lambda config: ["popen"] * count)
     config = SimpleNamespace(option=SimpleNamespace(loadscopereorder=True))
