@@ -7,6 +7,7 @@ young, so it is not trusted: before a corpus is encoded, both encode a sample of
 
 import json
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ _SLOW_BYTES = 1 << 20  # of text that `tokenizers` encodes at once
 _WORD_SHOWN = 60  # characters of it
 # What a sample may lack, but not its corpus: both libraries must agree on that too.
 _ODD = "\x07 \u3000\u2028 ☃ 漢字 e\u0301 ﬁ \U0001f468\u200d\U0001f469 \U0001d54f \ue000 \ufffd ١٢ ไทย\r\n\t  x\n\n"
+
+_awkward = threading.Lock()  # what that name stands for is the whole process's
 
 # [tokens] uint32 and [documents + 1] int64
 Encoded = tuple[np.ndarray, np.ndarray]
@@ -179,14 +182,15 @@ def _plain_rows() -> Iterator[None]:
     stand_in = ModuleType("awkward")
     stand_in.Array = type("Array", (), {})  # which no document is
     stand_in.unflatten = lambda tokens, lengths: (tokens, lengths)
-    held = sys.modules.get("awkward")
-    sys.modules["awkward"] = stand_in
-    try:
-        yield
-    finally:
-        del sys.modules["awkward"]
-        if held is not None:
-            sys.modules["awkward"] = held
+    with _awkward:
+        held = sys.modules.get("awkward")
+        sys.modules["awkward"] = stand_in
+        try:
+            yield
+        finally:
+            del sys.modules["awkward"]
+            if held is not None:
+                sys.modules["awkward"] = held
 
 
 def _cut(text: bytes) -> list[bytes]:

@@ -98,9 +98,10 @@ def draw(
     from matplotlib.figure import Figure
 
     fits = {"adamw": "sqrt", "lamb": "sqrt", "lars": "linear", "muon": "sqrt"}
-    figure = Figure(figsize=(13, 4.8), dpi=110, layout="constrained")
+    shown = [model for model in models if any(key[0] == model for key in found)]
+    figure = Figure(figsize=(6.5 * len(shown), 4.8), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, model in zip(figure.subplots(1, len(models)), models, strict=True):
+    for axes, model in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
         for number, (name, rule) in enumerate(fits.items()):
             for way, style in (("tuned", "-"), (rule, "--")):
                 points = {

@@ -2,7 +2,9 @@
 
 import json
 import sys
+import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -99,6 +101,18 @@ def test_ranks_share_the_comparison_and_what_one_finds_holds_for_all(bpe: Path, 
         encoder.agree(notes)
         assert (encoder.name, encoder.note) == ("tokenizers", notes[2])
     assert len({encoder.bytes_per_token for encoder in ranks}) == 1
+
+
+def test_threads_encode_beside_one_another(fast: TokenEncoder):
+    """The stand-in for the library of its rows is the whole process's: one thread took it from another."""
+    begin, documents = threading.Barrier(8), [TEXT.encode()] * 40
+
+    def work(_: int) -> int:
+        begin.wait()
+        return sum(len(fast.encode(documents)[0]) for _ in range(50))
+
+    with ThreadPoolExecutor(8) as threads:
+        assert len(set(threads.map(work, range(8)))) == 1
 
 
 @pytest.mark.parametrize("is_loaded", [False, True])
