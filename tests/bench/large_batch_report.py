@@ -65,11 +65,13 @@ def write(lines: Sequence[Line], models: Mapping[str, int]) -> str:
                 ratio,
             ]
         )
-    draw(found, models, noise_of(lines, models))
+    noise = noise_of(lines, models)
+    draw(found, models, noise)
+    scales = [f"{model} {name} {scale}" for model, of_model in noise.items() for name, scale in of_model.items()]
     note = (
         "Equal tokens in every run of a model; loss of the whole validation split. tuned: the best rates of a grid at "
         "that batch; none, linear, sqrt: the rates that are best at the base batch, by that scaling.rule. Noise scale "
-        f"of the gradients at the end of the base runs, in sequences: {noise_of(lines, models)}."
+        f"of the gradients at the end of the base runs, in sequences: {', '.join(scales)}."
     )
     command = "make bench BENCH=large_batch"
     return table.write("large_batch", "Larger batches at equal tokens", command, HEAD, rows, note)
