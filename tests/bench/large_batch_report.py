@@ -111,7 +111,9 @@ def draw(
                     for key, (_, losses) in sorted(found.items())
                     if (key[0], *key[2:]) == (model, name, way, "gradual")
                 }
-                label = name if way == "tuned" else f"{name}, {rule} rule from the base"
+                if not points:
+                    continue
+                label = f"{name}, best rates there" if way == "tuned" else f"{name}, best of the base by {rule}"
                 axes.plot(list(points), list(points.values()), style, marker="o", ms=4, color=f"C{number}", label=label)
         base = found.get((model, 1, "adamw", "tuned", "gradual"))
         if base is not None:
@@ -120,6 +122,8 @@ def draw(
         if scale := noise.get(model, {}).get("adamw"):
             axes.axvline(scale, color="0.6", ls=":", lw=1, zorder=0, label="noise scale of the gradients")
         axes.set_xscale("log", base=2)
+        axes.set_xticks(sorted({models[model] * key[1] for key in found if key[0] == model}))
+        axes.xaxis.set_major_formatter("{x:.0f}")
         axes.set_title(model)
         axes.set_xlabel("batch (sequences)")
         axes.spines[["top", "right"]].set_visible(False)
