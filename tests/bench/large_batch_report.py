@@ -70,7 +70,8 @@ def write(lines: Sequence[Line], models: Mapping[str, int]) -> str:
     scales = [f"{model} {name} {scale}" for model, of_model in noise.items() for name, scale in of_model.items()]
     note = (
         "Equal tokens in every run of a model; loss of the whole validation split. tuned: the best rates of a grid at "
-        "that batch; none, linear, sqrt: the rates that are best at the base batch, by that scaling.rule. Noise scale "
+        "that batch; none, linear, sqrt: the rates that are best at the base batch, by that scaling.rule. Warm-up: gradual "
+        "over as many tokens as at the base batch, steps over as many steps (scaling.warmup=steps). Noise scale "
         f"of the gradients at the end of the base runs, in sequences: {', '.join(scales)}."
     )
     command = "make bench BENCH=large_batch"
@@ -95,7 +96,9 @@ def noise_of(lines: Sequence[Line], models: Mapping[str, int]) -> dict[str, dict
 def draw(
     found: Mapping[Key, tuple[Line, list[float]]], models: Mapping[str, int], noise: Mapping[str, Mapping[str, int]]
 ) -> None:
-    """``results/large_batch.png``: loss by batch, a panel for each model; lines tuned, dashed by the rule that fits."""
+    """``results/large_batch.png``: loss by batch, a panel for each model; lines tuned, dashed by the rule that fits,
+    dotted so with a warm-up in steps.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -105,15 +108,16 @@ def draw(
     FigureCanvasAgg(figure)
     for axes, model in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
         for number, (name, rule) in enumerate(fits.items()):
-            for way, style in (("tuned", "-"), (rule, "--")):
+            for way, warmup, style in (("tuned", "gradual", "-"), (rule, "gradual", "--"), (rule, "steps", ":")):
                 points = {
                     models[model] * key[1]: statistics.mean(losses)
                     for key, (_, losses) in sorted(found.items())
-                    if (key[0], *key[2:]) == (model, name, way, "gradual")
+                    if (key[0], *key[2:]) == (model, name, way, warmup)
                 }
                 if not points:
                     continue
                 label = f"{name}, best rates there" if way == "tuned" else f"{name}, best of the base by {rule}"
+                label += ", warm-up in steps" if warmup == "steps" else ""
                 axes.plot(list(points), list(points.values()), style, marker="o", ms=4, color=f"C{number}", label=label)
         base = found.get((model, 1, "adamw", "tuned", "gradual"))
         if base is not None:
