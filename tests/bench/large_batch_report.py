@@ -70,9 +70,9 @@ def write(lines: Sequence[Line], models: Mapping[str, int]) -> str:
     scales = [f"{model} {name} {scale}" for model, of_model in noise.items() for name, scale in of_model.items()]
     note = (
         "Equal tokens in every run of a model; loss of the whole validation split. tuned: the best rates of a grid at "
-        "that batch; none, linear, sqrt: the rates that are best at the base batch, by that scaling.rule. Warm-up: gradual "
-        "over as many tokens as at the base batch, steps over as many steps (scaling.warmup=steps). Noise scale "
-        f"of the gradients at the end of the base runs, in sequences: {', '.join(scales)}."
+        "that batch; none, linear, sqrt: the rates that are best at the base batch, by that scaling.rule. Warm-up: "
+        "gradual over as many tokens as at the base batch, steps over as many steps (scaling.warmup=steps). Noise "
+        f"scale of the gradients at the end of the base runs, in sequences: {', '.join(scales)}."
     )
     command = "make bench BENCH=large_batch"
     return table.write("large_batch", "Larger batches at equal tokens", command, HEAD, rows, note)
