@@ -48,7 +48,7 @@ test: env
 	$(VENV_PYTHON) -m pytest tests -n 3
 	@$(MAKE) --no-print-directory -j3 $(if $(filter output-sync,$(.FEATURES)),-O) test-mpi-4 test-mpi-2 test-mpi-1
 
-# All at once: ranks that wait for one another leave the processors to the others, a quarter of the time.
+# All three at once, in three quarters of the time: ranks that wait for one another leave the processors to the others.
 test-mpi-%:
 	mpirun -np $* --oversubscribe --bind-to none $(VENV_PYTHON) -m pytest tests/mpi </dev/null
 
