@@ -12,6 +12,7 @@ from hvdtrain.machine.link import Link, slow_link
 
 ROOT = Path(__file__).resolve().parents[2]
 MBIT_PER_S, MIB = 200, 16  # a message takes 0.67 s: long beside what else a busy machine does, and beside its buffers
+TRIES = 4  # the best counts: a busy machine holds up some, one direction at a time holds up all (a sum: 1.5 times)
 _RANK = f"""
 import json, time
 import numpy as np
@@ -31,8 +32,8 @@ def seconds(work):
 one_way = lambda: world.Send(numbers, other) if world.rank else world.Recv(came, other)
 ways = one_way, lambda: world.Sendrecv(numbers, other, 0, came), lambda: world.Allreduce(mpi.IN_PLACE, numbers)
 for way in ways:
-    way()
-times = [max(seconds(way) for _ in range(2)) for way in ways]
+    way()  # connects, and sees its buffers made
+times = [min(seconds(way) for _ in range({TRIES})) for way in ways]
 if not world.rank:
     print(json.dumps(times))
 """
@@ -54,5 +55,5 @@ def test_messages_and_sums_use_both_directions(tmp_path: Path):
     require_hosts()
     one_way, both_ways, a_sum = times(tmp_path)
     assert one_way > 0.9 * 8e-6 * (MIB << 20) / MBIT_PER_S  # the cable is what it was made
-    assert both_ways < 1.5 * one_way
-    assert a_sum < 1.5 * one_way
+    assert both_ways < 1.25 * one_way
+    assert a_sum < 1.25 * one_way
