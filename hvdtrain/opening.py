@@ -1,96 +1,60 @@
-"""Opens a run: finds out on all ranks what is wrong with it, and makes what the walk needs.
+"""Opens a run: finds out on all ranks what is wrong with it, before anything is written.
 
-open_run      configuration, device, data, lengths, where to begin          nothing is written yet
-open_engine   model, optimizer, update, sync; a checkpoint's tensors in them
-open_loader   the batches, from where the run begins
-open_log      what the run says of itself
+open_run   configuration, device, data, lengths, where to begin
+recorded   what is written once before the run and once after it: configuration, carried files, the job's record
 """
 
 import contextlib
-import socket
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hvdtrain import sizing
-from hvdtrain.checkpoint import writer
 from hvdtrain.checkpoint.manifest import Progress
 from hvdtrain.checkpoint.origin import (
-    Beginner,
     Origin,
     TakenOver,
     check_tokens,
     digest_of,
-    merged,
     open_origin,
-    take_over,
 )
-from hvdtrain.checkpoint.reader import load, load_kept
-from hvdtrain.checkpoint.retention import Score, folder_of, steps_saved
+from hvdtrain.checkpoint.retention import Score, steps_saved
 from hvdtrain.checkpoint.start import find_start, moved_rate
 from hvdtrain.comm.group import Group
-from hvdtrain.comm.local_group import LocalGroup
 from hvdtrain.comm.mesh import Mesh, make_mesh
 from hvdtrain.comm.world import World
 from hvdtrain.config import RunConfig, dump_yaml, flatten
-from hvdtrain.cut import Making, make_replica
-from hvdtrain.cut.blueprint import Blueprint, fill_slices
 from hvdtrain.cut.combinations import check_combination, notes_on_sync
-from hvdtrain.cut.compiling import CompileClock, check_compiler
-from hvdtrain.cut.cut import Replica
-from hvdtrain.cut.precision import PRECISIONS
+from hvdtrain.cut.compiling import check_compiler
 from hvdtrain.cut.stages import Stage, make_stages
 from hvdtrain.data.carried import carry
 from hvdtrain.data.corpora import Corpora, check_corpora, open_corpora, stage
-from hvdtrain.data.loader import TrainLoader, WithoutRows
+from hvdtrain.data.loader import WithoutRows
 from hvdtrain.data.stream import read_through_note
-from hvdtrain.data.tickets import TicketLoader
-from hvdtrain.engine import Engine, scores_of
 from hvdtrain.errors import EXIT_OK, CheckpointError, ConfigError, crash_code, say
-from hvdtrain.files import write_json, write_text
+from hvdtrain.files import write_text
 from hvdtrain.jobs.claim import Claim
 from hvdtrain.jobs.job_record import close_job, record_job
 from hvdtrain.jobs.slurm import read_object
 from hvdtrain.machine.cores import Cores, take_cores
 from hvdtrain.machine.device import pick_device
 from hvdtrain.machine.malloc import keep_freed_memory
-from hvdtrain.machine.matmul import has_fast_bf16, use_fast_matmul, use_tf32
-from hvdtrain.machine.peaks import Peak, find_peak
-from hvdtrain.models.depth import rate_shares
+from hvdtrain.machine.matmul import use_fast_matmul, use_tf32
 from hvdtrain.models.frozen import freeze
 from hvdtrain.models.lora import adapt
-from hvdtrain.models.matrices import block_matrices
 from hvdtrain.models.pieces import Staged
 from hvdtrain.models.recompute import use_recompute
 from hvdtrain.models.weightless import weightless
-from hvdtrain.optim.ema import make_ema
-from hvdtrain.optim.guard import Guard
-from hvdtrain.optim.loss_scale import LossScale
-from hvdtrain.optim.optimizer import make_optimizer
 from hvdtrain.optim.scaling import Scaled
 from hvdtrain.optim.schedules import learning_rate
-from hvdtrain.optim.update import Update
-from hvdtrain.sync import check_sync, make_sync, notes_on_topology
-from hvdtrain.sync.apart import Course
-from hvdtrain.sync.async_server import AsyncServerSync
-from hvdtrain.sync.matrices import make_matrices
-from hvdtrain.sync.sync import Sync
+from hvdtrain.sync import check_sync, notes_on_topology
 from hvdtrain.tasks import make_task
 from hvdtrain.tasks.task import Evaluation, Task, Training
 from hvdtrain.version import versions
-from hvdtrain.watch.balance import Balance
-from hvdtrain.watch.log import Log
-from hvdtrain.watch.meter import StepClock
-from hvdtrain.watch.metrics import Metrics
-from hvdtrain.watch.phases import Phases
-from hvdtrain.watch.profiler import Profiler, parse_steps
 from hvdtrain.watch.stopping import Stopping, StopSignals
-from hvdtrain.watch.stragglers import Stragglers
-from hvdtrain.watch.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -238,8 +202,17 @@ def _make_stages(config: RunConfig, task: Task, data: Data, ranks: int) -> list[
     if ranks == 1:
         return []
     with weightless():
-        model = _make_model(config, task, data)
+        model = make_model(config, task, data)
     return make_stages(model, task, ranks, config.cut.stages_per_rank)
+
+
+def make_model(config: RunConfig, task: Task, data: Data) -> Staged:
+    """Whole, without weights. Errors: ConfigError for options that do not fit it."""
+    model: Staged = task.make_model(config.model, data.corpora.manifest)
+    adapt(model, config.model, config.model.lora)
+    freeze(model, config.optim.freeze, config.model.lora, task.predicts_tokens)
+    use_recompute(model, config.recompute)
+    return model
 
 
 def _check_best(name: str, task: Task) -> None:
@@ -359,147 +332,3 @@ def recorded(run: OpenRun) -> Iterator[None]:
     finally:
         for note in close_job(folder, *run.end, run.step) if run.is_main else ():
             say(f"note: {note}")
-
-
-def open_engine(run: OpenRun) -> Engine:
-    """The model, all that moves it, and a checkpoint's numbers in them (collective)."""
-    config, mesh, start = run.config, run.mesh, run.start
-    blueprint = mesh.world.together(lambda: Blueprint(partial(_make_model, config, run.task, run.data)))
-    precision = PRECISIONS[config.precision]
-
-    def tell(note: str) -> None:
-        run.notes.append(note.removeprefix("note: "))
-        say(note)
-
-    making = Making(mesh, precision, run.device, run.task, config.cut, config.compile, tell, run.stages)
-    replica = make_replica(blueprint, making)
-    if start.checkpoint is None:
-        fill_slices(replica.slices, blueprint.initial(config.seed))
-    _take_over(run, replica, type(blueprint.model).__name__)
-    sync = _make_sync(run, replica)
-    optimizer = _make_optimizer(run, blueprint, sync)
-    ema = make_ema(sync.moves, config.ema)
-    saved = None
-    if (folder := start.checkpoint) is not None:
-        saved = mesh.world.together(lambda: load(folder, replica.slices, optimizer, ema, moves=sync.moves))
-        if anew := mesh.world.together(lambda: load_kept(saved, sync.state())):
-            more = f" and {len(anew) - 2} more" if len(anew) > 2 else ""
-            run.notes.append(f"{folder} is of another sync: {', '.join(anew[:2])}{more} begin anew")
-        if ema is not None and not saved.has_ema:
-            run.notes.append(f"{folder} has no averaged weights: the average begins there")
-    loss_scale = LossScale(run.device) if precision.scaled else None
-    update = Update(optimizer, config.optim.clip_norm, Guard(config.guard, run.device), loss_scale)
-    engine = Engine(replica, sync, update, mesh, config.seed, ema, start.progress)
-    if saved is not None and (said := engine.take_up_own(saved)):
-        run.notes.append(said)
-    if ema is not None and start.origin is not None:
-        ema.restart(0)  # with what the engine has handed out
-    return engine
-
-
-Loader = TrainLoader | TicketLoader
-
-
-def open_loader(run: OpenRun, engine: Engine) -> Loader:
-    """What feeds this rank's part of the steps (local)."""
-    source = run.data.train.source
-    if isinstance(engine.sync, AsyncServerSync):
-        loader: Loader = TicketLoader(source, run.device, engine.sync)
-        engine.sync.save_alone = partial(_save_alone, run, engine, loader)
-    else:
-        loader = TrainLoader(source, run.device)
-    loader.rows_consumed = run.start.progress.rows_consumed
-    return loader
-
-
-def _save_alone(run: OpenRun, engine: Engine, loader: Loader, step: int, weight: float) -> None:
-    """Save what this rank has, which is all there is, while others cannot be met. weight: targets that came to it."""
-    alone = LocalGroup()
-    engine.tokens = engine.tokens + weight
-    engine.guard.check_weights(step, [piece.tensor for piece in engine.replica.slices])
-    progress = engine.progress(step, loader, alone, **run.settings)
-    writer.save(run.run_dir, engine.state(), progress, alone, run.config.checkpoint)
-    say(f"step {step}: saved {folder_of(run.run_dir, step)}")
-
-
-def _make_sync(run: OpenRun, replica: Replica) -> Sync:
-    """How the replicas agree, and what has to be said about it (collective)."""
-
-    def val_loss() -> float:
-        replica.publish()
-        return scores_of(replica, run.mesh.replica, run.data.val(), run.task)["val_loss"]
-
-    course = Course(run.start.progress.step, run.last, val_loss)
-    sync = make_sync(run.config.sync, replica.slices, replica.computing, run.mesh, replica.uses, course)
-    run.notes += sync.notes
-    return sync
-
-
-def _make_optimizer(run: OpenRun, blueprint: Blueprint, sync: Sync) -> torch.optim.Optimizer:
-    """Of what this rank moves (collective)."""
-    options, matrices = run.config.optim, None
-    if options.name == "muon":
-        parts = block_matrices(blueprint.wholes, run.config.model)
-        fast = has_fast_bf16(run.device)
-        matrices, notes = make_matrices(sync, parts, options.muon, run.mesh, run.device, fast)
-        run.notes += notes
-    shares = rate_shares(list(blueprint.wholes), options.layer_decay)
-    moved = [piece.tensor for piece in sync.moves]
-    return make_optimizer(moved, options, sync.norms, [shares[piece.name] for piece in sync.moves], matrices)
-
-
-def _make_model(config: RunConfig, task: Task, data: Data) -> Staged:
-    """Whole, without weights. Errors: ConfigError for options that do not fit it."""
-    model: Staged = task.make_model(config.model, data.corpora.manifest)
-    adapt(model, config.model, config.model.lora)
-    freeze(model, config.optim.freeze, config.model.lora, task.predicts_tokens)
-    use_recompute(model, config.recompute)
-    return model
-
-
-def _take_over(run: OpenRun, replica: Replica, model: str) -> None:
-    """Weights from ``model.from`` (collective). One replica reads them: the engine hands its weights on to the others,
-    so that ranks do not all read the same files. model: the name of its class.
-    """
-    origin, mesh, manifest = run.start.origin, run.mesh, run.data.corpora.manifest
-    if origin is None:
-        return
-
-    def take() -> TakenOver | None:
-        if mesh.number:
-            return None
-        ours = Beginner(run.task.name, model, manifest.vocab_size, manifest.label_names)
-        return take_over(origin, replica.slices, ours)
-
-    found = mesh.own.all_gather_object(mesh.world.together(take))
-
-    def merge() -> TakenOver | None:
-        return None if mesh.number else merged(found, origin)
-
-    run.taken_over = taken_over = mesh.world.together(merge)
-
-    def record() -> None:
-        if taken_over is not None:
-            write_json(run.run_dir / "from.json", taken_over.fields(origin))
-
-    mesh.world.on_main(record)
-
-
-def open_log(run: OpenRun, engine: Engine, watchdog: Watchdog) -> tuple[Log, Peak]:
-    """What the run says of itself, and what its device could do (collective)."""
-    config, group, step = run.config, run.mesh.world, run.start.progress.step
-    compiling = CompileClock() if config.compile != "none" else None
-    group.barrier()  # ranks of a node measure at the same time: each finds its share of the machine
-    peak = find_peak(config.metrics.mfu, run.device, config.precision, config.tf32)
-    metrics = Metrics(run.run_dir, config.metrics, run.last, run.is_main, step, engine, run.device)
-    metrics.peak = peak.flops_per_s
-    balance = Balance(config.balance, run.mesh.number, run.mesh.replicas, run.device)
-    metrics.reports.append(balance.report)
-    profiler = Profiler(parse_steps(config.metrics.profile), run.run_dir, group.rank, run.device)
-    every, factor = config.watchdog.stragglers_every, config.watchdog.straggler_factor
-    stragglers = None
-    if group.size > 1 and every and not config.sync.deals_rows:  # who takes rows as it can holds up nobody
-        hosts = group.all_gather_object(socket.gethostname())
-        stragglers = Stragglers(factor, hosts[: len(hosts) - run.mesh.servers], step)
-    phases = Phases(StepClock(run.device), profiler, watchdog)
-    return Log(metrics, phases, group, stragglers, every, compiling, balance), peak

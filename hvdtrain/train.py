@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hvdtrain.building import Loader, open_engine, open_loader, open_log
 from hvdtrain.checkpoint.saver import Saver
 from hvdtrain.comm.session import open_group
 from hvdtrain.comm.silence import other_hosts
@@ -14,7 +15,7 @@ from hvdtrain.engine import Engine
 from hvdtrain.errors import EXIT_STOPPED_EARLY
 from hvdtrain.jobs.claim import Claim
 from hvdtrain.machine.circles import look_at_what_comes
-from hvdtrain.opening import Asked, Loader, OpenRun, open_engine, open_loader, open_log, open_run, recorded
+from hvdtrain.opening import Asked, OpenRun, open_run, recorded
 from hvdtrain.planner.shortage import memory_explained
 from hvdtrain.summary import announce, sum_up
 from hvdtrain.watch.log import Log

@@ -27,7 +27,7 @@ TABLE = [
     {"sizing"},
     {"trained", "planner", "jobs"},
     {"opening"},
-    {"summary", "commands"},
+    {"building", "summary", "commands"},
     {"train"},
     {"cli"},
     {"__main__"},

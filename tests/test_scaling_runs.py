@@ -67,11 +67,13 @@ def test_rate_length_and_rows(runs: Path, said: dict[str, dict[str, Done]], trai
     doubled = runs / "doubled"
     assert (
         "hvdtrain: scaling: batch 12 -> 24 sequences (2x), lr 0.001 -> 0.00141421 (sqrt: You et al. 2020), "
-        "warm-up 2 -> 1 steps, run 12 -> 6 steps" in said["runs"]["doubled"].text
+        "warm-up 2 -> 2 steps, run 12 -> 6 steps" in said["runs"]["doubled"].text
     )
     assert summary(doubled)["step"] == 6
     assert summary(doubled)["tokens"] == summary(trained)["tokens"]
-    assert [line["lr"] for line in _log(doubled)] == pytest.approx([1e-3 * math.sqrt(2)] * 6)
+    assert [line["lr"] for line in _log(doubled)] == pytest.approx(
+        [1e-3 * math.sqrt(2) * part for part in (0.5, 1, 1, 1, 1, 1)]
+    )
     assert summary(doubled)["scaling"].startswith("scaling: batch 12 -> 24 sequences (2x)")
     assert yaml.safe_load((doubled / "config.yaml").read_text())["optim"]["lr"] == 1e-3  # the recipe, not the result
 

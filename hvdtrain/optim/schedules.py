@@ -157,5 +157,10 @@ def learning_rate(options: ScheduleOptions, peak: float, steps: int, step: int) 
     return floor + 0.5 * (peak - floor) * (1 + math.cos(math.pi * gone))
 
 
+def before_decay(options: ScheduleOptions, steps: int) -> int:
+    """Of a run's steps those before a decay that has steps of its own (wsd); else all."""
+    return steps - _decay_steps(options, steps) if options.name == "wsd" else steps
+
+
 def _decay_steps(options: ScheduleOptions, steps: int) -> int:
     return max(1, round(options.decay_share * steps))

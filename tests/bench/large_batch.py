@@ -7,8 +7,8 @@
 1. tuned     the best of a grid of factors of 2, looked for from the best of the batch before: downhill until no
              neighbour is better; one seed. Without that, a comparison of batches is one of rates (Shallue et al. 2019,
              1811.03600).
-2. seeds     three at the best rate; warm-up over as many tokens or steps as at the base batch, constant and none
-3. rules     rates of the base batch alone, everything else by scaling.rule, with both of these warm-ups
+2. seeds     three at the best rate; other warm-ups: over as many tokens or steps as at the base batch, constant, none
+3. rules     rates of the base batch alone, everything else by scaling.rule, with these warm-ups too
 
 Two models, so that no rule is made for one: `shakespeare-char` by characters, and `demo` on the same text in 1,024
 pieces. Each run is a line of results/large_batch.jsonl, which is not made again; the table is made of them.
@@ -40,7 +40,8 @@ def chosen(name: str, among: str) -> list[str]:
 MODELS = {"shakespeare-char": 12, "demo": 16}  # recipe -> its batch, which the others are multiples of
 TIMES = [int(word) for word in chosen("BATCHES", "1,4,8,16,32")]
 SEEDS = range(1, int(os.environ.get("SEEDS", "3")) + 1)
-WARMUPS = ("steps", "constant", "none")  # beside gradual: over the base's tokens, as scaling.warmup has it
+RULES = chosen("RULES", "none,linear,sqrt")
+WARMUPS = chosen("WARMUPS", "tokens,steps,constant,none")  # beside what scaling.warmup=auto makes of it
 # Where the search begins at the base batch: the peak rate, and of muon what its other parameters have of it.
 FIRST = {"adamw": (2e-3, 0.0), "lamb": (1e-2, 0.0), "lars": (4.0, 0.0), "muon": (1e-2, 0.1)}
 OPTIMIZERS = chosen("OPTIMIZERS", ",".join(FIRST))
@@ -50,7 +51,7 @@ COMMON = ("eval.every=0", "eval.rows=192", "checkpoint.every=0", "metrics.every=
 @dataclass(frozen=True)
 class Trial:
     """One run. times: its batch / the recipe's. base: the batch that its rates are for, times the recipe's. share:
-    adamw_lr / lr, of muon.
+    adamw_lr / lr, of muon. warmup: see WARMUPS; auto at the base batch.
     """
 
     model: str
@@ -60,7 +61,7 @@ class Trial:
     share: float = 0.0
     base: int = 0
     rule: str = "none"
-    warmup: str = "gradual"
+    warmup: str = "auto"
     seed: int = 1
 
     def words(self) -> list[str]:
@@ -78,8 +79,8 @@ class Trial:
         ]
         if self.optimizer == "muon":
             words.append(f"optim.adamw_lr={self.lr * self.share}")
-        if self.warmup == "steps":  # as many as at the base batch
-            words.append("scaling.warmup=steps")
+        if self.warmup in ("tokens", "steps"):  # as many as at the base batch
+            words.append(f"scaling.warmup={self.warmup}")
         elif self.warmup == "none":
             words.append("schedule.warmup_steps=0")
         elif self.warmup == "constant":  # at the rate that the rule would give the base batch
@@ -163,8 +164,8 @@ def experiment(runs: Runs, model: str) -> Iterator[Trial]:
         yield trial
     for (name, times), trial in best.items():
         base = best.get((name, TIMES[0]), trial)
-        for rule in ("none", "linear", "sqrt") if times > 1 else ():
-            for warmup in ("gradual", "steps"):
+        for rule in RULES if times > 1 else ():
+            for warmup in ("auto", *(word for word in WARMUPS if word in ("tokens", "steps"))):
                 by_rule = Trial(model, name, times, base.lr, base.share, TIMES[0], rule, warmup)
                 mean(runs, by_rule)
                 yield by_rule

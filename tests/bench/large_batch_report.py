@@ -47,7 +47,7 @@ def write(lines: Sequence[Line], models: Mapping[str, int]) -> str:
     found = gathered(lines)
     rows = []
     for (model, times, optimizer, way, warmup), (trial, losses) in sorted(found.items()):
-        base = found.get((model, 1, "adamw", "tuned", "gradual"))
+        base = found.get((model, 1, "adamw", "tuned", "auto"))
         mean = statistics.mean(losses)
         ratio = f"{100 * (mean / statistics.mean(base[1]) - 1):+.1f} %" if base and math.isfinite(mean) else "-"
         rows.append(
@@ -71,8 +71,9 @@ def write(lines: Sequence[Line], models: Mapping[str, int]) -> str:
     note = (
         "Equal tokens in every run of a model; loss of the whole validation split. tuned: the best rates of a grid at "
         "that batch; none, linear, sqrt: the rates that are best at the base batch, by that scaling.rule. Warm-up: "
-        "gradual over as many tokens as at the base batch, steps over as many steps (scaling.warmup=steps). Noise "
-        f"scale of the gradients at the end of the base runs, in sequences: {', '.join(scales)}."
+        "scaling.warmup, over as many tokens or steps as at the base batch; auto: steps for AdamW and LAMB, up to two "
+        "thirds of the run, tokens for the others. Noise scale of the gradients at the end of the base runs, in "
+        f"sequences: {', '.join(scales)}."
     )
     command = "make bench BENCH=large_batch"
     return table.write("large_batch", "Larger batches at equal tokens", command, HEAD, rows, note)
@@ -97,7 +98,7 @@ def draw(
     found: Mapping[Key, tuple[Line, list[float]]], models: Mapping[str, int], noise: Mapping[str, Mapping[str, int]]
 ) -> None:
     """``results/large_batch.png``: loss by batch, a panel for each model; lines tuned, dashed by the rule that fits,
-    dotted so with a warm-up in steps.
+    dotted so with a warm-up over the base's tokens.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -108,7 +109,7 @@ def draw(
     FigureCanvasAgg(figure)
     for axes, model in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
         for number, (name, rule) in enumerate(fits.items()):
-            for way, warmup, style in (("tuned", "gradual", "-"), (rule, "gradual", "--"), (rule, "steps", ":")):
+            for way, warmup, style in (("tuned", "auto", "-"), (rule, "auto", "--"), (rule, "tokens", ":")):
                 points = {
                     models[model] * key[1]: statistics.mean(losses)
                     for key, (_, losses) in sorted(found.items())
@@ -117,9 +118,9 @@ def draw(
                 if not points:
                     continue
                 label = f"{name}, best rates there" if way == "tuned" else f"{name}, best of the base by {rule}"
-                label += ", warm-up in steps" if warmup == "steps" else ""
+                label += ", warm-up over the base's tokens" if warmup == "tokens" else ""
                 axes.plot(list(points), list(points.values()), style, marker="o", ms=4, color=f"C{number}", label=label)
-        base = found.get((model, 1, "adamw", "tuned", "gradual"))
+        base = found.get((model, 1, "adamw", "tuned", "auto"))
         if base is not None:
             reference = statistics.mean(base[1])
             axes.axhspan(reference, 1.02 * reference, color="0.9", zorder=0, label="AdamW at the base to +2 %")

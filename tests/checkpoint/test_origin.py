@@ -13,6 +13,7 @@ from threads import ThreadGroup, on_ranks
 from tiny import write_tokenizer
 from torch import nn
 
+from hvdtrain.building import _take_over
 from hvdtrain.checkpoint.manifest import Progress
 from hvdtrain.checkpoint.origin import (
     Beginner,
@@ -38,7 +39,6 @@ from hvdtrain.models.initial import fill
 from hvdtrain.models.lora import LoraOptions, adapt, initial_adapters
 from hvdtrain.models.options import TransformerOptions
 from hvdtrain.models.seq2seq import Seq2Seq
-from hvdtrain.opening import _take_over
 from hvdtrain.optim.ema import Ema, EmaOptions
 from hvdtrain.slices import Rect, whole_slices
 

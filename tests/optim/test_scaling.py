@@ -48,14 +48,14 @@ def test_the_square_root_rule():
     """16 times the batch: 4 times the rate (You et al. 2020), a sixteenth of the steps, rounded up."""
     found = scaled({"rule": "sqrt", "base_batch": 32}, batch=512, schedule=ScheduleOptions(min_lr=1e-4))
     assert (found.global_batch, found.global_tokens, found.factor) == (512, 0, 16.0)
-    assert (found.steps, found.warmup_steps) == (63, 7)
+    assert (found.steps, found.warmup_steps) == (63, 42)  # of 100 steps, two thirds of the run
     assert found.lr == pytest.approx(4e-3, rel=1e-15)
     assert found.min_lr == pytest.approx(4e-4, rel=1e-15)
     assert (found.beta1, found.beta2, found.eps, found.weight_decay) == (0.9, 0.95, 1e-8, 0.1)
     assert found.notes == ()
     assert found.about == (
         "scaling: batch 32 -> 512 sequences (16x), lr 0.001 -> 0.004 (sqrt: You et al. 2020), "
-        "warm-up 100 -> 7 steps, run 1000 -> 63 steps"
+        "warm-up 100 -> 42 steps, run 1000 -> 63 steps"
     )
 
 
@@ -84,7 +84,7 @@ def test_the_linear_rule():
 
 def test_no_rule_keeps_the_rate_and_shortens_the_run():
     """What "unscaled" means at equal tokens."""
-    found = scaled({"base_batch": 12}, batch=192, steps=2000)
+    found = scaled({"base_batch": 12, "warmup": "tokens"}, batch=192, steps=2000)
     assert (found.lr, found.steps, found.warmup_steps) == (1e-3, 125, 7)
     assert "lr 0.001 -> 0.001 (none), warm-up 100 -> 7 steps, run 2000 -> 125 steps" in found.about
 
@@ -98,8 +98,37 @@ def test_nothing_stated_is_nothing_done():
 
 def test_a_smaller_batch_than_the_base():
     found = scaled({"rule": "sqrt", "base_batch": 32}, batch=8)
-    assert (found.lr, found.steps, found.warmup_steps) == (5e-4, 4000, 400)
+    assert (found.lr, found.steps, found.warmup_steps) == (5e-4, 4000, 100)
     assert "(0.25x)" in found.about
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "batch", "schedule", "expected"),
+    [
+        ("adamw", 64, {}, 100),
+        ("lamb", 64, {}, 100),
+        ("adamw", 8, {}, 100),
+        ("adamw", 256, {}, 83),  # of 125 steps
+        ("adamw", 256, {"name": "wsd", "decay_share": 0.2}, 66),  # of 100 before the decay
+        ("adamw", 256, {"warmup_steps": 900}, 113),  # the same tokens take more than two thirds of the run
+        ("adamw", 64, {"warmup_tokens": 3200 * CONTEXT}, 50),  # given in tokens
+        ("adamw", 64, {"warmup_steps": 0}, 0),
+        ("muon", 64, {}, 50),
+        ("sgd", 64, {}, 50),
+        ("lars", 64, {}, 50),
+    ],
+)
+def test_the_warm_up_is_as_fits_the_optimizer(optimizer: str, batch: int, schedule: dict, expected: int):
+    """You et al. 2020, table 4: 1/320 of the steps of 512 sequences, 1/5 of those of 32,768: 3,125 steps in both."""
+    found = scaled({"base_batch": 32}, batch=batch, optim=optim_of(optimizer), schedule=ScheduleOptions(**schedule))
+    assert found.warmup_steps == expected
+
+
+def test_the_warm_up_of_lamb_as_in_its_paper():
+    """BERT, 512,000,000 sequences in 1,000,000 steps of 512: a warm-up of 1/320 becomes 1/5 of 15,625 steps."""
+    schedule = ScheduleOptions(warmup_steps=3125)
+    found = scaled({"base_batch": 512}, batch=32_768, steps=1_000_000, optim=optim_of("lamb"), schedule=schedule)
+    assert (found.warmup_steps, found.steps) == (3125, 15_625)
 
 
 @pytest.mark.parametrize(
@@ -356,7 +385,7 @@ RATES = st.floats(1e-7, 1e-2)
     st.floats(0.001, 0.9999),
     st.integers(1, 10**6),
     st.floats(0, 1),
-    st.sampled_from(["tokens", "epochs", "steps", "none"]),
+    st.sampled_from(["auto", "tokens", "epochs", "steps", "none"]),
     st.booleans(),
 )
 def test_factor_1_changes_nothing_to_the_bit(
@@ -384,11 +413,23 @@ def test_factor_1_changes_nothing_to_the_bit(
 @given(st.integers(1, 4096), st.integers(1, 4096), st.integers(1, 10**6), st.floats(0, 1))
 def test_tokens_of_run_and_warm_up_are_kept_within_one_step(base: int, batch: int, steps: int, part: float):
     schedule = ScheduleOptions(warmup_steps=int(part * steps))
-    found = scaled({"base_batch": base}, batch=batch, steps=steps, schedule=schedule)
+    found = scaled({"base_batch": base, "warmup": "tokens"}, batch=batch, steps=steps, schedule=schedule)
     assert 0 <= found.steps * batch - steps * base < batch
     assert 0 <= found.warmup_steps * batch - schedule.warmup_steps * base < batch
     assert found.warmup_steps <= found.steps
     assert found.steps >= 1
+
+
+@given(st.integers(1, 4096), st.integers(1, 4096), st.integers(1, 10**6), st.floats(0, 1))
+def test_a_warm_up_in_steps_is_no_shorter_than_in_tokens_and_no_longer_than_the_run(
+    base: int, batch: int, steps: int, part: float
+):
+    schedule = ScheduleOptions(warmup_steps=int(part * steps))
+    found = scaled({"base_batch": base}, batch=batch, steps=steps, schedule=schedule)
+    tokens = scaled({"base_batch": base, "warmup": "tokens"}, batch=batch, steps=steps, schedule=schedule)
+    least, most = sorted((tokens.warmup_steps, schedule.warmup_steps))
+    assert least <= found.warmup_steps <= min(most, found.steps)
+    assert base != batch or found.warmup_steps == schedule.warmup_steps
 
 
 @given(RULES, st.integers(1, 4096), st.integers(1, 4096), st.integers(1, 4096), RATES, st.floats(0, 1), st.booleans())
