@@ -20,7 +20,7 @@ from data_prep.formats import SQUAD, endings_of, notes, resolve
 from hvdtrain.comm.ancestors import Launcher
 from hvdtrain.comm.ranks import Ranks
 from hvdtrain.comm.session import open_ranks
-from hvdtrain.comm.terminal import take_terminal
+from hvdtrain.comm.terminal import take_terminal, write_whole_lines
 from hvdtrain.comm.world import detect_world
 from hvdtrain.data.cleaning import Cleaning
 from hvdtrain.errors import (
@@ -72,6 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     set_library_threads(os.environ)  # numpy is loaded by the commands, above
     try:
         world = detect_world()
+        write_whole_lines(world)
         take_terminal(world)
         Launcher(world).end_with_it()
         is_main = world.is_main

@@ -7,7 +7,7 @@ import sys
 import traceback
 
 from hvdtrain import cli
-from hvdtrain.comm.terminal import take_terminal
+from hvdtrain.comm.terminal import take_terminal, write_whole_lines
 from hvdtrain.comm.world import World, detect_world
 from hvdtrain.errors import (
     EXIT_INTERRUPTED,
@@ -40,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         except LaunchError:
             if cli.works_on_ranks(words):
                 raise
+        write_whole_lines(world)
         take_terminal(world)
         return cli.run(words, world)
     except HvdtrainError as error:

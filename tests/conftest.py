@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ from hvdtrain.machine.cores import set_library_threads
 
 os.environ.setdefault("GOMP_SPINCOUNT", "0")  # what is tested here shares its cores
 set_library_threads(os.environ)  # as the commands do, before a test loads torch
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's `&` leaves it so, and programs under test inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 gc.set_threshold(50_000, 20, 50)  # a million objects stay: tests, and what libraries have loaded
 
 pytest.register_assert_rewrite("contract")  # tests that are no test module

@@ -20,9 +20,10 @@ from hvdtrain.watch.bar import Bar
 # In place of a training: what it does at its beginning, and a line on both outputs.
 _RANK = """
 import sys
-from hvdtrain.comm.terminal import take_terminal
+from hvdtrain.comm.terminal import take_terminal, write_whole_lines
 from hvdtrain.comm.world import detect_world
 world = detect_world()
+write_whole_lines(world)
 taken = take_terminal(world)
 sys.stdout.write(f"rank {world.rank} speaks, {taken}\\n")
 sys.stderr.write(f"rank {world.rank} complains, {taken}\\n")
@@ -90,8 +91,8 @@ def test_what_leads_elsewhere_goes_there(tmp_path: Path, rank: str, command: str
 def test_a_launcher_gets_whole_lines():
     """Also from a Python that was told to hold nothing back; otherwise a word, a space and the line's end are apart."""
     speaks = (
-        "import sys; from hvdtrain.comm.terminal import take_terminal; from hvdtrain.comm.world import World\n"
-        "take_terminal(World(rank=1, size=2, launcher='mpirun'))\n"
+        "import sys; from hvdtrain.comm.terminal import write_whole_lines; from hvdtrain.comm.world import World\n"
+        "write_whole_lines(World(rank=1, size=2, launcher='mpirun'))\n"
         "print('two', 'words'); print('too', 'bad', file=sys.stderr); print('no', 'end', end='')"
     )
     ours, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)  # keeps writes apart, as a pipe does not

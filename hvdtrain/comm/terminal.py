@@ -1,4 +1,4 @@
-"""Rank 0 speaks to the terminal itself, where its launcher was started on one.
+"""Ranks hand their launcher whole lines; rank 0 speaks to the terminal itself, where its launcher was started on one.
 
     horovodrun -np 2 ...   standard output and error: the terminal, in whose foreground it is
       rank 0               the launcher's pipes -> the same terminal: plain lines, and a progress bar
@@ -23,18 +23,18 @@ _LAUNCHERS = {"horovodrun", "mpirun", "orterun", "mpiexec", "mpiexec.hydra", "pr
 _ASKED_FOR = ("output-filename", "timestamp-output", "prefix-timestamp", "prefix-output-with-timestamp")
 
 
-def take_terminal(world: World) -> bool:
-    """Lead rank 0's outputs to its launcher's terminal, if there is one; returns whether it did (local).
-
-    Where they lead to the launcher they get whole lines: it puts a rank's number before whatever it reads, and with
-    PYTHONUNBUFFERED, which images for containers set, Python writes a line's end apart.
+def write_whole_lines(world: World) -> None:
+    """Write each line at once, where a launcher reads it: it puts a rank's number before whatever it reads, and with
+    PYTHONUNBUFFERED, which images for containers set, Python writes a line's end apart (local).
     """
-    if world.launcher == "none":
-        return False
-    for output in (sys.stdout, sys.stderr):
+    for output in (sys.stdout, sys.stderr) if world.launcher != "none" else ():
         if isinstance(output, io.TextIOWrapper):
             output.reconfigure(line_buffering=True, write_through=False)
-    if not world.is_main:
+
+
+def take_terminal(world: World) -> bool:
+    """Lead rank 0's outputs to its launcher's terminal, if there is one; returns whether it did (local)."""
+    if world.launcher == "none" or not world.is_main:
         return False
     try:
         terminal = _terminal_of_launcher()
