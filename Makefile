@@ -49,7 +49,7 @@ test: env
 	@$(MAKE) --no-print-directory -j3 $(if $(filter output-sync,$(.FEATURES)),-O) test-mpi-4 test-mpi-2 test-mpi-1
 
 # All three at once, in three quarters of the time: ranks that wait for one another leave the processors to the others.
-test-mpi-%:
+test-mpi-%: env
 	mpirun -np $* --oversubscribe --bind-to none $(VENV_PYTHON) -m pytest tests/mpi </dev/null
 
 lint: env

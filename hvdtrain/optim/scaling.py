@@ -49,7 +49,7 @@ class ScalingOptions(Options):
     warmup: Literal["auto", "tokens", "epochs", "steps", "none"] = option(
         "auto",
         "what of the warm-up stays the same at another batch (epochs: as tokens); auto: for adamw and lamb the steps "
-        "where the recipe gives steps, up to two thirds of the run, else the tokens; none: no warm-up there",
+        "where the recipe gives steps, up to four fifths of the run, else the tokens; none: no warm-up there",
     )
     length: Literal["tokens", "steps"] = option("tokens", "what of the run's length stays the same at another batch")
     betas: bool = option(False, "with sqrt for adamw and lamb: scale betas, eps and weight decay too")
@@ -282,14 +282,14 @@ def _steps(
 def _warmup(
     given: Unscaled, change: _Change, run: int, epoch_tokens: int, lengthened: Callable[[int], int] | None
 ) -> int:
-    """Steps of warm-up in a run of ``run`` steps. auto: at most two thirds of those before a decay at the end,
-    unless the same tokens take more.
+    """Steps of warm-up in a run of ``run`` steps. auto: at most four fifths of those before a decay at the
+    end, unless the same tokens take more.
     """
     length, keep = warmup_length(given.schedule), given.scaling.warmup
     in_tokens = _steps(length, "tokens" if keep == "auto" else keep, change, epoch_tokens, lengthened)
     if keep != "auto" or given.optim.name not in _ADAM_LIKE or not length.is_in_steps or change.base == change.new:
         return in_tokens
-    return min(length.steps, max(in_tokens, 2 * before_decay(given.schedule, run) // 3))
+    return min(length.steps, max(in_tokens, 4 * before_decay(given.schedule, run) // 5))
 
 
 def _rates(options: ScalingOptions, optim: OptimOptions, min_lr: float, change: _Change) -> tuple[float, float, float]:

@@ -71,8 +71,8 @@ def write(lines: Sequence[Line], models: Mapping[str, int]) -> str:
     note = (
         "Equal tokens in every run of a model; loss of the whole validation split. tuned: the best rates of a grid at "
         "that batch; none, linear, sqrt: the rates that are best at the base batch, by that scaling.rule. Warm-up: "
-        "scaling.warmup, over as many tokens or steps as at the base batch; auto: steps for AdamW and LAMB, up to two "
-        "thirds of the run, tokens for the others. Noise scale of the gradients at the end of the base runs, in "
+        "scaling.warmup, over as many tokens or steps as at the base batch; auto: steps for AdamW and LAMB, up to four "
+        "fifths of the run, tokens for the others. Noise scale of the gradients at the end of the base runs, in "
         f"sequences: {', '.join(scales)}."
     )
     command = "make bench BENCH=large_batch"

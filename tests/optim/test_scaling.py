@@ -48,14 +48,14 @@ def test_the_square_root_rule():
     """16 times the batch: 4 times the rate (You et al. 2020), a sixteenth of the steps, rounded up."""
     found = scaled({"rule": "sqrt", "base_batch": 32}, batch=512, schedule=ScheduleOptions(min_lr=1e-4))
     assert (found.global_batch, found.global_tokens, found.factor) == (512, 0, 16.0)
-    assert (found.steps, found.warmup_steps) == (63, 42)  # of 100 steps, two thirds of the run
+    assert (found.steps, found.warmup_steps) == (63, 50)  # of 100 steps, four fifths of the run
     assert found.lr == pytest.approx(4e-3, rel=1e-15)
     assert found.min_lr == pytest.approx(4e-4, rel=1e-15)
     assert (found.beta1, found.beta2, found.eps, found.weight_decay) == (0.9, 0.95, 1e-8, 0.1)
     assert found.notes == ()
     assert found.about == (
         "scaling: batch 32 -> 512 sequences (16x), lr 0.001 -> 0.004 (sqrt: You et al. 2020), "
-        "warm-up 100 -> 42 steps, run 1000 -> 63 steps"
+        "warm-up 100 -> 50 steps, run 1000 -> 63 steps"
     )
 
 
@@ -108,9 +108,9 @@ def test_a_smaller_batch_than_the_base():
         ("adamw", 64, {}, 100),
         ("lamb", 64, {}, 100),
         ("adamw", 8, {}, 100),
-        ("adamw", 256, {}, 83),  # of 125 steps
-        ("adamw", 256, {"name": "wsd", "decay_share": 0.2}, 66),  # of 100 before the decay
-        ("adamw", 256, {"warmup_steps": 900}, 113),  # the same tokens take more than two thirds of the run
+        ("adamw", 512, {}, 50),  # of 63 steps
+        ("adamw", 256, {"name": "wsd", "decay_share": 0.2}, 80),  # of 100 before the decay
+        ("adamw", 256, {"warmup_steps": 900}, 113),  # the same tokens take more than four fifths of the run
         ("adamw", 64, {"warmup_tokens": 3200 * CONTEXT}, 50),  # given in tokens
         ("adamw", 64, {"warmup_steps": 0}, 0),
         ("muon", 64, {}, 50),
