@@ -1,7 +1,7 @@
 """How far may a batch grow before the loss suffers? At equal tokens, every optimizer tuned at every batch.
 
     make bench BENCH=large_batch      (hours on two cores; goes on where it stopped)
-    MODELS=shakespeare-char BATCHES=1,16 OPTIMIZERS=adamw,muon SEEDS=1        some of it
+    MODELS=shakespeare-char BATCHES=1,16 OPTIMIZERS=adamw,muon RULES=sqrt WARMUPS=none SEEDS=1        some of it
     ONLY=report                       the table and the picture of what is there
 
 1. tuned     the best of a grid of factors of 2, looked for from the best of the batch before: downhill until no
@@ -41,7 +41,8 @@ MODELS = {"shakespeare-char": 12, "demo": 16}  # recipe -> its batch, which the 
 TIMES = [int(word) for word in chosen("BATCHES", "1,4,8,16,32")]
 SEEDS = range(1, int(os.environ.get("SEEDS", "3")) + 1)
 RULES = chosen("RULES", "none,linear,sqrt")
-WARMUPS = chosen("WARMUPS", "tokens,steps,constant,none")  # beside what scaling.warmup=auto makes of it
+WARMUPS = chosen("WARMUPS", "tokens,steps,constant,none")  # beside auto, which is one of the first two:
+AUTO = {"adamw": "steps", "lamb": "steps", "lars": "tokens", "muon": "tokens"}
 # Where the search begins at the base batch: the peak rate, and of muon what its other parameters have of it.
 FIRST = {"adamw": (2e-3, 0.0), "lamb": (1e-2, 0.0), "lars": (4.0, 0.0), "muon": (1e-2, 0.1)}
 OPTIMIZERS = chosen("OPTIMIZERS", ",".join(FIRST))
@@ -165,16 +166,21 @@ def experiment(runs: Runs, model: str) -> Iterator[Trial]:
     for (name, times), trial in best.items():
         base = best.get((name, TIMES[0]), trial)
         for rule in RULES if times > 1 else ():
-            for warmup in ("auto", *(word for word in WARMUPS if word in ("tokens", "steps"))):
+            for warmup in ("auto", *others(name, "tokens", "steps")):
                 by_rule = Trial(model, name, times, base.lr, base.share, TIMES[0], rule, warmup)
                 mean(runs, by_rule)
                 yield by_rule
     for trial in best.values():
-        for warmup in WARMUPS:
+        for warmup in others(trial.optimizer):
             if trial.times > 1:
                 other = replace(trial, warmup=warmup)
                 mean(runs, other)
                 yield other
+
+
+def others(optimizer: str, *among: str) -> list[str]:
+    """The warm-ups that are tried beside auto."""
+    return [word for word in WARMUPS if word != AUTO[optimizer] and word in (among or WARMUPS)]
 
 
 def main() -> None:
