@@ -32,12 +32,12 @@ from hvdtrain.sync.norms import SpreadNorms
 from hvdtrain.sync.sums import Sums
 from hvdtrain.sync.sync import EXACT, Drift, Told
 from hvdtrain.sync.traffic import mib
-from hvdtrain.sync.wire import FORMS, make_wire
+from hvdtrain.sync.wire import FORMS, WireName, make_wire
 
 
 class AllReduceOptions(Options):
     bucket_mib: float = option(0.0, "gradients sent as one all-reduce (MiB); 0: 1/32 of them, 2 to 16 MiB", ge=0)
-    wire: Literal["fp32", "bf16", "fp16"] = option(
+    wire: WireName = option(
         "fp32", "numbers in which gradients travel between ranks; the two-byte ones are for slow links"
     )
     topology: Literal["flat", "hierarchical", "torus"] = option(

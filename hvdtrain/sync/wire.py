@@ -28,7 +28,7 @@ The parts travel as int32, two numbers in each: NCCL knows neither bf16 nor int1
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 
@@ -63,14 +63,15 @@ class Form:
     scaled: bool
 
 
-FORMS = {
+WireName = Literal["fp32", "bf16", "fp16"]
+FORMS: dict[WireName, Form | None] = {
     "fp32": None,
     "bf16": Form(torch.bfloat16, scaled=False),
     "fp16": Form(torch.float16, scaled=True),
 }
 
 
-def make_wire(name: str, group: Group) -> Wire:
+def make_wire(name: WireName, group: Group) -> Wire:
     """The wire of a name in FORMS. A process alone has none: nothing is rounded, whatever the name."""
     form = FORMS[name]
     if form is None or group.size == 1:

@@ -42,7 +42,7 @@ from hvdtrain.sync.shards import Shares, in_one, shard_of
 from hvdtrain.sync.sums import Sums
 from hvdtrain.sync.sync import EXACT, Drift, Told
 from hvdtrain.sync.traffic import mib
-from hvdtrain.sync.wire import FORMS
+from hvdtrain.sync.wire import FORMS, WireName
 
 _MIB = 1 << 20
 
@@ -52,7 +52,7 @@ class ZeroOptions(Options):
         1, "what replicas share; 1: the optimizer's state; 2: gradients too, which are summed at every microbatch"
     )
     bucket_mib: float = option(0.0, "gradients sent together (MiB); 0: 1/32 of them, 2 to 16 MiB", ge=0)
-    wire: Literal["fp32", "bf16", "fp16"] = option(
+    wire: WireName = option(
         "fp32", "numbers in which gradients travel between ranks; the two-byte ones are for slow links"
     )
 
