@@ -11,12 +11,7 @@ from functools import partial
 import torch
 
 from hvdtrain.checkpoint import writer
-from hvdtrain.checkpoint.origin import (
-    Beginner,
-    TakenOver,
-    merged,
-    take_over,
-)
+from hvdtrain.checkpoint.origin import Beginner, TakenOver, merged, take_over
 from hvdtrain.checkpoint.reader import load, load_kept
 from hvdtrain.checkpoint.retention import folder_of
 from hvdtrain.comm.local_group import LocalGroup

@@ -14,13 +14,7 @@ import torch
 
 from hvdtrain import sizing
 from hvdtrain.checkpoint.manifest import Progress
-from hvdtrain.checkpoint.origin import (
-    Origin,
-    TakenOver,
-    check_tokens,
-    digest_of,
-    open_origin,
-)
+from hvdtrain.checkpoint.origin import Origin, TakenOver, check_tokens, digest_of, open_origin
 from hvdtrain.checkpoint.retention import Score, steps_saved
 from hvdtrain.checkpoint.start import find_start, moved_rate
 from hvdtrain.comm.group import Group

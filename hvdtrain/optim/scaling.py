@@ -282,12 +282,14 @@ def _steps(
 def _warmup(
     given: Unscaled, change: _Change, run: int, epoch_tokens: int, lengthened: Callable[[int], int] | None
 ) -> int:
-    """Steps of warm-up in a run of ``run`` steps. auto: at most four fifths of those before a decay at the
-    end, unless the same tokens take more.
+    """Steps of warm-up in a run of ``run`` steps. auto: at most four fifths of those before a decay at the end,
+    unless the same tokens take more.
     """
     length, keep = warmup_length(given.schedule), given.scaling.warmup
-    in_tokens = _steps(length, "tokens" if keep == "auto" else keep, change, epoch_tokens, lengthened)
-    if keep != "auto" or given.optim.name not in _ADAM_LIKE or not length.is_in_steps or change.base == change.new:
+    if keep != "auto":
+        return _steps(length, keep, change, epoch_tokens, lengthened)
+    in_tokens = _steps(length, "tokens", change, epoch_tokens, lengthened)
+    if given.optim.name not in _ADAM_LIKE or not length.is_in_steps:
         return in_tokens
     return min(length.steps, max(in_tokens, 4 * before_decay(given.schedule, run) // 5))
 

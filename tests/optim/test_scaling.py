@@ -119,13 +119,13 @@ def test_a_smaller_batch_than_the_base():
     ],
 )
 def test_the_warm_up_is_as_fits_the_optimizer(optimizer: str, batch: int, schedule: dict, expected: int):
-    """You et al. 2020, table 4: 1/320 of the steps of 512 sequences, 1/5 of those of 32,768: 3,125 steps in both."""
+    """Its steps for AdamW and LAMB, where they fit into the run; its tokens for others, and where they are given."""
     found = scaled({"base_batch": 32}, batch=batch, optim=optim_of(optimizer), schedule=ScheduleOptions(**schedule))
     assert found.warmup_steps == expected
 
 
 def test_the_warm_up_of_lamb_as_in_its_paper():
-    """BERT, 512,000,000 sequences in 1,000,000 steps of 512: a warm-up of 1/320 becomes 1/5 of 15,625 steps."""
+    """You et al. 2020, table 4: 1/320 of the 1,000,000 steps of 512 sequences, 1/5 of the 15,625 of 32,768."""
     schedule = ScheduleOptions(warmup_steps=3125)
     found = scaled({"base_batch": 512}, batch=32_768, steps=1_000_000, optim=optim_of("lamb"), schedule=schedule)
     assert (found.warmup_steps, found.steps) == (3125, 15_625)
